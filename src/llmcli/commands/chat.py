@@ -1,0 +1,51 @@
+"""llmcli chat: answer a message, a file of conversations, or a person at the terminal."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from llmcli import registry, tasks
+from llmcli.errors import ExitStatus
+from llmcli.grammar import spread
+from llmcli.job import Job
+from llmcli.options import GenerationOptions, InputOptions, ModelOptions, OutputOptions, Prompt
+from llmcli.records import prompts
+from llmcli.run import run
+
+
+@spread
+def chat(
+    text: Annotated[str | None, typer.Argument(metavar="TEXT", show_default=False)] = None,
+    prompt: Prompt = None,
+    system: Annotated[str | None, typer.Option("--system", "-s", metavar="TEXT", help="System message.")] = None,
+    *,
+    input: InputOptions,
+    generation: GenerationOptions,
+    model: ModelOptions,
+    output: OutputOptions,
+) -> ExitStatus:
+    """Answer through the model's chat template. Without TEXT at a terminal: a conversation.
+
+    \b
+    llmcli chat "Name three colours"
+    git diff | llmcli chat "Write a commit message" -f -
+    llmcli chat --jsonl < conversations.jsonl        fields: messages, or text
+    llmcli chat                                      /system, /clear, /exit
+    """
+    form = input.form()
+    job = Job(
+        task="chat",
+        model=model.model or registry.default_name("chat"),
+        generation=generation.generation(),
+        parameters={"fields": input.roles("text", "messages"), "system": system} | tasks.template(prompt),
+        placement=model.placement(),
+        batch_size=model.batch(),
+        seed=generation.seed,
+        truncate=generation.truncate,
+    )
+    if text is None and not input.files and sys.stdin and sys.stdin.isatty():
+        from llmcli.repl import converse
+
+        return converse(job)
+    return run(job, prompts([text] if text is not None else [], input.files, form), **output.target(form))

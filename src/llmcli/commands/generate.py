@@ -1,0 +1,45 @@
+"""llmcli generate: continue a text."""
+
+from typing import Annotated
+
+import typer
+
+from llmcli import registry, tasks
+from llmcli.errors import ExitStatus
+from llmcli.grammar import spread
+from llmcli.job import Job
+from llmcli.options import GenerationOptions, InputOptions, ModelOptions, OutputOptions, Prompt
+from llmcli.records import prompts
+from llmcli.run import run
+
+
+@spread
+def generate(
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT", default_factory=list, show_default=False)],
+    prompt: Prompt = None,
+    full_text: Annotated[bool, typer.Option(help="Print the prompt too, in text mode.")] = True,
+    *,
+    input: InputOptions,
+    generation: GenerationOptions,
+    model: ModelOptions,
+    output: OutputOptions,
+) -> ExitStatus:
+    """Continue a text.
+
+    \b
+    llmcli generate "Once upon a time"
+    llmcli generate --lines -f openings.txt --max-new-tokens 40
+    llmcli generate --jsonl --prompt "Sentiment of this review: {text}" < reviews.jsonl
+    """
+    form = input.form()
+    job = Job(
+        task="generate",
+        model=model.model or registry.default_name("generate"),
+        generation=generation.generation(),
+        parameters={"fields": input.roles("text"), "full_text": full_text} | tasks.template(prompt),
+        placement=model.placement(),
+        batch_size=model.batch(),
+        seed=generation.seed,
+        truncate=generation.truncate,
+    )
+    return run(job, prompts(texts, input.files, form), **output.target(form))

@@ -1,0 +1,105 @@
+"""llmcli models: what models there are, where they lie, and what may be done about it."""
+
+from typing import Annotated, Any
+
+import typer
+
+from llmcli import registry, store
+from llmcli.config import settings
+from llmcli.errors import ModelUnavailable
+from llmcli.grammar import Command, spread
+from llmcli.options import AllowPickle, Json, Offline, Quiet, Verbose
+from llmcli.output import print_lines, print_table, to_json
+from llmcli.registry import FolderSource, GgufSource, HubSource, ModelSpec, WheelSource
+
+app = typer.Typer(help="Models: list, show, pull, rm, path.", no_args_is_help=True, rich_markup_mode=None)
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Alias, folder, .gguf file, or hub id org/name[@revision].")]
+
+
+@app.command("list", cls=Command)
+@spread
+def list_models(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """The models of the registry: alias, tasks, size, license, whether cached."""
+    rows = [_about(spec) for spec in registry.models().values()]
+    if json:
+        print_lines(map(to_json, rows))
+        return
+    print_table(
+        ("NAME", "TASKS", "SIZE", "LICENSE", "CACHED"),
+        [
+            (row["name"], ",".join(row["tasks"]), _megabytes(row["size"]), row["license"] or "-",
+             "yes" if row["path"] else "no")
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+@app.command(cls=Command)
+@spread
+def show(name: Name, json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """All that is known of one model."""
+    about = _about(registry.resolve(name))
+    if json:
+        print_lines([to_json(about)])
+        return
+    about |= {"tasks": ", ".join(about["tasks"]) or None, "size": _megabytes(about["size"])}
+    print_lines(f"{key:12} {value}" for key, value in about.items() if value not in (None, "", "-"))
+
+
+@app.command(cls=Command)
+@spread
+def pull(
+    name: Name,
+    offline: Offline = False,
+    allow_pickle: AllowPickle = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Fetch a model now, or a newer revision of it, and print its folder."""
+    spec = registry.resolve(name)
+    offline = offline or settings().offline
+    print_lines([str(store.pull(spec, offline=offline, allow_pickle=allow_pickle, refresh=True))])
+
+
+@app.command(cls=Command)
+@spread
+def rm(name: Name, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Delete a model from the cache."""
+    if not store.remove(registry.resolve(name)):
+        raise ModelUnavailable(f"{name} is not cached")
+
+
+@app.command(cls=Command)
+@spread
+def path(name: Name, allow_pickle: AllowPickle = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Print the folder of ready weights; exit 4 when they are not there."""
+    if not (folder := store.find(registry.resolve(name), allow_pickle=allow_pickle)):
+        raise ModelUnavailable(f"{name} is not cached", hint=f"`llmcli models pull {name}` fetches it")
+    print_lines([str(folder)])
+
+
+def _about(spec: ModelSpec) -> dict[str, Any]:
+    folder = store.find(spec)
+    return {
+        "name": spec.name,
+        "description": spec.description,
+        "source": _source(spec),
+        "license": spec.license,
+        "size": spec.size,
+        "tasks": list(spec.tasks),
+        "path": str(folder) if folder else None,
+    }
+
+
+def _source(spec: ModelSpec) -> str:
+    match spec.source:
+        case WheelSource(wheels=wheels):
+            return f"package index: {' '.join(wheels)}"
+        case HubSource(repo, revision):
+            return f"hub: {repo}{f'@{revision}' if revision else ''}"
+        case FolderSource(path) | GgufSource(path):
+            return f"local: {path}"
+
+
+def _megabytes(size: int | None) -> str:
+    return f"{size / 1e6:.0f} MB" if size else "-"

@@ -1,0 +1,90 @@
+"""Paths, the user's configuration file, and the LLMCLI_* variables."""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from llmcli.errors import UsageError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The configuration file, with the environment laid over it."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    offline: bool = False
+    defaults: Mapping[str, str] = field(default_factory=dict)  # task -> model
+
+
+def cache_dir() -> Path:
+    """Where models made ready by llmcli live; `LLMCLI_CACHE`, or the platform's cache folder."""
+    if path := os.environ.get("LLMCLI_CACHE"):
+        return Path(path).expanduser()
+    import platformdirs
+
+    return platformdirs.user_cache_path("llmcli", appauthor=False)
+
+
+def config_file() -> Path:
+    """The configuration file, `LLMCLI_CONFIG` or `config.toml` in the platform's folder. The user's
+    `models.toml` lies beside it. Neither need exist."""
+    if path := os.environ.get("LLMCLI_CONFIG"):
+        return Path(path).expanduser()
+    import platformdirs
+
+    return platformdirs.user_config_path("llmcli", appauthor=False) / "config.toml"
+
+
+@cache
+def settings() -> Settings:
+    """Read once a process. Raises UsageError for a file that does not parse or a key it should not have."""
+    path = config_file()
+    if not path.exists() and "LLMCLI_CONFIG" in os.environ:
+        raise UsageError(f"{path}: no such file", hint="LLMCLI_CONFIG names it")
+    table = read_toml(path) if path.exists() else {}
+    check_keys(table, (f.name for f in fields(Settings)), str(path))
+    for variable, key in (("LLMCLI_DEVICE", "device"), ("LLMCLI_DTYPE", "dtype")):
+        if value := os.environ.get(variable):
+            table[key] = value
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        table["offline"] = True
+    found = Settings(**table)
+    for key, kind in (("device", str), ("dtype", str), ("offline", bool), ("defaults", dict)):
+        if not isinstance(getattr(found, key), kind):
+            raise UsageError(f"{path}: {key} must be of type {kind.__name__}")
+    if found.dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {found.dtype!r}{did_you_mean(found.dtype, DTYPES)}")
+    return found
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The file's tables. Raises UsageError that names the file and the place."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
+        raise UsageError(f"{path}: {problem}") from problem
+
+
+def check_keys(table: Mapping[str, Any], allowed: Iterable[str], where: str) -> None:
+    """Refuse a key that nothing reads: it is a typing error, and silence would hide it."""
+    allowed = list(allowed)
+    for key in table:
+        if key not in allowed:
+            raise UsageError(
+                f"{where}: unknown key {key!r}{did_you_mean(key, allowed)}",
+                hint=f"known keys: {', '.join(allowed)}",
+            )
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,7 @@
+"""Engines turn a Job and Records into Results, in input order. One contract, the same results.
+
+    run(job, records, on_text) -> Iterator[Result]
+
+`on_text`, where given, gets the text of a record in pieces while it is generated, before its Result,
+whenever the engine works on that record alone.
+"""

@@ -1,0 +1,68 @@
+"""The three things that travel the whole way of a call: Job, Record, Result."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where and how the model is loaded."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    max_memory: int | None = None  # bytes of main memory the weights may take
+    offload_folder: str | None = None
+    offline: bool = False
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be done to each record. Plain data: it survives a trip through JSON.
+
+    `generation` holds only the GenerationConfig fields that the user gave, under their own names;
+    `parameters` what the task itself understands (prompt, system, fields, full_text).
+    """
+
+    task: str
+    model: str
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    placement: Placement = Placement()
+    batch_size: int | None = None  # None: the engine chooses
+    seed: int | None = None
+    truncate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a record has no result: a short machine-readable `type`, and a sentence."""
+
+    type: str
+    message: str
+
+    def to_json(self) -> dict[str, str]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One unit of input: its fields as they came, and where they came from."""
+
+    fields: Mapping[str, Any]
+    file: str | None = None
+    line: int | None = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of a record: `output` are the fields that the task adds, `text` is the answer as
+    text mode prints it. Exactly one of `output` and `failure` has something to say."""
+
+    record: Record
+    output: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
+    failure: Failure | None = None

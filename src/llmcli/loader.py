@@ -1,0 +1,199 @@
+"""A ready folder -> model and tokenizer. The one place that loads models and chooses device and dtype."""
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from llmcli import console
+from llmcli.errors import ModelUnavailable, UsageError
+from llmcli.job import Placement
+
+BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+def load(folder: Path, placement: Placement) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer.
+
+    Raises ModelUnavailable: weights damaged, incomplete, pickled, or too big for the memory there is;
+    UsageError: a device that is not here.
+    """
+    quiet_libraries()
+    weights = _weights(folder, placement)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = choose_device(placement.device)
+    dtype = choose_dtype(placement.dtype, device)
+    size = _size(weights, torch.finfo(dtype).bits // 8)
+    device_map, max_memory = _device_map(placement, device, size)
+    common = {"trust_remote_code": placement.trust_remote_code, "local_files_only": True}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **common)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=device_map,
+            max_memory=max_memory,
+            offload_folder=placement.offload_folder,
+            use_safetensors=not placement.allow_pickle or weights[0].suffix == ".safetensors",
+            output_loading_info=True,
+            **common,
+        )
+    except MemoryError:
+        raise
+    except Exception as problem:
+        raise _translated(problem, folder) from problem
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelUnavailable(
+            f"{folder}: the weights are incomplete: {missing[0]}" + (" and others are" if missing[1:] else " is")
+            + " missing",
+            hint="a model of this kind cannot generate text, or the files are damaged",
+        )  # fmt: skip
+    model.eval()
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    tokenizer.padding_side = "left"  # a causal model continues what stands at the right end
+    return model, tokenizer
+
+
+def quiet_libraries() -> None:
+    """Keep transformers and its friends off our stderr, unless -v asks for them. Imports nothing heavy
+    that is not needed anyway: call it before the first import of transformers."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if console.verbose:
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.simplefilter("ignore")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def choose_device(name: str) -> str:
+    """`auto` is the accelerator that is here, else the CPU. Raises UsageError for one that is not here."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    here = accelerator.type if accelerator else "cpu"
+    if name == "auto":
+        return here
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps", "xpu"):
+        raise UsageError(f"unknown device {name!r}", hint="devices: auto, cpu, cuda, cuda:N, mps, xpu")
+    if kind != "cpu" and (kind != here or (index and int(index) >= torch.accelerator.device_count())):
+        raise UsageError(f"there is no device {name} here", hint="`llmcli env` shows what there is")
+    return name
+
+
+def choose_dtype(name: str, device: str) -> Any:
+    """`auto`: on an accelerator bfloat16 where it has it, else float16; on a CPU bfloat16 where the
+    processor multiplies it in hardware, else float32."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.startswith("xpu"):
+        return torch.bfloat16
+    if device.startswith("mps"):
+        return torch.float16
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.bfloat16 if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
+
+
+def _weights(folder: Path, placement: Placement) -> list[Path]:
+    """The weight files. Raises ModelUnavailable where there are none that may be opened."""
+    if safetensors := sorted(folder.glob("*.safetensors")):
+        return safetensors
+    pickled = sorted(folder.glob("pytorch_model*.bin"))
+    if not pickled:
+        raise ModelUnavailable(f"{folder} holds no weights (*.safetensors)")
+    if not placement.allow_pickle:
+        raise ModelUnavailable(
+            f"{folder} has only pickled weights ({pickled[0].name}), which can run code when opened",
+            hint="--allow-pickle takes them, if you trust whoever made them",
+        )
+    return pickled
+
+
+def _size(weights: list[Path], float_bytes: int) -> int:
+    """Bytes that the weights take once loaded, from the files' headers. Raises ModelUnavailable if damaged."""
+    total = 0
+    for file in weights:
+        if file.suffix != ".safetensors":
+            total += file.stat().st_size
+            continue
+        try:
+            with file.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(length) if length <= file.stat().st_size else "")
+            tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
+            end = max((tensor["data_offsets"][1] for tensor in tensors), default=0)
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as problem:
+            raise _damaged(file, "its header does not parse") from problem
+        if 8 + length + end != file.stat().st_size:
+            raise _damaged(file, f"{8 + length + end} bytes expected, {file.stat().st_size} there")
+        for tensor in tensors:
+            width = float_bytes if tensor["dtype"] in FLOATS else BYTES.get(tensor["dtype"], 8)
+            count = 1
+            for dimension in tensor["shape"]:
+                count *= dimension
+            total += count * width
+    return total
+
+
+def _device_map(placement: Placement, device: str, size: int) -> tuple[Any, dict[Any, int] | None]:
+    """What to tell accelerate. Raises ModelUnavailable where `size` bytes do not fit and may not go to disk."""
+    import psutil
+    import torch
+
+    memory = placement.max_memory or psutil.virtual_memory().available
+    spread = placement.device == "auto" and device == "cuda"
+    if placement.offload_folder:
+        Path(placement.offload_folder).mkdir(parents=True, exist_ok=True)
+        gpus = {i: torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())} if spread else {}
+        return "auto", {**gpus, "cpu": memory}
+    room = memory
+    if device.startswith("cuda"):
+        indices = range(torch.cuda.device_count()) if spread else [torch.device(device).index or 0]
+        room = sum(torch.cuda.mem_get_info(i)[0] for i in indices) + (memory if spread else 0)
+    if size > room:
+        raise ModelUnavailable(
+            f"the model needs {size / 1e9:.1f} GB of memory and {room / 1e9:.1f} GB may be used",
+            hint="take a smaller model, --dtype bfloat16, or let it run from disk, slowly: --offload-folder PATH",
+        )
+    if spread and (torch.cuda.device_count() > 1 or size > torch.cuda.mem_get_info(0)[0]):
+        return "auto", None
+    return {"": device}, None
+
+
+def _translated(problem: Exception, folder: Path) -> ModelUnavailable:
+    """transformers' or safetensors' exception as one of ours."""
+    text = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+    if type(problem).__name__ == "SafetensorError":
+        return _damaged(folder, text)
+    if "trust_remote_code" in str(problem):
+        return ModelUnavailable(
+            f"{folder} wants to run Python code of its own", hint="--trust-remote-code lets it, if you trust it"
+        )
+    if "Unrecognized configuration class" in str(problem):
+        return ModelUnavailable(
+            f"{folder}: {_model_type(folder)} models do not continue text", hint="take a causal language model"
+        )
+    return ModelUnavailable(f"{folder} cannot be loaded: {text}", hint="-v shows the whole story")
+
+
+def _damaged(path: Path, why: str) -> ModelUnavailable:
+    return ModelUnavailable(
+        f"the weights in {path} are damaged: {why}", hint="`llmcli models rm NAME`, then `models pull NAME`"
+    )
+
+
+def _model_type(folder: Path) -> str:
+    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "these"))

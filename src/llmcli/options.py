@@ -1,0 +1,209 @@
+"""The options that commands share: one declaration each, in groups that are the sections of --help."""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from llmcli import config, console
+from llmcli.errors import UsageError
+from llmcli.job import Placement
+from llmcli.output import Format
+from llmcli.records import Form
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", metavar="NAME", help="Registry alias, folder, .gguf file, or hub id org/name[@revision]."
+    ),
+]
+Prompt = Annotated[
+    str | None,
+    typer.Option("--prompt", metavar="TEMPLATE", help='Prompt made of a record\'s fields: "Classify: {text}".'),
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", callback=console.be_verbose, help="Tracebacks and library warnings.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=console.be_quiet, help="Errors only on stderr.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON Lines out; implied by --jsonl.")]
+Offline = Annotated[bool, typer.Option("--offline", help="No network at all (also HF_HUB_OFFLINE=1).")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Accept pickled weights, which can run code when opened.")
+]
+
+
+@dataclass
+class InputOptions:
+    """Input"""
+
+    files: Annotated[
+        list[str], typer.Option("--file", "-f", metavar="PATH", help="Input file, repeatable; - is stdin.")
+    ] = field(default_factory=list)
+    lines: Annotated[bool, typer.Option("--lines", help="A record is a line.")] = False
+    null: Annotated[bool, typer.Option("--null", help="A record is a NUL-ended text.")] = False
+    jsonl: Annotated[bool, typer.Option("--jsonl", help="A record is a JSON object a line.")] = False
+    csv: Annotated[bool, typer.Option("--csv", help="A record is a row; the first names the fields.")] = False
+    fields: Annotated[
+        list[str],
+        typer.Option("--field", metavar="[ROLE=]NAME", help="Field that holds the text (default: text), repeatable."),
+    ] = field(default_factory=list)
+
+    def form(self) -> Form:
+        """Raises UsageError where two forms are asked for."""
+        chosen = [form for form in Form if getattr(self, form.value, False)]
+        if len(chosen) > 1:
+            raise UsageError(f"--{chosen[0].value} and --{chosen[1].value} exclude each other")
+        return chosen[0] if chosen else Form.WHOLE
+
+    def roles(self, *known: str) -> dict[str, str]:
+        """Role -> field name, e.g. {"text": "review"}; the first known role is the default one."""
+        roles = {role: role for role in known}
+        for item in self.fields:
+            role, _, name = item.rpartition("=")
+            role = role or known[0]
+            if role not in roles:
+                raise UsageError(f"--field: unknown role {role!r}", hint=f"roles here: {', '.join(known)}")
+            roles[role] = name
+        return roles
+
+
+@dataclass
+class OutputOptions:
+    """Output"""
+
+    json: Json = False
+    output: Annotated[Path | None, typer.Option("--output", metavar="PATH", help="Write to a new file.")] = None
+    on_error: Annotated[
+        Literal["skip", "stop"], typer.Option("--on-error", help="What a failed record does to the others.")
+    ] = "skip"
+    quiet: Quiet = False
+    verbose: Verbose = False
+
+    def target(self, form: Form) -> dict[str, Any]:
+        """How and where results are written, given how records are read: keywords of `run`."""
+        formats = {Form.JSONL: Format.JSON, Form.CSV: Format.CSV, Form.LINES: Format.LINES, Form.NULL: Format.NULL}
+        format = Format.JSON if self.json else formats.get(form, Format.TEXT)
+        return {"format": format, "path": self.output, "stop_on_error": self.on_error == "stop"}
+
+
+@dataclass
+class ModelOptions:
+    """Model"""
+
+    model: Model = None
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda[:N], mps or xpu (also LLMCLI_DEVICE).")
+    ] = None
+    dtype: Annotated[DType | None, typer.Option(help="Precision of the weights (also LLMCLI_DTYPE).")] = None
+    batch_size: Annotated[
+        str, typer.Option(metavar="N|auto", help="Records in one forward pass.", show_default=True)
+    ] = "auto"
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Main memory that the weights may take, e.g. 8GB.")
+    ] = None
+    offload_folder: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Put weights that do not fit in memory on this disk.")
+    ] = None
+    offline: Offline = False
+    allow_pickle: AllowPickle = False
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False
+
+    def placement(self) -> Placement:
+        """The options laid over the environment and the configuration file."""
+        settings = config.settings()
+        return Placement(
+            device=self.device or settings.device,
+            dtype=self.dtype or settings.dtype,
+            max_memory=size_in_bytes(self.max_memory) if self.max_memory else None,
+            offload_folder=str(self.offload_folder) if self.offload_folder else None,
+            offline=self.offline or settings.offline,
+            allow_pickle=self.allow_pickle,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def batch(self) -> int | None:
+        """Records a batch, None for auto."""
+        if self.batch_size == "auto":
+            return None
+        if not self.batch_size.isdecimal() or int(self.batch_size) < 1:
+            raise UsageError(f"--batch-size takes a number from 1 up, or auto; not {self.batch_size!r}")
+        return int(self.batch_size)
+
+
+@dataclass
+class GenerationOptions:
+    """Generation"""
+
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", "--max-tokens", metavar="N", min=1, help="Most tokens to generate."),
+    ] = None
+    min_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=0, help="Fewest tokens to generate.")] = None
+    temperature: Annotated[
+        float | None, typer.Option(metavar="X", min=0, help="Sampling temperature; 0 is greedy and exact.")
+    ] = None
+    top_p: Annotated[float | None, typer.Option(metavar="X", min=0, max=1, help="Nucleus sampling.")] = None
+    top_k: Annotated[int | None, typer.Option(metavar="N", min=0, help="Sample among the k likeliest tokens.")] = None
+    repetition_penalty: Annotated[
+        float | None, typer.Option(metavar="X", min=0, help="Above 1 discourages repetition.")
+    ] = None
+    num_beams: Annotated[int | None, typer.Option(metavar="N", min=1, help="Beam search.")] = None
+    num_return_sequences: Annotated[
+        int | None, typer.Option("--num-return-sequences", "-n", metavar="N", min=1, help="Answers a record.")
+    ] = None
+    stop: Annotated[
+        list[str], typer.Option(metavar="TEXT", help="Stop before this text, repeatable; it is not printed.")
+    ] = field(default_factory=list)
+    seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="Repeats a sampled run of the same command.")] = (
+        None
+    )
+    option: Annotated[
+        list[str],
+        typer.Option("--option", "-o", metavar="KEY=VALUE", help="Any other GenerationConfig field, repeatable."),
+    ] = field(default_factory=list)
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut a prompt that is longer than the model's context, from its start.")
+    ] = False
+
+    def generation(self) -> dict[str, Any]:
+        """The GenerationConfig fields that the user gave, under GenerationConfig's names."""
+        given = dataclasses.asdict(self)
+        own = ("stop", "seed", "option", "truncate")
+        explicit = {name: value for name, value in given.items() if name not in own and value is not None}
+        if self.stop:
+            explicit["stop_strings"] = self.stop
+        if self.temperature == 0:
+            for name in ("temperature", "top_p", "top_k"):
+                explicit.pop(name, None)
+            explicit["do_sample"] = False
+        return explicit | dict(map(key_value, self.option))
+
+
+def key_value(item: str) -> tuple[str, Any]:
+    """`top_k=5` -> ("top_k", 5). Values are read as JSON, else as text."""
+    key, equals, text = item.partition("=")
+    if not equals:
+        hint = f"to write to a file: --output {item}" if re.search(r"[./\\]", item) else None
+        raise UsageError(f"-o takes KEY=VALUE, not {item!r}", hint=hint)
+    try:
+        return key, json.loads(text)
+    except json.JSONDecodeError:
+        return key, {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def size_in_bytes(text: str) -> int:
+    """`8GB`, `500MB`, `2GiB` -> bytes."""
+    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    units |= {f"{unit}I": 1024**power for power, unit in enumerate(("K", "M", "G", "T"), start=1)}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip(), re.IGNORECASE)
+    if not match or match[2].upper() not in units:
+        raise UsageError(f"not a size: {text!r}", hint="write it like 8GB, 500MB or 2GiB")
+    return int(float(match[1]) * units[match[2].upper()])

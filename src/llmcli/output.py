@@ -1,0 +1,157 @@
+"""Results -> stdout or a file, as text, JSON Lines or CSV. The one place that writes to stdout."""
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from enum import Enum
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llmcli.errors import LlmcliError, ReaderGone, UsageError
+from llmcli.job import Result
+
+
+class Format(Enum):
+    """How a result is written."""
+
+    TEXT = "text"
+    LINES = "lines"  # exactly one line a record
+    NULL = "null"  # ended by NUL
+    JSON = "json"
+    CSV = "csv"
+
+
+class Output(AbstractContextManager["Output"]):
+    """Writes results as they come. `names` are the fields that the task adds, for the header of a CSV.
+
+    Raises ReaderGone when nobody reads any more, UsageError when `path` exists, LlmcliError when the
+    disk is full.
+    """
+
+    def __init__(self, format: Format, *, path: Path | None = None, names: Sequence[str] = (), model: str) -> None:
+        self.format = format
+        self.names = names
+        self.model = model
+        self.target = str(path) if path else "stdout"
+        self._stream = _create(path) if path else stdout()
+        self._path = path
+        self._columns: list[str] = []
+        self._written = 0  # characters of the next result's text that are out already
+
+    @property
+    def streams(self) -> bool:
+        """Whether pieces of a text are of use before its end: a person is watching."""
+        return self.format in (Format.TEXT, Format.LINES) and not self._path and sys.stdout.isatty()
+
+    def piece(self, text: str) -> None:
+        """The next characters of the text whose Result will follow."""
+        self._written += len(text)
+        self._put(self._inline(text))
+
+    def write(self, result: Result) -> None:
+        """One result, whole; of a text already begun by `piece`, the rest."""
+        if self.format is Format.JSON:
+            self._put(to_json(self._fields(result)) + "\n")
+        elif self.format is Format.CSV:
+            self._put(self._rows(self._fields(result)))
+        elif not (result.failure and self.format is Format.TEXT and not self._written):
+            end = "\0" if self.format is Format.NULL else "\n"
+            self._put(self._inline(result.text[self._written :]) + end)
+        self._written = 0
+
+    def __exit__(self, *exception: object) -> None:
+        if self._written:  # a text that was cut short: what is typed next starts on a line of its own
+            self._put("\n")
+        if self._path:
+            self._stream.close()
+
+    def _inline(self, text: str) -> str:
+        return text.replace("\r\n", " ").replace("\n", " ") if self.format is Format.LINES else text
+
+    def _fields(self, result: Result) -> dict[str, Any]:
+        record = result.record
+        if record.fields.get("error"):
+            return dict(record.fields)
+        fields = {**record.fields, **result.output}
+        if result.failure:
+            fields["error"] = result.failure.to_json()
+        else:
+            fields["model"] = self.model
+        if record.file is not None:
+            fields["file"] = record.file
+        return fields
+
+    def _rows(self, fields: Mapping[str, Any]) -> str:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        if not self._columns:
+            self._columns = list(dict.fromkeys([*fields, *self.names, "model", "error"]))
+            writer.writerow(self._columns)
+        writer.writerow([_cell(fields.get(column)) for column in self._columns])
+        return text.getvalue()
+
+    def _put(self, text: str) -> None:
+        try:
+            self._stream.write(_utf8(text))
+            self._stream.flush()
+        except BrokenPipeError:
+            # Nothing is left to write to: keep the interpreter's last flush from complaining.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise ReaderGone(f"{self.target}: nobody reads it any more") from None
+        except OSError as problem:
+            raise LlmcliError(f"cannot write to {self.target}: {problem.strerror}") from problem
+
+
+def stdout() -> BinaryIO:
+    """Standard output as bytes: the text is UTF-8 and its line ends are `\\n`, whatever the locale says."""
+    return sys.stdout.buffer
+
+
+def to_json(value: Any) -> str:
+    """One line of JSON."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """What commands about models and the environment have to say."""
+    output = Output(Format.TEXT, model="")
+    for line in lines:
+        output._put(line + "\n")
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns for people, tab-separated values for a pipe."""
+    if not sys.stdout.isatty():
+        print_lines("\t".join(row) for row in rows)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _create(path: Path) -> BinaryIO:
+    try:
+        return path.open("xb")
+    except FileExistsError:
+        raise UsageError(f"{path} exists", hint="name another file, or remove it first") from None
+    except OSError as problem:
+        raise UsageError(f"{path}: {(problem.strerror or str(problem)).lower()}") from problem
+
+
+def _cell(value: Any) -> Any:
+    return to_json(value) if isinstance(value, dict | list) else value
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, carried through from somebody's JSON
+        return text.encode("utf-8", "backslashreplace")

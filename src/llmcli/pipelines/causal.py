@@ -1,0 +1,173 @@
+"""Prompts, or chats, -> new text, by a causal language model. A transformers.Pipeline."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+from transformers.pipelines.base import Pipeline
+
+from llmcli.errors import RecordError, UsageError
+
+Prompt = str | list[dict[str, Any]]
+
+
+class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no types
+    """What the steps hand to each other, for a batch of B prompts, the longest of P tokens, with N
+    sequences of at most T new tokens each. It runs under `transformers.pipeline` too.
+
+    preprocess   input_ids, attention_mask (1, P); is_chat; cut: tokens that --truncate took away
+    _forward     sequences (B, N, T), and what preprocess gave, padded on the left
+    postprocess  {"generated_text", "finish_reason", "usage"} of one prompt
+    """
+
+    _load_tokenizer = True
+    _load_feature_extractor = False
+    _load_image_processor = False
+    _load_processor = False
+
+    def _sanitize_parameters(self, generation_config: Any = None, truncate: bool = False) -> tuple[Any, Any, Any]:
+        config = {} if generation_config is None else {"generation_config": generation_config}
+        return {**config, "truncate": truncate}, config, config
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that prompt and answer may take together."""
+        config = self.model.config.get_text_config()
+        length: int | None = getattr(config, "max_position_embeddings", None)
+        return length
+
+    def preprocess(self, prompt: Prompt, truncate: bool = False, **_: Any) -> dict[str, Any]:
+        """Token ids of one prompt. Raises RecordError where it is longer than the context."""
+        ids = self._chat_ids(prompt) if isinstance(prompt, list) else self.tokenizer(prompt)["input_ids"]
+        ids = ids or [self.tokenizer.bos_token_id or self.tokenizer.eos_token_id]
+        length, context = len(ids), self.context
+        if context and length >= context:
+            if not truncate:
+                raise RecordError(
+                    "too_long",
+                    f"the prompt has {length} tokens, the model's context holds {context}",
+                    hint="shorten it, or let --truncate cut its start",
+                )
+            ids = ids[1 - context :]
+        input_ids = torch.tensor([ids])
+        cut = length - len(ids)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "is_chat": isinstance(prompt, list),
+            "cut": cut,
+        }
+
+    def _chat_ids(self, messages: list[dict[str, Any]]) -> list[int]:
+        if not self.tokenizer.chat_template:
+            raise UsageError("this model has no chat template", hint="use `llmcli generate`, or a chat model: -m NAME")
+        try:
+            ids: list[int] = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+        except Exception as problem:  # whatever a template, which is a program, raises
+            raise RecordError("bad_messages", f"the chat template refuses the messages: {problem}") from problem
+        return ids
+
+    def _forward(
+        self, inputs: dict[str, Any], generation_config: Any = None, streamer: BaseStreamer | None = None
+    ) -> dict[str, Any]:
+        config = generation_config or self.model.generation_config
+        prompts = inputs["input_ids"]
+        sequences = self.model.generate(
+            input_ids=prompts,
+            attention_mask=inputs["attention_mask"],
+            generation_config=config,
+            tokenizer=self.tokenizer if config.stop_strings else None,
+            streamer=streamer,
+        )
+        sequences = getattr(sequences, "sequences", sequences)[:, prompts.shape[1] :]
+        return {"sequences": sequences.reshape(len(prompts), -1, sequences.shape[1]), **inputs}
+
+    def postprocess(self, output: dict[str, Any], generation_config: Any = None) -> dict[str, Any]:
+        """The fields of a result; `generated_texts` where more than one sequence was asked for."""
+        config: GenerationConfig = generation_config or self.model.generation_config
+        answers = [self._answer(sequence.tolist(), self.decoder(output), config) for sequence in output["sequences"][0]]
+        text, reason, _ = answers[0]
+        result: dict[str, Any] = {"generated_text": text}
+        if len(answers) > 1:
+            result["generated_texts"] = [text for text, _, _ in answers]
+        if output["cut"]:
+            result["truncated"] = output["cut"]
+        usage = {
+            "prompt_tokens": int(output["attention_mask"].sum()),
+            "completion_tokens": sum(count for _, _, count in answers),
+        }
+        return result | {"finish_reason": reason, "usage": usage}
+
+    def decoder(self, item: Mapping[str, Any]) -> Callable[[list[int]], str]:
+        """New token ids -> text. What follows a prompt is decoded together with the prompt's last tokens:
+        alone, a SentencePiece tokenizer would lose the space in front of it."""
+        tail: list[int] = [] if item["is_chat"] else item["input_ids"][0, -4:].tolist()
+        known = self.tokenizer.decode(tail, skip_special_tokens=True)
+
+        def decode(ids: list[int]) -> str:
+            text: str = self.tokenizer.decode(tail + ids, skip_special_tokens=True)
+            return text.removeprefix(known)
+
+        return decode
+
+    def _answer(
+        self, ids: list[int], decode: Callable[[list[int]], str], config: GenerationConfig
+    ) -> tuple[str, str, int]:
+        """Text, finish reason, and how many tokens were generated, of one row of a batch."""
+        eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        end = next((i + 1 for i, token in enumerate(ids) if token in eos), None)
+        text = decode(ids[:end])
+        if (cut := first_stop(text, config.stop_strings or ())) is not None:
+            count = next(n for n in range(1, len(ids) + 1) if first_stop(decode(ids[:n]), config.stop_strings) == cut)
+            return text[:cut], "stop", count
+        return text, "stop" if end else "length", end or len(ids)
+
+
+class Deltas(BaseStreamer):  # type: ignore[misc]
+    """Passes text on as it is generated, only what no later token can change.
+
+    Held back: the bytes of an unfinished character, and an ending that may become a stop text.
+    """
+
+    def __init__(
+        self, decode: Callable[[list[int]], str], stops: Sequence[str], on_text: Callable[[str], None]
+    ) -> None:
+        self.decode, self.stops, self.on_text = decode, stops, on_text
+        self.ids: list[int] = []
+        self.sent = 0
+        self.is_prompt = True
+
+    def put(self, value: Any) -> None:
+        if self.is_prompt:
+            self.is_prompt = False
+            return
+        self.ids += value.tolist()
+        text = self.decode(self.ids)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return
+        end = first_stop(text, self.stops)
+        end = len(text) - stop_prefix(text, self.stops) if end is None else end
+        if end > self.sent:
+            self.on_text(text[self.sent : end])
+            self.sent = end
+
+    def end(self) -> None:
+        """The result brings the rest."""
+
+
+def first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first of the stop texts begins in `text`."""
+    found = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return min(found, default=None)
+
+
+def stop_prefix(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of a stop text."""
+    return max(
+        (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
+        default=0,
+    )

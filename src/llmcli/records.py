@@ -1,0 +1,200 @@
+"""Arguments, files and stdin -> Records. The one place that reads input."""
+
+import csv
+import io
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, cast
+
+from llmcli.errors import RecordError, UsageError
+from llmcli.job import Failure, Record
+
+Stream = io.BufferedIOBase
+BOM = "\ufeff"
+CHUNK = 1 << 16
+
+
+class Form(Enum):
+    """What one record is."""
+
+    WHOLE = "whole"  # the whole argument, file or stdin
+    LINES = "lines"
+    NULL = "null"
+    JSONL = "jsonl"
+    CSV = "csv"
+
+
+def sources(texts: Sequence[str], files: Sequence[str]) -> list[tuple[str | None, Stream]]:
+    """What to read, in order, as (name of the file, stream): arguments, then files, or stdin where
+    neither is given.
+
+    Raises UsageError for a file that cannot be read, before anything runs, and where there is
+    no input at all and stdin is a terminal.
+    """
+    if not texts and not files:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UsageError("no input", hint="give a TEXT, -f FILE, or pipe something in; -f - reads the terminal")
+        return [(None, _stdin())]
+    arguments: list[tuple[str | None, Stream]] = [
+        (None, io.BytesIO(text.encode("utf-8", "surrogateescape"))) for text in texts
+    ]
+    return arguments + [(name, _open(name)) for name in files]
+
+
+def read(streams: Iterable[tuple[str | None, Stream]], form: Form) -> Iterator[Record]:
+    """Every record of the streams, in order. One that cannot be parsed comes as a Record with a `failure`."""
+    readers = {Form.WHOLE: _whole, Form.LINES: _lines, Form.NULL: _null, Form.JSONL: _jsonl, Form.CSV: _csv}
+    for name, stream in streams:
+        with stream:
+            yield from readers[form](stream, name)
+
+
+def prompts(texts: Sequence[str], files: Sequence[str], form: Form) -> Iterator[Record]:
+    """The records of generate and chat, where TEXT and files together are one prompt: files first.
+
+    Raises what `sources` raises; RecordError for a part of the prompt that is not UTF-8.
+    """
+    if not (texts and files):
+        return read(sources(texts, files), form)
+    if form is not Form.WHOLE:
+        raise UsageError(
+            f"TEXT and -f together make one prompt: they exclude --{form.value}",
+            hint='to put a text around each record: --prompt "... {text}"',
+        )
+    parts = [_part(name, stream) for name, stream in sources([], files) + sources(texts, [])]
+    return iter([Record({"text": "\n\n".join(parts)}, file=files[0] if len(files) == 1 else None)])
+
+
+def _part(name: str | None, stream: Stream) -> str:
+    with stream:
+        try:
+            return _utf8(_without_line_end(stream.read())).removeprefix(BOM)
+        except RecordError as problem:
+            raise RecordError(problem.kind, f"{name}: {problem.message}" if name else problem.message) from None
+
+
+def _open(name: str) -> Stream:
+    if name == "-":
+        return _stdin()
+    path = Path(name)
+    if path.is_dir():
+        raise UsageError(f"{name} is a folder", hint=f"name the files in it: -f {path / 'FILE'}")
+    try:
+        return path.open("rb")
+    except OSError as problem:
+        raise UsageError(f"{name}: {(problem.strerror or str(problem)).lower()}") from problem
+
+
+def _stdin() -> Stream:
+    # A buffer of our own on the descriptor: a thread that waits in sys.stdin would block the interpreter's exit.
+    try:
+        return open(sys.stdin.fileno(), "rb", closefd=False)
+    except (OSError, ValueError):  # replaced by an object that is no file
+        return cast(Stream, sys.stdin.buffer)
+
+
+def _whole(stream: Stream, name: str | None) -> Iterator[Record]:
+    yield _record(stream.read(), name)
+
+
+def _lines(stream: Stream, name: str | None) -> Iterator[Record]:
+    for number, line in enumerate(stream, start=1):
+        yield _record(line, name, number)
+
+
+def _null(stream: Stream, name: str | None) -> Iterator[Record]:
+    rest, number = b"", 0
+    while chunk := stream.read1(CHUNK):
+        *whole, rest = (rest + chunk).split(b"\0")
+        for data in whole:
+            number += 1
+            yield _record(data, name, number, line_end=False)
+    if rest:
+        yield _record(rest, name, number + 1, line_end=False)
+
+
+def _record(data: bytes, name: str | None, number: int | None = None, *, line_end: bool = True) -> Record:
+    try:
+        text = _utf8(_without_line_end(data) if line_end else data)
+    except RecordError as problem:
+        return _failed(name, number, problem)
+    return Record({"text": text if number and number > 1 else text.removeprefix(BOM)}, name, number)
+
+
+def _jsonl(stream: Stream, name: str | None) -> Iterator[Record]:
+    for number, line in enumerate(stream, start=1):
+        try:
+            text = _utf8(line)
+            yield Record(_object(text if number > 1 else text.removeprefix(BOM)), name, number)
+        except RecordError as problem:
+            yield _failed(name, number, problem)
+
+
+def _object(text: str) -> dict[str, Any]:
+    if not text.strip():
+        raise RecordError("invalid_json", "blank line")
+    try:
+        value = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+    except json.JSONDecodeError as problem:
+        raise RecordError("invalid_json", f"not JSON: {problem.msg} at character {problem.pos}") from None
+    except (ValueError, RecursionError) as problem:
+        raise RecordError("invalid_json", f"not JSON: {problem}") from None
+    if not isinstance(value, dict):
+        names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+        raise RecordError("invalid_json", f"not a JSON object but {names.get(type(value), 'a number')}")
+    return value
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else cast(float, _no_number(digits))
+
+
+def _csv(stream: Stream, name: str | None) -> Iterator[Record]:
+    csv.field_size_limit(sys.maxsize)
+    # Undecodable bytes travel as surrogates, so that they are reported with their row.
+    lines = (line.decode("utf-8", "surrogateescape") for line in stream)
+    rows = csv.reader(line if number else line.removeprefix(BOM) for number, line in enumerate(lines))
+    header: list[str] | None = None
+    for row in rows:
+        if not row:
+            continue
+        try:
+            for cell in row:
+                _utf8(cell.encode("utf-8", "surrogateescape"))
+            if header and len(row) != len(header):
+                raise RecordError("invalid_csv", f"{len(row)} fields where the header has {len(header)}")
+        except RecordError as problem:
+            if not header:
+                raise UsageError(f"{name or 'stdin'}: the header is {problem}") from problem
+            yield _failed(name, rows.line_num, problem)
+        else:
+            if header:
+                yield Record(dict(zip(header, row, strict=True)), name, rows.line_num)
+            header = header or row
+
+
+def _failed(name: str | None, number: int | None, problem: RecordError) -> Record:
+    fields = {} if number is None else {"line": number}
+    return Record(fields, name, number, Failure(problem.kind, problem.message))
+
+
+def _without_line_end(data: bytes) -> bytes:
+    """The text without its last line end, as `$(...)` gives it in a shell."""
+    return data[:-1].removesuffix(b"\r") if data.endswith(b"\n") else data
+
+
+def _utf8(data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as problem:
+        byte = data[problem.start]
+        raise RecordError("invalid_utf8", f"not UTF-8: byte 0x{byte:02x} at offset {problem.start}") from None

@@ -1,0 +1,53 @@
+"""One call, from the job to the exit status: records through the engine, results to the output."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from llmcli import console
+from llmcli.engines.local import LocalEngine
+from llmcli.errors import ExitStatus, UsageError
+from llmcli.job import Job, Record, Result
+from llmcli.output import Format, Output
+from llmcli.tasks import TASKS
+
+
+def run(
+    job: Job,
+    records: Iterable[Record],
+    *,
+    format: Format = Format.TEXT,
+    path: Path | None = None,
+    stop_on_error: bool = False,
+) -> ExitStatus:
+    """Write every result as soon as its turn is done, and every failure to stderr.
+
+    Returns FAILED for a single input that failed, PARTIAL for some of many, OK otherwise.
+    """
+    several = job.generation.get("num_return_sequences", 1) > 1
+    if several and format is Format.LINES:
+        raise UsageError("-n above 1 does not go with --lines", hint="--json gives all of them: generated_texts")
+    names = TASKS[job.task].outputs + (("generated_texts",) if several else ())
+    total = failed = 0
+    with Output(format, path=path, names=names, model=job.model) as output:
+        for result in LocalEngine().run(job, records, output.piece if output.streams else None):
+            total += 1
+            output.write(result)
+            if cut := result.output.get("truncated"):
+                console.notice(f"{_where(result)}the prompt was cut by {cut} tokens from its start")
+            if result.failure:
+                failed += 1
+                console.error(f"{_where(result)}{result.failure.message}")
+                if stop_on_error:
+                    return ExitStatus.FAILED
+    if not failed:
+        return ExitStatus.OK
+    return ExitStatus.FAILED if total == 1 else ExitStatus.PARTIAL
+
+
+def _where(result: Result) -> str:
+    """`file:line: `, as grep says it."""
+    record = result.record
+    place = [record.file or "", str(record.line or "")]
+    if record.line and not record.file:
+        return f"record {record.line}: "
+    return ":".join(filter(None, place)) + ": " if any(place) else ""

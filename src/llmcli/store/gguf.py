@@ -1,0 +1,37 @@
+"""GGUF -> safetensors, through transformers' own reader."""
+
+import io
+from contextlib import nullcontext, redirect_stderr
+from pathlib import Path
+
+from llmcli import console
+from llmcli.errors import ModelUnavailable
+
+
+def convert(file: Path, folder: Path) -> None:
+    """Write the model of a GGUF file to `folder`, dequantized to float32, with its tokenizer.
+
+    Raises ModelUnavailable for a damaged file or an architecture that transformers cannot read from GGUF.
+    """
+    console.notice(f"converting {file.name} to safetensors, once")
+    from llmcli.loader import quiet_libraries
+
+    quiet_libraries()
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    # transformers draws a bar, whoever is watching
+    bar = nullcontext() if console.is_terminal() and not console.quiet else redirect_stderr(io.StringIO())
+    try:
+        with bar:
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True))
+    except MemoryError:
+        raise
+    except Exception as problem:
+        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        raise ModelUnavailable(
+            f"{file.name} cannot be read: {reason}", hint="the file is damaged, or of an architecture not supported"
+        ) from problem
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

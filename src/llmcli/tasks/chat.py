@@ -1,0 +1,35 @@
+"""chat: answer a message, or a conversation, through the model's chat template."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmcli.errors import RecordError
+from llmcli.job import Job
+from llmcli.tasks.fields import prompt_text, text_field
+
+Message = dict[str, Any]
+
+
+def prepare(job: Job, fields: Mapping[str, Any]) -> list[Message] | None:
+    """The conversation so far; None where the message is empty. A system message of the record's own
+    stands before the job's."""
+    name = job.parameters.get("fields", {}).get("messages", "messages")
+    if name in fields and "prompt" not in job.parameters:
+        messages = _checked(fields[name], name)
+    elif text := prompt_text(job, fields):
+        messages = [{"role": "user", "content": text}]
+    else:
+        return None
+    system = job.parameters.get("system")
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return messages
+
+
+def _checked(messages: Any, name: str) -> list[Message]:
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise RecordError("wrong_type", f"field {name!r} is not a list of messages")
+    for message in messages:
+        text_field(message, "role")
+        text_field(message, "content")
+    return messages

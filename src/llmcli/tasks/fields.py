@@ -1,0 +1,53 @@
+"""Reading a record's fields: roles, templates, and what is wrong with them."""
+
+import string
+from collections.abc import Mapping
+from typing import Any
+
+from llmcli.errors import RecordError, UsageError
+from llmcli.job import Job
+
+
+def text_field(fields: Mapping[str, Any], name: str) -> str:
+    """The text in that field. Raises RecordError where it is missing, no text, or holds half a character."""
+    if name not in fields:
+        there = ", ".join(map(str, fields)) or "none"
+        raise RecordError("missing_field", f"no field {name!r}", hint=f"fields there: {there}; --field NAME picks one")
+    value = fields[name]
+    if not isinstance(value, str):
+        raise RecordError("wrong_type", f"field {name!r} is not a text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as problem:
+        raise RecordError("invalid_text", f"field {name!r}: lone surrogate at character {problem.start}") from None
+    return value
+
+
+def prompt_text(job: Job, fields: Mapping[str, Any]) -> str:
+    """The record's text, or the job's template filled with its fields; empty where the text is empty."""
+    name = job.parameters.get("fields", {}).get("text", "text")
+    template = job.parameters.get("prompt")
+    if template is None:
+        return text_field(fields, name)
+    if fields.get(name) == "":
+        return ""
+    return "".join(
+        literal + (_filled(fields, field) if field is not None else "")
+        for literal, field, _, _ in string.Formatter().parse(template)
+    )
+
+
+def check_template(template: str) -> None:
+    """Raises UsageError for a template that could never be filled."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as problem:
+        raise UsageError(f"--prompt: {problem}", hint="write {{ and }} for braces of the text itself") from problem
+    for _, field, spec, conversion in parts:
+        if field is not None and (not field or spec or conversion):
+            raise UsageError("--prompt: only {name} is known", hint="write {{ and }} for braces of the text itself")
+
+
+def _filled(fields: Mapping[str, Any], name: str) -> str:
+    value = fields.get(name)
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else text_field(fields, name)
