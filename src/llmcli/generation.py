@@ -10,7 +10,7 @@ from llmcli.errors import UsageError
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
 
 
-def check(explicit: Mapping[str, Any]) -> None:
+def check(explicit: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Let transformers judge the user's options, before any model is loaded. Raises UsageError."""
     from transformers import GenerationConfig
 
@@ -22,7 +22,7 @@ def check(explicit: Mapping[str, Any]) -> None:
                 hint="-o takes the fields of transformers' GenerationConfig",
             )
     try:
-        GenerationConfig(**explicit).validate()
+        merge(GenerationConfig(), explicit, defaults).validate()
     except (ValueError, TypeError) as problem:
         raise UsageError(str(problem).strip().splitlines()[0]) from problem
 

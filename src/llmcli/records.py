@@ -170,15 +170,16 @@ def _csv(stream: Stream, name: str | None) -> Iterator[Record]:
         try:
             for cell in row:
                 _utf8(cell.encode("utf-8", "surrogateescape"))
-            if header and len(row) != len(header):
-                raise RecordError("invalid_csv", f"{len(row)} fields where the header has {len(header)}")
         except RecordError as problem:
             if not header:
                 raise UsageError(f"{name or 'stdin'}: the header is {problem}") from problem
             yield _failed(name, rows.line_num, problem)
         else:
             if header:
-                yield Record(dict(zip(header, row, strict=True)), name, rows.line_num)
+                matches = len(row) == len(header)
+                wrong = Failure("invalid_csv", f"{len(row)} fields where the header has {len(header)}")
+                fields = dict(zip(header, row, strict=False))
+                yield Record(fields, name, rows.line_num, None if matches else wrong)
             header = header or row
 
 

@@ -49,5 +49,5 @@ def _where(result: Result) -> str:
     record = result.record
     place = [record.file or "", str(record.line or "")]
     if record.line and not record.file:
-        return f"record {record.line}: "
+        return f"line {record.line}: "
     return ":".join(filter(None, place)) + ": " if any(place) else ""

@@ -1,0 +1,138 @@
+"""One helper runs the real main(), as a person would; tiny models with random weights stand in for big ones."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# The cache that the suite shares with the user for the default model; tests of the cache itself make their own.
+REAL_CACHE = os.environ.get("LLMCLI_CACHE")
+WORDS = "the quick brown fox jumps over a lazy dog and then sleeps in warm sun , . ? ! once upon time".split()
+
+
+@dataclass
+class Ran:
+    """What a command line did."""
+
+    stdout: str
+    stderr: str
+    exit_status: int
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """stdout as JSON Lines."""
+        return [json.loads(line) for line in self.stdout.splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A configuration, a cache and a hub cache of the test's own; and no settings from outside."""
+    from llmcli import config, console, registry
+
+    for name in [name for name in os.environ if name.startswith(("LLMCLI_", "HF_"))]:
+        monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("LLMCLI_CACHE", str(home / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
+    monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
+    config.settings.cache_clear()
+    registry.models.cache_clear()
+    console.quiet = console.verbose = False
+    return home
+
+
+@pytest.fixture
+def llmcli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+    """`llmcli("generate", "Hello", stdin=b"...")` runs main() in this process."""
+    from llmcli import cli
+
+    def run(*args: object, stdin: bytes | None = None, is_terminal: bool = False) -> Ran:
+        out, err = _stream(is_terminal), _stream(is_terminal)
+        monkeypatch.setattr(sys, "stdin", _stream(stdin is None, stdin or b""))
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        status = cli.main([str(arg) for arg in args])
+        for stream in (out, err):
+            stream.flush()
+        return Ran(out.buffer.getvalue().decode(), err.buffer.getvalue().decode(), status)
+
+    return run
+
+
+def _stream(is_terminal: bool, data: bytes = b"") -> io.TextIOWrapper:
+    stream = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", newline="")
+    stream.isatty = lambda: is_terminal  # type: ignore[method-assign]
+    return stream
+
+
+@pytest.fixture
+def process() -> Callable[..., subprocess.CompletedProcess[bytes]]:
+    """`process("generate", "Hello")` runs llmcli in a process of its own."""
+
+    def run(*args: object, **settings: Any) -> subprocess.CompletedProcess[bytes]:
+        command = [sys.executable, "-m", "llmcli", *map(str, args)]
+        return subprocess.run(command, capture_output=True, timeout=120, **settings)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers that knows a few words, with a chat template; context of 64 tokens."""
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model's folder, pulled once into the user's own cache."""
+    environment = {name: value for name, value in os.environ.items() if name != "LLMCLI_CACHE"}
+    if REAL_CACHE:
+        environment["LLMCLI_CACHE"] = REAL_CACHE
+    command = [sys.executable, "-m", "llmcli", "models", "pull", "smollm2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip())
+
+
+def make_tiny(folder: Path, words: Sequence[str] = WORDS, *, chat: bool = True) -> Path:
+    """Save a tiny Llama with fixed random weights, float32, to `folder`."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    # Byte-level: any text has tokens, and none is lost.
+    special = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([f" {word}" for word in words] * 20, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    if chat:
+        fast.chat_template = (
+            "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+        )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    torch.nn.init.normal_(model.lm_head.weight, std=1.0)
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
