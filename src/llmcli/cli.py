@@ -53,7 +53,7 @@ def main(args: list[str] | None = None) -> int:
     except ReaderGone as gone:
         return gone.status
     except LlmcliError as problem:
-        console.error(problem)
+        console.error(problem.message, problem.hint, problem)
         return problem.status
     except KeyboardInterrupt:
         return ExitStatus.INTERRUPTED
@@ -61,9 +61,7 @@ def main(args: list[str] | None = None) -> int:
         return ExitStatus.TERMINATED
     except Exception as problem:
         hint = None if console.verbose else "this is a bug in llmcli: run it again with -v, and please report it"
-        console.error(f"unexpected {type(problem).__name__}: {problem}", hint)
-        if console.verbose:
-            raise
+        console.error(f"unexpected {type(problem).__name__}: {problem}", hint, problem)
         return ExitStatus.FAILED
     return ExitStatus.OK
 

@@ -5,8 +5,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from llmcli.errors import LlmcliError
-
 quiet = False
 verbose = False
 
@@ -33,15 +31,13 @@ def notice(message: str) -> None:
         _say(message)
 
 
-def error(problem: BaseException | str, hint: str | None = None) -> None:
-    """One or two lines: what happened, and what to do about it."""
-    if isinstance(problem, LlmcliError):
-        hint = problem.hint
-    _say(str(problem))
+def error(message: str, hint: str | None = None, cause: BaseException | None = None) -> None:
+    """One or two lines: what happened, and what to do about it; under -v the traceback too."""
+    _say(message)
     if hint:
         _say(hint)
-    if verbose and isinstance(problem, BaseException):
-        traceback.print_exception(problem, file=sys.stderr)
+    if verbose and cause:
+        traceback.print_exception(cause, file=sys.stderr)
 
 
 def _say(message: str) -> None:

@@ -128,7 +128,7 @@ def _record(data: bytes, name: str | None, number: int | None = None, *, line_en
 def _jsonl(stream: Stream, name: str | None) -> Iterator[Record]:
     for number, line in enumerate(stream, start=1):
         try:
-            text = _utf8(line)
+            text = _utf8(_without_line_end(line))
             yield Record(_object(text if number > 1 else text.removeprefix(BOM)), name, number)
         except RecordError as problem:
             yield _failed(name, number, problem)

@@ -1,0 +1,125 @@
+"""llmcli chat: one message, conversations, and a person at the terminal."""
+
+import os
+import pty
+import select
+import sys
+import time
+
+import pytest
+
+GREEDY = ("--temperature", 0, "--max-new-tokens", 6, "--dtype", "float32")
+
+
+@pytest.fixture
+def chat(llmcli, tiny):
+    return lambda *args, **settings: llmcli("chat", "-m", tiny, *GREEDY, *args, **settings)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny):
+    """The answer to a conversation, from transformers' own chat template and generate()."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+
+    def answer(*messages: tuple[str, str]) -> str:
+        conversation = [{"role": role, "content": content} for role, content in messages]
+        inputs = tokenizer.apply_chat_template(
+            conversation, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=6)
+        return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    return answer
+
+
+def test_one_message(chat, reference):
+    assert chat("the quick").stdout == reference(("user", "the quick")) + "\n"
+
+
+def test_a_system_message(chat, reference):
+    expected = reference(("system", "a lazy dog"), ("user", "the quick"))
+    assert chat("the quick", "-s", "a lazy dog").stdout == expected + "\n"
+
+
+def test_conversations_as_json_lines(chat, reference):
+    data = (
+        b'{"id": 1, "messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "dog"},'
+        b' {"role": "user", "content": "fox"}]}\n{"text": "the quick"}\n'
+    )
+    first, second = chat("--jsonl", stdin=data).records
+    assert first["id"] == 1
+    assert first["generated_text"] == reference(("user", "the"), ("assistant", "dog"), ("user", "fox"))
+    assert second["generated_text"] == reference(("user", "the quick"))
+
+
+def test_a_conversations_own_system_message_stands(chat, reference):
+    data = b'{"messages": [{"role": "system", "content": "warm"}, {"role": "user", "content": "the"}]}\n'
+    (record,) = chat("--jsonl", "-s", "cold", stdin=data).records
+    assert record["generated_text"] == reference(("system", "warm"), ("user", "the"))
+
+
+@pytest.mark.parametrize(
+    "messages", ['"hello"', "[]", '["a"]', '[{"role": "user"}]', '[{"role": "user", "content": 3}]', "{}"]
+)
+def test_messages_that_are_none(chat, messages):
+    ran = chat("--jsonl", stdin=f'{{"messages": {messages}}}\n'.encode())
+    assert ran.records[0]["error"]["type"] in ("wrong_type", "missing_field")
+    assert ran.exit_status == 1
+
+
+def test_a_file_and_a_question_make_one_message(chat, reference, tmp_path):
+    (tmp_path / "a.txt").write_text("a lazy dog\n")
+    expected = reference(("user", "a lazy dog\n\nthe quick"))
+    assert chat("the quick", "-f", tmp_path / "a.txt").stdout == expected + "\n"
+    assert chat("the quick", "-f", "-", stdin=b"a lazy dog\n").stdout == expected + "\n"
+
+
+def test_a_model_without_a_chat_template(llmcli, tmp_path):
+    from conftest import make_tiny
+
+    ran = llmcli("chat", "hello", "-m", make_tiny(tmp_path / "base", chat=False))
+    assert ran.exit_status == 2
+    assert "no chat template" in ran.stderr
+    assert "llmcli generate" in ran.stderr
+
+
+@pytest.mark.slow
+def test_a_conversation_at_the_terminal(tiny, tmp_path, reference):
+    """stdin and stderr are a terminal, stdout a file: the file holds the answers alone."""
+    answers = tmp_path / "answers"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ["PROMPT_TOOLKIT_NO_CPR"] = "1"
+        os.dup2(os.open(answers, os.O_WRONLY | os.O_CREAT), 1)
+        args = ["chat", "-m", str(tiny), *map(str, GREEDY), "-s", "warm"]
+        os.execv(sys.executable, [sys.executable, "-m", "llmcli", *args])
+    screen = b""
+
+    def until(text: bytes) -> None:
+        nonlocal screen
+        deadline = time.monotonic() + 30
+        while text not in screen:
+            ready, _, _ = select.select([terminal], [], [], deadline - time.monotonic())
+            assert ready, screen
+            screen += os.read(terminal, 4096)
+        screen = screen[screen.index(text) + len(text) :]
+
+    def say(line: str) -> None:
+        until(b">>>")
+        os.write(terminal, line.encode() + b"\r")
+        time.sleep(0.2)
+
+    say("the quick")
+    say("/system a lazy dog")
+    until(b"a new conversation")
+    say("the quick")
+    say("/nonsense")
+    until(b"/clear")
+    say("/exit")
+    assert os.waitpid(pid, 0)[1] == 0
+    os.close(terminal)
+    first = reference(("system", "warm"), ("user", "the quick"))
+    second = reference(("system", "a lazy dog"), ("user", "the quick"))
+    assert answers.read_text() == f"{first}\n{second}\n"

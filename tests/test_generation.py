@@ -1,0 +1,73 @@
+"""The user's options over the model's own over the task's defaults; and the shared option values."""
+
+import pytest
+from transformers import GenerationConfig
+
+from llmcli import generation
+from llmcli.errors import UsageError
+from llmcli.options import key_value, size_in_bytes
+from llmcli.tasks import SAMPLING
+
+DEFAULTS = SAMPLING | {"max_new_tokens": 128}
+
+
+def merged(model: dict, **explicit):
+    return generation.merge(GenerationConfig(**model), explicit, DEFAULTS)
+
+
+def test_where_all_are_silent_the_task_samples():
+    config = merged({})
+    assert (config.do_sample, config.temperature, config.top_p, config.max_new_tokens) == (True, 0.8, 0.95, 128)
+
+
+def test_the_models_own_configuration_stands():
+    config = merged({"do_sample": True, "temperature": 0.6, "top_k": 20, "eos_token_id": [7, 8]})
+    assert (config.temperature, config.top_k, config.top_p, config.eos_token_id) == (0.6, 20, 0.95, [7, 8])
+
+
+def test_the_user_has_the_last_word():
+    config = merged({"do_sample": True, "temperature": 0.6}, temperature=1.2, max_new_tokens=5)
+    assert (config.temperature, config.max_new_tokens) == (1.2, 5)
+
+
+def test_greedy_forgets_the_sampling_parameters():
+    config = merged({"do_sample": True, "temperature": 0.6, "top_k": 20}, do_sample=False)
+    assert (config.do_sample, config.temperature, config.top_p, config.top_k) == (False, None, None, None)
+
+
+def test_beams_do_not_sample_unless_asked():
+    assert not merged({}, num_beams=4).do_sample
+    assert merged({}, num_beams=4, temperature=0.5).do_sample
+
+
+def test_asking_for_a_sampling_parameter_asks_for_sampling():
+    assert merged({"do_sample": False}, top_k=5).do_sample
+
+
+def test_a_total_length_replaces_the_default_of_new_tokens():
+    config = merged({"max_length": 20}, max_length=50)
+    assert (config.max_length, config.max_new_tokens) == (50, None)
+    assert merged({"max_length": 20}).max_length is None
+
+
+def test_unknown_and_impossible_options():
+    with pytest.raises(UsageError, match="did you mean 'temperature'"):
+        generation.check({"temprature": 1}, DEFAULTS)
+    with pytest.raises(UsageError, match="num_return_sequences"):
+        generation.check({"num_return_sequences": 2, "do_sample": False}, DEFAULTS)
+    generation.check({"num_return_sequences": 2}, DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("item", "value"),
+    [("top_k=5", 5), ("min_p=0.1", 0.1), ("use_cache=false", False), ("use_cache=False", False), ("a=b=c", "b=c"),
+     ("eos_token_id=[1,2]", [1, 2]), ("cache_implementation=static", "static")],
+)  # fmt: skip
+def test_key_value(item, value):
+    assert key_value(item) == (item.partition("=")[0], value)
+
+
+def test_sizes():
+    assert [size_in_bytes(text) for text in ("8GB", "1.5g", "2GiB", "100")] == [8 * 10**9, 1_500_000_000, 2**31, 100]
+    with pytest.raises(UsageError, match="not a size"):
+        size_in_bytes("much")

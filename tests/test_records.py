@@ -1,0 +1,127 @@
+"""Arguments, files and stdin in every form, and what is wrong with some of them."""
+
+import json
+
+import pytest
+
+from llmcli.errors import UsageError
+from llmcli.job import Failure
+from llmcli.records import Form, prompts, read, sources
+
+DATA = {
+    Form.WHOLE: (b"one\ntwo\n", [{"text": "one\ntwo"}]),
+    Form.LINES: (b"one\n\ntwo\r\nthree", [{"text": "one"}, {"text": ""}, {"text": "two"}, {"text": "three"}]),
+    Form.NULL: (b"one\n\0\0two", [{"text": "one\n"}, {"text": ""}, {"text": "two"}]),
+    Form.JSONL: (b'{"text": "one", "n": 1}\n{"text": "\xc3\xa9"}\n', [{"text": "one", "n": 1}, {"text": "é"}]),
+    Form.CSV: (b'text,n\n"one\ntwo",1\nthree,2\n', [{"text": "one\ntwo", "n": "1"}, {"text": "three", "n": "2"}]),
+}
+
+
+def records(data: bytes, form: Form, tmp_path) -> list:
+    path = tmp_path / "input"
+    path.write_bytes(data)
+    return list(read(sources([], [str(path)]), form))
+
+
+@pytest.mark.parametrize("form", Form)
+@pytest.mark.parametrize("source", ["argument", "file", "stdin", "dash"])
+def test_every_form_from_every_source(form, source, tmp_path, monkeypatch):
+    data, expected = DATA[form]
+    path = tmp_path / "input.txt"
+    path.write_bytes(data)
+    texts, files = [], []
+    if source == "argument":
+        if b"\0" in data:
+            pytest.skip("an argument holds no NUL")
+        texts = [data.decode()]
+    elif source == "file":
+        files = [str(path)]
+    else:
+        monkeypatch.setattr("sys.stdin", path.open())
+        files = ["-"] if source == "dash" else []
+    found = list(read(sources(texts, files), form))
+    assert [record.fields for record in found] == expected
+    assert not any(record.failure for record in found)
+    assert {record.file for record in found} == {{"file": str(path), "dash": "-"}.get(source)}
+
+
+@pytest.mark.parametrize("form", Form)
+def test_nothing_in_nothing_out(form, tmp_path):
+    assert records(b"", form, tmp_path) == ([] if form is not Form.WHOLE else records(b"\n", form, tmp_path))
+
+
+@pytest.mark.parametrize("form", [Form.WHOLE, Form.LINES, Form.JSONL, Form.CSV])
+def test_a_byte_order_mark_is_no_text(form, tmp_path):
+    data, expected = DATA[form]
+    assert [record.fields for record in records(b"\xef\xbb\xbf" + data, form, tmp_path)] == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "message"),
+    [
+        (b"", "invalid_json", "blank line"),
+        (b'{"text": ', "invalid_json", "not JSON: Expecting value at character 9"),
+        (b'["a"]', "invalid_json", "not a JSON object but an array"),
+        (b'"a"', "invalid_json", "not a JSON object but a string"),
+        (b"3", "invalid_json", "not a JSON object but a number"),
+        (b"null", "invalid_json", "not a JSON object but null"),
+        (b'{"x": NaN}', "invalid_json", "not JSON: NaN is no number"),
+        (b'{"x": 1e999}', "invalid_json", "not JSON: 1e999 is no number"),
+        (b'{"text": "a\xff"}', "invalid_utf8", "not UTF-8: byte 0xff at offset 11"),
+        (b'{"a":' * 100_000, "invalid_json", None),
+    ],
+)
+def test_a_bad_line_fails_alone(line, kind, message, tmp_path):
+    good = b'{"text": "good"}\n'
+    before, bad, after = records(good + line + b"\n" + good, Form.JSONL, tmp_path)
+    assert before.fields == after.fields == {"text": "good"}
+    assert bad.fields == {"line": 2}
+    assert bad.failure.type == kind
+    assert message is None or bad.failure.message == message
+
+
+def test_invalid_utf8_is_reported_with_its_offset(tmp_path):
+    (whole,) = records(b"caf\xe9!", Form.WHOLE, tmp_path)
+    assert whole.failure == Failure("invalid_utf8", "not UTF-8: byte 0xe9 at offset 3")
+    good, bad = records(b"fine\nx\xff\n", Form.LINES, tmp_path)
+    assert good.failure is None
+    assert bad.failure == Failure("invalid_utf8", "not UTF-8: byte 0xff at offset 1")
+    assert bad.fields == {"line": 2}
+
+
+def test_csv_rows_that_do_not_fit_the_header(tmp_path):
+    short, long, broken, good = records(b"text,n\na\nb,1,2\nc\xff,3\nd,4\n", Form.CSV, tmp_path)
+    assert short.failure.message == "1 fields where the header has 2"
+    assert long.failure.message == "3 fields where the header has 2"
+    assert broken.failure.type == "invalid_utf8"
+    assert good.fields == {"text": "d", "n": "4"}
+
+
+def test_several_files_keep_their_names_and_line_numbers(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(f"{name}1\n{name}2\n")
+    paths = [str(tmp_path / "a"), str(tmp_path / "b")]
+    found = [(r.fields["text"], r.file, r.line) for r in read(sources([], paths), Form.LINES)]
+    assert found == [("a1", paths[0], 1), ("a2", paths[0], 2), ("b1", paths[1], 1), ("b2", paths[1], 2)]
+
+
+def test_text_and_files_make_one_prompt_files_first(tmp_path):
+    (tmp_path / "diff").write_text("+ a line\n")
+    (record,) = prompts(["Describe this change"], [str(tmp_path / "diff")], Form.WHOLE)
+    assert record.fields == {"text": "+ a line\n\nDescribe this change"}
+    assert record.file == str(tmp_path / "diff")
+    with pytest.raises(UsageError, match="exclude --lines"):
+        prompts(["Describe"], [str(tmp_path / "diff")], Form.LINES)
+
+
+def test_missing_input_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="no such file"):
+        sources([], [str(tmp_path / "missing")])
+    with pytest.raises(UsageError, match="is a folder"):
+        sources([], [str(tmp_path)])
+
+
+def test_a_long_line_is_a_line(tmp_path):
+    text = "x" * 10_000_000
+    (record,) = records(json.dumps({"text": text}).encode(), Form.JSONL, tmp_path)
+    assert record.fields == {"text": text}
