@@ -14,7 +14,23 @@ import pytest
 
 # The cache that the suite shares with the user for the default model; tests of the cache itself make their own.
 REAL_CACHE = os.environ.get("LLMCLI_CACHE")
-WORDS = "the quick brown fox jumps over a lazy dog and then sleeps in warm sun , . ? ! once upon time".split()
+WORDS = (
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "a",
+    "lazy",
+    "dog",
+    "and",
+    "then",
+    "sleeps",
+    "in",
+    "warm",
+    "sun",
+    "once",
+    "upon",
+)
 
 
 @dataclass
@@ -118,9 +134,7 @@ def make_tiny(folder: Path, words: Sequence[str] = WORDS, *, chat: bool = True) 
         vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([f" {word}" for word in words] * 20, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
     if chat:
         fast.chat_template = (
             "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '\n' }}{% endfor %}"

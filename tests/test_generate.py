@@ -49,7 +49,9 @@ def test_json_carries_fields_and_adds_the_answer(generate, reference, tiny):
 
 
 def test_stdin_is_the_same_as_an_argument(generate):
-    assert generate(stdin=b"the quick\n").stdout == generate("the quick").stdout == generate("-f", "-", stdin=b"the quick\n").stdout  # fmt: skip
+    argument = generate("the quick").stdout
+    assert generate(stdin=b"the quick\n").stdout == argument
+    assert generate("-f", "-", stdin=b"the quick\n").stdout == argument
 
 
 def test_stdin_is_left_alone_when_there_is_an_argument(llmcli, tiny, process):
@@ -89,7 +91,14 @@ def test_csv_in_csv_out(generate):
 
 
 def test_every_line_in_has_its_line_out(generate):
-    data = b'{"text": "the"}\n{broken\n{"id": 1}\n{"text": 5}\n{"text": "\\ud800"}\n{"text": ""}\n{"error": "old", "x": 1}\n'
+    data = b"""{"text": "the"}
+{broken
+{"id": 1}
+{"text": 5}
+{"text": "\\ud800"}
+{"text": ""}
+{"error": "old", "x": 1}
+"""
     ran = generate("--jsonl", stdin=data)
     kinds = [record["error"]["type"] if isinstance(record.get("error"), dict) else None for record in ran.records]
     assert kinds == [None, "invalid_json", "missing_field", "wrong_type", "invalid_text", None, None]
@@ -156,7 +165,8 @@ def test_stop_texts_do_not_depend_on_the_batch(generate, reference):
     stop = reference("the quick").removeprefix("the quick")[3:5]
     args = ("--lines", "--json", "--stop", stop)
     data = b"the quick\na lazy dog and then\nonce\n"
-    assert generate(*args, "--batch-size", 1, stdin=data).stdout == generate(*args, "--batch-size", 3, stdin=data).stdout
+    apart, together = (generate(*args, "--batch-size", size, stdin=data).stdout for size in (1, 3))
+    assert apart == together
 
 
 def test_several_sequences(llmcli, tiny):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from llmcli import config, console
+from llmcli import config, console, registry
 from llmcli.errors import UsageError
 from llmcli.job import Placement
 from llmcli.output import Format
@@ -115,6 +115,10 @@ class ModelOptions:
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
     ] = False
+
+    def name(self, task: str) -> str:
+        """The model asked for, or the task's default."""
+        return registry.default_name(task) if self.model is None else self.model
 
     def placement(self) -> Placement:
         """The options laid over the environment and the configuration file."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmcli import registry, tasks
+from llmcli import tasks
 from llmcli.errors import ExitStatus
 from llmcli.grammar import spread
 from llmcli.job import Job
@@ -36,7 +36,7 @@ def chat(
     form = input.form()
     job = Job(
         task="chat",
-        model=model.model or registry.default_name("chat"),
+        model=model.name("chat"),
         generation=generation.generation(),
         parameters={"fields": input.roles("text", "messages"), "system": system} | tasks.template(prompt),
         placement=model.placement(),

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from llmcli import registry, tasks
+from llmcli import tasks
 from llmcli.errors import ExitStatus
 from llmcli.grammar import spread
 from llmcli.job import Job
@@ -34,7 +34,7 @@ def generate(
     form = input.form()
     job = Job(
         task="generate",
-        model=model.model or registry.default_name("generate"),
+        model=model.name("generate"),
         generation=generation.generation(),
         parameters={"fields": input.roles("text"), "full_text": full_text} | tasks.template(prompt),
         placement=model.placement(),

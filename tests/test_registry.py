@@ -1,0 +1,149 @@
+"""Names -> models, the user's overlay and configuration, and what is wrong with them."""
+
+from pathlib import Path
+
+import pytest
+
+from llmcli import config, registry
+from llmcli.errors import ModelUnavailable, UsageError
+from llmcli.registry import FolderSource, GgufSource, HubSource, WheelSource
+
+
+@pytest.fixture
+def own(home: Path):
+    """Write the user's models.toml."""
+
+    def write(text: str) -> None:
+        path = home / "config" / "llmcli" / "models.toml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        registry.models.cache_clear()
+
+    return write
+
+
+@pytest.fixture
+def configured(home: Path):
+    """Write the user's config.toml."""
+
+    def write(text: str) -> None:
+        path = home / "config" / "llmcli" / "config.toml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        config.settings.cache_clear()
+
+    return write
+
+
+def test_the_default_is_in_the_registry():
+    for task in ("generate", "chat"):
+        assert task in registry.models()[registry.default_name(task)].tasks
+
+
+def test_every_model_says_where_it_comes_from_and_under_which_license():
+    for spec in registry.models().values():
+        assert spec.license
+        assert spec.description
+        assert isinstance(spec.source, HubSource | WheelSource)
+
+
+def test_a_name_is_an_alias_then_a_path_then_a_hub_id(tmp_path, monkeypatch, own):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("gpt2", "org/local"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "x.gguf").touch()
+    assert registry.resolve("gpt2").source == HubSource("openai-community/gpt2", "607a30d")
+    assert registry.resolve("./gpt2").source == FolderSource(tmp_path / "gpt2")
+    assert registry.resolve("org/local").source == FolderSource(tmp_path / "org/local")
+    assert registry.resolve("org/remote").source == HubSource("org/remote")
+    assert registry.resolve("org/remote@refs/pr/1").source == HubSource("org/remote", "refs/pr/1")
+    assert registry.resolve("x.gguf").source == GgufSource(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("smolm2", "did you mean 'smollm2'"), ("./missing", "does not exist"), ("missing.gguf", "does not exist"),
+     ("a/b/c", "unknown model"), ("", "unknown model"), ("/etc/passwd", "neither a model folder nor a .gguf file")],
+)  # fmt: skip
+def test_a_name_that_is_nothing(llmcli, name, says):
+    ran = llmcli("generate", "x", "-m", name)
+    assert ran.exit_status == 4
+    assert says in ran.stderr
+    assert len(ran.stderr.splitlines()) <= 2
+
+
+def test_the_users_models_are_laid_over_ours(own):
+    own('[mine]\nhub = "me/mine@v1"\nlicense = "MIT"\n[smollm2]\npath = "/models/smollm2"\n')
+    assert registry.resolve("mine").source == HubSource("me/mine", "v1")
+    assert registry.resolve("smollm2").source == FolderSource(Path("/models/smollm2"))
+    assert "gpt2" in registry.models()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('[mine]\nhubb = "a/b"', "unknown key 'hubb'; did you mean 'hub'"),
+        ('[mine]\nlicense = "MIT"', "needs exactly one of hub, wheels, path"),
+        ('[mine]\nhub = "a/b"\npath = "/x"', "needs exactly one"),
+        ('[mine]\nwheels = ["a==1"]\nfiles = ["a"]', "'sha256' has to go with 'wheels'"),
+        ('[mine]\nhub = "a/b"\nsha256 = "0"', "'sha256' does not go with 'hub'"),
+        ('[mine]\nhub = "a/b"\nsize = "big"', "'size' must be of type int"),
+        ('[mine]\nhub = "nonsense"', "is not a hub id"),
+        ('mine = "a/b"', "is not a table"),
+        ("[mine", "models.toml"),
+    ],
+)
+def test_a_table_that_makes_no_sense(own, llmcli, text, says):
+    own(text)
+    ran = llmcli("models", "list")
+    assert ran.exit_status == 2
+    assert says in ran.stderr
+
+
+def test_configuration_environment_and_option_in_rising_order(configured, monkeypatch, llmcli, tiny):
+    configured(f'dtype = "float16"\noffline = true\n[defaults]\ngenerate = "{tiny}"\n')
+    assert config.settings().dtype == "float16"
+    assert registry.default_name("generate") == str(tiny)
+    assert registry.default_name("chat") == "smollm2"
+    ran = llmcli("generate", "the", "--json", "--max-new-tokens", 2)
+    assert ran.records[0]["model"] == str(tiny)
+    assert "offline" in llmcli("generate", "the", "-m", "org/remote").stderr
+    monkeypatch.setenv("LLMCLI_DTYPE", "nonsense")
+    config.settings.cache_clear()
+    with pytest.raises(UsageError, match="unknown dtype"):
+        config.settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("devise = 1", "did you mean 'device'"), ("offline = 1", "must be of type bool"), ("x", "config.toml")],
+)
+def test_a_configuration_that_makes_no_sense(configured, llmcli, text, says):
+    configured(text)
+    ran = llmcli("generate", "x")
+    assert ran.exit_status == 2
+    assert says in ran.stderr
+
+
+def test_a_named_configuration_has_to_be_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("LLMCLI_CONFIG", str(tmp_path / "missing.toml"))
+    with pytest.raises(UsageError, match="no such file"):
+        config.settings()
+
+
+def test_resolve_raises_what_main_turns_into_exit_4():
+    with pytest.raises(ModelUnavailable):
+        registry.resolve("nonsense")
+
+
+def test_list_show_and_env_for_people_and_for_scripts(llmcli):
+    names = [record["name"] for record in llmcli("models", "list", "--json").records]
+    assert names[:2] == ["smollm2", "gemma3-270m"]
+    assert [line.split("\t")[0] for line in llmcli("models", "list").stdout.splitlines()] == names
+    (shown,) = llmcli("models", "show", "gpt2", "--json").records
+    assert (shown["source"], shown["license"], shown["path"]) == ("hub: openai-community/gpt2@607a30d", "MIT", None)
+    assert "openai-community/gpt2" in llmcli("models", "show", "gpt2").stdout
+    (about,) = llmcli("env", "--json").records
+    assert about["cached"] == []
+    assert about["devices"][0].startswith("cpu")
+    assert f"transformers     {about['transformers']}\n" in llmcli("env").stdout
