@@ -131,7 +131,9 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*header, box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(header):
+        table.add_column(name, no_wrap=i == 0, overflow="fold")  # what one would type is never cut
     for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -1,23 +1,19 @@
-"""transformers pipelines of our own, one per kind of head, under ids of our own."""
+"""transformers pipelines of our own, one per kind of head: the file's name is the kind, `llmcli-KIND` its id."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
+from llmcli import loader
 from llmcli.job import Placement
-
-IDS = {"causal": "llmcli-causal"}
 
 
 def load(kind: str, folder: Path, placement: Placement) -> Any:
     """A ready transformers.Pipeline. Raises what `loader.load` raises."""
-    from llmcli import loader
-
     model, tokenizer = loader.load(folder, placement)
-    # transformers' registry, rather than the class itself: `transformers.pipeline("llmcli-causal")` works too.
-    from transformers.pipelines import PIPELINE_REGISTRY
+    importlib.import_module(f"llmcli.pipelines.{kind}")  # registers itself with transformers
+    from transformers import pipeline
 
-    from llmcli.pipelines.causal import CausalPipeline
-
-    if IDS[kind] not in PIPELINE_REGISTRY.get_supported_tasks():
-        PIPELINE_REGISTRY.register_pipeline(IDS[kind], pipeline_class=CausalPipeline)
-    return PIPELINE_REGISTRY.check_task(IDS[kind])[1]["impl"](model=model, tokenizer=tokenizer)
+    # A model that accelerate spread says where it is; one on a single device would be moved to the first GPU.
+    device = None if getattr(model, "hf_device_map", None) else model.device
+    return pipeline(f"llmcli-{kind}", model=model, tokenizer=tokenizer, device=device)

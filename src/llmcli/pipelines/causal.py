@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
+from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 
 from llmcli.errors import RecordError, UsageError
@@ -15,7 +16,7 @@ Prompt = str | list[dict[str, Any]]
 
 class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no types
     """What the steps hand to each other, for a batch of B prompts, the longest of P tokens, with N
-    sequences of at most T new tokens each. It runs under `transformers.pipeline` too.
+    sequences of at most T new tokens each. `transformers.pipeline("llmcli-causal", ...)` makes one too.
 
     preprocess   input_ids, attention_mask (1, P); is_chat; cut: tokens that --truncate took away
     _forward     sequences (B, N, T), and what preprocess gave, padded on the left
@@ -29,7 +30,7 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
 
     def _sanitize_parameters(self, generation_config: Any = None, truncate: bool = False) -> tuple[Any, Any, Any]:
         config = {} if generation_config is None else {"generation_config": generation_config}
-        return {**config, "truncate": truncate}, config, config
+        return {"truncate": truncate}, config, config
 
     @property
     def context(self) -> int | None:
@@ -38,7 +39,7 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
         length: int | None = getattr(config, "max_position_embeddings", None)
         return length
 
-    def preprocess(self, prompt: Prompt, truncate: bool = False, **_: Any) -> dict[str, Any]:
+    def preprocess(self, prompt: Prompt, truncate: bool = False) -> dict[str, Any]:
         """Token ids of one prompt. Raises RecordError where it is longer than the context."""
         ids = self._chat_ids(prompt) if isinstance(prompt, list) else self.tokenizer(prompt)["input_ids"]
         ids = ids or [self.tokenizer.bos_token_id or self.tokenizer.eos_token_id]
@@ -125,6 +126,9 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
             count = next(n for n in range(1, len(ids) + 1) if first_stop(decode(ids[:n]), config.stop_strings) == cut)
             return text[:cut], "stop", count
         return text, "stop" if end else "length", end or len(ids)
+
+
+PIPELINE_REGISTRY.register_pipeline("llmcli-causal", pipeline_class=CausalPipeline)
 
 
 class Deltas(BaseStreamer):  # type: ignore[misc]

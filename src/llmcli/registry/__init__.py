@@ -71,7 +71,7 @@ def resolve(name: str) -> ModelSpec:
         return ModelSpec(name, FolderSource(path.resolve()))
     if path.suffix == ".gguf" and path.is_file():
         return ModelSpec(name, GgufSource(path.resolve()))
-    looks_like_path = name.startswith((".", "/", "~")) or path.suffix == ".gguf" or path.exists()
+    looks_like_path = name.startswith((".", "/", "~")) or path.suffix == ".gguf" or (name and path.exists())
     if not looks_like_path and (source := _hub_source(name)):
         return ModelSpec(name, source)
     if looks_like_path:

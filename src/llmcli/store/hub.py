@@ -1,5 +1,6 @@
 """Repositories on the Hugging Face hub, through huggingface_hub and its shared cache."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,28 +9,23 @@ from llmcli.errors import ModelUnavailable
 from llmcli.registry import HubSource, ModelSpec
 
 CONFIGURATION = ["*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.py"]
-SAFETENSORS = ["model.safetensors", "model-*.safetensors"]
-PICKLED = ["pytorch_model.bin", "pytorch_model-*.bin"]
-SUBFOLDERS = ["*/*"]  # other formats of the same weights: onnx, original, ...
+SAFETENSORS = "model.safetensors"  # or, in shards, model-00001-of-00002.safetensors and so on, with an index
+PICKLED = "pytorch_model.bin"
 
 
 def find(source: HubSource, *, allow_pickle: bool) -> Path | None:
-    """The cached snapshot, if it is there and whole."""
+    """The cached snapshot, if it is there and whole. Raises ModelUnavailable for what can be no hub id."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     for weights in [SAFETENSORS, *([PICKLED] if allow_pickle else [])]:
         try:
-            path = snapshot_download(
-                source.repo,
-                revision=source.revision,
-                allow_patterns=CONFIGURATION + weights,
-                ignore_patterns=SUBFOLDERS,
-                local_files_only=True,
-            )
+            path = snapshot_download(source.repo, revision=source.revision, local_files_only=True, **_patterns(weights))
         except LocalEntryNotFoundError:
             continue
-        if any(file for pattern in weights for file in Path(path).glob(pattern)):
+        except HFValidationError as problem:
+            raise _translated(problem, source) from problem
+        if _is_whole(Path(path), weights):
             return Path(path)
     return None
 
@@ -39,26 +35,41 @@ def fetch(spec: ModelSpec, source: HubSource, *, allow_pickle: bool) -> Path:
 
     Raises ModelUnavailable: not found, gated, unreachable, or only pickled weights.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.utils import disable_progress_bars, filter_repo_objects, logging
 
+    if not console.verbose:
+        logging.set_verbosity_error()
     if console.quiet or not console.is_terminal():
         disable_progress_bars()
     try:
-        info = HfApi().model_info(source.repo, revision=source.revision, files_metadata=True)
+        info = HfApi().model_info(
+            source.repo, revision=source.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-        patterns = {
-            "allow_patterns": CONFIGURATION + _weights(source.repo, set(sizes), allow_pickle=allow_pickle),
-            "ignore_patterns": SUBFOLDERS,
-        }
-        size = sum(sizes[name] for name in filter_repo_objects(sizes, **patterns))
-        license = getattr(info.card_data, "license", None) or spec.license or "not stated"
-        console.notice(f"pulling {source.repo}, {size / 1e6:.0f} MB from the hub (license: {license})")
-        return Path(snapshot_download(source.repo, revision=source.revision, **patterns))
+        patterns = _patterns(_weights(source.repo, set(sizes), allow_pickle=allow_pickle))
+        missing = [
+            name
+            for name in filter_repo_objects(sizes, **patterns)
+            if not isinstance(try_to_load_from_cache(source.repo, name, revision=info.sha), str)
+        ]
+        if missing:
+            size = sum(sizes[name] for name in missing)
+            license = getattr(info.card_data, "license", None) or spec.license or "not stated"
+            console.notice(f"pulling {source.repo}, {size / 1e6:.0f} MB from the hub (license: {license})")
+        # One by one, as Ctrl-C would have to wait for snapshot_download's threads (one file alone comes in parallel
+        # where the hub keeps it in Xet); and weights last, so that where they are, the rest is too.
+        for name in sorted(missing, key=lambda name: name.endswith((".safetensors", ".bin"))):
+            hf_hub_download(source.repo, name, revision=info.sha)
+        disable_progress_bars()
+        snapshot_download(source.repo, revision=source.revision, **patterns)  # nothing is left but to note the revision
     except (ModelUnavailable, MemoryError):
         raise
     except Exception as problem:
         raise _translated(problem, source) from problem
+    if not (path := find(source, allow_pickle=allow_pickle)):
+        raise ModelUnavailable(f"the hub did not give all of {source.repo}", hint="try again later")
+    return path
 
 
 def remove(source: HubSource) -> bool:
@@ -86,37 +97,61 @@ def _is(cached: Any, revision: str) -> bool:
     return revision in cached.refs or cached.commit_hash.startswith(revision)
 
 
-def _weights(repo: str, files: set[str], *, allow_pickle: bool) -> list[str]:
-    """The patterns of the weight files to take. Raises ModelUnavailable where there are none that may be opened."""
-    if any(Path(file).match(pattern) for file in files for pattern in SAFETENSORS):
-        return SAFETENSORS
-    if not any(Path(file).match(pattern) for file in files for pattern in PICKLED):
-        raise ModelUnavailable(f"{repo} holds no weights that transformers can load")
-    if not allow_pickle:
+def _patterns(weights: str) -> dict[str, Any]:
+    """The files of a model, as huggingface_hub filters by; subfolders hold other formats (onnx, original)."""
+    stem, suffix = weights.split(".")
+    return {"allow_patterns": [*CONFIGURATION, weights, f"{stem}-*.{suffix}"], "ignore_patterns": ["*/*"]}
+
+
+def _weights(repo: str, files: set[str], *, allow_pickle: bool) -> str:
+    """Which weights to take. Raises ModelUnavailable where there are none that may be opened."""
+    there = [weights for weights in (SAFETENSORS, PICKLED) if {weights, f"{weights}.index.json"} & files]
+    if not there or "config.json" not in files:
+        raise ModelUnavailable(
+            f"{repo} holds no model that transformers can load",
+            hint="it takes config.json and model.safetensors; a .gguf file is given by its path",
+        )
+    if there == [PICKLED] and not allow_pickle:
         raise ModelUnavailable(
             f"{repo} has only pickled weights, which can run code when opened",
             hint="--allow-pickle takes them, if you trust whoever made them",
         )
-    return PICKLED
+    return there[0]
+
+
+def _is_whole(snapshot: Path, weights: str) -> bool:
+    """huggingface_hub can tell only of snapshots that it fetched at once; a tool that takes file by file may
+    have been interrupted."""
+    files, index = ["config.json", weights], snapshot / f"{weights}.index.json"
+    if index.is_file() and not (snapshot / weights).is_file():
+        files = ["config.json", *json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()]
+    return all((snapshot / file).is_file() for file in set(files))
 
 
 def _translated(problem: Exception, source: HubSource) -> Exception:
     """huggingface_hub's exception as one of ours; a full disk stays as it is."""
     from huggingface_hub import constants, errors
 
+    if isinstance(problem, errors.LocalEntryNotFoundError) and isinstance(problem.__cause__, Exception):
+        problem = problem.__cause__  # it adds no more than that the cache does not help
     page = f"{constants.ENDPOINT}/{source.repo}"
     status = getattr(getattr(problem, "response", None), "status_code", None)
-    if isinstance(problem, errors.GatedRepoError) or status == 403:
+    if isinstance(problem, errors.GatedRepoError):
         return ModelUnavailable(
             f"{source.repo} is gated: its owner asks you to accept terms first",
             hint=f"accept them at {page}, then set HF_TOKEN or run `hf auth login`",
         )
     if isinstance(problem, errors.RevisionNotFoundError):
         return ModelUnavailable(f"{source.repo} has no revision {source.revision!r}", hint=f"see {page}")
-    if isinstance(problem, errors.RepositoryNotFoundError) or status in (401, 404):
+    if isinstance(problem, errors.RepositoryNotFoundError) or status == 404:
         return ModelUnavailable(
             f"{source.repo} is not on the hub, or is private",
             hint=f"check the name at {page}; for a private one set HF_TOKEN or run `hf auth login`",
+        )
+    if status in (401, 403):
+        reason = getattr(problem, "server_message", None) or status
+        return ModelUnavailable(
+            f"the hub refuses access to {source.repo}: {reason}", hint="check HF_TOKEN, or run `hf auth login`"
         )
     if status:
         return ModelUnavailable(f"the hub answered {status} for {source.repo}", hint="try again later")
@@ -124,7 +159,8 @@ def _translated(problem: Exception, source: HubSource) -> Exception:
         return ModelUnavailable(f"{source.repo} is not a hub id", hint="write org/name or org/name@revision")
     if isinstance(problem, OSError) and problem.errno:
         return problem
+    reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
     return ModelUnavailable(
-        f"cannot reach the hub at {constants.ENDPOINT}: {problem or type(problem).__name__}",
-        hint="check the network, HF_ENDPOINT and proxy settings; `llmcli models list` shows what is cached",
+        f"the connection to the hub at {constants.ENDPOINT} failed: {reason}",
+        hint="check the network, HF_ENDPOINT and proxy settings, then pull again",
     )

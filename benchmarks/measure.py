@@ -1,0 +1,40 @@
+"""Whole processes timed in turn, ours and a peer's, so that the ratio holds on a noisy machine."""
+
+import statistics
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Medians in seconds, and the median of the ratios ours/peer pair by pair."""
+
+    name: str
+    ours: float
+    peer: float
+    ratio: float
+    runs: int
+
+    def row(self, bound: str = "") -> str:
+        return f"| {self.name} | {self.ours:.3f} s | {self.peer:.3f} s | {self.ratio:.2f} | {bound} | {self.runs} |"
+
+
+def compare(name: str, ours: Sequence[str], peer: Sequence[str], runs: int) -> Comparison:
+    """Run the two commands in turn, after one warm-up of each that is not counted."""
+    pairs = [(seconds(ours), seconds(peer)) for _ in range(runs + 1)][1:]
+    return Comparison(
+        name,
+        statistics.median(ours for ours, _ in pairs),
+        statistics.median(peer for _, peer in pairs),
+        statistics.median(ours / peer for ours, peer in pairs),
+        runs,
+    )
+
+
+def seconds(command: Sequence[str]) -> float:
+    """Wall time of one run. Raises CalledProcessError where the command fails."""
+    start = time.perf_counter()
+    subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - start
