@@ -9,30 +9,25 @@ from llmcli.errors import ModelUnavailable, UsageError
 from llmcli.registry import FolderSource, GgufSource, HubSource, WheelSource
 
 
+def written(home: Path, name: str, text: str) -> None:
+    """Put a file of the user's into the configuration folder."""
+    path = home / "config" / "llmcli" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    registry.models.cache_clear()
+    config.settings.cache_clear()
+
+
 @pytest.fixture
 def own(home: Path):
     """Write the user's models.toml."""
-
-    def write(text: str) -> None:
-        path = home / "config" / "llmcli" / "models.toml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        registry.models.cache_clear()
-
-    return write
+    return lambda text: written(home, "models.toml", text)
 
 
 @pytest.fixture
 def configured(home: Path):
     """Write the user's config.toml."""
-
-    def write(text: str) -> None:
-        path = home / "config" / "llmcli" / "config.toml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        config.settings.cache_clear()
-
-    return write
+    return lambda text: written(home, "config.toml", text)
 
 
 def test_the_default_is_in_the_registry():
@@ -129,6 +124,13 @@ def test_a_named_configuration_has_to_be_there(monkeypatch, tmp_path):
     monkeypatch.setenv("LLMCLI_CONFIG", str(tmp_path / "missing.toml"))
     with pytest.raises(UsageError, match="no such file"):
         config.settings()
+
+
+def test_an_alias_whose_folder_has_gone_does_not_spoil_the_list(own, llmcli):
+    own('[gone]\npath = "/gone/away"\nlicense = "MIT"\n')
+    assert llmcli("models", "list").stdout.splitlines()[-1] == "gone\t\t-\tMIT\tno"
+    assert llmcli("env").exit_status == 0
+    assert llmcli("models", "path", "gone").exit_status == 4
 
 
 def test_resolve_raises_what_main_turns_into_exit_4():

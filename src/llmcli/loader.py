@@ -1,29 +1,31 @@
 """A ready folder -> model and tokenizer. The one place that loads models and chooses device and dtype."""
 
-import json
+import logging
+import math
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 from llmcli import console
-from llmcli.errors import ModelUnavailable, UsageError
+from llmcli.errors import LlmcliError, ModelUnavailable, UsageError
 from llmcli.job import Placement
 
-BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
-FLOATS = {"F64", "F32", "F16", "BF16"}
+FLOATS = {"F64", "F32", "F16", "BF16"}  # what dtype applies to; other tensors stay as they are
+UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}
 
 
 def load(folder: Path, placement: Placement) -> tuple[Any, Any]:
     """A causal language model and its tokenizer.
 
-    Raises ModelUnavailable: weights damaged, incomplete, pickled, or too big for the memory there is;
+    Raises ModelUnavailable: weights damaged, incomplete, pickled, of another kind, or too big for the memory there is;
     UsageError: a device that is not here.
     """
     quiet_libraries()
     weights = _weights(folder, placement)
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     device = choose_device(placement.device)
     dtype = choose_dtype(placement.dtype, device)
@@ -31,9 +33,12 @@ def load(folder: Path, placement: Placement) -> tuple[Any, Any]:
     device_map, max_memory = _device_map(placement, device, size)
     common = {"trust_remote_code": placement.trust_remote_code, "local_files_only": True}
     try:
+        config = AutoConfig.from_pretrained(folder, **common)
+        _check_kind(config, folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, **common)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             device_map=device_map,
             max_memory=max_memory,
@@ -42,7 +47,7 @@ def load(folder: Path, placement: Placement) -> tuple[Any, Any]:
             output_loading_info=True,
             **common,
         )
-    except MemoryError:
+    except (LlmcliError, MemoryError):
         raise
     except Exception as problem:
         raise _translated(problem, folder) from problem
@@ -68,10 +73,11 @@ def quiet_libraries() -> None:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.simplefilter("ignore")
-    from transformers.utils import logging
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def choose_device(name: str) -> str:
@@ -82,9 +88,9 @@ def choose_device(name: str) -> str:
     here = accelerator.type if accelerator else "cpu"
     if name == "auto":
         return here
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps", "xpu"):
+    if not (match := re.fullmatch(r"(cpu|cuda|mps|xpu)(?::(\d+))?", name)):
         raise UsageError(f"unknown device {name!r}", hint="devices: auto, cpu, cuda, cuda:N, mps, xpu")
+    kind, index = match.groups()
     if kind != "cpu" and (kind != here or (index and int(index) >= torch.accelerator.device_count())):
         raise UsageError(f"there is no device {name} here", hint="`llmcli env` shows what there is")
     return name
@@ -107,6 +113,20 @@ def choose_dtype(name: str, device: str) -> Any:
     return torch.bfloat16 if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
 
 
+def _check_kind(config: Any, folder: Path) -> None:
+    """Raises ModelUnavailable where the model does not continue text. AutoModelForCausalLM does take encoders, and
+    the decoders of encoder-decoder models, to train them further: as they are, they talk nonsense."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    is_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or ())
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
+    is_causal = is_own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not is_causal or is_encoder or getattr(config, "is_encoder_decoder", False):
+        raise ModelUnavailable(
+            f"{folder}: {config.model_type} models do not continue text", hint="take a causal language model"
+        )
+
+
 def _weights(folder: Path, placement: Placement) -> list[Path]:
     """The weight files. Raises ModelUnavailable where there are none that may be opened."""
     if safetensors := sorted(folder.glob("*.safetensors")):
@@ -124,28 +144,24 @@ def _weights(folder: Path, placement: Placement) -> list[Path]:
 
 def _size(weights: list[Path], float_bytes: int) -> int:
     """Bytes that the weights take once loaded, from the files' headers. Raises ModelUnavailable if damaged."""
-    total = 0
+    from safetensors import SafetensorError, safe_open
+
+    total = 0.0
     for file in weights:
         if file.suffix != ".safetensors":
             total += file.stat().st_size
             continue
         try:
-            with file.open("rb") as stream:
-                length = int.from_bytes(stream.read(8), "little")
-                header = json.loads(stream.read(length) if length <= file.stat().st_size else "")
-            tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
-            end = max((tensor["data_offsets"][1] for tensor in tensors), default=0)
-        except (OSError, ValueError, AttributeError, KeyError, TypeError) as problem:
-            raise _damaged(file, "its header does not parse") from problem
-        if 8 + length + end != file.stat().st_size:
-            raise _damaged(file, f"{8 + length + end} bytes expected, {file.stat().st_size} there")
-        for tensor in tensors:
-            width = float_bytes if tensor["dtype"] in FLOATS else BYTES.get(tensor["dtype"], 8)
-            count = 1
-            for dimension in tensor["shape"]:
-                count *= dimension
-            total += count * width
-    return total
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # it is no dict
+                    tensor = tensors.get_slice(name)
+                    kind = tensor.get_dtype()  # F32, BF16, I64, F8_E4M3, BOOL, ...
+                    bits = re.search(r"\d+", kind)
+                    width = float_bytes if kind in FLOATS else int(bits[0]) / 8 if bits else 1
+                    total += math.prod(tensor.get_shape()) * width
+        except (SafetensorError, OSError) as problem:
+            raise _damaged(file, str(problem)) from problem
+    return int(total)
 
 
 def _device_map(placement: Placement, device: str, size: int) -> tuple[Any, dict[Any, int] | None]:
@@ -165,7 +181,7 @@ def _device_map(placement: Placement, device: str, size: int) -> tuple[Any, dict
         room = sum(torch.cuda.mem_get_info(i)[0] for i in indices) + (memory if spread else 0)
     if size > room:
         raise ModelUnavailable(
-            f"the model needs {size / 1e9:.1f} GB of memory and {room / 1e9:.1f} GB may be used",
+            f"the model needs {_readable(size)} of memory and {_readable(room)} may be used",
             hint="take a smaller model, --dtype bfloat16, or let it run from disk, slowly: --offload-folder PATH",
         )
     if spread and (torch.cuda.device_count() > 1 or size > torch.cuda.mem_get_info(0)[0]):
@@ -182,18 +198,16 @@ def _translated(problem: Exception, folder: Path) -> ModelUnavailable:
         return ModelUnavailable(
             f"{folder} wants to run Python code of its own", hint="--trust-remote-code lets it, if you trust it"
         )
-    if "Unrecognized configuration class" in str(problem):
-        return ModelUnavailable(
-            f"{folder}: {_model_type(folder)} models do not continue text", hint="take a causal language model"
-        )
     return ModelUnavailable(f"{folder} cannot be loaded: {text}", hint="-v shows the whole story")
 
 
 def _damaged(path: Path, why: str) -> ModelUnavailable:
     return ModelUnavailable(
-        f"the weights in {path} are damaged: {why}", hint="`llmcli models rm NAME`, then `models pull NAME`"
+        f"the weights in {path} are damaged: {why}",
+        hint="get them again: `llmcli models rm NAME`, then `models pull NAME`; or save your own folder anew",
     )
 
 
-def _model_type(folder: Path) -> str:
-    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "these"))
+def _readable(size: int) -> str:
+    """1_230_000_000 -> `1.2 GB`."""
+    return next(f"{size / unit:.1f} {name}" for name, unit in UNITS.items() if size >= unit or unit == 1)

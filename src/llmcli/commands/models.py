@@ -79,7 +79,7 @@ def path(name: Name, allow_pickle: AllowPickle = False, quiet: Quiet = False, ve
 
 
 def _about(spec: ModelSpec) -> dict[str, Any]:
-    folder = store.find(spec)
+    folder = store.listed(spec)
     return {
         "name": spec.name,
         "description": spec.description,

