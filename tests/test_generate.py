@@ -54,6 +54,7 @@ def test_stdin_is_the_same_as_an_argument(generate):
     assert generate("-f", "-", stdin=b"the quick\n").stdout == argument
 
 
+@pytest.mark.slow
 def test_stdin_is_left_alone_when_there_is_an_argument(llmcli, tiny, process):
     ran = process("generate", "the", "-m", tiny, *GREEDY, "--json", input=b"rest of the loop's lines\n")
     assert json.loads(ran.stdout)["text"] == "the"

@@ -59,14 +59,17 @@ class LocalEngine:
         """The pipeline of the job: the last call's, if it is the same, else loaded now."""
         from llmcli import generation
 
-        key = (job.model, TASKS[job.task].pipeline, job.placement)
-        if key != self._key:
-            self._key = self._pipeline = None  # the old model's memory first
-            with _long_lived_objects():
-                quiet_libraries()
-                generation.check(job.generation, TASKS[job.task].defaults)
-                self._pipeline = _load(*key)
-            self._key = key
+        task = TASKS[job.task]
+        key = (job.model, task.pipeline, job.placement)
+        if self._pipeline is not None and key != self._key:  # the old model's memory first
+            self._key = self._pipeline = None
+            gc.unfreeze()
+            gc.collect()
+        with _long_lived_objects():
+            quiet_libraries()
+            generation.check(job.generation, task.defaults)
+            if key != self._key:
+                self._key, self._pipeline = key, _load(*key)
         return self._pipeline
 
 
@@ -148,8 +151,6 @@ class Runner:
 def _long_lived_objects() -> Iterator[None]:
     """Spare the garbage collector a million objects that stay: imports and weights. It takes a quarter of a cold
     call to walk them again and again, while they are made and at exit."""
-    gc.unfreeze()
-    gc.collect()
     gc.disable()
     try:
         yield
