@@ -115,6 +115,9 @@ def test_a_conversation_at_the_terminal(tiny, tmp_path, reference):
     say("/system a lazy dog")
     until(b"a new conversation")
     say("the quick")
+    say("/system")
+    until(b"a new conversation")
+    say("the quick")
     say("/nonsense")
     until(b"/clear")
     say("/exit")
@@ -122,4 +125,5 @@ def test_a_conversation_at_the_terminal(tiny, tmp_path, reference):
     os.close(terminal)
     first = reference(("system", "warm"), ("user", "the quick"))
     second = reference(("system", "a lazy dog"), ("user", "the quick"))
-    assert answers.read_text() == f"{first}\n{second}\n"
+    third = reference(("user", "the quick"))
+    assert answers.read_text() == f"{first}\n{second}\n{third}\n"

@@ -38,6 +38,11 @@ def test_help_says_what_it_does(llmcli, args):
     assert ran.stderr == ""
 
 
+def test_commands_without_groups_have_their_options_in_one(llmcli):
+    help = llmcli("models", "pull", "--help").stdout
+    assert [line for line in help.splitlines() if line.endswith(":") and not line.startswith(" ")] == ["Options:"]
+
+
 def test_options_are_grouped_in_help(llmcli):
     help = llmcli("generate", "--help").stdout
     positions = [help.index(f"\n{title}:\n") for title in ("Options", "Input", "Generation", "Model", "Output")]
@@ -67,6 +72,9 @@ def test_version(llmcli):
         (["generate", "--lines", "-n", "2", "x"], "generated_texts"),
         (["generate", "x", "--dtype", "int3"], "--dtype"),
         (["generate", "x", "--max-memory", "much"], "not a size"),
+        (["generate", "x", "--device", "gpu"], "unknown device 'gpu'"),
+        (["generate", "x", "--seed", "-1"], "--seed"),
+        (["chat", "--json"], "no input"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -170,6 +170,15 @@ def test_stop_texts_do_not_depend_on_the_batch(generate, reference):
     assert apart == together
 
 
+def test_a_stop_text_is_sought_in_new_text_only(generate, reference):
+    new = reference("the quick").removeprefix("the quick")
+    across = "quick" + new[:2]
+    (record,) = generate("the quick", "--json", "--stop", across).records
+    assert record["generated_text"] == new
+    assert (record["finish_reason"], record["usage"]["completion_tokens"]) == ("length", 6)
+    assert generate("the quick", "--json", "-o", f"stop_strings={new[1:3]}").records[0]["generated_text"] == new[:1]
+
+
 def test_several_sequences(llmcli, tiny):
     args = ("generate", "the", "-m", tiny, "--seed", 1, "-n", 3, "--max-new-tokens", 5)
     (record,) = llmcli(*args, "--json").records
@@ -199,7 +208,7 @@ def test_a_prompt_longer_than_the_context(generate):
     assert "--truncate" in ran.stderr
     ran = generate(text, "--truncate", "--json")
     assert ran.exit_status == 0
-    assert ran.records[0]["usage"]["prompt_tokens"] == 63
+    assert ran.records[0]["usage"] == {"prompt_tokens": 58, "completion_tokens": 6}
     assert f"cut by {ran.records[0]['truncated']} tokens" in ran.stderr
 
 
@@ -212,6 +221,22 @@ def test_an_answer_ends_with_the_context_and_alone(generate):
     usage = together[0]["usage"]
     assert usage["prompt_tokens"] + usage["completion_tokens"] <= 64
     assert together[1]["usage"]["completion_tokens"] == 20
+
+
+@pytest.mark.parametrize("step", ["preprocess", "postprocess"])
+def test_a_surprise_in_one_record_harms_no_other(generate, monkeypatch, step):
+    from llmcli.pipelines.causal import CausalPipeline
+
+    whole = getattr(CausalPipeline, step)
+
+    def fails_for_foxes(self, item, **settings):
+        if "fox" in (item if isinstance(item, str) else self.tokenizer.decode(item["input_ids"][0])):
+            raise TypeError("no foxes")
+        return whole(self, item, **settings)
+
+    monkeypatch.setattr(CausalPipeline, step, fails_for_foxes)
+    ran = generate("--lines", "--json", stdin=b"the dog\nthe fox\nthe sun\n")
+    assert [record.get("error", {}).get("message") for record in ran.records] == [None, "TypeError: no foxes", None]
 
 
 def test_one_bad_forward_pass_harms_no_other(generate, monkeypatch):
@@ -246,6 +271,37 @@ def test_a_terminal_sees_the_text_in_pieces(llmcli, tiny, monkeypatch):
     assert pieces[0] == "the quick"
     assert len(pieces) > 2
     assert watched.stdout == llmcli(*args).stdout
+
+
+def test_a_terminal_sees_lines_in_their_order(generate):
+    data = b"\nthe quick\n\xff\ndog\n\n"
+    assert generate("--lines", stdin=data, is_terminal=True).stdout == generate("--lines", stdin=data).stdout
+
+
+def test_a_run_that_fails_leaves_no_file(llmcli, tmp_path):
+    path = tmp_path / "out.txt"
+    assert llmcli("generate", "x", "-m", "no/such", "--offline", "--output", path).exit_status == 4
+    assert not path.exists()
+
+
+def test_csv_errors_keep_every_column(generate):
+    ran = generate("--csv", stdin=b"id,text\n1,\xff\n2,the\rdog\n3,the dog\n")
+    bad, broken, good = csv.DictReader(io.StringIO(ran.stdout))
+    assert (bad["id"], json.loads(bad["error"])["type"]) == ("1", "invalid_utf8")
+    assert json.loads(broken["error"])["type"] == "invalid_csv"
+    assert (good["id"], good["text"], good["error"]) == ("3", "the dog", "")
+
+
+def test_csv_files_of_other_columns_are_refused(generate, tmp_path):
+    (tmp_path / "a.csv").write_text("text\nthe\n")
+    (tmp_path / "b.csv").write_text("text,id\nthe,2\n")
+    ran = generate("--csv", "-f", tmp_path / "a.csv", "-f", tmp_path / "b.csv")
+    assert ran.exit_status == 2
+    assert "no column 'id'" in ran.stderr
+
+
+def test_a_template_without_the_text_does_not_ask_for_it(generate):
+    assert generate("--jsonl", "--prompt", "{id}", stdin=b'{"id": "the", "text": ""}').records[0]["generated_text"]
 
 
 def _one_line(text: str) -> str:

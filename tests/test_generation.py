@@ -44,10 +44,18 @@ def test_asking_for_a_sampling_parameter_asks_for_sampling():
     assert merged({"do_sample": False}, top_k=5).do_sample
 
 
-def test_a_total_length_replaces_the_default_of_new_tokens():
-    config = merged({"max_length": 20}, max_length=50)
-    assert (config.max_length, config.max_new_tokens) == (50, None)
-    assert merged({"max_length": 20}).max_length is None
+def test_the_task_says_how_many_tokens_are_enough_not_the_model():
+    config = merged({"max_length": 20, "max_new_tokens": 7})
+    assert (config.max_length, config.max_new_tokens) == (None, 128)
+
+
+def test_a_models_own_beams_do_not_sample():
+    assert not merged({"num_beams": 4}).do_sample
+    assert merged({"num_beams": 4, "do_sample": True}).do_sample
+
+
+def test_sampling_is_by_temperature_and_nucleus_alone():
+    assert merged({}).top_k == 0
 
 
 def test_unknown_and_impossible_options():
@@ -56,6 +64,19 @@ def test_unknown_and_impossible_options():
     with pytest.raises(UsageError, match="num_return_sequences"):
         generation.check({"num_return_sequences": 2, "do_sample": False}, DEFAULTS)
     generation.check({"num_return_sequences": 2}, DEFAULTS)
+    for name, value in (("top_k", "abc"), ("temperature", "hot"), ("num_beams", True), ("num_return_sequences", None)):
+        with pytest.raises(UsageError, match=f"{name} takes a number"):
+            generation.check({name: value}, DEFAULTS)
+
+
+@pytest.mark.parametrize("name", ["max_length", "min_length"])
+def test_totals_would_depend_on_the_padding(name):
+    with pytest.raises(UsageError, match="counts the prompt too"):
+        generation.check({name: 20}, DEFAULTS)
+
+
+def test_whole_numbers_do_for_fractions():
+    assert merged({}, repetition_penalty=5).repetition_penalty == 5.0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a process owes its shell: pipes that close, signals, exit codes, clean streams."""
 
+import resource
 import signal
 import subprocess
 import sys
@@ -61,6 +62,24 @@ def test_a_slow_input_is_answered_line_by_line(tiny):
         assert llmcli.stdout.readline().startswith(text)
     llmcli.stdin.close()
     assert llmcli.wait(20) == 0
+
+
+def test_a_seed_does_not_delay_a_greedy_answer(tiny):
+    llmcli = start("generate", "-m", tiny, "--lines", "--max-new-tokens", 3, "--seed", 1, *GREEDY)
+    llmcli.stdin.write(b"the quick\n")
+    llmcli.stdin.flush()
+    assert llmcli.stdout.readline().startswith(b"the quick")
+    llmcli.stdin.close()
+    assert llmcli.wait(20) == 0
+
+
+def test_a_full_disk_behind_output_is_one_line(tiny, tmp_path):
+    path = tmp_path / "out.txt"
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4, 4))  # noqa: E731
+    llmcli = start("generate", "the quick brown", "-m", tiny, "--output", path, preexec_fn=limit)
+    _, stderr = llmcli.communicate(timeout=60)
+    assert llmcli.returncode == 1
+    assert stderr == f"llmcli: cannot write to {path}: File too large\n".encode()
 
 
 def test_stdout_is_utf8_whatever_the_locale(process, tiny):

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -60,9 +61,19 @@ def settings() -> Settings:
     for key, kind in (("device", str), ("dtype", str), ("offline", bool), ("defaults", dict)):
         if not isinstance(getattr(found, key), kind):
             raise UsageError(f"{path}: {key} must be of type {kind.__name__}")
+    for task, model in found.defaults.items():
+        if not isinstance(model, str):
+            raise UsageError(f"{path}: the default of {task!r} must be the name of a model")
     if found.dtype not in DTYPES:
         raise UsageError(f"unknown dtype {found.dtype!r}{did_you_mean(found.dtype, DTYPES)}")
     return found
+
+
+def checked_device(name: str) -> str:
+    """The name of a device, whether or not it is here. Raises UsageError for what can be none."""
+    if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", name):
+        raise UsageError(f"unknown device {name!r}", hint="devices: auto, cpu, cuda, cuda:N, mps, xpu")
+    return name
 
 
 def read_toml(path: Path) -> dict[str, Any]:

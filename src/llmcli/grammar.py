@@ -6,6 +6,7 @@
 The fields of the dataclasses become the command's options; the function gets the filled-in groups.
 """
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -60,7 +61,10 @@ def spread(function: Callable[..., ExitStatus | None]) -> Callable[..., None]:
 def _option(field: dataclasses.Field[Any], group: Any) -> inspect.Parameter:
     """A field `name: Annotated[type, typer.Option(...)] = default` as a function's parameter."""
     assert get_origin(field.type) is Annotated, f"{field.name} is not declared as an option"
-    info = get_args(field.type)[1]
-    info.rich_help_panel = info.rich_help_panel or group.__doc__
+    kind, info = get_args(field.type)
+    info = copy.copy(info)  # commands without groups share it
+    info.rich_help_panel = group.__doc__
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=field.type)
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
+    )

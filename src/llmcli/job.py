@@ -60,7 +60,8 @@ class Record:
 @dataclass(frozen=True, slots=True)
 class Result:
     """What became of a record: `output` are the fields that the task adds, `text` is the answer as
-    text mode prints it. Exactly one of `output` and `failure` has something to say."""
+    text mode prints it. A failed record has a `failure` instead; one that came with an error of an earlier run,
+    neither."""
 
     record: Record
     output: Mapping[str, Any] = field(default_factory=dict)

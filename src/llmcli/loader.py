@@ -58,9 +58,13 @@ def load(folder: Path, placement: Placement) -> tuple[Any, Any]:
             + " missing",
             hint="a model of this kind cannot generate text, or the files are damaged",
         )  # fmt: skip
+    if "disk" in list((getattr(model, "hf_device_map", None) or {}).values())[:1]:
+        raise ModelUnavailable(
+            "the memory given does not hold the model's first layer", hint="give it more --max-memory"
+        )
     model.eval()
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:  # any token will do, where the attention mask hides it
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     tokenizer.padding_side = "left"  # a causal model continues what stands at the right end
     return model, tokenizer
 
@@ -88,9 +92,7 @@ def choose_device(name: str) -> str:
     here = accelerator.type if accelerator else "cpu"
     if name == "auto":
         return here
-    if not (match := re.fullmatch(r"(cpu|cuda|mps|xpu)(?::(\d+))?", name)):
-        raise UsageError(f"unknown device {name!r}", hint="devices: auto, cpu, cuda, cuda:N, mps, xpu")
-    kind, index = match.groups()
+    kind, _, index = name.partition(":")
     if kind != "cpu" and (kind != here or (index and int(index) >= torch.accelerator.device_count())):
         raise UsageError(f"there is no device {name} here", hint="`llmcli env` shows what there is")
     return name
@@ -108,7 +110,7 @@ def choose_dtype(name: str, device: str) -> Any:
     if device.startswith("xpu"):
         return torch.bfloat16
     if device.startswith("mps"):
-        return torch.float16
+        return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
     able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.bfloat16 if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
 
@@ -129,7 +131,8 @@ def _check_kind(config: Any, folder: Path) -> None:
 
 def _weights(folder: Path, placement: Placement) -> list[Path]:
     """The weight files. Raises ModelUnavailable where there are none that may be opened."""
-    if safetensors := sorted(folder.glob("*.safetensors")):
+    # Beside model.safetensors, or its shards, may lie the same weights in another layout (consolidated.safetensors).
+    if safetensors := sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors")):
         return safetensors
     pickled = sorted(folder.glob("pytorch_model*.bin"))
     if not pickled:
@@ -171,20 +174,20 @@ def _device_map(placement: Placement, device: str, size: int) -> tuple[Any, dict
 
     memory = placement.max_memory or psutil.virtual_memory().available
     spread = placement.device == "auto" and device == "cuda"
-    if placement.offload_folder:
-        Path(placement.offload_folder).mkdir(parents=True, exist_ok=True)
-        gpus = {i: torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())} if spread else {}
-        return "auto", {**gpus, "cpu": memory}
-    room = memory
+    gpus: dict[Any, int] = {}
     if device.startswith("cuda"):
         indices = range(torch.cuda.device_count()) if spread else [torch.device(device).index or 0]
-        room = sum(torch.cuda.mem_get_info(i)[0] for i in indices) + (memory if spread else 0)
+        gpus = {i: torch.cuda.mem_get_info(i)[0] for i in indices}
+    if placement.offload_folder:
+        Path(placement.offload_folder).mkdir(parents=True, exist_ok=True)
+        return "auto", {**gpus, "cpu": memory}
+    room = sum(gpus.values()) + (0 if gpus and not spread else memory)
     if size > room:
         raise ModelUnavailable(
             f"the model needs {_readable(size)} of memory and {_readable(room)} may be used",
             hint="take a smaller model, --dtype bfloat16, or let it run from disk, slowly: --offload-folder PATH",
         )
-    if spread and (torch.cuda.device_count() > 1 or size > torch.cuda.mem_get_info(0)[0]):
+    if spread and size > 0.9 * gpus[0]:  # the rest is for activations and the cache of keys and values
         return "auto", None
     return {"": device}, None
 

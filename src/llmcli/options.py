@@ -124,7 +124,7 @@ class ModelOptions:
         """The options laid over the environment and the configuration file."""
         settings = config.settings()
         return Placement(
-            device=self.device or settings.device,
+            device=config.checked_device(self.device or settings.device),
             dtype=self.dtype or settings.dtype,
             max_memory=size_in_bytes(self.max_memory) if self.max_memory else None,
             offload_folder=str(self.offload_folder) if self.offload_folder else None,
@@ -166,9 +166,9 @@ class GenerationOptions:
     stop: Annotated[
         list[str], typer.Option(metavar="TEXT", help="Stop before this text, repeatable; it is not printed.")
     ] = field(default_factory=list)
-    seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="Repeats a sampled run of the same command.")] = (
-        None
-    )
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Repeats a sampled run of the same command.")
+    ] = None
     option: Annotated[
         list[str],
         typer.Option("--option", "-o", metavar="KEY=VALUE", help="Any other GenerationConfig field, repeatable."),
@@ -184,11 +184,12 @@ class GenerationOptions:
         explicit = {name: value for name, value in given.items() if name not in own and value is not None}
         if self.stop:
             explicit["stop_strings"] = self.stop
-        if self.temperature == 0:
+        explicit |= dict(map(key_value, self.option))
+        if explicit.get("temperature") == 0:
             for name in ("temperature", "top_p", "top_k"):
                 explicit.pop(name, None)
             explicit["do_sample"] = False
-        return explicit | dict(map(key_value, self.option))
+        return explicit
 
 
 def key_value(item: str) -> tuple[str, Any]:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,49 +25,82 @@ class Format(Enum):
     CSV = "csv"
 
 
+class Sink(AbstractContextManager["Sink"]):
+    """stdout, or a new file, as UTF-8 whose line ends are `\\n`, whatever the locale says.
+
+    Raises UsageError when `path` exists, ReaderGone when nobody reads stdout any more, LlmcliError when the disk is
+    full. A file that an error leaves empty is not kept.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        if not path and sys.stdout is None:
+            raise LlmcliError("stdout is closed")
+        self._stream: BinaryIO = _create(path) if path else sys.stdout.buffer
+        self._path = path
+        self._is_empty = True
+
+    def put(self, text: str) -> None:
+        """Write, at once."""
+        self._is_empty = False
+        try:
+            self._stream.write(_utf8(text))
+            self._stream.flush()
+        except BrokenPipeError:
+            # Nothing is left to write to: keep the interpreter's last flush from complaining.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise ReaderGone("nobody reads stdout any more") from None
+        except OSError as problem:
+            raise LlmcliError(f"cannot write to {self._path or 'stdout'}: {problem.strerror}") from problem
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self._path:
+            return
+        with suppress(OSError):  # put has said what there is to say
+            self._stream.close()
+        if kind and self._is_empty:
+            self._path.unlink(missing_ok=True)
+
+
 class Output(AbstractContextManager["Output"]):
     """Writes results as they come. `names` are the fields that the task adds, for the header of a CSV.
 
-    Raises ReaderGone when nobody reads any more, UsageError when `path` exists, LlmcliError when the
-    disk is full.
+    Raises what Sink raises; UsageError for a CSV row whose columns are not the first one's.
     """
 
     def __init__(self, format: Format, *, path: Path | None = None, names: Sequence[str] = (), model: str) -> None:
         self.format = format
         self.names = names
         self.model = model
-        self.target = str(path) if path else "stdout"
-        self._stream = _create(path) if path else stdout()
-        self._path = path
+        self._sink = Sink(path)
+        self._is_watched = not path and sys.stdout.isatty()
         self._columns: list[str] = []
         self._written = 0  # characters of the next result's text that are out already
 
     @property
     def streams(self) -> bool:
         """Whether pieces of a text are of use before its end: a person is watching."""
-        return self.format in (Format.TEXT, Format.LINES) and not self._path and sys.stdout.isatty()
+        return self._is_watched and self.format in (Format.TEXT, Format.LINES)
 
     def piece(self, text: str) -> None:
         """The next characters of the text whose Result will follow."""
         self._written += len(text)
-        self._put(self._inline(text))
+        self._sink.put(self._inline(text))
 
     def write(self, result: Result) -> None:
         """One result, whole; of a text already begun by `piece`, the rest."""
         if self.format is Format.JSON:
-            self._put(to_json(self._fields(result)) + "\n")
+            self._sink.put(to_json(self._fields(result)) + "\n")
         elif self.format is Format.CSV:
-            self._put(self._rows(self._fields(result)))
+            self._sink.put(self._rows(self._fields(result)))
         elif not (result.failure and self.format is Format.TEXT and not self._written):
             end = "\0" if self.format is Format.NULL else "\n"
-            self._put(self._inline(result.text[self._written :]) + end)
+            self._sink.put(self._inline(result.text[self._written :]) + end)
         self._written = 0
 
-    def __exit__(self, *exception: object) -> None:
-        if self._written:  # a text that was cut short: what is typed next starts on a line of its own
-            self._put("\n")
-        if self._path:
-            self._stream.close()
+    def __exit__(self, *exception: Any) -> None:
+        if self._written and exception[0] is not ReaderGone:  # a text that was cut short: end its line
+            self._sink.put("\n")
+        self._sink.__exit__(*exception)
 
     def _inline(self, text: str) -> str:
         return text.replace("\r\n", " ").replace("\n", " ") if self.format is Format.LINES else text
@@ -91,24 +124,10 @@ class Output(AbstractContextManager["Output"]):
         if not self._columns:
             self._columns = list(dict.fromkeys([*fields, *self.names, "model", "error"]))
             writer.writerow(self._columns)
+        if other := [name for name in fields if name not in self._columns]:
+            raise UsageError(f"the first row had no column {other[0]!r}", hint="run each kind of file alone, or --json")
         writer.writerow([_cell(fields.get(column)) for column in self._columns])
         return text.getvalue()
-
-    def _put(self, text: str) -> None:
-        try:
-            self._stream.write(_utf8(text))
-            self._stream.flush()
-        except BrokenPipeError:
-            # Nothing is left to write to: keep the interpreter's last flush from complaining.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise ReaderGone(f"{self.target}: nobody reads it any more") from None
-        except OSError as problem:
-            raise LlmcliError(f"cannot write to {self.target}: {problem.strerror}") from problem
-
-
-def stdout() -> BinaryIO:
-    """Standard output as bytes: the text is UTF-8 and its line ends are `\\n`, whatever the locale says."""
-    return sys.stdout.buffer
 
 
 def to_json(value: Any) -> str:
@@ -118,9 +137,9 @@ def to_json(value: Any) -> str:
 
 def print_lines(lines: Iterable[str]) -> None:
     """What commands about models and the environment have to say."""
-    output = Output(Format.TEXT, model="")
+    sink = Sink()
     for line in lines:
-        output._put(line + "\n")
+        sink.put(line + "\n")
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -49,8 +49,11 @@ def read(streams: Iterable[tuple[str | None, Stream]], form: Form) -> Iterator[R
     """Every record of the streams, in order. One that cannot be parsed comes as a Record with a `failure`."""
     readers = {Form.WHOLE: _whole, Form.LINES: _lines, Form.NULL: _null, Form.JSONL: _jsonl, Form.CSV: _csv}
     for name, stream in streams:
-        with stream:
-            yield from readers[form](stream, name)
+        try:
+            with stream:
+                yield from readers[form](stream, name)
+        except OSError as problem:
+            raise UsageError(f"{name or 'stdin'}: {(problem.strerror or str(problem)).lower()}") from problem
 
 
 def prompts(texts: Sequence[str], files: Sequence[str], form: Form) -> Iterator[Record]:
@@ -91,6 +94,8 @@ def _open(name: str) -> Stream:
 
 def _stdin() -> Stream:
     # A buffer of our own on the descriptor: a thread that waits in sys.stdin would block the interpreter's exit.
+    if sys.stdin is None:
+        raise UsageError("stdin is closed")
     try:
         return open(sys.stdin.fileno(), "rb", closefd=False)
     except (OSError, ValueError):  # replaced by an object that is no file
@@ -159,28 +164,31 @@ def _finite(digits: str) -> float:
 
 
 def _csv(stream: Stream, name: str | None) -> Iterator[Record]:
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(2**31 - 1)  # the most that every platform takes
     # Undecodable bytes travel as surrogates, so that they are reported with their row.
     lines = (line.decode("utf-8", "surrogateescape") for line in stream)
-    rows = csv.reader(line if number else line.removeprefix(BOM) for number, line in enumerate(lines))
-    header: list[str] | None = None
-    for row in rows:
-        if not row:
-            continue
+    rows = csv.reader((line if number else line.removeprefix(BOM) for number, line in enumerate(lines)), strict=True)
+    header: list[str] = []
+    while True:
+        row, failure = [], None
         try:
+            row = next(rows)
             for cell in row:
                 _utf8(cell.encode("utf-8", "surrogateescape"))
+        except StopIteration:
+            return
+        except csv.Error as problem:
+            failure = Failure("invalid_csv", f"not CSV: {problem}")
         except RecordError as problem:
-            if not header:
-                raise UsageError(f"{name or 'stdin'}: the header is {problem}") from problem
-            yield _failed(name, rows.line_num, problem)
-        else:
-            if header:
-                matches = len(row) == len(header)
-                wrong = Failure("invalid_csv", f"{len(row)} fields where the header has {len(header)}")
-                fields = dict(zip(header, row, strict=False))
-                yield Record(fields, name, rows.line_num, None if matches else wrong)
-            header = header or row
+            failure = Failure(problem.kind, problem.message)
+        if not header and failure:
+            raise UsageError(f"{name or 'stdin'}: the header is {failure.message}")
+        if not header:
+            header = row
+        elif row or failure:
+            if not failure and len(row) != len(header):
+                failure = Failure("invalid_csv", f"{len(row)} fields where the header has {len(header)}")
+            yield Record(dict(zip(header, row, strict=False)), name, rows.line_num, failure)
 
 
 def _failed(name: str | None, number: int | None, problem: RecordError) -> Record:

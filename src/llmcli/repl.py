@@ -1,5 +1,6 @@
 """A conversation at the terminal: line editing, history, /system, /clear, /exit."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def converse(job: Job) -> ExitStatus:
     console.notice(f"{job.model}: /help shows the commands, Ctrl-D leaves")
     system = job.parameters.get("system")
     messages = _opening(system)
+    one_answer = {name: value for name, value in job.generation.items() if name != "num_return_sequences"}
+    job = dataclasses.replace(job, parameters={}, generation=one_answer)
     while True:
         try:
             line = session.prompt(">>> ").strip()
@@ -77,7 +80,7 @@ def _turn(engine: LocalEngine, job: Job, messages: list[Message]) -> list[Messag
                 output.write(result)
         except KeyboardInterrupt:
             pass  # what was said so far stays in the conversation
-    return [*messages, {"role": "assistant", "content": "".join(said)}]
+    return [*messages, {"role": "assistant", "content": "".join(said)}] if said else messages[:-1]
 
 
 def _opening(system: str | None) -> list[Message]:

@@ -23,10 +23,10 @@ def run(
 
     Returns FAILED for a single input that failed, PARTIAL for some of many, OK otherwise.
     """
-    several = job.generation.get("num_return_sequences", 1) > 1
+    several = (job.generation.get("num_return_sequences") or 1) > 1
     if several and format is Format.LINES:
         raise UsageError("-n above 1 does not go with --lines", hint="--json gives all of them: generated_texts")
-    names = TASKS[job.task].outputs + (("generated_texts",) if several else ())
+    names = [*TASKS[job.task].outputs, *["generated_texts"] * several, *["truncated"] * job.truncate]
     total = failed = 0
     with Output(format, path=path, names=names, model=job.model) as output:
         for result in LocalEngine().run(job, records, output.piece if output.streams else None):

@@ -10,6 +10,7 @@ from llmcli.errors import ExitStatus
 from llmcli.grammar import spread
 from llmcli.job import Job
 from llmcli.options import GenerationOptions, InputOptions, ModelOptions, OutputOptions, Prompt
+from llmcli.output import Format
 from llmcli.records import prompts
 from llmcli.run import run
 
@@ -34,6 +35,7 @@ def chat(
     llmcli chat                                      /system, /clear, /exit
     """
     form = input.form()
+    target = output.target(form)
     job = Job(
         task="chat",
         model=model.name("chat"),
@@ -44,8 +46,9 @@ def chat(
         seed=generation.seed,
         truncate=generation.truncate,
     )
-    if text is None and not input.files and sys.stdin and sys.stdin.isatty():
+    is_plain = target == {"format": Format.TEXT, "path": None, "stop_on_error": False} and prompt is None
+    if text is None and not input.files and is_plain and sys.stdin and sys.stdin.isatty():
         from llmcli.repl import converse
 
         return converse(job)
-    return run(job, prompts([text] if text is not None else [], input.files, form), **output.target(form))
+    return run(job, prompts([text] if text is not None else [], input.files, form), **target)

@@ -3,5 +3,5 @@
     run(job, records, on_text) -> Iterator[Result]
 
 `on_text`, where given, gets the text of a record in pieces while it is generated, before its Result,
-whenever the engine works on that record alone.
+whenever the engine works on that record alone and no other waits for its turn.
 """

@@ -45,8 +45,9 @@ class LocalEngine:
         """
         size = job.batch_size or BATCH_SIZE
         runner: Runner | None = None
-        # A seed repeats a run only where the batches do not depend on how fast the input comes.
-        for group in ReadAhead(records, 2 * size).groups(size, wait=job.seed is not None):
+        # A seed repeats a sampled run only where the batches do not depend on how fast the input comes.
+        wait = job.seed is not None and job.generation.get("do_sample") is not False
+        for group in ReadAhead(records, 2 * size).groups(size, wait=wait):
             works = [_prepare(job, record) for record in group]
             if any(work.result is None for work in works):
                 runner = runner or Runner(job, self.load(job))
@@ -91,14 +92,14 @@ class Runner:
     def run(self, works: Sequence[Work], on_text: OnText | None) -> None:
         """Gives every record that has none its result: all in one batch, but those whose answer must
         stop where the model's context ends, each alone."""
+        truncate = self.config.max_new_tokens if self.job.truncate else None
         for work in works:
             if work.result is None:
-                try:
-                    work.inputs = self.pipeline.preprocess(work.prepared, truncate=self.job.truncate)
-                except RecordError as problem:
-                    work.fail(problem.kind, _sentence(problem))
+                with _failing(work):
+                    work.inputs = self.pipeline.preprocess(work.prepared, truncate=truncate)
         todo = [work for work in works if work.result is None]
-        stream = on_text if len(todo) == 1 else None
+        # Pieces go out at once: nothing may still stand before them.
+        stream = on_text if len(works) == 1 else None
         together = [work for work in todo if self._room(work) is None]
         if together:
             self._batch(together, self.config, stream)
@@ -115,21 +116,28 @@ class Runner:
         return room if room is not None and most is not None and room < most else None
 
     def _batch(self, works: Sequence[Work], config: Any, on_text: OnText | None) -> None:
+        if len(works) == 1:
+            with _failing(works[0]):
+                self._forward(works, config, on_text)
+            return
+        try:
+            self._forward(works, config, None)
+        except LlmcliError:
+            raise
+        except Exception:  # one record must not take the others with it
+            failed = True
+        else:
+            failed = False
+        if failed:  # out here, where the exception holds no memory of the failed pass any more
+            for work in works:
+                self._batch([work], config, None)
+
+    def _forward(self, works: Sequence[Work], config: Any, on_text: OnText | None) -> None:
         from transformers.pipelines.base import pad_collate_fn
 
         streamer = self._streamer(works[0], config, on_text) if on_text else None
         batch = pad_collate_fn(self.pipeline.tokenizer, None)([work.inputs for work in works])
-        try:
-            outputs = self.pipeline.forward(batch, generation_config=config, streamer=streamer)
-        except (LlmcliError, MemoryError):
-            raise
-        except Exception as problem:  # one record must not take the others with it
-            if len(works) == 1:
-                works[0].fail("failed", f"{type(problem).__name__}: {str(problem).strip() or 'no reason given'}")
-            else:
-                for work in works:
-                    self._batch([work], config, None)
-            return
+        outputs = self.pipeline.forward(batch, generation_config=config, streamer=streamer)
         for row, work in enumerate(works):
             output = {name: value[row : row + 1] if hasattr(value, "shape") else value[row]
                       for name, value in outputs.items()}  # fmt: skip
@@ -159,6 +167,19 @@ def _long_lived_objects() -> Iterator[None]:
         gc.enable()
 
 
+@contextmanager
+def _failing(work: Work) -> Iterator[None]:
+    """Whatever goes wrong here is this record's failure; but not what is wrong with the job."""
+    try:
+        yield
+    except RecordError as problem:
+        work.fail(problem.kind, _sentence(problem))
+    except LlmcliError:
+        raise
+    except Exception as problem:
+        work.fail("failed", f"{type(problem).__name__}: {str(problem).strip() or 'no reason given'}")
+
+
 def _prepare(job: Job, record: Record) -> Work:
     task, work = TASKS[job.task], Work(record)
     if record.failure:
@@ -166,11 +187,8 @@ def _prepare(job: Job, record: Record) -> Work:
     elif record.fields.get("error"):  # failed in an earlier run: passed on as it is
         work.result = Result(record)
     else:
-        try:
+        with _failing(work):
             work.prepared = task.prepare(job, record.fields)
-        except RecordError as problem:
-            work.fail(problem.kind, _sentence(problem))
-        else:
             if work.prepared is None:
                 work.result = Result(record, task.empty)
     return work

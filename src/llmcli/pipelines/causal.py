@@ -1,10 +1,12 @@
 """Prompts, or chats, -> new text, by a causal language model. A transformers.Pipeline."""
 
+import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
@@ -12,6 +14,7 @@ from transformers.pipelines.base import Pipeline
 from llmcli.errors import RecordError, UsageError
 
 Prompt = str | list[dict[str, Any]]
+Decode = Callable[[list[int]], str]
 
 
 class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no types
@@ -28,7 +31,7 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
     _load_image_processor = False
     _load_processor = False
 
-    def _sanitize_parameters(self, generation_config: Any = None, truncate: bool = False) -> tuple[Any, Any, Any]:
+    def _sanitize_parameters(self, generation_config: Any = None, truncate: int | None = None) -> tuple[Any, Any, Any]:
         config = {} if generation_config is None else {"generation_config": generation_config}
         return {"truncate": truncate}, config, config
 
@@ -37,21 +40,28 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
         """Tokens that prompt and answer may take together."""
         config = self.model.config.get_text_config()
         length: int | None = getattr(config, "max_position_embeddings", None)
-        return length
+        return length if length and length > 0 else None
 
-    def preprocess(self, prompt: Prompt, truncate: bool = False) -> dict[str, Any]:
-        """Token ids of one prompt. Raises RecordError where it is longer than the context."""
+    def preprocess(self, prompt: Prompt, truncate: int | None = None) -> dict[str, Any]:
+        """Token ids of one prompt. One that is longer than the context raises RecordError or, where `truncate`
+        says how many tokens to leave for the answer, is cut: its end stays, and a token that begins every text.
+        """
         ids = self._chat_ids(prompt) if isinstance(prompt, list) else self.tokenizer(prompt)["input_ids"]
-        ids = ids or [self.tokenizer.bos_token_id or self.tokenizer.eos_token_id]
+        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        ids = ids or [token for token in (first, last) if token is not None][:1]
+        if not ids:
+            raise RecordError("no_tokens", "the text has no tokens")
         length, context = len(ids), self.context
         if context and length >= context:
-            if not truncate:
+            if truncate is None:
                 raise RecordError(
                     "too_long",
                     f"the prompt has {length} tokens, the model's context holds {context}",
                     hint="shorten it, or let --truncate cut its start",
                 )
-            ids = ids[1 - context :]
+            head = ids[:1] if ids[0] == first else []
+            keep = context - min(truncate, context // 2) - len(head)
+            ids = head + ids[-keep:]
         input_ids = torch.tensor([ids])
         cut = length - len(ids)
         return {
@@ -75,13 +85,16 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
     def _forward(
         self, inputs: dict[str, Any], generation_config: Any = None, streamer: BaseStreamer | None = None
     ) -> dict[str, Any]:
-        config = generation_config or self.model.generation_config
-        prompts = inputs["input_ids"]
+        config = copy.copy(generation_config or self.model.generation_config)
+        prompts, stops = inputs["input_ids"], config.stop_strings
+        # transformers' own stop strings are found in the prompt's end and in special tokens too
+        config.stop_strings = None
+        criteria = [StopTexts(self._decoders(inputs), stops, prompts.shape[1])] if stops else []
         sequences = self.model.generate(
             input_ids=prompts,
             attention_mask=inputs["attention_mask"],
             generation_config=config,
-            tokenizer=self.tokenizer if config.stop_strings else None,
+            stopping_criteria=StoppingCriteriaList(criteria),
             streamer=streamer,
         )
         sequences = getattr(sequences, "sequences", sequences)[:, prompts.shape[1] :]
@@ -90,7 +103,8 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
     def postprocess(self, output: dict[str, Any], generation_config: Any = None) -> dict[str, Any]:
         """The fields of a result; `generated_texts` where more than one sequence was asked for."""
         config: GenerationConfig = generation_config or self.model.generation_config
-        answers = [self._answer(sequence.tolist(), self.decoder(output), config) for sequence in output["sequences"][0]]
+        (decode,) = self._decoders(output)
+        answers = [self._answer(sequence.tolist(), decode, config) for sequence in output["sequences"][0]]
         text, reason, _ = answers[0]
         result: dict[str, Any] = {"generated_text": text}
         if len(answers) > 1:
@@ -103,17 +117,29 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
         }
         return result | {"finish_reason": reason, "usage": usage}
 
-    def decoder(self, item: Mapping[str, Any]) -> Callable[[list[int]], str]:
-        """New token ids -> text. What follows a prompt is decoded together with the prompt's last tokens:
-        alone, a SentencePiece tokenizer would lose the space in front of it."""
-        tail: list[int] = [] if item["is_chat"] else item["input_ids"][0, -4:].tolist()
-        known = self.tokenizer.decode(tail, skip_special_tokens=True)
-
-        def decode(ids: list[int]) -> str:
-            text: str = self.tokenizer.decode(tail + ids, skip_special_tokens=True)
-            return text.removeprefix(known)
-
+    def decoder(self, item: Mapping[str, Any]) -> Decode:
+        """New token ids -> text, for one preprocessed prompt."""
+        (decode,) = self._decoders(item)
         return decode
+
+    def _decoders(self, batch: Mapping[str, Any]) -> list[Decode]:
+        """New token ids -> text, for each prompt of a batch. What follows a prompt is decoded together with the
+        prompt's last tokens: alone, a SentencePiece tokenizer would lose the space in front of it."""
+        is_chat = batch["is_chat"] if isinstance(batch["is_chat"], list) else [batch["is_chat"]]
+        tails: list[list[int]] = [
+            [] if chat else [token for token, seen in zip(*ends, strict=True) if seen]
+            for chat, *ends in zip(
+                is_chat, batch["input_ids"][:, -4:].tolist(), batch["attention_mask"][:, -4:].tolist(), strict=True
+            )
+        ]
+        return [functools.partial(self._decode_after, tail, self._decode(tail)) for tail in tails]
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def _decode_after(self, tail: list[int], known: str, ids: list[int]) -> str:
+        return self._decode(tail + ids).removeprefix(known)
 
     def _answer(
         self, ids: list[int], decode: Callable[[list[int]], str], config: GenerationConfig
@@ -129,6 +155,22 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
 
 
 PIPELINE_REGISTRY.register_pipeline("llmcli-causal", pipeline_class=CausalPipeline)
+
+
+class StopTexts(StoppingCriteria):  # type: ignore[misc]
+    """Ends each row of a batch where a stop text stands in its new text. `start` is the prompts' padded length;
+    there may be several rows, sequences or beams, for each of the `decoders`."""
+
+    def __init__(self, decoders: Sequence[Decode], stops: Sequence[str], start: int) -> None:
+        self.decoders, self.stops, self.start = decoders, stops, start
+        # A token is a byte at least: no stop text reaches further back, from the newest token, than this.
+        self.reach = max(len(stop.encode()) for stop in stops) + 8
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        rows = input_ids[:, max(self.start, input_ids.shape[1] - self.reach) :].tolist()
+        decoders = (self.decoders[i * len(self.decoders) // len(rows)] for i in range(len(rows)))
+        stopped = [first_stop(decode(row), self.stops) is not None for decode, row in zip(decoders, rows, strict=True)]
+        return torch.tensor(stopped, device=input_ids.device)
 
 
 class Deltas(BaseStreamer):  # type: ignore[misc]
@@ -149,7 +191,7 @@ class Deltas(BaseStreamer):  # type: ignore[misc]
         if self.is_prompt:
             self.is_prompt = False
             return
-        self.ids += value.tolist()
+        self.ids += value.flatten().tolist()
         text = self.decode(self.ids)
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return

@@ -113,6 +113,8 @@ def _spec(alias: str, table: Any, path: Path) -> ModelSpec:
             raise UsageError(f"{where}: {key!r} {'does not go' if key in table else 'has to go'} with {chosen[0]!r}")
         if not isinstance(table[key], types[key]):
             raise UsageError(f"{where}: {key!r} must be of type {types[key].__name__}")
+        if isinstance(table[key], list) and not all(isinstance(item, str) for item in table[key]):
+            raise UsageError(f"{where}: {key!r} must be a list of texts")
     about = {key: table[key] for key in ("description", "license", "size") if key in table}
     return ModelSpec(alias, _source(table, where), tasks=tuple(table.get("tasks", ())), **about)
 

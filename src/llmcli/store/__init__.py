@@ -160,7 +160,7 @@ def _checked(folder: Path) -> Path:
 def _to_disk(folder: Path) -> None:
     """fsync, so that a power cut after the rename does not leave empty files."""
     for path in folder.iterdir():
-        with path.open("rb") as file:
+        with path.open("r+b") as file:
             os.fsync(file.fileno())
 
 

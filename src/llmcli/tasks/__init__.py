@@ -36,7 +36,7 @@ NOTHING = {
     "finish_reason": "stop",
     "usage": {"prompt_tokens": 0, "completion_tokens": 0},
 }
-SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0}
 
 TASKS: Mapping[str, Task] = {
     "generate": Task(

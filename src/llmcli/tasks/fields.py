@@ -29,12 +29,10 @@ def prompt_text(job: Job, fields: Mapping[str, Any]) -> str:
     template = job.parameters.get("prompt")
     if template is None:
         return text_field(fields, name)
-    if fields.get(name) == "":
+    parts = list(string.Formatter().parse(template))
+    if fields.get(name) == "" and any(field == name for _, field, _, _ in parts):
         return ""
-    return "".join(
-        literal + (_filled(fields, field) if field is not None else "")
-        for literal, field, _, _ in string.Formatter().parse(template)
-    )
+    return "".join(literal + ("" if field is None else _filled(fields, field)) for literal, field, _, _ in parts)
 
 
 def check_template(template: str) -> None:
