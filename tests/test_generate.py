@@ -193,6 +193,18 @@ def test_beams_and_any_option_of_generation_config(generate, reference):
     )
 
 
+def test_what_failed_before_is_passed_on_and_said(generate):
+    ran = generate("--jsonl", stdin=b'{"text": "the", "error": {"type": "old", "message": "m"}}\n')
+    assert ran.stdout == '{"text": "the", "error": {"type": "old", "message": "m"}}\n'
+    assert ran.stderr == "llmcli: 1 of 1 records came with an `error` and were passed on as they are\n"
+    assert ran.exit_status == 0
+
+
+def test_a_file_field_of_the_records_own_stands(generate, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "the", "file": "mine"}\n')
+    assert generate("--jsonl", "-f", tmp_path / "a.jsonl").records[0]["file"] == "mine"
+
+
 def test_a_seed_repeats_a_run(llmcli, tiny):
     args = ("generate", "-m", tiny, "--lines", "--max-new-tokens", 8)
     data = b"the\ndog\nfox\n" * 5
@@ -286,6 +298,7 @@ def test_a_run_that_fails_leaves_no_file(llmcli, tmp_path):
 
 def test_csv_errors_keep_every_column(generate):
     ran = generate("--csv", stdin=b"id,text\n1,\xff\n2,the\rdog\n3,the dog\n")
+    assert ran.stdout.splitlines()[0] == "id,text,generated_text,finish_reason,usage,model,error"
     bad, broken, good = csv.DictReader(io.StringIO(ran.stdout))
     assert (bad["id"], json.loads(bad["error"])["type"]) == ("1", "invalid_utf8")
     assert json.loads(broken["error"])["type"] == "invalid_csv"

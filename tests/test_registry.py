@@ -71,6 +71,8 @@ def test_the_users_models_are_laid_over_ours(own):
     own('[mine]\nhub = "me/mine@v1"\nlicense = "MIT"\n[smollm2]\npath = "/models/smollm2"\n')
     assert registry.resolve("mine").source == HubSource("me/mine", "v1")
     assert registry.resolve("smollm2").source == FolderSource(Path("/models/smollm2"))
+    own('[near]\npath = "weights"\n')
+    assert registry.resolve("near").source == FolderSource(config.config_file().with_name("weights"))
     assert "gpt2" in registry.models()
 
 
@@ -111,7 +113,14 @@ def test_configuration_environment_and_option_in_rising_order(configured, monkey
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("devise = 1", "did you mean 'device'"), ("offline = 1", "must be of type bool"), ("x", "config.toml")],
+    [
+        ("devise = 1", "did you mean 'device'"),
+        ("[defaults]\ngenrate = 'x'", "did you mean 'generate'"),
+        ("[defaults]\ngenerate = 5", "must be the name of a model"),
+        ("dtype = 'int3'", "unknown dtype"),
+        ("offline = 1", "must be of type bool"),
+        ("x", "config.toml"),
+    ],
 )
 def test_a_configuration_that_makes_no_sense(configured, llmcli, text, says):
     configured(text)
@@ -128,7 +137,7 @@ def test_a_named_configuration_has_to_be_there(monkeypatch, tmp_path):
 
 def test_an_alias_whose_folder_has_gone_does_not_spoil_the_list(own, llmcli):
     own('[gone]\npath = "/gone/away"\nlicense = "MIT"\n')
-    assert llmcli("models", "list").stdout.splitlines()[-1] == "gone\t\t-\tMIT\tno"
+    assert llmcli("models", "list").stdout.splitlines()[-1] == "gone\tno\t-\t\tMIT"
     assert llmcli("env").exit_status == 0
     assert llmcli("models", "path", "gone").exit_status == 4
 

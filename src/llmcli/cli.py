@@ -59,6 +59,9 @@ def main(args: list[str] | None = None) -> int:
         return ExitStatus.INTERRUPTED
     except Terminated:
         return ExitStatus.TERMINATED
+    except OSError as problem:
+        console.error(f"{problem.filename or 'stdout'}: {problem.strerror or problem}", None, problem)
+        return ExitStatus.FAILED
     except Exception as problem:
         hint = None if console.verbose else "this is a bug in llmcli: run it again with -v, and please report it"
         console.error(f"unexpected {type(problem).__name__}: {problem}", hint, problem)

@@ -65,7 +65,8 @@ def settings() -> Settings:
         if not isinstance(model, str):
             raise UsageError(f"{path}: the default of {task!r} must be the name of a model")
     if found.dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {found.dtype!r}{did_you_mean(found.dtype, DTYPES)}")
+        place = "LLMCLI_DTYPE" if "LLMCLI_DTYPE" in os.environ else path
+        raise UsageError(f"{place}: unknown dtype {found.dtype!r}", hint=f"dtypes: {', '.join(DTYPES)}")
     return found
 
 

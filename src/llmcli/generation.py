@@ -8,7 +8,8 @@ from llmcli import config
 from llmcli.errors import UsageError
 
 FRACTIONS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty")
-NUMBERS = (*FRACTIONS, "top_k", "num_beams", "num_return_sequences", "max_new_tokens", "min_new_tokens")
+COUNTS = ("num_beams", "num_return_sequences", "max_new_tokens")
+NUMBERS = (*FRACTIONS, *COUNTS, "top_k", "min_new_tokens", "no_repeat_ngram_size")
 TOTALS = {"max_length": "--max-new-tokens", "min_length": "--min-new-tokens"}
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
 
@@ -28,6 +29,8 @@ def check(explicit: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
             )
         if name in NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise UsageError(f"{name} takes a number, not {value!r}")
+        if (name in COUNTS and value < 1) or (name == "repetition_penalty" and value <= 0):
+            raise UsageError(f"{name} has to be above 0, not {value!r}")
     try:
         merge(GenerationConfig(), explicit, defaults).validate()
     except (ValueError, TypeError) as problem:

@@ -56,6 +56,11 @@ class Record:
     line: int | None = None
     failure: Failure | None = None
 
+    @property
+    def has_failed_before(self) -> bool:
+        """Whether it comes with the error of an earlier run."""
+        return bool(self.fields.get("error"))
+
 
 @dataclass(frozen=True, slots=True)
 class Result:

@@ -31,7 +31,7 @@ Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", callback=console.be_verbose, help="Tracebacks and library warnings.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=console.be_quiet, help="Errors only on stderr.")]
-Json = Annotated[bool, typer.Option("--json", help="JSON Lines out; implied by --jsonl.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON Lines out.")]
 Offline = Annotated[bool, typer.Option("--offline", help="No network at all (also HF_HUB_OFFLINE=1).")]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Accept pickled weights, which can run code when opened.")
@@ -47,7 +47,7 @@ class InputOptions:
     ] = field(default_factory=list)
     lines: Annotated[bool, typer.Option("--lines", help="A record is a line.")] = False
     null: Annotated[bool, typer.Option("--null", help="A record is a NUL-ended text.")] = False
-    jsonl: Annotated[bool, typer.Option("--jsonl", help="A record is a JSON object a line.")] = False
+    jsonl: Annotated[bool, typer.Option("--jsonl", help="A record is a JSON object a line; so is a result.")] = False
     csv: Annotated[bool, typer.Option("--csv", help="A record is a row; the first names the fields.")] = False
     fields: Annotated[
         list[str],
@@ -148,7 +148,13 @@ class GenerationOptions:
 
     max_new_tokens: Annotated[
         int | None,
-        typer.Option("--max-new-tokens", "--max-tokens", metavar="N", min=1, help="Most tokens to generate."),
+        typer.Option(
+            "--max-new-tokens",
+            "--max-tokens",
+            metavar="N",
+            min=1,
+            help="Most tokens to generate (default: 128; chat: 512).",
+        ),
     ] = None
     min_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=0, help="Fewest tokens to generate.")] = None
     temperature: Annotated[
@@ -156,9 +162,9 @@ class GenerationOptions:
     ] = None
     top_p: Annotated[float | None, typer.Option(metavar="X", min=0, max=1, help="Nucleus sampling.")] = None
     top_k: Annotated[int | None, typer.Option(metavar="N", min=0, help="Sample among the k likeliest tokens.")] = None
-    repetition_penalty: Annotated[
-        float | None, typer.Option(metavar="X", min=0, help="Above 1 discourages repetition.")
-    ] = None
+    repetition_penalty: Annotated[float | None, typer.Option(metavar="X", help="Above 1 discourages repetition.")] = (
+        None
+    )
     num_beams: Annotated[int | None, typer.Option(metavar="N", min=1, help="Beam search.")] = None
     num_return_sequences: Annotated[
         int | None, typer.Option("--num-return-sequences", "-n", metavar="N", min=1, help="Answers a record.")
@@ -182,6 +188,8 @@ class GenerationOptions:
         given = dataclasses.asdict(self)
         own = ("stop", "seed", "option", "truncate")
         explicit = {name: value for name, value in given.items() if name not in own and value is not None}
+        if "" in self.stop:
+            raise UsageError("--stop: an empty text is everywhere")
         if self.stop:
             explicit["stop_strings"] = self.stop
         explicit |= dict(map(key_value, self.option))

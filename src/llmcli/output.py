@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 from llmcli.errors import LlmcliError, ReaderGone, UsageError
 from llmcli.job import Result
 
+WRAPPED = ("TASKS", "LICENSE")  # columns of a table that give way on a narrow screen
+
 
 class Format(Enum):
     """How a result is written."""
@@ -107,7 +109,7 @@ class Output(AbstractContextManager["Output"]):
 
     def _fields(self, result: Result) -> dict[str, Any]:
         record = result.record
-        if record.fields.get("error"):
+        if record.has_failed_before:
             return dict(record.fields)
         fields = {**record.fields, **result.output}
         if result.failure:
@@ -115,14 +117,16 @@ class Output(AbstractContextManager["Output"]):
         else:
             fields["model"] = self.model
         if record.file is not None:
-            fields["file"] = record.file
+            fields.setdefault("file", record.file)
         return fields
 
     def _rows(self, fields: Mapping[str, Any]) -> str:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         if not self._columns:
-            self._columns = list(dict.fromkeys([*fields, *self.names, "model", "error"]))
+            ours = [*self.names, "model", "file", "error"]
+            theirs = [name for name in fields if name not in ours]
+            self._columns = [*theirs, *(name for name in ours if name != "file" or name in fields)]
             writer.writerow(self._columns)
         if other := [name for name in fields if name not in self._columns]:
             raise UsageError(f"the first row had no column {other[0]!r}", hint="run each kind of file alone, or --json")
@@ -151,8 +155,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, name in enumerate(header):
-        table.add_column(name, no_wrap=i == 0, overflow="fold")  # what one would type is never cut
+    for name in header:
+        table.add_column(name, no_wrap=name not in WRAPPED)
     for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -187,7 +187,8 @@ def _csv(stream: Stream, name: str | None) -> Iterator[Record]:
             header = row
         elif row or failure:
             if not failure and len(row) != len(header):
-                failure = Failure("invalid_csv", f"{len(row)} fields where the header has {len(header)}")
+                beyond = f"; beyond it: {', '.join(row[len(header) :])}" if len(row) > len(header) else ""
+                failure = Failure("invalid_csv", f"{len(row)} fields where the header has {len(header)}{beyond}")
             yield Record(dict(zip(header, row, strict=False)), name, rows.line_num, failure)
 
 

@@ -55,8 +55,10 @@ def converse(job: Job) -> ExitStatus:
         if command in ("/clear", "/system"):
             system = (argument.strip() or None) if command == "/system" else system
             messages = _opening(system)
-            console.notice("a new conversation" + (f"; system: {system}" if system else ""))
+            console.notice(f"a new conversation, {f'system message: {system}' if system else 'no system message'}")
         elif command.startswith("/"):
+            if command != "/help":
+                console.notice(f"there is no {command}")
             print("\n".join(COMMANDS.values()), file=sys.stderr)
         elif line:
             messages = _turn(engine, job, [*messages, {"role": "user", "content": line}])

@@ -27,11 +27,12 @@ def run(
     if several and format is Format.LINES:
         raise UsageError("-n above 1 does not go with --lines", hint="--json gives all of them: generated_texts")
     names = [*TASKS[job.task].outputs, *["generated_texts"] * several, *["truncated"] * job.truncate]
-    total = failed = 0
+    total = failed = passed = 0
     with Output(format, path=path, names=names, model=job.model) as output:
         for result in LocalEngine().run(job, records, output.piece if output.streams else None):
             total += 1
             output.write(result)
+            passed += result.record.has_failed_before
             if cut := result.output.get("truncated"):
                 console.notice(f"{_where(result)}the prompt was cut by {cut} tokens from its start")
             if result.failure:
@@ -39,6 +40,8 @@ def run(
                 console.error(f"{_where(result)}{result.failure.message}")
                 if stop_on_error:
                     return ExitStatus.FAILED
+    if passed:
+        console.notice(f"{passed} of {total} records came with an `error` and were passed on as they are")
     if not failed:
         return ExitStatus.OK
     return ExitStatus.FAILED if total == 1 else ExitStatus.PARTIAL

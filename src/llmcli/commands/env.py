@@ -15,7 +15,7 @@ PACKAGES = ("transformers", "torch", "accelerate", "huggingface_hub", "tokenizer
 
 @spread
 def env(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Versions, devices, paths, what is cached: what to put into a bug report."""
+    """Show versions, devices, paths: for a bug report."""
     about: dict[str, Any] = {"llmcli": __version__, "python": f"{platform.python_version()} ({sys.executable})"}
     about["platform"] = platform.platform()
     about |= {name: version(name) for name in PACKAGES}

@@ -24,7 +24,7 @@ def generate(
     model: ModelOptions,
     output: OutputOptions,
 ) -> ExitStatus:
-    """Continue a text.
+    """Continue a text. Each TEXT is a prompt of its own, unless -f makes them one.
 
     \b
     llmcli generate "Once upon a time"

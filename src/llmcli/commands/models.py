@@ -13,22 +13,22 @@ from llmcli.output import print_lines, print_table, to_json
 from llmcli.registry import FolderSource, GgufSource, HubSource, ModelSpec, WheelSource
 
 app = typer.Typer(help="Models: list, show, pull, rm, path.", no_args_is_help=True, rich_markup_mode=None)
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Alias, folder, .gguf file, or hub id org/name[@revision].")]
+Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False)]
 
 
 @app.command("list", cls=Command)
 @spread
 def list_models(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """The models of the registry: alias, tasks, size, license, whether cached."""
+    """List the models that have a short name."""
     rows = [_about(spec) for spec in registry.models().values()]
     if json:
         print_lines(map(to_json, rows))
         return
     print_table(
-        ("NAME", "TASKS", "SIZE", "LICENSE", "CACHED"),
+        ("NAME", "CACHED", "DOWNLOAD", "TASKS", "LICENSE"),
         [
-            (row["name"], ",".join(row["tasks"]), _megabytes(row["size"]), row["license"] or "-",
-             "yes" if row["path"] else "no")
+            (row["name"], "yes" if row["path"] else "no", _megabytes(row["download"]), " ".join(row["tasks"]),
+             row["license"] or "-")
             for row in rows
         ],
     )  # fmt: skip
@@ -37,12 +37,13 @@ def list_models(json: Json = False, quiet: Quiet = False, verbose: Verbose = Fal
 @app.command(cls=Command)
 @spread
 def show(name: Name, json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """All that is known of one model."""
+    """Show all that is known of one model."""
     about = _about(registry.resolve(name))
     if json:
         print_lines([to_json(about)])
         return
-    about |= {"tasks": ", ".join(about["tasks"]) or None, "size": _megabytes(about["size"])}
+    about |= {"tasks": ", ".join(about["tasks"]) or None, "download": _megabytes(about["download"])}
+    about["on disk"] = _megabytes(about["on disk"])
     print_lines(f"{key:12} {value}" for key, value in about.items() if value not in (None, "", "-"))
 
 
@@ -85,9 +86,10 @@ def _about(spec: ModelSpec) -> dict[str, Any]:
         "description": spec.description,
         "source": _source(spec),
         "license": spec.license,
-        "size": spec.size,
+        "download": spec.size,
         "tasks": list(spec.tasks),
         "path": str(folder) if folder else None,
+        "on disk": sum(file.stat().st_size for file in folder.iterdir()) if folder else None,
     }
 
 

@@ -184,7 +184,7 @@ def _prepare(job: Job, record: Record) -> Work:
     task, work = TASKS[job.task], Work(record)
     if record.failure:
         work.result = Result(record, failure=record.failure)
-    elif record.fields.get("error"):  # failed in an earlier run: passed on as it is
+    elif record.has_failed_before:
         work.result = Result(record)
     else:
         with _failing(work):

@@ -85,7 +85,9 @@ def resolve(name: str) -> ModelSpec:
 
 def default_name(task: str) -> str:
     """The model of a task where --model does not say."""
-    return config.settings().defaults.get(task) or str(config.read_toml(HERE / "defaults.toml")[task])
+    defaults, own = config.read_toml(HERE / "defaults.toml"), config.settings().defaults
+    config.check_keys(own, defaults, f"{config.config_file()}: [defaults]")
+    return str({**defaults, **own}[task])
 
 
 @cache
@@ -116,14 +118,14 @@ def _spec(alias: str, table: Any, path: Path) -> ModelSpec:
         if isinstance(table[key], list) and not all(isinstance(item, str) for item in table[key]):
             raise UsageError(f"{where}: {key!r} must be a list of texts")
     about = {key: table[key] for key in ("description", "license", "size") if key in table}
-    return ModelSpec(alias, _source(table, where), tasks=tuple(table.get("tasks", ())), **about)
+    return ModelSpec(alias, _source(table, path.parent, where), tasks=tuple(table.get("tasks", ())), **about)
 
 
-def _source(table: Mapping[str, Any], where: str) -> Source:
+def _source(table: Mapping[str, Any], folder: Path, where: str) -> Source:
     if "wheels" in table:
         return WheelSource(tuple(table["wheels"]), tuple(table["files"]), table["sha256"])
     if "path" in table:
-        path = Path(table["path"]).expanduser()
+        path = folder / Path(table["path"]).expanduser()
         return GgufSource(path) if path.suffix == ".gguf" else FolderSource(path)
     if source := _hub_source(table["hub"]):
         return source

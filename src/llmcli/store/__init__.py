@@ -185,7 +185,6 @@ def _lock(spec: ModelSpec) -> Iterator[None]:
 @contextmanager
 def _writing_to_cache() -> Iterator[None]:
     """Where a full, closed or misplaced disk becomes an error that says so."""
-    closed = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
     try:
         yield
     except LlmcliError:
@@ -197,7 +196,7 @@ def _writing_to_cache() -> Iterator[None]:
             raise ModelUnavailable(
                 f"no space left on the disk of {config.cache_dir()}", hint="free some, or set LLMCLI_CACHE (HF_HOME)"
             ) from problem
-        if isinstance(problem, OSError) and code in closed:
+        if isinstance(problem, OSError) and code:
             raise ModelUnavailable(
                 f"cannot write to {problem.filename or config.cache_dir()}: {os.strerror(code).lower()}",
                 hint="set LLMCLI_CACHE (HF_HOME)",

@@ -161,6 +161,6 @@ def _translated(problem: Exception, source: HubSource) -> Exception:
         return problem
     reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
     return ModelUnavailable(
-        f"the connection to the hub at {constants.ENDPOINT} failed: {reason}",
-        hint="check the network, HF_ENDPOINT and proxy settings, then pull again",
+        f"cannot pull {source.repo}: the connection to the hub at {constants.ENDPOINT} failed: {reason}",
+        hint="check the network, HF_ENDPOINT and proxy settings; `llmcli models list` shows what is cached",
     )

@@ -29,7 +29,9 @@ def prepare(job: Job, fields: Mapping[str, Any]) -> list[Message] | None:
 def _checked(messages: Any, name: str) -> list[Message]:
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise RecordError("wrong_type", f"field {name!r} is not a list of messages")
-    for message in messages:
-        text_field(message, "role")
-        text_field(message, "content")
+    for number, message in enumerate(messages, start=1):
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise RecordError("wrong_type", f"message {number} of {name!r} has no text {key!r}")
+            text_field(message, key)
     return messages

@@ -12,7 +12,7 @@ def text_field(fields: Mapping[str, Any], name: str) -> str:
     """The text in that field. Raises RecordError where it is missing, no text, or holds half a character."""
     if name not in fields:
         there = ", ".join(map(str, fields)) or "none"
-        raise RecordError("missing_field", f"no field {name!r}", hint=f"fields there: {there}; --field NAME picks one")
+        raise RecordError("missing_field", f"no field {name!r}", hint=f"fields there: {there}")
     value = fields[name]
     if not isinstance(value, str):
         raise RecordError("wrong_type", f"field {name!r} is not a text")
@@ -41,9 +41,13 @@ def check_template(template: str) -> None:
         parts = list(string.Formatter().parse(template))
     except ValueError as problem:
         raise UsageError(f"--prompt: {problem}", hint="write {{ and }} for braces of the text itself") from problem
+    if not any(field for _, field, _, _ in parts):
+        raise UsageError("--prompt names no field of the record", hint='like "Classify this review: {text}"')
     for _, field, spec, conversion in parts:
         if field is not None and (not field or spec or conversion):
-            raise UsageError("--prompt: only {name} is known", hint="write {{ and }} for braces of the text itself")
+            raise UsageError(
+                "--prompt: a field is written {name}, and no more", hint="braces of the text itself: {{ }}"
+            )
 
 
 def _filled(fields: Mapping[str, Any], name: str) -> str:
