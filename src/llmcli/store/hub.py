@@ -162,5 +162,5 @@ def _translated(problem: Exception, source: HubSource) -> Exception:
     reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
     return ModelUnavailable(
         f"cannot pull {source.repo}: the connection to the hub at {constants.ENDPOINT} failed: {reason}",
-        hint="check the network, HF_ENDPOINT and proxy settings; `llmcli models list` shows what is cached",
+        hint="check the network, HF_ENDPOINT and proxy settings, then pull again",
     )
