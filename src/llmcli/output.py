@@ -47,11 +47,11 @@ class Sink(AbstractContextManager["Sink"]):
         try:
             self._stream.write(_utf8(text))
             self._stream.flush()
-        except BrokenPipeError:
-            # Nothing is left to write to: keep the interpreter's last flush from complaining.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise ReaderGone("nobody reads stdout any more") from None
         except OSError as problem:
+            if not self._path:  # what is left in the buffer goes nowhere, or the interpreter's last flush would complain
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if isinstance(problem, BrokenPipeError):
+                raise ReaderGone("nobody reads stdout any more") from None
             raise LlmcliError(f"cannot write to {self._path or 'stdout'}: {problem.strerror}") from problem
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
