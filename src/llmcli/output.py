@@ -48,7 +48,7 @@ class Sink(AbstractContextManager["Sink"]):
             self._stream.write(_utf8(text))
             self._stream.flush()
         except OSError as problem:
-            if not self._path:  # what is left in the buffer goes nowhere, or the interpreter's last flush would complain
+            if not self._path:  # what is left in the buffer goes nowhere: the last flush would fail again
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if isinstance(problem, BrokenPipeError):
                 raise ReaderGone("nobody reads stdout any more") from None
@@ -148,7 +148,7 @@ def print_lines(lines: Iterable[str]) -> None:
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Aligned columns for people, tab-separated values for a pipe."""
-    if not sys.stdout.isatty():
+    if not (sys.stdout and sys.stdout.isatty()):
         print_lines("\t".join(row) for row in rows)
         return
     from rich.console import Console
