@@ -26,7 +26,8 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 output = model.generate(**inputs, do_sample=False, max_new_tokens=1)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 """
-COMMANDS = ([], ["generate"], ["chat"], ["env"], ["models"], ["models", "list"], ["models", "show"], ["models", "pull"],
+COMMANDS = ([], ["generate"], ["chat"], ["embed"], ["env"], ["models"], ["models", "list"], ["models", "show"],
+            ["models", "pull"],
             ["models", "rm"], ["models", "path"])  # fmt: skip
 
 

@@ -107,12 +107,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_cache() -> Path:
+    """Where the user's own models lie, pulled at first use."""
+    import platformdirs
+
+    return Path(REAL_CACHE) if REAL_CACHE else platformdirs.user_cache_path("llmcli", appauthor=False)
+
+
+@pytest.fixture
+def real_cache(shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real models by their names, from the user's own cache."""
+    monkeypatch.setenv("LLMCLI_CACHE", str(shared_cache))
+
+
+@pytest.fixture(scope="session")
+def smollm2(shared_cache: Path) -> Path:
     """The default model's folder, pulled once into the user's own cache."""
-    environment = {name: value for name, value in os.environ.items() if name != "LLMCLI_CACHE"}
-    if REAL_CACHE:
-        environment["LLMCLI_CACHE"] = REAL_CACHE
     command = [sys.executable, "-m", "llmcli", "models", "pull", "smollm2"]
+    environment = os.environ | {"LLMCLI_CACHE": str(shared_cache)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.strip())

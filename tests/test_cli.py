@@ -6,7 +6,8 @@ import sys
 import pytest
 
 COMMANDS = [
-    [], ["generate"], ["chat"], ["env"], ["models"], ["models", "list"], ["models", "show"], ["models", "pull"],
+    [], ["generate"], ["chat"], ["embed"], ["env"], ["models"], ["models", "list"], ["models", "show"],
+    ["models", "pull"],
     ["models", "rm"], ["models", "path"],
 ]  # fmt: skip
 HEAVY = ("torch", "transformers", "huggingface_hub", "numpy", "accelerate", "tokenizers")

@@ -221,7 +221,7 @@ def test_a_prompt_longer_than_the_context(generate):
     ran = generate(text, "--truncate", "--json")
     assert ran.exit_status == 0
     assert ran.records[0]["usage"] == {"prompt_tokens": 58, "completion_tokens": 6}
-    assert f"cut by {ran.records[0]['truncated']} tokens" in ran.stderr
+    assert ran.stderr == f"llmcli: cut by {ran.records[0]['truncated']} tokens\n"
 
 
 def test_an_answer_ends_with_the_context_and_alone(generate):

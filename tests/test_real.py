@@ -29,9 +29,8 @@ def script(*args: object) -> str:
 
 
 @pytest.fixture
-def real(llmcli, smollm2, monkeypatch):
-    """The default model, by its name, from the user's own cache."""
-    monkeypatch.setenv("LLMCLI_CACHE", str(smollm2.parent.parent))
+def real(llmcli, smollm2, real_cache):
+    """The default model, by its name."""
     return llmcli
 
 

@@ -9,6 +9,7 @@ import typer
 from llmcli import __version__, console
 from llmcli.commands import models
 from llmcli.commands.chat import chat
+from llmcli.commands.embed import embed
 from llmcli.commands.env import env
 from llmcli.commands.generate import generate
 from llmcli.errors import ExitStatus, LlmcliError, ReaderGone, Terminated
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command(cls=Command)(generate)
 app.command(cls=Command)(chat)
+app.command(cls=Command)(embed)
 app.add_typer(models.app, name="models")
 app.command(cls=Command)(env)
 

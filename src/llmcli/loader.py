@@ -16,8 +16,10 @@ FLOATS = {"F64", "F32", "F16", "BF16"}  # what dtype applies to; other tensors s
 UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}
 
 
-def load(folder: Path, placement: Placement) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer.
+def load(folder: Path, placement: Placement, head: Any) -> tuple[Any, Any]:
+    """A model and its tokenizer. `head`, a pipeline class, says which of transformers' auto classes loads it
+    (`auto_class`), whether the configuration is one it can use (`check`), and the prefix of weights it can do without
+    (`spare`).
 
     Raises ModelUnavailable: weights damaged, incomplete, pickled, of another kind, or too big for the memory there is;
     UsageError: a device that is not here.
@@ -25,7 +27,7 @@ def load(folder: Path, placement: Placement) -> tuple[Any, Any]:
     quiet_libraries()
     weights = _weights(folder, placement)
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     device = choose_device(placement.device)
     dtype = choose_dtype(placement.dtype, device)
@@ -33,10 +35,11 @@ def load(folder: Path, placement: Placement) -> tuple[Any, Any]:
     device_map, max_memory = _device_map(placement, device, size)
     common = {"trust_remote_code": placement.trust_remote_code, "local_files_only": True}
     try:
-        config = AutoConfig.from_pretrained(folder, **common)
-        _check_kind(config, folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **common)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(folder, **common)
+        if reason := head.check(config):
+            raise ModelUnavailable(f"{folder}: {config.model_type} models {reason}", hint=head.instead)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **common)
+        model, report = getattr(transformers, head.auto_class).from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -51,12 +54,11 @@ def load(folder: Path, placement: Placement) -> tuple[Any, Any]:
         raise
     except Exception as problem:
         raise _translated(problem, folder) from problem
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    if missing := sorted(key for key in report["missing_keys"] if not (head.spare and key.startswith(head.spare))):
         raise ModelUnavailable(
             f"{folder}: the weights are incomplete: {missing[0]}" + (" and others are" if missing[1:] else " is")
             + " missing",
-            hint="a model of this kind cannot generate text, or the files are damaged",
+            hint="the model is not of the kind that this task takes, or the files are damaged",
         )  # fmt: skip
     if "disk" in list((getattr(model, "hf_device_map", None) or {}).values())[:1]:
         raise ModelUnavailable(
@@ -65,7 +67,6 @@ def load(folder: Path, placement: Placement) -> tuple[Any, Any]:
     model.eval()
     if tokenizer.pad_token_id is None:  # any token will do, where the attention mask hides it
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
-    tokenizer.padding_side = "left"  # a causal model continues what stands at the right end
     return model, tokenizer
 
 
@@ -113,20 +114,6 @@ def choose_dtype(name: str, device: str) -> Any:
         return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
     able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.bfloat16 if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
-
-
-def _check_kind(config: Any, folder: Path) -> None:
-    """Raises ModelUnavailable where the model does not continue text. AutoModelForCausalLM does take encoders, and
-    the decoders of encoder-decoder models, to train them further: as they are, they talk nonsense."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-
-    is_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or ())
-    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
-    is_causal = is_own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if not is_causal or is_encoder or getattr(config, "is_encoder_decoder", False):
-        raise ModelUnavailable(
-            f"{folder}: {config.model_type} models do not continue text", hint="take a causal language model"
-        )
 
 
 def _weights(folder: Path, placement: Placement) -> list[Path]:

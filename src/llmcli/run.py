@@ -34,7 +34,7 @@ def run(
             output.write(result)
             passed += result.record.has_failed_before
             if cut := result.output.get("truncated"):
-                console.notice(f"{_where(result)}the prompt was cut by {cut} tokens from its start")
+                console.notice(f"{_where(result)}cut by {cut} tokens")
             if result.failure:
                 failed += 1
                 console.error(f"{_where(result)}{result.failure.message}")

@@ -10,10 +10,13 @@ from llmcli.job import Placement
 
 def load(kind: str, folder: Path, placement: Placement) -> Any:
     """A ready transformers.Pipeline. Raises what `loader.load` raises."""
-    model, tokenizer = loader.load(folder, placement)
+    loader.quiet_libraries()
     importlib.import_module(f"llmcli.pipelines.{kind}")  # registers itself with transformers
     from transformers import pipeline
+    from transformers.pipelines import PIPELINE_REGISTRY
 
+    _, implementation, _ = PIPELINE_REGISTRY.check_task(f"llmcli-{kind}")
+    model, tokenizer = loader.load(folder, placement, implementation["impl"])
     # A model that accelerate spread says where it is; one on a single device would be moved to the first GPU.
     device = None if getattr(model, "hf_device_map", None) else model.device
     return pipeline(f"llmcli-{kind}", model=model, tokenizer=tokenizer, device=device)

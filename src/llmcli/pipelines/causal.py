@@ -6,7 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
@@ -26,10 +32,27 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
     postprocess  {"generated_text", "finish_reason", "usage"} of one prompt
     """
 
+    auto_class = "AutoModelForCausalLM"
+    spare = None
+    instead = "take a causal language model"
     _load_tokenizer = True
     _load_feature_extractor = False
     _load_image_processor = False
     _load_processor = False
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.tokenizer.padding_side = "left"  # a causal model continues what stands at the right end
+
+    @staticmethod
+    def check(config: Any) -> str | None:
+        """Why a model of that configuration cannot be used. AutoModelForCausalLM does take encoders, and the decoders
+        of encoder-decoder models, to train them further: as they are, they talk nonsense."""
+        is_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or ())
+        is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
+        is_causal = is_own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        usable = is_causal and not is_encoder and not getattr(config, "is_encoder_decoder", False)
+        return None if usable else "do not continue text"
 
     def _sanitize_parameters(self, generation_config: Any = None, truncate: int | None = None) -> tuple[Any, Any, Any]:
         config = {} if generation_config is None else {"generation_config": generation_config}

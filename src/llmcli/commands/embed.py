@@ -1,0 +1,43 @@
+"""llmcli embed: texts to vectors."""
+
+from typing import Annotated
+
+import typer
+
+from llmcli.errors import ExitStatus
+from llmcli.grammar import spread
+from llmcli.job import Job
+from llmcli.options import InputOptions, ModelOptions, OutputOptions
+from llmcli.output import Format
+from llmcli.records import Form, read, sources
+from llmcli.run import run
+
+
+@spread
+def embed(
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT", default_factory=list, show_default=False)],
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut the end of a text that is too long.")] = False,
+    *,
+    input: InputOptions,
+    model: ModelOptions,
+    output: OutputOptions,
+) -> ExitStatus:
+    """Print each text's vector, of length 1, as JSON Lines: the nearer in meaning, the greater the dot product.
+
+    \b
+    llmcli embed "The harbour clock was repaired in 1951."
+    llmcli embed --lines -f sentences.txt > vectors.jsonl
+    """
+    form = input.form()
+    target = output.target(form)
+    if form is not Form.CSV:
+        target["format"] = Format.JSON
+    job = Job(
+        task="embed",
+        model=model.name("embed"),
+        parameters={"fields": input.roles("text")},
+        placement=model.placement(),
+        batch_size=model.batch(),
+        truncate=truncate,
+    )
+    return run(job, read(sources(texts, input.files), form), **target)

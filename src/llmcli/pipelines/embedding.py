@@ -1,0 +1,96 @@
+"""Texts -> vectors, by an encoder: mean or first-token pooling, of length one. A transformers.Pipeline."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.base import Pipeline
+
+from llmcli.errors import ModelUnavailable, RecordError
+
+
+class EmbeddingPipeline(Pipeline):  # type: ignore[misc]  # transformers has no types
+    """What the steps hand to each other, for a batch of B texts, the longest of P tokens, in D dimensions:
+
+    preprocess   input_ids, attention_mask (1, P); cut: tokens that --truncate took away
+    _forward     vectors (B, D), float32, of Euclidean length 1; attention_mask; cut
+    postprocess  {"embedding": D numbers, "usage"} of one text
+
+    The pooling is what the model's sentence-transformers configuration says, the mean where it says nothing.
+    """
+
+    auto_class = "AutoModel"
+    spare = "pooler."  # a head for another task, that many checkpoints lack
+    instead = "take a sentence encoder, like minilm"
+    _load_tokenizer = True
+    _load_feature_extractor = False
+    _load_image_processor = False
+    _load_processor = False
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        folder = Path(self.model.name_or_path)
+        self.takes_first_token = _pooling(folder) == "cls_token"
+        limits = (_read(folder / "sentence_bert_config.json").get("max_seq_length"), self.tokenizer.model_max_length)
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        self.context = int(min(limit for limit in (*limits, positions) if limit))
+
+    @staticmethod
+    def check(config: Any) -> str | None:
+        """Why a model of that configuration cannot be used."""
+        return "are no encoders" if getattr(config, "is_encoder_decoder", False) else None
+
+    def _sanitize_parameters(self, truncate: bool = False) -> tuple[Any, Any, Any]:
+        return {"truncate": truncate}, {}, {}
+
+    def preprocess(self, text: str, truncate: bool = False) -> dict[str, Any]:
+        """Token ids of one text. One that is longer than the context raises RecordError or, with `truncate`, loses
+        its end."""
+        length = len(self.tokenizer(text)["input_ids"])
+        if length > self.context and not truncate:
+            raise RecordError(
+                "too_long",
+                f"the text has {length} tokens, the model takes {self.context}",
+                hint="shorten it, or let --truncate cut its end",
+            )
+        ids = self.tokenizer(text, truncation=True, max_length=self.context)["input_ids"]
+        input_ids = torch.tensor([ids])
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "cut": length - len(ids)}
+
+    def _forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        mask = inputs["attention_mask"]
+        states = self.model(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state.float()
+        weights = mask.unsqueeze(-1).float()
+        pooled = states[:, 0] if self.takes_first_token else (states * weights).sum(1) / weights.sum(1)
+        vectors = torch.nn.functional.normalize(pooled, dim=-1)
+        return {"vectors": vectors, "attention_mask": mask, "cut": inputs["cut"]}
+
+    def postprocess(self, output: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a result."""
+        cut = {"truncated": output["cut"]} if output["cut"] else {}
+        usage = {"prompt_tokens": int(output["attention_mask"].sum())}
+        return {"embedding": output["vectors"][0].tolist(), **cut, "usage": usage}
+
+
+def _pooling(folder: Path) -> str:
+    """How the model's sentence-transformers configuration makes one vector of many. Raises ModelUnavailable for ways
+    other than the mean and the first token, and for layers that follow."""
+    modes = _read(folder / "1_Pooling" / "config.json")
+    ways: list[str] = [name.removeprefix("pooling_mode_") for name, is_on in modes.items() if is_on is True] or [
+        "mean_tokens"
+    ]
+    modules = _read(folder / "modules.json") or []
+    layers = {str(module["type"]).rpartition(".")[2] for module in modules} - {"Transformer", "Pooling", "Normalize"}
+    if ways not in (["mean_tokens"], ["cls_token"]) or layers:
+        what = ", ".join(sorted(layers) or ways)
+        raise ModelUnavailable(f"{folder}: vectors by {what} are not supported", hint="take another sentence encoder")
+    return ways[0]
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+PIPELINE_REGISTRY.register_pipeline("llmcli-embedding", pipeline_class=EmbeddingPipeline)
