@@ -6,7 +6,7 @@ import sys
 import pytest
 
 COMMANDS = [
-    [], ["generate"], ["chat"], ["embed"], ["env"], ["models"], ["models", "list"], ["models", "show"],
+    [], ["generate"], ["chat"], ["embed"], ["search"], ["env"], ["models"], ["models", "list"], ["models", "show"],
     ["models", "pull"],
     ["models", "rm"], ["models", "path"],
 ]  # fmt: skip

@@ -7,24 +7,6 @@ import shutil
 import pytest
 
 
-@pytest.fixture(scope="session")
-def encoder(tiny, tmp_path_factory):
-    """A BERT of two layers with the tiny Llama's words; 64 positions, no pooler."""
-    import torch
-    from transformers import AutoTokenizer, BertConfig, BertModel
-
-    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def embed(llmcli, encoder):
     return lambda *args, **settings: llmcli("embed", "-m", encoder, "--dtype", "float32", *args, **settings)

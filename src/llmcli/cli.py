@@ -12,6 +12,7 @@ from llmcli.commands.chat import chat
 from llmcli.commands.embed import embed
 from llmcli.commands.env import env
 from llmcli.commands.generate import generate
+from llmcli.commands.search import search
 from llmcli.errors import ExitStatus, LlmcliError, ReaderGone, Terminated
 from llmcli.grammar import Command
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command(cls=Command)(generate)
 app.command(cls=Command)(chat)
 app.command(cls=Command)(embed)
+app.command(cls=Command)(search)
 app.add_typer(models.app, name="models")
 app.command(cls=Command)(env)
 

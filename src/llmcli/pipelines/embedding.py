@@ -1,6 +1,5 @@
 """Texts -> vectors, by an encoder: mean or first-token pooling, of length one. A transformers.Pipeline."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,8 @@ import torch
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 
-from llmcli.errors import ModelUnavailable, RecordError
+from llmcli import encoder
+from llmcli.errors import RecordError
 
 
 class EmbeddingPipeline(Pipeline):  # type: ignore[misc]  # transformers has no types
@@ -32,10 +32,8 @@ class EmbeddingPipeline(Pipeline):  # type: ignore[misc]  # transformers has no 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         folder = Path(self.model.name_or_path)
-        self.takes_first_token = _pooling(folder) == "cls_token"
-        limits = (_read(folder / "sentence_bert_config.json").get("max_seq_length"), self.tokenizer.model_max_length)
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        self.context = int(min(limit for limit in (*limits, positions) if limit))
+        self.takes_first_token = encoder.pooling(folder) == "cls_token"
+        self.context = encoder.window(folder)
 
     @staticmethod
     def check(config: Any) -> str | None:
@@ -72,25 +70,6 @@ class EmbeddingPipeline(Pipeline):  # type: ignore[misc]  # transformers has no 
         cut = {"truncated": output["cut"]} if output["cut"] else {}
         usage = {"prompt_tokens": int(output["attention_mask"].sum())}
         return {"embedding": output["vectors"][0].tolist(), **cut, "usage": usage}
-
-
-def _pooling(folder: Path) -> str:
-    """How the model's sentence-transformers configuration makes one vector of many. Raises ModelUnavailable for ways
-    other than the mean and the first token, and for layers that follow."""
-    modes = _read(folder / "1_Pooling" / "config.json")
-    ways: list[str] = [name.removeprefix("pooling_mode_") for name, is_on in modes.items() if is_on is True] or [
-        "mean_tokens"
-    ]
-    modules = _read(folder / "modules.json") or []
-    layers = {str(module["type"]).rpartition(".")[2] for module in modules} - {"Transformer", "Pooling", "Normalize"}
-    if ways not in (["mean_tokens"], ["cls_token"]) or layers:
-        what = ", ".join(sorted(layers) or ways)
-        raise ModelUnavailable(f"{folder}: vectors by {what} are not supported", hint="take another sentence encoder")
-    return ways[0]
-
-
-def _read(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 PIPELINE_REGISTRY.register_pipeline("llmcli-embedding", pipeline_class=EmbeddingPipeline)

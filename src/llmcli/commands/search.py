@@ -1,0 +1,60 @@
+"""llmcli search: passages nearest in meaning, printed as grep prints."""
+
+from typing import Annotated
+
+import typer
+
+from llmcli import console
+from llmcli.errors import ExitStatus, UsageError
+from llmcli.grammar import spread
+from llmcli.job import Job, Record, Result
+from llmcli.options import ModelOptions, OutputOptions
+from llmcli.output import Format, Output
+from llmcli.records import Form, read, sources
+
+BATCH_SIZE = 32
+
+
+@spread
+def search(
+    query: Annotated[str, typer.Argument(metavar="QUERY", show_default=False)],
+    files: Annotated[list[str], typer.Argument(metavar="FILE", default_factory=list, show_default=False)],
+    limit: Annotated[int, typer.Option("--limit", "-n", metavar="N", min=1, help="How many passages to show.")] = 5,
+    *,
+    model: ModelOptions,
+    output: OutputOptions,
+) -> ExitStatus:
+    """Print the passages nearest in meaning to QUERY, the best first, as file:line: passage (score).
+
+    Without FILE, the lines of stdin. What was embedded once is kept: a second search is quick.
+
+    \b
+    llmcli search "how to undo a commit" docs/*.md
+    history | llmcli search "the command that fixed the network" -n 3
+    """
+    if not query.strip():
+        raise UsageError("the query is empty")
+    found = list(read(sources([], files), Form.WHOLE if files else Form.LINES))
+    failed = [record for record in found if record.failure]
+    for record in failed:
+        assert record.failure
+        console.error(f"{record.file or f'line {record.line}'}: {record.failure.message}")
+    if failed and output.on_error == "stop":
+        return ExitStatus.FAILED
+    job = Job(
+        task="embed",
+        model=model.name("search"),
+        placement=model.placement(),
+        batch_size=model.batch() or BATCH_SIZE,
+    )
+    from llmcli.search import nearest
+
+    with Output(Format.JSON if output.json else Format.TEXT, path=output.output, model=job.model) as out:
+        for passage, score in nearest(job, query, [record for record in found if not record.failure], limit):
+            place = f"{passage.file}:{passage.line}" if passage.file else str(passage.line)
+            record = Record({"line": passage.line, "text": passage.text}, passage.file)
+            text = f"{place}: {' '.join(passage.text.split())} ({score:.3f})"
+            out.write(Result(record, {"score": score}, text))
+    if not failed:
+        return ExitStatus.OK
+    return ExitStatus.FAILED if len(found) == 1 else ExitStatus.PARTIAL

@@ -1,0 +1,36 @@
+"""What the folder of a sentence encoder says of itself, read without loading anything."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmcli.errors import ModelUnavailable
+
+
+def window(folder: Path) -> int:
+    """Tokens that a text may have, special ones included."""
+    said = (
+        _read(folder / "sentence_bert_config.json").get("max_seq_length"),
+        _read(folder / "tokenizer_config.json").get("model_max_length"),
+        _read(folder / "config.json").get("max_position_embeddings"),
+    )
+    return int(min(filter(None, said), default=512))
+
+
+def pooling(folder: Path) -> str:
+    """How its sentence-transformers configuration makes one vector of many: mean_tokens, or cls_token.
+
+    Raises ModelUnavailable for other ways, and for layers that follow.
+    """
+    modes = _read(folder / "1_Pooling" / "config.json")
+    ways: list[str] = [name.removeprefix("pooling_mode_") for name, is_on in modes.items() if is_on is True]
+    modules = _read(folder / "modules.json") or []
+    layers = {str(module["type"]).rpartition(".")[2] for module in modules} - {"Transformer", "Pooling", "Normalize"}
+    if layers or (ways and ways not in (["mean_tokens"], ["cls_token"])):
+        what = ", ".join(sorted(layers) or ways)
+        raise ModelUnavailable(f"{folder}: vectors by {what} are not supported", hint="take another sentence encoder")
+    return ways[0] if ways else "mean_tokens"
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

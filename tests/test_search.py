@@ -1,0 +1,158 @@
+"""llmcli search: passages nearest in meaning, and vectors that are kept."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def search(llmcli, encoder):
+    return lambda *args, **settings: llmcli("search", *args, "-m", encoder, "--dtype", "float32", **settings)
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """The texts that the model has seen."""
+    from llmcli.pipelines.embedding import EmbeddingPipeline
+
+    seen: list[str] = []
+    preprocess = EmbeddingPipeline.preprocess
+    monkeypatch.setattr(
+        EmbeddingPipeline,
+        "preprocess",
+        lambda self, text, **rest: (seen.append(text), preprocess(self, text, **rest))[1],
+    )
+    return seen
+
+
+def long_text(paragraphs: int) -> str:
+    """Each paragraph takes a passage of its own."""
+    return "\n\n".join(f"number {i}: " + "the quick brown fox " * 9 for i in range(paragraphs))
+
+
+def test_the_passage_itself_is_nearest_and_comes_with_its_place(search, tmp_path):
+    text = long_text(4)
+    (tmp_path / "a.txt").write_text("dog\n")
+    (tmp_path / "b.txt").write_text(text)
+    wanted = text.split("\n\n")[2].strip()
+    ran = search(wanted, tmp_path / "a.txt", tmp_path / "b.txt", "-n", 2)
+    first, _ = ran.stdout.splitlines()
+    assert first == f"{tmp_path / 'b.txt'}:5: {wanted} (1.000)"
+    assert ran.exit_status == 0
+    assert ran.stderr == ""
+
+
+def test_scores_are_dot_products_of_what_embed_prints(search, llmcli, encoder):
+    lines = ["the quick fox", "a lazy dog", "warm sun"]
+    ran = search("dog", "--json", stdin="\n".join(lines).encode())
+    vectors = llmcli("embed", "dog", *lines, "-m", encoder, "--dtype", "float32").records
+    query, *others = (record["embedding"] for record in vectors)
+    scores = {
+        line: sum(a * b for a, b in zip(query, other, strict=True)) for line, other in zip(lines, others, strict=True)
+    }
+    assert [hit["text"] for hit in ran.records] == sorted(lines, key=scores.__getitem__, reverse=True)
+    for hit in ran.records:
+        assert hit["score"] == pytest.approx(scores[hit["text"]], abs=1e-6)
+        assert hit["line"] == lines.index(hit["text"]) + 1
+
+
+def test_a_second_search_embeds_the_query_alone_and_says_the_same(search, embedded, tmp_path):
+    (tmp_path / "a.txt").write_text(long_text(6))
+    first = search("brown fox", tmp_path / "a.txt")
+    assert len(embedded) == 7
+    assert search("brown fox", tmp_path / "a.txt").stdout == first.stdout
+    assert len(embedded) == 7
+    search("lazy dog", tmp_path / "a.txt")
+    assert embedded[7:] == ["lazy dog"]
+
+
+def test_changed_and_deleted_files_are_noticed(search, embedded, tmp_path):
+    (tmp_path / "a.txt").write_text(long_text(3))
+    (tmp_path / "b.txt").write_text("sun")
+    search("fox", tmp_path / "a.txt", tmp_path / "b.txt")
+    embedded.clear()
+    (tmp_path / "a.txt").write_text(long_text(3) + "\n\n" + "once upon a time " * 9)
+    assert "once upon" in search("once upon a time", tmp_path / "a.txt", "-n", 1).stdout
+    assert len(embedded) <= 3  # the query, the new paragraph, and one that it may share a passage with
+    (tmp_path / "b.txt").unlink()
+    assert search("fox", tmp_path / "b.txt").exit_status == 2
+
+
+def test_chinese_and_markdown(search, tmp_path):
+    (tmp_path / "a.md").write_text("# 天气\n\n今天天气很好。\n\n# Dogs\n\nA lazy dog.\n")
+    ran = search("今天天气很好。", tmp_path / "a.md", "--json")
+    assert "今天天气很好。" in ran.stdout
+    assert ran.records[0]["line"] == 1
+
+
+def test_what_cannot_be_searched(search, tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "good.txt").write_text("dog")
+    ran = search("dog", tmp_path / "bad.txt", tmp_path / "good.txt")
+    assert ran.stdout.startswith(f"{tmp_path / 'good.txt'}:1: dog")
+    assert ran.stderr == f"llmcli: {tmp_path / 'bad.txt'}: not UTF-8: byte 0xff at offset 0\n"
+    assert ran.exit_status == 3
+    assert search("dog", tmp_path).exit_status == 2
+    assert search("  ", tmp_path / "good.txt").exit_status == 2
+    assert search("dog", stdin=b"").stdout == ""
+
+
+def test_a_cache_that_is_none_is_said_so(search, home):
+    (home / "cache").mkdir()
+    (home / "cache" / "vectors.sqlite").write_bytes(b"no database at all" * 100)
+    ran = search("dog", stdin=b"dog\n")
+    assert ran.exit_status == 1
+    assert ran.stderr.startswith(f"llmcli: {home / 'cache' / 'vectors.sqlite'}: file is not a database")
+
+
+@pytest.mark.slow
+def test_a_kill_loses_no_vector_that_was_kept(encoder, home, tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(f"{'the quick brown fox ' * 5}{i}" for i in range(20_000)))
+    command = [sys.executable, "-m", "llmcli", "search", "dog", "-m", str(encoder)]
+    with (tmp_path / "a.txt").open() as lines:
+        running = subprocess.Popen(command, stdin=lines, stdout=subprocess.DEVNULL, env=os.environ)
+    cache = home / "cache" / "vectors.sqlite"
+    deadline = time.monotonic() + 60
+    while not (count := kept(cache)):
+        assert running.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert kept(cache) >= count > 0
+    assert running.returncode == -signal.SIGKILL
+
+
+def kept(cache: Path) -> int:
+    if not cache.exists():
+        return 0
+    try:
+        with sqlite3.connect(cache) as database:
+            return int(database.execute("SELECT count(*) FROM vectors").fetchone()[0])
+    except sqlite3.OperationalError:  # not yet made, or busy
+        return 0
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("which exit code means that some records failed", "some of many records failed"),
+        ("how do I add a new task", "A new task"),
+        ("how do I talk to the model at a terminal", "conversation"),
+        ("repeat the same random text again", "--seed"),
+        ("use my own model under a short name", "models.toml"),
+    ],
+)
+def test_this_projects_own_pages(llmcli, real_cache, question, answer):
+    ran = llmcli("search", question, ROOT / "README.md", ROOT / "CONTRIBUTING.md", "-n", 2)
+    assert answer in ran.stdout
