@@ -30,25 +30,6 @@ COMMANDS = ([], ["generate"], ["chat"], ["embed"], ["search"], ["env"], ["models
             ["models", "show"], ["models", "pull"], ["models", "rm"], ["models", "path"])  # fmt: skip
 
 
-def main(name: str = "world"):
-    """Say hello."""
-    print(f"Hello {name}")
-app()
-'''
-BARE_TRANSFORMERS = """
-import sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="float32")
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-output = model.generate(**inputs, do_sample=False, max_new_tokens=1)
-print(tokenizer.decode(output[0], skip_special_tokens=True))
-"""
-COMMANDS = ([], ["generate"], ["chat"], ["embed"], ["search"], ["env"], ["models"], ["models", "list"], ["models", "show"],
-            ["models", "pull"],
-            ["models", "rm"], ["models", "path"])  # fmt: skip
-
-
 def main() -> list[str]:
     """The rows of a table in Markdown."""
     # The console script, as a shell starts it.
