@@ -18,17 +18,19 @@ def convert(file: Path, folder: Path) -> None:
     from llmcli.loader import quiet_libraries
 
     quiet_libraries()
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # A transformers that can keep GGUF weights quantized has to be told not to.
+    can_keep = hasattr(transformers, "GgufConfig")
+    plain = {"quantization_config": transformers.GgufConfig(dequantize=True)} if can_keep else {}
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     # transformers draws a bar, whoever is watching
     bar = nullcontext() if console.is_terminal() and not console.quiet else redirect_stderr(io.StringIO())
     try:
         with bar:
             tokenizer = AutoTokenizer.from_pretrained(**where)
-            model, report = AutoModelForCausalLM.from_pretrained(
-                **where, quantization_config=GgufConfig(dequantize=True), output_loading_info=True
-            )
+            model, report = AutoModelForCausalLM.from_pretrained(**where, **plain, output_loading_info=True)
     except MemoryError as problem:
         raise ModelUnavailable(f"{file.name} does not fit in memory", hint="take a smaller model") from problem
     except Exception as problem:
