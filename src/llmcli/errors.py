@@ -14,6 +14,13 @@ class ExitStatus(IntEnum):
     INTERRUPTED = 130
     TERMINATED = 143
 
+    @classmethod
+    def of(cls, failed: int, total: int) -> "ExitStatus":
+        """Of a run of which so many of the records failed."""
+        if not failed:
+            return cls.OK
+        return cls.FAILED if total == 1 else cls.PARTIAL
+
 
 class LlmcliError(Exception):
     """An error a person can act on: one line of what happened, one of what to do."""
@@ -50,6 +57,11 @@ class ReaderGone(LlmcliError):
     """Whoever read our standard output has stopped, as `head` does. Not a failure."""
 
     status = ExitStatus.OK
+
+
+def reason(problem: OSError) -> str:
+    """`no such file or directory`: what the system says, for the end of a sentence."""
+    return (problem.strerror or str(problem)).lower()
 
 
 class Terminated(BaseException):

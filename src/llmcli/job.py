@@ -57,6 +57,13 @@ class Record:
     failure: Failure | None = None
 
     @property
+    def where(self) -> str:
+        """`file:line: `, as grep says it; `line 3: ` where there is no file; nothing where there is neither."""
+        if self.file is None:
+            return f"line {self.line}: " if self.line else ""
+        return f"{self.file}:{self.line}: " if self.line else f"{self.file}: "
+
+    @property
     def has_failed_before(self) -> bool:
         """Whether it comes with the error of an earlier run."""
         return bool(self.fields.get("error"))

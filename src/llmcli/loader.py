@@ -24,7 +24,6 @@ def load(folder: Path, placement: Placement, head: Any) -> tuple[Any, Any]:
     Raises ModelUnavailable: weights damaged, incomplete, pickled, of another kind, or too big for the memory there is;
     UsageError: a device that is not here.
     """
-    quiet_libraries()
     weights = _weights(folder, placement)
     import torch
     import transformers

@@ -15,8 +15,6 @@ from llmcli.job import Placement
 from llmcli.output import Format
 from llmcli.records import Form
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
-
 Model = Annotated[
     str | None,
     typer.Option(
@@ -100,7 +98,7 @@ class ModelOptions:
     device: Annotated[
         str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda[:N], mps or xpu (also LLMCLI_DEVICE).")
     ] = None
-    dtype: Annotated[DType | None, typer.Option(help="Precision of the weights (also LLMCLI_DTYPE).")] = None
+    dtype: Annotated[config.DType | None, typer.Option(help="Precision of the weights (also LLMCLI_DTYPE).")] = None
     batch_size: Annotated[
         str, typer.Option(metavar="N|auto", help="Records in one forward pass.", show_default=True)
     ] = "auto"

@@ -11,7 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llmcli.errors import LlmcliError, ReaderGone, UsageError
+from llmcli.errors import LlmcliError, ReaderGone, UsageError, reason
 from llmcli.job import Result
 
 WRAPPED = ("TASKS", "LICENSE")  # columns of a table that give way on a narrow screen
@@ -168,7 +168,7 @@ def _create(path: Path) -> BinaryIO:
     except FileExistsError:
         raise UsageError(f"{path} exists", hint="name another file, or remove it first") from None
     except OSError as problem:
-        raise UsageError(f"{path}: {(problem.strerror or str(problem)).lower()}") from problem
+        raise UsageError(f"{path}: {reason(problem)}") from problem
 
 
 def _cell(value: Any) -> Any:

@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, cast
 
-from llmcli.errors import RecordError, UsageError
+from llmcli.errors import RecordError, UsageError, reason
 from llmcli.job import Failure, Record
 
 Stream = io.BufferedIOBase
@@ -53,7 +53,7 @@ def read(streams: Iterable[tuple[str | None, Stream]], form: Form) -> Iterator[R
             with stream:
                 yield from readers[form](stream, name)
         except OSError as problem:
-            raise UsageError(f"{name or 'stdin'}: {(problem.strerror or str(problem)).lower()}") from problem
+            raise UsageError(f"{name or 'stdin'}: {reason(problem)}") from problem
 
 
 def prompts(texts: Sequence[str], files: Sequence[str], form: Form) -> Iterator[Record]:
@@ -89,7 +89,7 @@ def _open(name: str) -> Stream:
     try:
         return path.open("rb")
     except OSError as problem:
-        raise UsageError(f"{name}: {(problem.strerror or str(problem)).lower()}") from problem
+        raise UsageError(f"{name}: {reason(problem)}") from problem
 
 
 def _stdin() -> Stream:

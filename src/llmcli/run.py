@@ -6,7 +6,7 @@ from pathlib import Path
 from llmcli import console
 from llmcli.engines.local import LocalEngine
 from llmcli.errors import ExitStatus, UsageError
-from llmcli.job import Job, Record, Result
+from llmcli.job import Job, Record
 from llmcli.output import Format, Output
 from llmcli.tasks import TASKS
 
@@ -34,23 +34,12 @@ def run(
             output.write(result)
             passed += result.record.has_failed_before
             if cut := result.output.get("truncated"):
-                console.notice(f"{_where(result)}cut by {cut} tokens")
+                console.notice(f"{result.record.where}cut by {cut} tokens")
             if result.failure:
                 failed += 1
-                console.error(f"{_where(result)}{result.failure.message}")
+                console.error(f"{result.record.where}{result.failure.message}")
                 if stop_on_error:
                     return ExitStatus.FAILED
     if passed:
         console.notice(f"{passed} of {total} records came with an `error` and were passed on as they are")
-    if not failed:
-        return ExitStatus.OK
-    return ExitStatus.FAILED if total == 1 else ExitStatus.PARTIAL
-
-
-def _where(result: Result) -> str:
-    """`file:line: `, as grep says it."""
-    record = result.record
-    place = [record.file or "", str(record.line or "")]
-    if record.line and not record.file:
-        return f"line {record.line}: "
-    return ":".join(filter(None, place)) + ": " if any(place) else ""
+    return ExitStatus.of(failed, total)

@@ -56,10 +56,11 @@ def nearest(job: Job, query: str, records: Sequence[Record], limit: int) -> list
     if not passages:
         return []
     with VectorCache(_identity(folder, job)) as cache:
-        known = cache.find([query, *(passage.text for passage in passages)])
-        missing = {text for text in (query, *(passage.text for passage in passages)) if text not in known}
+        texts = {query, *(passage.text for passage in passages)}
+        known = cache.find(texts)
+        missing = texts - known.keys()
         # Of like length together: less padding.
-        known |= _embedded(job, sorted(missing, key=len), cache)
+        known |= _embedded(job, sorted(missing, key=lambda text: (len(text), text)), cache)
     matrix = np.frombuffer(b"".join(known[passage.text] for passage in passages), "<f4").reshape(len(passages), -1)
     scores = matrix @ np.frombuffer(known[query], "<f4")
     best = np.argsort(-scores, kind="stable")[:limit]

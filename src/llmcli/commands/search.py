@@ -38,7 +38,7 @@ def search(
     failed = [record for record in found if record.failure]
     for record in failed:
         assert record.failure
-        console.error(f"{record.file or f'line {record.line}'}: {record.failure.message}")
+        console.error(f"{record.where}{record.failure.message}")
     if failed and output.on_error == "stop":
         return ExitStatus.FAILED
     job = Job(
@@ -55,6 +55,4 @@ def search(
             record = Record({"line": passage.line, "text": passage.text}, passage.file)
             text = f"{place}: {' '.join(passage.text.split())} ({score:.3f})"
             out.write(Result(record, {"score": score}, text))
-    if not failed:
-        return ExitStatus.OK
-    return ExitStatus.FAILED if len(found) == 1 else ExitStatus.PARTIAL
+    return ExitStatus.of(len(failed), len(found))

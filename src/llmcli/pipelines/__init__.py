@@ -10,7 +10,6 @@ from llmcli.job import Placement
 
 def load(kind: str, folder: Path, placement: Placement) -> Any:
     """A ready transformers.Pipeline. Raises what `loader.load` raises."""
-    loader.quiet_libraries()
     importlib.import_module(f"llmcli.pipelines.{kind}")  # registers itself with transformers
     from transformers import pipeline
     from transformers.pipelines import PIPELINE_REGISTRY

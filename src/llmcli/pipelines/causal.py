@@ -149,12 +149,8 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
         """New token ids -> text, for each prompt of a batch. What follows a prompt is decoded together with the
         prompt's last tokens: alone, a SentencePiece tokenizer would lose the space in front of it."""
         is_chat = batch["is_chat"] if isinstance(batch["is_chat"], list) else [batch["is_chat"]]
-        tails: list[list[int]] = [
-            [] if chat else [token for token, seen in zip(*ends, strict=True) if seen]
-            for chat, *ends in zip(
-                is_chat, batch["input_ids"][:, -4:].tolist(), batch["attention_mask"][:, -4:].tolist(), strict=True
-            )
-        ]
+        rows = zip(is_chat, batch["input_ids"], batch["attention_mask"], strict=True)
+        tails = [[] if chat else ids[mask.bool()][-4:].tolist() for chat, ids, mask in rows]
         return [functools.partial(self._decode_after, tail, self._decode(tail)) for tail in tails]
 
     def _decode(self, ids: list[int]) -> str:
@@ -164,9 +160,7 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
     def _decode_after(self, tail: list[int], known: str, ids: list[int]) -> str:
         return self._decode(tail + ids).removeprefix(known)
 
-    def _answer(
-        self, ids: list[int], decode: Callable[[list[int]], str], config: GenerationConfig
-    ) -> tuple[str, str, int]:
+    def _answer(self, ids: list[int], decode: Decode, config: GenerationConfig) -> tuple[str, str, int]:
         """Text, finish reason, and how many tokens were generated, of one row of a batch."""
         eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         end = next((i + 1 for i, token in enumerate(ids) if token in eos), None)
@@ -202,9 +196,7 @@ class Deltas(BaseStreamer):  # type: ignore[misc]
     Held back: the bytes of an unfinished character, and an ending that may become a stop text.
     """
 
-    def __init__(
-        self, decode: Callable[[list[int]], str], stops: Sequence[str], on_text: Callable[[str], None]
-    ) -> None:
+    def __init__(self, decode: Decode, stops: Sequence[str], on_text: Callable[[str], None]) -> None:
         self.decode, self.stops, self.on_text = decode, stops, on_text
         self.ids: list[int] = []
         self.sent = 0

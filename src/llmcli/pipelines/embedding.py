@@ -46,14 +46,16 @@ class EmbeddingPipeline(Pipeline):  # type: ignore[misc]  # transformers has no 
     def preprocess(self, text: str, truncate: bool = False) -> dict[str, Any]:
         """Token ids of one text. One that is longer than the context raises RecordError or, with `truncate`, loses
         its end."""
-        length = len(self.tokenizer(text)["input_ids"])
+        ids = self.tokenizer(text)["input_ids"]
+        length = len(ids)
         if length > self.context and not truncate:
             raise RecordError(
                 "too_long",
                 f"the text has {length} tokens, the model takes {self.context}",
                 hint="shorten it, or let --truncate cut its end",
             )
-        ids = self.tokenizer(text, truncation=True, max_length=self.context)["input_ids"]
+        if length > self.context:  # once more: the token that ends every text has to stay
+            ids = self.tokenizer(text, truncation=True, max_length=self.context)["input_ids"]
         input_ids = torch.tensor([ids])
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "cut": length - len(ids)}
 

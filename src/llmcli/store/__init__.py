@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llmcli import config, console
-from llmcli.errors import LlmcliError, ModelUnavailable, UsageError
+from llmcli.errors import LlmcliError, ModelUnavailable, UsageError, reason
 from llmcli.registry import FolderSource, GgufSource, HubSource, ModelSpec, WheelSource
 
 
@@ -143,7 +143,7 @@ def _key(spec: ModelSpec) -> str:
             try:
                 stat = path.stat()
             except OSError as problem:
-                raise ModelUnavailable(f"{path}: {(problem.strerror or str(problem)).lower()}") from problem
+                raise ModelUnavailable(f"{path}: {reason(problem)}") from problem
             digest = hashlib.sha256(f"{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
             name = f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
         case HubSource(repo, revision):
