@@ -22,7 +22,9 @@ def embed(
     model: ModelOptions,
     output: OutputOptions,
 ) -> ExitStatus:
-    """Print each text's vector, of length 1, as JSON Lines: the nearer in meaning, the greater the dot product.
+    """Print each text's vector, as JSON Lines.
+
+    Vectors have length 1: the nearer in meaning, the greater their dot product.
 
     \b
     llmcli embed "The harbour clock was repaired in 1951."

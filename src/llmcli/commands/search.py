@@ -24,9 +24,10 @@ def search(
     model: ModelOptions,
     output: OutputOptions,
 ) -> ExitStatus:
-    """Print the passages nearest in meaning to QUERY, the best first, as file:line: passage (score).
+    """Print the passages nearest in meaning to QUERY.
 
-    Without FILE, the lines of stdin. What was embedded once is kept: a second search is quick.
+    The best comes first, as file:line: passage (score). Without FILE, the lines of stdin. What was embedded once is
+    kept: a second search is quick.
 
     \b
     llmcli search "how to undo a commit" docs/*.md
