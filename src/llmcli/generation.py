@@ -11,17 +11,16 @@ FRACTIONS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty",
 COUNTS = ("num_beams", "num_return_sequences", "max_new_tokens")
 NUMBERS = (*FRACTIONS, *COUNTS, "top_k", "min_new_tokens", "no_repeat_ngram_size")
 TOTALS = {"max_length": "--max-new-tokens", "min_length": "--min-new-tokens"}
+OLD_MAX_LENGTH = 20  # what transformers 4 wrote into a generation config that had none
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
 
 
-def check(explicit: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def check(explicit: Mapping[str, Any], defaults: Mapping[str, Any], *, counts_prompt: bool = True) -> None:
     """Let transformers judge the user's options, before any model is loaded. Raises UsageError."""
     from transformers import GenerationConfig
 
     known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
     for name, value in explicit.items():
-        if name in TOTALS:
-            raise UsageError(f"{name} counts the prompt too, and its padding", hint=f"take {TOTALS[name]}")
         if name not in known:
             raise UsageError(
                 f"unknown generation option {name!r}{config.did_you_mean(name, known)}",
@@ -32,31 +31,54 @@ def check(explicit: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         if (name in COUNTS and value < 1) or (name == "repetition_penalty" and value <= 0):
             raise UsageError(f"{name} has to be above 0, not {value!r}")
     try:
-        merge(GenerationConfig(), explicit, defaults).validate()
+        merge(GenerationConfig(), explicit, defaults, counts_prompt=counts_prompt).validate()
     except (ValueError, TypeError) as problem:
         raise UsageError(str(problem).strip().splitlines()[0]) from problem
 
 
-def merge(model_config: Any, explicit: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
-    """What the user gave, over the model's generation config, over the task's defaults; but the task alone says
-    how many tokens are enough.
+def merge(
+    model_config: Any,
+    explicit: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
+    *,
+    counts_prompt: bool = True,
+) -> Any:
+    """What the user gave, over the task's own settings for this model, over the model's generation config, over the
+    task's defaults. Where the model `counts_prompt` in its lengths, they say nothing of the answer: max_new_tokens
+    alone does.
 
     Asking for a sampling parameter asks for sampling; asking for beams, without one, asks for none.
     """
-    merged = copy.deepcopy(model_config)
-    stated = model_config.to_diff_dict()
-    merged.max_length = None
-    silent = {name: value for name, value in defaults.items() if name not in stated or name == "max_new_tokens"}
     given = {name: float(value) if name in FRACTIONS else value for name, value in explicit.items()}
+    if counts_prompt and (total := next((name for name in TOTALS if name in given), None)):
+        raise UsageError(f"{total} counts the prompt too, and its padding", hint=f"take {TOTALS[total]}")
     if isinstance(given.get("stop_strings"), str):
         given["stop_strings"] = [given["stop_strings"]]
+    merged = copy.deepcopy(model_config)
+    stated = {**model_config.to_diff_dict(), **(settings or {})}
     if "do_sample" not in given:
         if any(name in given for name in SAMPLING):
             given["do_sample"] = True
         elif given.get("num_beams", 1) > 1 or ("do_sample" not in stated and stated.get("num_beams", 1) > 1):
             given["do_sample"] = False
-    merged.update(**{**silent, **given})
+    silent = {name: value for name, value in defaults.items() if name not in stated}
+    merged.update(**{**silent, **(settings or {}), **given})
+    task = {**defaults, **(settings or {})}
+    merged.max_new_tokens, merged.max_length = _lengths(given, stated, task, counts_prompt)
     if not merged.do_sample:
         for name in SAMPLING:
             setattr(merged, name, None)
     return merged
+
+
+def _lengths(
+    given: Mapping[str, Any], stated: Mapping[str, Any], task: Mapping[str, Any], counts_prompt: bool
+) -> tuple[int | None, int | None]:
+    """max_new_tokens and max_length, one of them None."""
+    for source in (given, task if counts_prompt else stated):
+        if most := source.get("max_new_tokens"):
+            return most, None
+        if (length := source.get("max_length")) and length != OLD_MAX_LENGTH:
+            return None, length
+    return task["max_new_tokens"], None

@@ -18,11 +18,10 @@ UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}
 
 def load(folder: Path, placement: Placement, head: Any) -> tuple[Any, Any]:
     """A model and its tokenizer. `head`, a pipeline class, says which of transformers' auto classes loads it
-    (`auto_class`), whether the configuration is one it can use (`check`), and the prefix of weights it can do without
-    (`spare`).
+    (`auto_class`), and the prefix of weights it can do without (`spare`).
 
-    Raises ModelUnavailable: weights damaged, incomplete, pickled, of another kind, or too big for the memory there is;
-    UsageError: a device that is not here.
+    Raises ModelUnavailable: weights damaged, incomplete, pickled, or too big for the memory there is; UsageError: a
+    device that is not here.
     """
     weights = _weights(folder, placement)
     import torch
@@ -32,11 +31,9 @@ def load(folder: Path, placement: Placement, head: Any) -> tuple[Any, Any]:
     dtype = choose_dtype(placement.dtype, device)
     size = _size(weights, torch.finfo(dtype).bits // 8)
     device_map, max_memory = _device_map(placement, device, size)
-    common = {"trust_remote_code": placement.trust_remote_code, "local_files_only": True}
+    common = _common(placement)
+    config = read_config(folder, placement)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, **common)
-        if reason := head.check(config):
-            raise ModelUnavailable(f"{folder}: {config.model_type} models {reason}", hint=head.instead)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **common)
         model, report = getattr(transformers, head.auto_class).from_pretrained(
             folder,
@@ -67,6 +64,16 @@ def load(folder: Path, placement: Placement, head: Any) -> tuple[Any, Any]:
     if tokenizer.pad_token_id is None:  # any token will do, where the attention mask hides it
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return model, tokenizer
+
+
+def read_config(folder: Path, placement: Placement) -> Any:
+    """The model's configuration. Raises ModelUnavailable."""
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, **_common(placement))
+    except Exception as problem:
+        raise _translated(problem, folder) from problem
 
 
 def quiet_libraries() -> None:
@@ -113,6 +120,10 @@ def choose_dtype(name: str, device: str) -> Any:
         return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
     able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.bfloat16 if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
+
+
+def _common(placement: Placement) -> dict[str, Any]:
+    return {"trust_remote_code": placement.trust_remote_code, "local_files_only": True}
 
 
 def _weights(folder: Path, placement: Placement) -> list[Path]:

@@ -3,12 +3,11 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from llmcli import console
+from llmcli import console, tasks
 from llmcli.engines.local import LocalEngine
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.job import Job, Record
 from llmcli.output import Format, Output
-from llmcli.tasks import TASKS
 
 
 def run(
@@ -26,7 +25,8 @@ def run(
     several = (job.generation.get("num_return_sequences") or 1) > 1
     if several and format is Format.LINES:
         raise UsageError("-n above 1 does not go with --lines", hint="--json gives all of them: generated_texts")
-    names = [*TASKS[job.task].outputs, *["generated_texts"] * several, *["truncated"] * job.truncate]
+    outputs = tasks.find(job.task).outputs
+    names = [*outputs, *[f"{outputs[0]}s"] * several, *["truncated"] * job.truncate]
     total = failed = passed = 0
     with Output(format, path=path, names=names, model=job.model) as output:
         for result in LocalEngine().run(job, records, output.piece if output.streams else None):

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from llmcli import tasks
 from llmcli.errors import ExitStatus
 from llmcli.grammar import spread
 from llmcli.job import Job
@@ -13,6 +12,7 @@ from llmcli.options import GenerationOptions, InputOptions, ModelOptions, Output
 from llmcli.output import Format
 from llmcli.records import prompts
 from llmcli.run import run
+from llmcli.tasks.fields import template
 
 
 @spread
@@ -40,7 +40,7 @@ def chat(
         task="chat",
         model=model.name("chat"),
         generation=generation.generation(),
-        parameters={"fields": input.roles("text", "messages"), "system": system} | tasks.template(prompt),
+        parameters={"fields": input.roles("text", "messages"), "system": system} | template(prompt),
         placement=model.placement(),
         batch_size=model.batch(),
         seed=generation.seed,

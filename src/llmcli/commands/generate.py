@@ -4,13 +4,13 @@ from typing import Annotated
 
 import typer
 
-from llmcli import tasks
 from llmcli.errors import ExitStatus
 from llmcli.grammar import spread
 from llmcli.job import Job
 from llmcli.options import GenerationOptions, InputOptions, ModelOptions, OutputOptions, Prompt
 from llmcli.records import prompts
 from llmcli.run import run
+from llmcli.tasks.fields import template
 
 
 @spread
@@ -36,7 +36,7 @@ def generate(
         task="generate",
         model=model.name("generate"),
         generation=generation.generation(),
-        parameters={"fields": input.roles("text"), "full_text": full_text} | tasks.template(prompt),
+        parameters={"fields": input.roles("text"), "full_text": full_text} | template(prompt),
         placement=model.placement(),
         batch_size=model.batch(),
         seed=generation.seed,

@@ -1,6 +1,7 @@
 """transformers pipelines of our own, one per kind of head: the file's name is the kind, `llmcli-KIND` its id."""
 
 import importlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,27 @@ from llmcli.job import Placement
 
 def load(kind: str, folder: Path, placement: Placement) -> Any:
     """A ready transformers.Pipeline. Raises what `loader.load` raises."""
-    importlib.import_module(f"llmcli.pipelines.{kind}")  # registers itself with transformers
     from transformers import pipeline
-    from transformers.pipelines import PIPELINE_REGISTRY
 
-    _, implementation, _ = PIPELINE_REGISTRY.check_task(f"llmcli-{kind}")
-    model, tokenizer = loader.load(folder, placement, implementation["impl"])
+    loader.quiet_libraries()
+    model, tokenizer = loader.load(folder, placement, implementation(kind))
     # A model that accelerate spread says where it is; one on a single device would be moved to the first GPU.
     device = None if getattr(model, "hf_device_map", None) else model.device
     return pipeline(f"llmcli-{kind}", model=model, tokenizer=tokenizer, device=device)
+
+
+def judge(folder: Path, placement: Placement, kinds: Iterable[str]) -> dict[str, str | None]:
+    """For each kind, why the model in that folder cannot be one of it; None where it can. Raises ModelUnavailable."""
+    loader.quiet_libraries()
+    config = loader.read_config(folder, placement)
+    reasons = {kind: implementation(kind).check(config) for kind in kinds}
+    return {kind: reason and f"{config.model_type} models {reason}" for kind, reason in reasons.items()}
+
+
+def implementation(kind: str) -> Any:
+    """The pipeline's class; its module registers it with transformers."""
+    importlib.import_module(f"llmcli.pipelines.{kind}")
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    _, about, _ = PIPELINE_REGISTRY.check_task(f"llmcli-{kind}")
+    return about["impl"]

@@ -34,7 +34,6 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
 
     auto_class = "AutoModelForCausalLM"
     spare = None
-    instead = "take a causal language model"
     _load_tokenizer = True
     _load_feature_extractor = False
     _load_image_processor = False
@@ -64,6 +63,14 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
         config = self.model.config.get_text_config()
         length: int | None = getattr(config, "max_position_embeddings", None)
         return length if length and length > 0 else None
+
+    def room(self, inputs: Mapping[str, Any]) -> int | None:
+        """Tokens that the context leaves for the answer."""
+        return self.context - inputs["input_ids"].shape[1] if self.context else None
+
+    def count(self, text: str) -> int:
+        """Tokens of a text."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def preprocess(self, prompt: Prompt, truncate: int | None = None) -> dict[str, Any]:
         """Token ids of one prompt. One that is longer than the context raises RecordError or, where `truncate`

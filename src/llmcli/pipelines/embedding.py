@@ -23,7 +23,6 @@ class EmbeddingPipeline(Pipeline):  # type: ignore[misc]  # transformers has no 
 
     auto_class = "AutoModel"
     spare = "pooler."  # a head for another task, that many checkpoints lack
-    instead = "take a sentence encoder, like minilm"
     _load_tokenizer = True
     _load_feature_extractor = False
     _load_image_processor = False

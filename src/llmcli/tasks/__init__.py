@@ -1,80 +1,81 @@
-"""Tasks: how a record becomes a pipeline's input, and its output a result. Not how models run.
+"""Tasks: what is asked of a model for each record, and what is made of its answers. Not how models run.
 
-A new task is a Task in the table below, its functions in a module of its own, and a command file.
+A task is a module of this package with a TASK in it; the module's name is the task's.
 """
 
-from collections.abc import Callable, Mapping
+import importlib
+import pkgutil
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llmcli.job import Job
-from llmcli.tasks import chat, generate
-from llmcli.tasks.fields import check_template
+
+Output = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a record's steps want to be run next: inputs for the model's pipeline or, where a `job` of
+    another task is named, fields of records for that. One output comes back for each.
+
+    `shown` is text that stands before the answer; where it is not None, a terminal may see the answer as it comes.
+    """
+
+    inputs: Sequence[Any]
+    job: Job | None = None
+    shown: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the steps end with: the fields of the result, and what text mode prints."""
+
+    output: Output
+    text: str
+
+
+Steps = Generator[Ask, list[Any], Answer]
+
+
+def no_settings(job: Job, model: Any) -> Output:
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a task is done by one kind of head.
+
+    `steps(job, prepared, model)` is a generator: it yields what is to be run, gets the outputs, and returns the
+    Answer. It may raise RecordError; UsageError where the job makes no sense for this model.
+    `settings(job, model)` are the pipeline's parameters, or where it generates, GenerationConfig values that stand
+    over the model's own and under the user's. `defaults` stand under both; None: this way does not generate.
+    """
+
+    steps: Callable[[Job, Any, Any], Steps]
+    defaults: Output | None = None
+    settings: Callable[[Job, Any], Output] = no_settings
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """`prepare` makes a record's fields into the pipeline's input, or None where there is nothing to
-    do (RecordError: a field is missing or of the wrong type); `text` is what text mode prints for a
-    prepared input and the pipeline's output; `prefix` is the part of that text known beforehand."""
+    """`prepare(job, fields)` reads a record's fields, or returns None where there is nothing to do
+    (RecordError: a field is missing or of the wrong type); `empty` is the output then. `outputs` are the fields
+    that the task adds, its main one first. `ways` are found by a pipeline's kind, the best first."""
 
-    pipeline: str
-    outputs: tuple[str, ...]
     prepare: Callable[[Job, Mapping[str, Any]], Any]
-    empty: Mapping[str, Any]  # the output for an empty text
-    prefix: Callable[[Job, Any], str]
-    defaults: Mapping[str, Any] | None  # GenerationConfig values where all are silent; None: it does not generate
-
-    def text(self, job: Job, prepared: Any, output: Mapping[str, Any]) -> str:
-        """What text mode prints."""
-        answers = output.get(f"{self.outputs[0]}s", [output[self.outputs[0]]])
-        return "\n".join(f"{self.prefix(job, prepared)}{answer}" for answer in answers)
+    outputs: tuple[str, ...]
+    empty: Output
+    ways: Mapping[str, Way]
 
 
-GENERATED = ("generated_text", "finish_reason", "usage")
-NOTHING = {
-    "generated_text": "",
-    "finish_reason": "stop",
-    "usage": {"prompt_tokens": 0, "completion_tokens": 0},
-}
-SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0}
+def find(name: str) -> Task:
+    """The task of that name."""
+    task: Task = importlib.import_module(f"{__name__}.{name}").TASK
+    return task
 
 
-def _nothing(job: Job, prepared: Any) -> str:
-    return ""
-
-
-TASKS: Mapping[str, Task] = {
-    "generate": Task(
-        pipeline="causal",
-        outputs=GENERATED,
-        prepare=generate.prepare,
-        empty=NOTHING,
-        prefix=generate.prefix,
-        defaults=SAMPLING | {"max_new_tokens": 128},
-    ),
-    "chat": Task(
-        pipeline="causal",
-        outputs=GENERATED,
-        prepare=chat.prepare,
-        empty=NOTHING,
-        prefix=_nothing,
-        defaults=SAMPLING | {"max_new_tokens": 512},
-    ),
-    "embed": Task(
-        pipeline="embedding",
-        outputs=("embedding", "usage"),
-        prepare=generate.prepare,
-        empty={"embedding": None, "usage": {"prompt_tokens": 0}},
-        prefix=_nothing,
-        defaults=None,
-    ),
-}
-
-
-def template(prompt: str | None) -> dict[str, str]:
-    """`--prompt` as a job's parameter. Raises UsageError where it could never be filled."""
-    if prompt is None:
-        return {}
-    check_template(prompt)
-    return {"prompt": prompt}
+def names() -> list[str]:
+    """All tasks there are."""
+    modules = (module.name for module in pkgutil.iter_modules(__path__))
+    return [name for name in modules if hasattr(importlib.import_module(f"{__name__}.{name}"), "TASK")]

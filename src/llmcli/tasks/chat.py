@@ -5,7 +5,9 @@ from typing import Any
 
 from llmcli.errors import RecordError
 from llmcli.job import Job
+from llmcli.tasks import Task, Way
 from llmcli.tasks.fields import prompt_text, text_field
+from llmcli.tasks.generate import EMPTY, OUTPUTS, SAMPLING, steps
 
 Message = dict[str, Any]
 
@@ -35,3 +37,6 @@ def _checked(messages: Any, name: str) -> list[Message]:
                 raise RecordError("wrong_type", f"message {number} of {name!r} has no text {key!r}")
             text_field(message, key)
     return messages
+
+
+TASK = Task(prepare, OUTPUTS, EMPTY, {"causal": Way(steps, SAMPLING | {"max_new_tokens": 512})})

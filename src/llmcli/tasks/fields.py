@@ -35,8 +35,15 @@ def prompt_text(job: Job, fields: Mapping[str, Any]) -> str:
     return "".join(literal + ("" if field is None else _filled(fields, field)) for literal, field, _, _ in parts)
 
 
-def check_template(template: str) -> None:
-    """Raises UsageError for a template that could never be filled."""
+def template(prompt: str | None) -> dict[str, str]:
+    """`--prompt` as a job's parameter. Raises UsageError where it could never be filled."""
+    if prompt is None:
+        return {}
+    _check(prompt)
+    return {"prompt": prompt}
+
+
+def _check(template: str) -> None:
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as problem:

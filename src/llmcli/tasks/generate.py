@@ -4,7 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmcli.job import Job
+from llmcli.tasks import Answer, Ask, Steps, Task, Way
 from llmcli.tasks.fields import prompt_text
+
+OUTPUTS = ("generated_text", "finish_reason", "usage")
+EMPTY = {
+    "generated_text": "",
+    "finish_reason": "stop",
+    "usage": {"prompt_tokens": 0, "completion_tokens": 0},
+}
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0}
 
 
 def prepare(job: Job, fields: Mapping[str, Any]) -> str | None:
@@ -12,6 +21,12 @@ def prepare(job: Job, fields: Mapping[str, Any]) -> str | None:
     return prompt_text(job, fields) or None
 
 
-def prefix(job: Job, prepared: str) -> str:
-    """With full_text, the answer begins with the prompt."""
-    return prepared if job.parameters.get("full_text") else ""
+def steps(job: Job, prompt: Any, model: Any) -> Steps:
+    """The prompt, or the conversation, as it is."""
+    shown = prompt if job.parameters.get("full_text") else ""
+    (output,) = yield Ask([prompt], shown=shown)
+    answers = output.get("generated_texts", [output["generated_text"]])
+    return Answer(output, "\n".join(shown + answer for answer in answers))
+
+
+TASK = Task(prepare, OUTPUTS, EMPTY, {"causal": Way(steps, SAMPLING | {"max_new_tokens": 128})})
