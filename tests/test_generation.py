@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 from llmcli import generation
 from llmcli.errors import UsageError
 from llmcli.options import key_value, size_in_bytes
-from llmcli.tasks.generate import SAMPLING
+from llmcli.tasks.generated import SAMPLING
 
 DEFAULTS = SAMPLING | {"max_new_tokens": 128}
 

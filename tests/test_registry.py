@@ -32,7 +32,7 @@ def configured(home: Path):
 
 def test_the_default_is_in_the_registry():
     for task in ("generate", "chat"):
-        assert task in registry.models()[registry.default_name(task)].tasks
+        assert task in registry.models()[registry.default_names(task, "en", "fr")[-1]].tasks
 
 
 def test_every_model_says_where_it_comes_from_and_under_which_license():
@@ -100,8 +100,8 @@ def test_a_table_that_makes_no_sense(own, llmcli, text, says):
 def test_configuration_environment_and_option_in_rising_order(configured, monkeypatch, llmcli, tiny):
     configured(f'dtype = "float16"\noffline = true\n[defaults]\ngenerate = "{tiny}"\n')
     assert config.settings().dtype == "float16"
-    assert registry.default_name("generate") == str(tiny)
-    assert registry.default_name("chat") == "smollm2"
+    assert registry.default_names("generate")[0] == str(tiny)
+    assert registry.default_names("chat")[0] == "smollm2"
     ran = llmcli("generate", "the", "--json", "--max-new-tokens", 2)
     assert ran.records[0]["model"] == str(tiny)
     assert "offline" in llmcli("generate", "the", "-m", "org/remote").stderr

@@ -12,7 +12,10 @@ from llmcli.commands.chat import chat
 from llmcli.commands.embed import embed
 from llmcli.commands.env import env
 from llmcli.commands.generate import generate
+from llmcli.commands.qa import qa
 from llmcli.commands.search import search
+from llmcli.commands.summarize import summarize
+from llmcli.commands.translate import translate
 from llmcli.errors import ExitStatus, LlmcliError, ReaderGone, Terminated
 from llmcli.grammar import Command
 
@@ -26,6 +29,9 @@ app = typer.Typer(
 )
 app.command(cls=Command)(generate)
 app.command(cls=Command)(chat)
+app.command(cls=Command)(translate)
+app.command(cls=Command)(summarize)
+app.command(cls=Command)(qa)
 app.command(cls=Command)(embed)
 app.command(cls=Command)(search)
 app.add_typer(models.app, name="models")

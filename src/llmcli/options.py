@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from llmcli import config, console, registry
+from llmcli import config, console, registry, store
 from llmcli.errors import UsageError
 from llmcli.job import Placement
 from llmcli.output import Format
@@ -114,9 +114,12 @@ class ModelOptions:
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
     ] = False
 
-    def name(self, task: str) -> str:
-        """The model asked for, or the task's default."""
-        return registry.default_name(task) if self.model is None else self.model
+    def name(self, task: str, **languages: str | None) -> str:
+        """The model asked for, or the task's default: of several the first that is cached, else the first that can be
+        pulled. `languages`, source and target, are part of some names. Raises ModelUnavailable."""
+        if self.model is not None:
+            return self.model
+        return store.choose(registry.default_names(task, **languages), self.placement())
 
     def placement(self) -> Placement:
         """The options laid over the environment and the configuration file."""
@@ -141,7 +144,7 @@ class ModelOptions:
 
 
 @dataclass
-class GenerationOptions:
+class CommonGenerationOptions:
     """Generation"""
 
     max_new_tokens: Annotated[
@@ -159,7 +162,6 @@ class GenerationOptions:
         float | None, typer.Option(metavar="X", min=0, help="Sampling temperature; 0 is greedy and exact.")
     ] = None
     top_p: Annotated[float | None, typer.Option(metavar="X", min=0, max=1, help="Nucleus sampling.")] = None
-    top_k: Annotated[int | None, typer.Option(metavar="N", min=0, help="Sample among the k likeliest tokens.")] = None
     repetition_penalty: Annotated[float | None, typer.Option(metavar="X", help="Above 1 discourages repetition.")] = (
         None
     )
@@ -196,6 +198,13 @@ class GenerationOptions:
                 explicit.pop(name, None)
             explicit["do_sample"] = False
         return explicit
+
+
+@dataclass
+class GenerationOptions(CommonGenerationOptions):
+    """Generation"""
+
+    top_k: Annotated[int | None, typer.Option(metavar="N", min=0, help="Sample among the k likeliest tokens.")] = None
 
 
 def key_value(item: str) -> tuple[str, Any]:

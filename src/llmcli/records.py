@@ -2,10 +2,12 @@
 
 import csv
 import io
+import itertools
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
@@ -70,6 +72,54 @@ def prompts(texts: Sequence[str], files: Sequence[str], form: Form) -> Iterator[
         )
     parts = [_part(name, stream) for name, stream in sources([], files) + sources(texts, [])]
     return iter([Record({"text": "\n\n".join(parts)}, file=files[0] if len(files) == 1 else None)])
+
+
+def questions(
+    question: str | None, context: str | None, files: Sequence[str], form: Form, roles: Mapping[str, str]
+) -> tuple[Iterator[Record], list[dict[str, Any]] | None]:
+    """The records of qa, and the documents that all of them share: the files, without a record form. QUESTION and -c
+    fill what a record lacks; of a form that has no fields, a record is the context or, with -c, the question.
+
+    Raises what `sources` raises; UsageError where question or context can come from nowhere.
+    """
+    given = {roles["question"]: question, roles["context"]: context}
+    given = {name: _argument(text) for name, text in given.items() if text is not None}
+    if form in (Form.JSONL, Form.CSV):
+        found = read(sources([], files), form)
+        return (replace(record, fields={**given, **record.fields}) for record in found), None
+    if len(given) == 2 and (files or form is not Form.WHOLE):
+        raise UsageError("QUESTION and -c leave nothing to read", hint="leave out -c, or the files")
+    if len(given) == 2:
+        return iter([Record(given)]), None
+    if not given:
+        raise UsageError("no question", hint='like `llmcli qa "Who wrote it?" -f FILE`')
+    found = read(sources([], files), form)
+    if form is Form.WHOLE and files and question is not None:
+        documents = []
+        for record in found:
+            if record.failure:
+                failed = Record(given, record.file, failure=record.failure)
+                return iter([failed]), None
+            documents.append({"text": record.fields["text"], "file": record.file})
+        return iter([Record(given)]), documents
+    role = roles["context" if question is not None else "question"]
+    return (
+        record if record.failure else replace(record, fields={**given, role: record.fields["text"]}) for record in found
+    ), None
+
+
+def first_text(records: Iterator[Record], name: str) -> tuple[Iterator[Record], str | None]:
+    """The records, and the text in that field of the first one, if it has one."""
+    begun = list(itertools.islice(records, 1))
+    text = begun[0].fields.get(name) if begun else None
+    return itertools.chain(begun, records), text if isinstance(text, str) else None
+
+
+def _argument(text: str) -> str:
+    try:
+        return _utf8(text.encode("utf-8", "surrogateescape"))
+    except RecordError as problem:
+        raise UsageError(problem.message) from None
 
 
 def _part(name: str | None, stream: Stream) -> str:

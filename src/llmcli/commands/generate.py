@@ -4,12 +4,13 @@ from typing import Annotated
 
 import typer
 
-from llmcli.errors import ExitStatus
+from llmcli.errors import ExitStatus, UsageError
 from llmcli.grammar import spread
 from llmcli.job import Job
 from llmcli.options import GenerationOptions, InputOptions, ModelOptions, OutputOptions, Prompt
 from llmcli.records import prompts
 from llmcli.run import run
+from llmcli.tasks import prompting
 from llmcli.tasks.fields import template
 
 
@@ -17,6 +18,9 @@ from llmcli.tasks.fields import template
 def generate(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", default_factory=list, show_default=False)],
     prompt: Prompt = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", metavar="NAME", help="Fiction: story, screenplay, poem, dialogue.")
+    ] = None,
     full_text: Annotated[bool, typer.Option(help="Print the prompt too, in text mode.")] = True,
     *,
     input: InputOptions,
@@ -28,15 +32,19 @@ def generate(
 
     \b
     llmcli generate "Once upon a time"
+    llmcli generate --preset poem "the harbour in winter"
     llmcli generate --lines -f openings.txt --max-new-tokens 40
     llmcli generate --jsonl --prompt "Sentiment of this review: {text}" < reviews.jsonl
     """
     form = input.form()
+    if prompt is not None and preset is not None:
+        raise UsageError("--prompt and --preset exclude each other")
+    kind = prompting.preset(preset)
     job = Job(
         task="generate",
         model=model.name("generate"),
-        generation=generation.generation(),
-        parameters={"fields": input.roles("text"), "full_text": full_text} | template(prompt),
+        generation={**kind.get("options", {}), **generation.generation()},
+        parameters={"fields": input.roles("text"), "full_text": full_text} | template(prompt) | kind.get("frame", {}),
         placement=model.placement(),
         batch_size=model.batch(),
         seed=generation.seed,

@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 from llmcli import console
-from llmcli.errors import ExitStatus, UsageError
+from llmcli.engines.local import LocalEngine
+from llmcli.errors import ExitStatus, LlmcliError, UsageError
 from llmcli.grammar import spread
 from llmcli.job import Job, Record, Result
 from llmcli.options import ModelOptions, OutputOptions
@@ -43,17 +44,20 @@ def search(
     if failed and output.on_error == "stop":
         return ExitStatus.FAILED
     job = Job(
-        task="embed",
+        task="search",
         model=model.name("search"),
+        parameters={"limit": limit},
         placement=model.placement(),
         batch_size=model.batch() or BATCH_SIZE,
     )
-    from llmcli.search import nearest
-
+    texts = [{**record.fields, "file": record.file, "line": record.line} for record in found if not record.failure]
+    (result,) = LocalEngine().run(job, [Record({"query": query, "texts": texts})])
+    if result.failure:
+        raise LlmcliError(result.failure.message)
     with Output(Format.JSON if output.json else Format.TEXT, path=output.output, model=job.model) as out:
-        for passage, score in nearest(job, query, [record for record in found if not record.failure], limit):
-            place = f"{passage.file}:{passage.line}" if passage.file else str(passage.line)
-            record = Record({"line": passage.line, "text": passage.text}, passage.file)
-            text = f"{place}: {' '.join(passage.text.split())} ({score:.3f})"
-            out.write(Result(record, {"score": score}, text))
+        for match in result.output["matches"]:
+            place = f"{match['file']}:{match['line']}" if match["file"] else str(match["line"])
+            text = f"{place}: {' '.join(match['text'].split())} ({match['score']:.3f})"
+            record = Record({"line": match["line"], "text": match["text"]}, match["file"])
+            out.write(Result(record, {"score": match["score"]}, text))
     return ExitStatus.of(len(failed), len(found))

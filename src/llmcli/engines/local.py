@@ -1,7 +1,7 @@
 """The engine of this process: loads models, and takes each record through the steps of its task, in batches."""
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -152,11 +152,11 @@ class Turn:
             for _, ask, requests in asked:
                 if ask.job is not None:
                     self._other(ask.job, requests)
-            for work, _, requests in asked:
+            for work, ask, requests in asked:
                 if why := next((request.failure for request in requests if request.failure), None):
                     work.fail(why)
                 else:
-                    work.go_on([request.output for request in requests])
+                    work.go_on([_stripped(request.output) if ask.strip else request.output for request in requests])
 
     def _other(self, job: Job, requests: Sequence[Request]) -> None:
         """Another task's answers."""
@@ -219,7 +219,30 @@ def _shown(ask: Ask, on_text: OnText | None) -> OnText | None:
         return None
     if ask.shown:
         on_text(ask.shown)
-    return on_text
+    return _Stripping(on_text) if ask.strip else on_text
+
+
+def _stripped(output: Mapping[str, Any]) -> dict[str, Any]:
+    texts = {"generated_text": output["generated_text"].strip()}
+    if "generated_texts" in output:
+        texts["generated_texts"] = [text.strip() for text in output["generated_texts"]]
+    return {**output, **texts}
+
+
+class _Stripping:
+    """Passes pieces on without the white space around the whole."""
+
+    def __init__(self, on_text: OnText) -> None:
+        self._on_text, self._begun, self._held = on_text, False, ""
+
+    def __call__(self, piece: str) -> None:
+        text = self._held + piece
+        text = text if self._begun else text.lstrip()
+        kept = text.rstrip()
+        self._held = text[len(kept) :]
+        if kept:
+            self._begun = True
+            self._on_text(kept)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ class Runner:
         self.pipeline, self.batch_size = pipeline, batch_size
         self.truncate: Any = job.truncate
         self.parameters = dict(way.settings(job, pipeline))
+        self.takes_rows = inspect.isgeneratorfunction(pipeline.preprocess)
 
     def run(self, requests: Sequence[Request], on_text: OnText | None = None) -> None:
         """Gives every request its output or failure. `on_text` gets the text of a single request as it comes."""
@@ -40,14 +41,13 @@ class Runner:
         for request in requests:
             with failing(request):
                 made = self.pipeline.preprocess(request.input, **{**before, "truncate": self.truncate})
-                request.rows = list(made) if inspect.isgenerator(made) else [made]
+                request.rows = [*made] if self.takes_rows else [made]
         self._rows([(request, i) for request in requests for i in range(len(request.rows))], on_text)
         for request in requests:
             if not request.failure:
                 with failing(request):
                     rows = [request.done[i] for i in range(len(request.rows))]
-                    takes_all = inspect.isgeneratorfunction(self.pipeline.preprocess)
-                    request.output = self.pipeline.postprocess(rows if takes_all else rows[0], **after)
+                    request.output = self.pipeline.postprocess(rows if self.takes_rows else rows[0], **after)
 
     def _rows(self, places: list[tuple[Request, int]], on_text: OnText | None) -> None:
         self._batches(places, {})
@@ -132,7 +132,7 @@ class GeneratingRunner(Runner):
 
     def _streamer(self, place: tuple[Request, int], on_text: OnText) -> Any:
         """None where tokens do not come one by one: beams, or several sequences at once."""
-        from llmcli.pipelines.causal import Deltas
+        from llmcli.pipelines.answers import Deltas
 
         if (self.config.num_beams or 1) > 1 or (self.config.num_return_sequences or 1) > 1:
             return None

@@ -2,15 +2,13 @@
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
-    GenerationConfig,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -18,9 +16,10 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 
 from llmcli.errors import RecordError, UsageError
+from llmcli.pipelines import answers
+from llmcli.pipelines.answers import Decode
 
 Prompt = str | list[dict[str, Any]]
-Decode = Callable[[list[int]], str]
 
 
 class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no types
@@ -119,7 +118,7 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
         prompts, stops = inputs["input_ids"], config.stop_strings
         # transformers' own stop strings are found in the prompt's end and in special tokens too
         config.stop_strings = None
-        criteria = [StopTexts(self._decoders(inputs), stops, prompts.shape[1])] if stops else []
+        criteria = [answers.StopTexts(self._decoders(inputs), stops, prompts.shape[1])] if stops else []
         sequences = self.model.generate(
             input_ids=prompts,
             attention_mask=inputs["attention_mask"],
@@ -132,20 +131,9 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
 
     def postprocess(self, output: dict[str, Any], generation_config: Any = None) -> dict[str, Any]:
         """The fields of a result; `generated_texts` where more than one sequence was asked for."""
-        config: GenerationConfig = generation_config or self.model.generation_config
+        config = generation_config or self.model.generation_config
         (decode,) = self._decoders(output)
-        answers = [self._answer(sequence.tolist(), decode, config) for sequence in output["sequences"][0]]
-        text, reason, _ = answers[0]
-        result: dict[str, Any] = {"generated_text": text}
-        if len(answers) > 1:
-            result["generated_texts"] = [text for text, _, _ in answers]
-        if output["cut"]:
-            result["truncated"] = output["cut"]
-        usage = {
-            "prompt_tokens": int(output["attention_mask"].sum()),
-            "completion_tokens": sum(count for _, _, count in answers),
-        }
-        return result | {"finish_reason": reason, "usage": usage}
+        return answers.fields(output, decode, config)
 
     def decoder(self, item: Mapping[str, Any]) -> Decode:
         """New token ids -> text, for one preprocessed prompt."""
@@ -167,75 +155,5 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
     def _decode_after(self, tail: list[int], known: str, ids: list[int]) -> str:
         return self._decode(tail + ids).removeprefix(known)
 
-    def _answer(self, ids: list[int], decode: Decode, config: GenerationConfig) -> tuple[str, str, int]:
-        """Text, finish reason, and how many tokens were generated, of one row of a batch."""
-        eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        end = next((i + 1 for i, token in enumerate(ids) if token in eos), None)
-        text = decode(ids[:end])
-        if (cut := first_stop(text, config.stop_strings or ())) is not None:
-            count = next(n for n in range(1, len(ids) + 1) if first_stop(decode(ids[:n]), config.stop_strings) == cut)
-            return text[:cut], "stop", count
-        return text, "stop" if end else "length", end or len(ids)
-
 
 PIPELINE_REGISTRY.register_pipeline("llmcli-causal", pipeline_class=CausalPipeline)
-
-
-class StopTexts(StoppingCriteria):  # type: ignore[misc]
-    """Ends each row of a batch where a stop text stands in its new text. `start` is the prompts' padded length;
-    there may be several rows, sequences or beams, for each of the `decoders`."""
-
-    def __init__(self, decoders: Sequence[Decode], stops: Sequence[str], start: int) -> None:
-        self.decoders, self.stops, self.start = decoders, stops, start
-        # A token is a byte at least: no stop text reaches further back, from the newest token, than this.
-        self.reach = max(len(stop.encode()) for stop in stops) + 8
-
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        rows = input_ids[:, max(self.start, input_ids.shape[1] - self.reach) :].tolist()
-        decoders = (self.decoders[i * len(self.decoders) // len(rows)] for i in range(len(rows)))
-        stopped = [first_stop(decode(row), self.stops) is not None for decode, row in zip(decoders, rows, strict=True)]
-        return torch.tensor(stopped, device=input_ids.device)
-
-
-class Deltas(BaseStreamer):  # type: ignore[misc]
-    """Passes text on as it is generated, only what no later token can change.
-
-    Held back: the bytes of an unfinished character, and an ending that may become a stop text.
-    """
-
-    def __init__(self, decode: Decode, stops: Sequence[str], on_text: Callable[[str], None]) -> None:
-        self.decode, self.stops, self.on_text = decode, stops, on_text
-        self.ids: list[int] = []
-        self.sent = 0
-        self.is_prompt = True
-
-    def put(self, value: Any) -> None:
-        if self.is_prompt:
-            self.is_prompt = False
-            return
-        self.ids += value.flatten().tolist()
-        text = self.decode(self.ids)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return
-        end = first_stop(text, self.stops)
-        end = len(text) - stop_prefix(text, self.stops) if end is None else end
-        if end > self.sent:
-            self.on_text(text[self.sent : end])
-            self.sent = end
-
-    def end(self) -> None:
-        """The result brings the rest."""
-
-
-def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first of the stop texts begins in `text`."""
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
-    return min(found, default=None)
-
-
-def stop_prefix(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end of `text` may be the beginning of a stop text."""
-    return max(
-        (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
-        default=0,
-    )

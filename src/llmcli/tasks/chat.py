@@ -5,9 +5,10 @@ from typing import Any
 
 from llmcli.errors import RecordError
 from llmcli.job import Job
-from llmcli.tasks import Task, Way
+from llmcli.tasks import Steps, Task, Way
 from llmcli.tasks.fields import prompt_text, text_field
-from llmcli.tasks.generate import EMPTY, OUTPUTS, SAMPLING, steps
+from llmcli.tasks.generate import EMPTY, OUTPUTS
+from llmcli.tasks.generated import SAMPLING, generated
 
 Message = dict[str, Any]
 
@@ -26,6 +27,11 @@ def prepare(job: Job, fields: Mapping[str, Any]) -> list[Message] | None:
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     return messages
+
+
+def steps(job: Job, messages: list[Message], model: Any) -> Steps:
+    """The conversation as it is."""
+    return (yield from generated(messages, ""))
 
 
 def _checked(messages: Any, name: str) -> list[Message]:

@@ -1,8 +1,16 @@
 """embed: a text to a vector."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from llmcli.job import Job
 from llmcli.tasks import Answer, Ask, Steps, Task, Way
-from llmcli.tasks.generate import prepare
+from llmcli.tasks.fields import prompt_text
+
+
+def prepare(job: Job, fields: Mapping[str, Any]) -> str | None:
+    """The text; None where it is empty."""
+    return prompt_text(job, fields) or None
 
 
 def steps(job: Job, text: str, model: object) -> Steps:

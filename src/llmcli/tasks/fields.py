@@ -29,9 +29,13 @@ def prompt_text(job: Job, fields: Mapping[str, Any]) -> str:
     template = job.parameters.get("prompt")
     if template is None:
         return text_field(fields, name)
-    parts = list(string.Formatter().parse(template))
-    if fields.get(name) == "" and any(field == name for _, field, _, _ in parts):
-        return ""
+    names = [field for _, field, _, _ in string.Formatter().parse(template)]
+    return "" if fields.get(name) == "" and name in names else fill(template, fields)
+
+
+def fill(template: str, fields: Mapping[str, Any]) -> str:
+    """The template with the fields that it names. Raises RecordError where one is missing or no text."""
+    parts = string.Formatter().parse(template)
     return "".join(literal + ("" if field is None else _filled(fields, field)) for literal, field, _, _ in parts)
 
 

@@ -4,29 +4,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmcli.job import Job
-from llmcli.tasks import Answer, Ask, Steps, Task, Way
-from llmcli.tasks.fields import prompt_text
+from llmcli.tasks import Steps, Task, Way
+from llmcli.tasks.fields import fill, prompt_text
+from llmcli.tasks.generated import NOTHING, SAMPLING, generated
+
+
+def prepare(job: Job, fields: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The prompt, and what of it text mode prints before the answer; None where the text is empty. Of a preset's prompt
+    it prints the beginning of what the model writes."""
+    prompt = prompt_text(job, fields)
+    begins = job.parameters.get("begins")
+    shown = "" if not job.parameters.get("full_text") else prompt if begins is None else fill(begins, fields)
+    return (prompt, shown) if prompt else None
+
+
+def steps(job: Job, prepared: tuple[str, str], model: Any) -> Steps:
+    """The prompt as it is."""
+    prompt, shown = prepared
+    return (yield from generated(prompt, shown))
+
 
 OUTPUTS = ("generated_text", "finish_reason", "usage")
-EMPTY = {
-    "generated_text": "",
-    "finish_reason": "stop",
-    "usage": {"prompt_tokens": 0, "completion_tokens": 0},
-}
-SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0}
-
-
-def prepare(job: Job, fields: Mapping[str, Any]) -> str | None:
-    """The prompt; None where the text is empty."""
-    return prompt_text(job, fields) or None
-
-
-def steps(job: Job, prompt: Any, model: Any) -> Steps:
-    """The prompt, or the conversation, as it is."""
-    shown = prompt if job.parameters.get("full_text") else ""
-    (output,) = yield Ask([prompt], shown=shown)
-    answers = output.get("generated_texts", [output["generated_text"]])
-    return Answer(output, "\n".join(shown + answer for answer in answers))
-
-
+EMPTY = {"generated_text": "", **NOTHING}
 TASK = Task(prepare, OUTPUTS, EMPTY, {"causal": Way(steps, SAMPLING | {"max_new_tokens": 128})})

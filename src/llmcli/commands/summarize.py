@@ -1,0 +1,46 @@
+"""llmcli summarize: say the same in fewer words."""
+
+from typing import Annotated
+
+import typer
+
+from llmcli.errors import ExitStatus
+from llmcli.grammar import spread
+from llmcli.job import Job
+from llmcli.options import GenerationOptions, InputOptions, ModelOptions, OutputOptions, Prompt
+from llmcli.records import read, sources
+from llmcli.run import run
+from llmcli.tasks.fields import template
+
+
+@spread
+def summarize(
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT", default_factory=list, show_default=False)],
+    prompt: Prompt = None,
+    *,
+    input: InputOptions,
+    generation: GenerationOptions,
+    model: ModelOptions,
+    output: OutputOptions,
+) -> ExitStatus:
+    """Summarize each TEXT, of any length.
+
+    One that is longer than the model takes is summarized in parts, then the parts together.
+
+    \b
+    llmcli summarize -f report.txt
+    man rsync | llmcli summarize --max-new-tokens 80
+    llmcli summarize -m facebook/bart-large-cnn --jsonl --field article < news.jsonl
+    """
+    form = input.form()
+    job = Job(
+        task="summarize",
+        model=model.name("summarize"),
+        generation=generation.generation(),
+        parameters={"fields": input.roles("text")} | template(prompt),
+        placement=model.placement(),
+        batch_size=model.batch(),
+        seed=generation.seed,
+        truncate=generation.truncate,
+    )
+    return run(job, read(sources(texts, input.files), form), **output.target(form))

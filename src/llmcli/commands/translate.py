@@ -1,0 +1,60 @@
+"""llmcli translate: from one language to another."""
+
+from typing import Annotated
+
+import typer
+
+from llmcli import languages
+from llmcli.errors import ExitStatus
+from llmcli.grammar import spread
+from llmcli.job import Job
+from llmcli.options import GenerationOptions, InputOptions, ModelOptions, OutputOptions, Prompt
+from llmcli.records import first_text, read, sources
+from llmcli.run import run
+from llmcli.tasks.fields import template
+
+
+@spread
+def translate(
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT", default_factory=list, show_default=False)],
+    to: Annotated[str, typer.Option("--to", metavar="LANG", help="Into this language: fr, zh-Hans, french.")],
+    from_: Annotated[
+        str | None, typer.Option("--from", metavar="LANG", help="From this language (default: detected).")
+    ] = None,
+    prompt: Prompt = None,
+    *,
+    input: InputOptions,
+    generation: GenerationOptions,
+    model: ModelOptions,
+    output: OutputOptions,
+) -> ExitStatus:
+    """Translate each TEXT, keeping its lines.
+
+    A text that is longer than the model takes goes sentence by sentence.
+
+    \b
+    llmcli translate --to fr "The weather is nice today."
+    llmcli translate --from de --to en --lines -f briefe.txt
+    llmcli translate --to chinese -m facebook/nllb-200-distilled-600M -f README.md
+    """
+    form = input.form()
+    source, target = languages.parse(from_) if from_ else None, languages.parse(to)
+    target_options = output.target(form)
+    roles = input.roles("text")
+    records = read(sources(texts, input.files), form)
+    if model.model is None and source is None:
+        records, text = first_text(records, roles["text"])
+        guess = languages.likely(text) if text else None
+    else:
+        guess = source
+    job = Job(
+        task="translate",
+        model=model.name("translate", source=guess, target=target),
+        generation=generation.generation(),
+        parameters={"fields": roles, "from": source, "to": target} | template(prompt),
+        placement=model.placement(),
+        batch_size=model.batch(),
+        seed=generation.seed,
+        truncate=generation.truncate,
+    )
+    return run(job, records, **target_options)

@@ -1,0 +1,98 @@
+"""New tokens -> text: where an answer ends, why, and what of it may be shown before it has ended."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+Decode = Callable[[list[int]], str]
+
+
+def fields(output: Mapping[str, Any], decode: Decode, config: Any) -> dict[str, Any]:
+    """The fields of one input's result, from its `sequences` (1, N, T) of new tokens, its `attention_mask` and what was
+    `cut` from it; `generated_texts` where more than one sequence was asked for."""
+    found = [_answer(sequence.tolist(), decode, config) for sequence in output["sequences"][0]]
+    text, reason, _ = found[0]
+    result: dict[str, Any] = {"generated_text": text}
+    if len(found) > 1:
+        result["generated_texts"] = [text for text, _, _ in found]
+    if output["cut"]:
+        result["truncated"] = output["cut"]
+    usage = {
+        "prompt_tokens": int(output["attention_mask"].sum()),
+        "completion_tokens": sum(count for _, _, count in found),
+    }
+    return result | {"finish_reason": reason, "usage": usage}
+
+
+def _answer(ids: list[int], decode: Decode, config: Any) -> tuple[str, str, int]:
+    """Text, finish reason, and how many tokens were generated, of one row of a batch."""
+    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    end = next((i + 1 for i, token in enumerate(ids) if token in eos), None)
+    text = decode(ids[:end])
+    if (cut := first_stop(text, config.stop_strings or ())) is not None:
+        count = next(n for n in range(1, len(ids) + 1) if first_stop(decode(ids[:n]), config.stop_strings) == cut)
+        return text[:cut], "stop", count
+    return text, "stop" if end else "length", end or len(ids)
+
+
+class StopTexts(StoppingCriteria):  # type: ignore[misc]
+    """Ends each row of a batch where a stop text stands in its new text. `start` is the prompts' padded length;
+    there may be several rows, sequences or beams, for each of the `decoders`."""
+
+    def __init__(self, decoders: Sequence[Decode], stops: Sequence[str], start: int) -> None:
+        self.decoders, self.stops, self.start = decoders, stops, start
+        # A token is a byte at least: no stop text reaches further back, from the newest token, than this.
+        self.reach = max(len(stop.encode()) for stop in stops) + 8
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        rows = input_ids[:, max(self.start, input_ids.shape[1] - self.reach) :].tolist()
+        decoders = (self.decoders[i * len(self.decoders) // len(rows)] for i in range(len(rows)))
+        stopped = [first_stop(decode(row), self.stops) is not None for decode, row in zip(decoders, rows, strict=True)]
+        return torch.tensor(stopped, device=input_ids.device)
+
+
+class Deltas(BaseStreamer):  # type: ignore[misc]
+    """Passes text on as it is generated, only what no later token can change.
+
+    Held back: the bytes of an unfinished character, and an ending that may become a stop text.
+    """
+
+    def __init__(self, decode: Decode, stops: Sequence[str], on_text: Callable[[str], None]) -> None:
+        self.decode, self.stops, self.on_text = decode, stops, on_text
+        self.ids: list[int] = []
+        self.sent = 0
+        self.is_prompt = True
+
+    def put(self, value: Any) -> None:
+        if self.is_prompt:
+            self.is_prompt = False
+            return
+        self.ids += value.flatten().tolist()
+        text = self.decode(self.ids)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return
+        end = first_stop(text, self.stops)
+        end = len(text) - stop_prefix(text, self.stops) if end is None else end
+        if end > self.sent:
+            self.on_text(text[self.sent : end])
+            self.sent = end
+
+    def end(self) -> None:
+        """The result brings the rest."""
+
+
+def first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first of the stop texts begins in `text`."""
+    found = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return min(found, default=None)
+
+
+def stop_prefix(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of a stop text."""
+    return max(
+        (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
+        default=0,
+    )

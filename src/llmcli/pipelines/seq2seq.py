@@ -1,0 +1,115 @@
+"""Texts -> texts, by an encoder-decoder model: translation, summarization. A transformers.Pipeline."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.base import Pipeline
+
+from llmcli.errors import RecordError
+from llmcli.pipelines import answers
+from llmcli.pipelines.answers import Decode
+
+OTHER_HEADS = ("ForQuestionAnswering", "ForSequenceClassification", "ForTokenClassification")
+
+
+class Seq2SeqPipeline(Pipeline):  # type: ignore[misc]  # transformers has no types
+    """What the steps hand to each other, for a batch of B texts, the longest of P tokens, with N sequences of at most
+    T tokens each:
+
+    preprocess   input_ids, attention_mask (1, P); cut: tokens that --truncate took away
+    _forward     sequences (B, N, T), without the token that starts every decoder; what preprocess gave
+    postprocess  {"generated_text", "finish_reason", "usage"} of one text
+    """
+
+    auto_class = "AutoModelForSeq2SeqLM"
+    spare = None
+    _load_tokenizer = True
+    _load_feature_extractor = False
+    _load_image_processor = False
+    _load_processor = False
+
+    @staticmethod
+    def check(config: Any) -> str | None:
+        """Why a model of that configuration cannot be used."""
+        heads = config.architectures or []
+        other = any(head.endswith(OTHER_HEADS) for head in heads)
+        usable = type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and config.is_encoder_decoder and not other
+        return None if usable else "do not turn text into text"
+
+    def _sanitize_parameters(self, generation_config: Any = None, truncate: int | None = None) -> tuple[Any, Any, Any]:
+        config = {} if generation_config is None else {"generation_config": generation_config}
+        return {"truncate": truncate}, config, config
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that a text may have, special ones included; None where the model knows no limit."""
+        config = self.model.config
+        positions = getattr(config, "max_encoder_position_embeddings", None)
+        positions = positions or getattr(config, "max_position_embeddings", None)
+        known = [length for length in (positions, self.tokenizer.model_max_length) if length and 0 < length < 10**6]
+        return min(known, default=None)
+
+    def room(self, inputs: Mapping[str, Any]) -> int | None:
+        """Tokens that the decoder has places for."""
+        config = self.model.config
+        positions: int | None = getattr(config, "max_decoder_position_embeddings", None)
+        positions = positions or getattr(config, "max_position_embeddings", None)
+        return positions - 1 if positions else None
+
+    def count(self, text: str) -> int:
+        """Tokens of a text, special ones included."""
+        return len(self.tokenizer(text)["input_ids"])
+
+    def preprocess(self, text: str | Mapping[str, Any], truncate: int | None = None) -> dict[str, Any]:
+        """Token ids of one text, or of {"text", "source"} where the tokenizer has a code for the text's language. One
+        that is longer than the context raises RecordError or, where `truncate` is a number, loses its end."""
+        text, source = (text, None) if isinstance(text, str) else (text["text"], text.get("source"))
+        if source:
+            self.tokenizer.src_lang = source
+        ids = self.tokenizer(text)["input_ids"]
+        length, context = len(ids), self.context
+        if context and length > context:
+            if truncate is None:
+                raise RecordError(
+                    "too_long",
+                    f"the text has {length} tokens, the model takes {context}",
+                    hint="shorten it, or let --truncate cut its end",
+                )
+            ids = self.tokenizer(text, truncation=True, max_length=context)["input_ids"]
+        input_ids = torch.tensor([ids])
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "cut": length - len(ids)}
+
+    def _forward(
+        self, inputs: dict[str, Any], generation_config: Any = None, streamer: BaseStreamer | None = None
+    ) -> dict[str, Any]:
+        config = copy.copy(generation_config or self.model.generation_config)
+        stops, config.stop_strings = config.stop_strings, None
+        sequences = self.model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([answers.StopTexts([self._decode], stops, 1)] if stops else []),
+            streamer=streamer,
+        )
+        sequences = getattr(sequences, "sequences", sequences)[:, 1:]
+        return {"sequences": sequences.reshape(len(inputs["input_ids"]), -1, sequences.shape[1]), **inputs}
+
+    def postprocess(self, output: dict[str, Any], generation_config: Any = None) -> dict[str, Any]:
+        """The fields of a result; `generated_texts` where more than one sequence was asked for."""
+        return answers.fields(output, self._decode, generation_config or self.model.generation_config)
+
+    def decoder(self, item: Mapping[str, Any]) -> Decode:
+        """New token ids -> text."""
+        return self._decode
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+PIPELINE_REGISTRY.register_pipeline("llmcli-seq2seq", pipeline_class=Seq2SeqPipeline)

@@ -1,0 +1,114 @@
+"""Prompts for tasks that a language model does by instruction: prompts.toml, overlaid by the user's own file."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from llmcli import config
+from llmcli.errors import UsageError
+from llmcli.job import Job
+from llmcli.tasks.fields import fill, template
+
+HERE = Path(__file__).parent
+GREEDY = {"do_sample": False, "max_new_tokens": 256}
+COMMON = ("examples", "max_new_tokens", "stop", "options", "part", "unknown")
+STYLES = {"chat": ("system", "user", *COMMON), "base": ("prompt", *COMMON)}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """How a task is put to a model: one that chats gets messages, a base model a text to continue. `examples` are
+    fields with an `answer`, shown before the record's own."""
+
+    template: str
+    system: str | None
+    examples: Sequence[Mapping[str, str]]
+    settings: Mapping[str, Any]  # GenerationConfig values
+    is_chat: bool
+    part: int | None  # tokens of a part of a text that is too long
+    unknown: Sequence[str]  # answers that say that there is none
+
+    def __call__(
+        self, fields: Mapping[str, Any], examples: Sequence[Mapping[str, str]] | None = None
+    ) -> str | list[dict[str, str]]:
+        """The pipeline's input. Raises RecordError for a field that the template names and the record lacks."""
+        shown = [({**fields, **example}, example["answer"]) for example in examples or self.examples]
+        if not self.is_chat:
+            before = "".join(f"{fill(self.template, each)} {answer}\n\n" for each, answer in shown)
+            return before + fill(self.template, fields)
+        messages = [{"role": "system", "content": fill(self.system, fields)}] if self.system else []
+        for each, answer in shown:
+            messages.append({"role": "user", "content": fill(self.template, each)})
+            messages.append({"role": "assistant", "content": answer})
+        return [*messages, {"role": "user", "content": fill(self.template, fields)}]
+
+    @property
+    def is_one_line(self) -> bool:
+        """Whether a line end is the end of the answer, so that a text has to go in line by line."""
+        return "\n" in self.settings.get("stop_strings", ())
+
+
+def of(job: Job, pipeline: Any) -> Prompt:
+    """The prompt of the job's task for that model; the job's own template takes the place of all that is said there."""
+    is_chat = bool(pipeline.tokenizer.chat_template)
+    table = tables().get(job.task, {}).get("chat" if is_chat else "base", {})
+    settings = {"max_new_tokens": table["max_new_tokens"], **table.get("options", {})}
+    if own := job.parameters.get("prompt"):
+        return Prompt(own, None, (), settings, is_chat, table.get("part"), table.get("unknown", ()))
+    if stop := table.get("stop"):
+        settings["stop_strings"] = stop
+    template = table["user"] if is_chat else table["prompt"]
+    return Prompt(
+        template,
+        table.get("system"),
+        table.get("examples", ()),
+        settings,
+        is_chat,
+        table.get("part"),
+        table.get("unknown", ()),
+    )
+
+
+def settings(job: Job, pipeline: Any) -> Mapping[str, Any]:
+    """A Way's `settings`: the prompt's."""
+    return of(job, pipeline).settings
+
+
+def preset(name: str | None) -> Mapping[str, Any]:
+    """That table of presets.toml as `options`, and a `frame`: the job's parameters prompt and begins. Empty for None.
+    Raises UsageError that lists the presets there are."""
+    if name is None:
+        return {}
+    own_file = config.config_file().with_name("presets.toml")
+    found = config.read_toml(HERE / "presets.toml") | (config.read_toml(own_file) if own_file.exists() else {})
+    if name not in found:
+        hint = "presets: " + ", ".join(found)
+        raise UsageError(f"unknown preset {name!r}{config.did_you_mean(name, found)}", hint=hint)
+    where = f"{own_file}: [{name}]"
+    config.check_keys(found[name], ("description", "prompt", "begins", "options"), where)
+    if not isinstance(found[name].get("prompt"), str):
+        raise UsageError(f"{where}: needs a prompt", hint='like prompt = "A fable about {text}."')
+    begins = found[name].get("begins", "")
+    frame = template(found[name]["prompt"] + begins) | {"begins": begins}
+    return {"options": found[name].get("options", {}), "frame": frame}
+
+
+@cache
+def tables() -> Mapping[str, Any]:
+    """Task -> style -> the prompt's table. Raises UsageError for a table of the user's that makes no sense."""
+    found = config.read_toml(HERE / "prompts.toml")
+    own_file = config.config_file().with_name("prompts.toml")
+    for task, styles in (config.read_toml(own_file) if own_file.exists() else {}).items():
+        where = f"{own_file}: [{task}"
+        config.check_keys({task: styles}, found, str(own_file))
+        config.check_keys(styles, STYLES, f"{where}]")
+        for style, table in styles.items():
+            config.check_keys(table, STYLES[style], f"{where}.{style}]")
+            for key, value in table.items():
+                usual = found[task][style].get(key)
+                if usual is not None and not isinstance(value, type(usual)):
+                    raise UsageError(f"{where}.{style}]: {key} must be of type {type(usual).__name__}")
+            found[task][style] |= table
+    return found

@@ -1,0 +1,93 @@
+"""summarize: a document in one go where it fits the model, else in parts, and then the parts' summaries together."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llmcli import pieces
+from llmcli.errors import UsageError
+from llmcli.job import Job
+from llmcli.tasks import Ask, Steps, Task, Way, prompting
+from llmcli.tasks.generated import NOTHING, SEQ2SEQ, joined
+from llmcli.tasks.translate import prepare
+
+
+def steps(job: Job, fields: Mapping[str, Any], model: Any) -> Steps:
+    """By an encoder-decoder model."""
+    if "prompt" in job.parameters:
+        raise UsageError(f"--prompt does not go with {job.model}: it is made to summarize, and not prompted")
+    pipeline, prefix = model.pipeline, _specific(model.pipeline).get("prefix", "")
+    room = pipeline.context and pipeline.context - len(
+        pipeline.tokenizer(prefix, add_special_tokens=False)["input_ids"]
+    )
+    return (yield from _summarized(job, fields["text"], room, room, pipeline.count, lambda text: prefix + text))
+
+
+def prompted(job: Job, fields: Mapping[str, Any], model: Any) -> Steps:
+    """By a language model that is told to."""
+    pipeline, prompt = model.pipeline, prompting.of(job, model.pipeline)
+    most = job.generation.get("max_new_tokens") or prompt.settings["max_new_tokens"]
+    frame = prompt({**fields, "text": ""})
+    taken = most + len(pipeline.preprocess(frame)["input_ids"][0])
+    room = pipeline.context and max(pipeline.context - taken, pipeline.context // 4)
+    return (
+        yield from _summarized(
+            job, fields["text"], room, prompt.part, pipeline.count, lambda text: prompt({**fields, "text": text})
+        )
+    )
+
+
+def settings(job: Job, pipeline: Any) -> Mapping[str, Any]:
+    """What the model's configuration says of summaries, as T5's does."""
+    return {name: value for name, value in _specific(pipeline).items() if name != "prefix"}
+
+
+def _specific(pipeline: Any) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = (getattr(pipeline.model.config, "task_specific_params", None) or {}).get(
+        "summarization", {}
+    )
+    return found
+
+
+def _summarized(
+    job: Job, text: str, room: int | None, part: int | None, count: Callable[[str], int], ask: Callable[[str], Any]
+) -> Steps:
+    """`room` is how many tokens fit in one input, `part` how many a part of a longer text has."""
+
+    def parts_of(text: str) -> list[str]:
+        if room is None or count(text) <= room:
+            return [text]
+        return [piece for _, piece in pieces.cut(text, count, min(room, part or room))]
+
+    parts = parts_of(text)
+    cut = 0
+    if job.truncate:
+        cut = sum(map(count, parts[1:]))
+        parts = parts[:1]
+    chunks = len(parts)
+    outputs = done = yield Ask([ask(each) for each in parts], shown="" if chunks == 1 else None, strip=chunks > 1)
+    while len(outputs) > 1:
+        parts = parts_of("\n\n".join(output["generated_text"] for output in outputs))
+        if len(parts) >= len(outputs):  # summaries that are no shorter than the text: they stay as they are
+            break
+        outputs = yield Ask([ask(each) for each in parts], shown="" if len(parts) == 1 else None, strip=len(parts) > 1)
+        done = [*done, *outputs]
+    last = len(outputs)
+    about = {"chunks": chunks, "truncated": cut}
+    return joined("summary_text", done, lambda texts: "\n\n".join(texts[-last:]), about)
+
+
+EMPTY = {
+    "summary_text": "",
+    "chunks": 0,
+    "truncated": 0,
+    **NOTHING,
+}
+TASK = Task(
+    prepare,
+    ("summary_text", "chunks", "truncated", "finish_reason", "usage"),
+    EMPTY,
+    {
+        "seq2seq": Way(steps, SEQ2SEQ, settings),
+        "causal": Way(prompted, prompting.GREEDY, prompting.settings),
+    },
+)

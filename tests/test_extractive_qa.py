@@ -1,0 +1,259 @@
+"""Extractive question answering: the same answers as transformers 4 gave, and what holds of every answer."""
+
+import json
+from itertools import chain, pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+from transformers.pipelines.base import pad_collate_fn
+
+from llmcli import pipelines
+from llmcli.errors import ModelUnavailable, RecordError, UsageError
+from llmcli.job import Placement
+
+GOLDEN = Path(__file__).parent / "golden"  # models with random weights, and what transformers 4.57.6 made of them
+GOLD = json.loads((GOLDEN / "gold.json").read_text(encoding="utf-8"))
+GROUPS = [name for name, group in GOLD.items() if group["task"] == "question-answering"]
+WINDOWS = {"doc_stride", "max_seq_len"}  # arguments of preprocess; the others are postprocess's
+PLACE = {"answer", "start", "end"}
+ENGLISH = GOLD["bert-qa"]["cases"][2]["context"]
+CHINESE = "三位石匠和一位画家修复了圆顶，近两百位邻居给他们送来了汤。"
+
+
+@pytest.fixture(scope="module", params=GROUPS)
+def qa(request):
+    return pipelines.load("extractive_qa", GOLDEN / request.param, Placement(device="cpu", dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def bert():
+    return pipelines.load("extractive_qa", GOLDEN / "bert-qa", Placement(device="cpu", dtype="float32"))
+
+
+def asked(context, question="Who restored it?"):
+    return {"question": question, "context": context}
+
+
+def forward(qa, windows):
+    """All windows in one padded batch, and a row of it for each, as the engine does it."""
+    batch = qa.forward(pad_collate_fn(qa.tokenizer, None)(windows))
+    return [
+        {name: value[row : row + 1] if hasattr(value, "shape") else value[row] for name, value in batch.items()}
+        for row in range(len(windows))
+    ]
+
+
+def check_gold(result, case):
+    answers = result.get("answers", [result])
+    assert [{name: answer[name] for name in PLACE} for answer in answers] == [
+        {name: answer[name] for name in PLACE} for answer in case["output"]
+    ]
+    assert [answer["score"] for answer in answers] == pytest.approx(
+        [answer["score"] for answer in case["output"]], rel=1e-5
+    )
+    assert all(result[name] == answers[0][name] for name in (*PLACE, "score"))
+
+
+def cases(qa):
+    return GOLD[Path(qa.model.name_or_path).name]["cases"]
+
+
+def windows_of(qa, case):
+    settings = {name: value for name, value in case["args"].items() if name in WINDOWS}
+    return list(qa.preprocess(asked(case["context"], case["question"]), truncate=False, **settings))
+
+
+def test_answers_are_those_of_transformers_4(qa):
+    for case in cases(qa):
+        check_gold(qa(asked(case["context"], case["question"]), **case["args"]), case)
+
+
+def test_in_one_batch_too(qa):
+    windows = [windows_of(qa, case) for case in cases(qa)]
+    outputs = iter(forward(qa, list(chain.from_iterable(windows))))
+    for case, mine in zip(cases(qa), windows, strict=True):
+        settings = {name: value for name, value in case["args"].items() if name not in WINDOWS}
+        check_gold(qa.postprocess([next(outputs) for _ in mine], **settings), case)
+
+
+def test_it_runs_under_transformers_own_pipeline(bert):
+    questions = [asked(ENGLISH), asked(CHINESE), asked("Yes.")]
+    alone = [bert(question, top_k=3, max_seq_len=64, doc_stride=16) for question in questions]
+    together = bert(questions, batch_size=4, top_k=3, max_seq_len=64, doc_stride=16)
+    for one, other in zip(alone, together, strict=True):
+        check_gold(other, {"output": one["answers"]})
+
+
+def test_an_answer_is_a_piece_of_the_context(qa):
+    words = ENGLISH.split() + list(CHINESE)
+    for start in range(0, len(words), 7):
+        context = "  ".join(words[start : start + start % 40 + 1])
+        result = qa(asked(context), top_k=8, handle_impossible_answer=True)
+        assert 1 <= len(result["answers"]) <= 8
+        for answer in result["answers"]:
+            assert context[answer["start"] : answer["end"]] == answer["answer"]
+        scores = [answer["score"] for answer in result["answers"]]
+        assert scores == sorted(scores, reverse=True)
+        texts = [answer["answer"].lower() for answer in result["answers"] if answer["answer"]]
+        assert len(set(texts)) == len(texts)
+
+
+def test_windows_cover_the_context_and_overlap(bert):
+    context = " ".join(f"{ENGLISH} {i}" for i in range(40))
+    windows = list(bert.preprocess(asked(context), max_seq_len=64, doc_stride=16))
+    assert len(windows) > 100
+    assert [window["is_last"] for window in windows] == [False] * (len(windows) - 1) + [True]
+    encodings = [window["encoding"] for window in windows]
+    places = [
+        [place for place, part in zip(encoding.offsets, encoding.sequence_ids, strict=True) if part == 1]
+        for encoding in encodings
+    ]
+    assert all(one[-16:] == other[:16] for one, other in pairwise(places))
+    whole = bert.tokenizer(context, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    assert [*places[0], *chain.from_iterable(later[16:] for later in places[1:])] == whole
+    result = bert.postprocess(forward(bert, windows), top_k=5)
+    assert len(result["answers"]) == 5
+    assert context[result["start"] : result["end"]] == result["answer"]
+
+
+def test_padding_changes_nothing(qa):
+    (short,) = qa.preprocess(asked("The clock was repaired in 1951."))
+    (long,) = qa.preprocess(asked(ENGLISH), max_seq_len=512)
+    padded, _ = forward(qa, [short, long])
+    assert padded["start"].shape == long["input_ids"].shape
+    alone = qa.postprocess([qa.forward(short)], top_k=9, max_answer_len=500, handle_impossible_answer=True)
+    check_gold(
+        qa.postprocess([padded], top_k=9, max_answer_len=500, handle_impossible_answer=True),
+        {"output": alone["answers"]},
+    )
+
+
+def test_a_tokenizer_that_pads_on_the_left_reads_the_context_first(bert):
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "bert-qa", padding_side="left")
+    qa = type(bert)(model=bert.model, tokenizer=tokenizer)
+    (short,) = qa.preprocess(asked("It was repaired in 1951."))
+    (long,) = qa.preprocess(asked(ENGLISH), max_seq_len=512)
+    assert tokenizer.decode(short["input_ids"][0]).startswith("[CLS] it was repaired")
+    alone = [qa.forward(window) for window in (short, long)]
+    batch = pad_collate_fn(tokenizer, None)(alone)  # padded behind the model: BERT's positions count from the left
+    padded = {name: value[:1] if hasattr(value, "shape") else value[0] for name, value in batch.items()}
+    assert qa.postprocess([padded], top_k=3) == qa.postprocess(alone[:1], top_k=3)
+
+
+def logits(qa, context, start, end):
+    """The windows of a short context, with these logits for the tokens of the context, and 0 for [CLS]."""
+    (window,) = qa.preprocess(asked(context))
+    inside = [i for i, part in enumerate(window["encoding"].sequence_ids) if part == 1]
+    for name, values in (("start", start), ("end", end)):
+        window[name] = torch.full(window["input_ids"].shape, 99.0)  # the question's tokens must not matter
+        window[name][0, [0, *inside]] = torch.tensor([0.0, *values])
+    return [window]
+
+
+def test_the_likeliest_span_is_the_answer(bert):
+    windows = logits(bert, "a b c a", [1, 5, 0, 0], [0, 0, 5, 0])
+    result = bert.postprocess(windows)
+    assert (result["answer"], result["start"], result["end"]) == ("b c", 2, 5)
+    assert result["score"] > 0.8
+    assert "answers" not in result
+    assert bert.postprocess(windows, max_answer_len=1)["answer"] in "bc"
+
+
+def test_equal_texts_are_one_answer(bert):
+    windows = logits(bert, "A b a", [5, 0, 5], [5, 0, 5])
+    (first, *_) = bert.postprocess(windows, top_k=2, max_answer_len=1)["answers"]
+    assert (first["answer"], first["start"]) == ("A", 0)
+    assert first["score"] == pytest.approx(2 * (0.49**2), rel=0.05)
+    twice = bert.postprocess(windows * 2, max_answer_len=1)
+    assert twice["score"] == pytest.approx(2 * first["score"])
+
+
+def test_no_answer_may_be_the_answer(bert):
+    windows = logits(bert, "a b", [-9, -9], [-9, -9])
+    assert bert.postprocess(windows)["answer"]
+    result = bert.postprocess(windows, handle_impossible_answer=True)
+    assert (result["answer"], result["start"], result["end"]) == ("", 0, 0)
+    assert result["score"] > 0.99
+
+
+def test_where_every_token_is_barred_there_is_no_answer(bert):
+    (window,) = logits(bert, "a b", [1, 2], [1, 2])
+    window["p_mask"] = torch.ones_like(window["p_mask"])
+    nothing = {"answer": None, "score": 0.0, "start": None, "end": None}
+    assert bert.postprocess([window]) == nothing
+    assert bert.postprocess([window], top_k=2) == {**nothing, "answers": []}
+
+
+def test_words_stay_whole_unless_told_otherwise(bert):
+    context = "An apprentice"
+    (window,) = bert.preprocess(asked(context))
+    pieces = [i for i, word in enumerate(window["encoding"].word_ids) if word == 1]
+    pieces = [i for i in pieces if window["encoding"].sequence_ids[i] == 1]
+    assert len(pieces) > 1
+    window["start"] = window["end"] = torch.zeros(window["input_ids"].shape)
+    window["start"][0, pieces[-1]] = window["end"][0, pieces[-1]] = 20.0
+    assert bert.postprocess([window])["answer"] == "apprentice"
+    cut = bert.postprocess([window], align_to_words=False)
+    assert "apprentice".endswith(cut["answer"])
+    assert cut["answer"] != "apprentice"
+
+
+@pytest.mark.parametrize("name", ["question", "context"])
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_text_is_refused(bert, name, text):
+    with pytest.raises(RecordError, match=f"the {name} is empty"):
+        bert({"question": "Why?", "context": "So.", name: text})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_seq_len": 64, "doc_stride": 65},
+        {"max_seq_len": 64, "doc_stride": 64},
+        {"doc_stride": -1},
+        {"max_seq_len": 0},
+        {"max_seq_len": 513},
+        {"top_k": 0},
+        {"max_answer_len": 0},
+    ],
+)
+def test_settings_that_cannot_be(bert, settings):
+    with pytest.raises(UsageError):
+        bert(asked(ENGLISH), **settings)
+
+
+def test_a_question_may_leave_too_little_room(bert):
+    question = "who " * 40
+    with pytest.raises(
+        RecordError, match="the question has 40 tokens, which leaves room for 21 of the context"
+    ) as info:
+        bert(asked(ENGLISH, question), max_seq_len=64, doc_stride=21)
+    assert info.value.kind == "too_long"
+    assert bert(asked("Yes, so.", question), max_seq_len=64, doc_stride=21)["answer"]  # it fits
+    with pytest.raises(RecordError, match="leaves room for 0 of the context"):
+        bert(asked("Yes", "who " * 400))
+
+
+def test_unknown_settings(bert):
+    with pytest.raises(TypeError, match="max_question"):
+        bert(asked(ENGLISH), max_question=3)
+
+
+def test_bfloat16_answers_too():
+    qa = pipelines.load("extractive_qa", GOLDEN / "bert-qa", Placement(device="cpu", dtype="bfloat16"))
+    assert qa(asked(CHINESE))["answer"] in CHINESE
+
+
+def test_a_tokenizer_without_offsets(bert):
+    slow = AutoTokenizer.from_pretrained(GOLDEN / "marian")
+    with pytest.raises(ModelUnavailable, match="where in a text its tokens stand"):
+        type(bert)(model=bert.model, tokenizer=slow)
+
+
+def test_a_model_without_the_head(encoder):
+    (reason,) = pipelines.judge(encoder, Placement(), ["extractive_qa"]).values()
+    assert reason == "bert models of this kind have no question-answering head"
+    for name in GROUPS:
+        assert pipelines.judge(GOLDEN / name, Placement(), ["extractive_qa"]) == {"extractive_qa": None}
