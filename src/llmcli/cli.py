@@ -1,21 +1,14 @@
 """The command tree, and main(): the only place that catches and chooses the exit code."""
 
 import contextlib
+import importlib
+import pkgutil
 import signal
 from typing import Annotated, Any
 
 import typer
 
-from llmcli import __version__, console
-from llmcli.commands import models
-from llmcli.commands.chat import chat
-from llmcli.commands.embed import embed
-from llmcli.commands.env import env
-from llmcli.commands.generate import generate
-from llmcli.commands.qa import qa
-from llmcli.commands.search import search
-from llmcli.commands.summarize import summarize
-from llmcli.commands.translate import translate
+from llmcli import __version__, commands, console
 from llmcli.errors import ExitStatus, LlmcliError, ReaderGone, Terminated
 from llmcli.grammar import Command
 
@@ -27,15 +20,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-app.command(cls=Command)(generate)
-app.command(cls=Command)(chat)
-app.command(cls=Command)(translate)
-app.command(cls=Command)(summarize)
-app.command(cls=Command)(qa)
-app.command(cls=Command)(embed)
-app.command(cls=Command)(search)
-app.add_typer(models.app, name="models")
-app.command(cls=Command)(env)
+for _name in (module.name for module in pkgutil.iter_modules(commands.__path__)):
+    _module = importlib.import_module(f"{commands.__name__}.{_name}")
+    if group := getattr(_module, "app", None):
+        app.add_typer(group, name=_name)
+    else:
+        app.command(cls=Command)(getattr(_module, _name))
 
 
 def _version(value: bool) -> None:

@@ -1,1 +1,1 @@
-"""One file a command. Each declares its options and ends in one call."""
+"""One file a command, found by its name: it declares the command's options and ends in one call."""
