@@ -13,8 +13,18 @@ from llmcli.tasks.fields import fill, template
 
 HERE = Path(__file__).parent
 GREEDY = {"do_sample": False, "max_new_tokens": 256}
-COMMON = ("examples", "max_new_tokens", "stop", "options", "part", "unknown")
-STYLES = {"chat": ("system", "user", *COMMON), "base": ("prompt", *COMMON)}
+KEYS = {
+    "system": str,
+    "user": str,
+    "prompt": str,
+    "examples": list,
+    "max_new_tokens": int,
+    "stop": list,
+    "options": dict,
+    "part": int,
+    "condense": int,
+    "unknown": list,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +38,7 @@ class Prompt:
     settings: Mapping[str, Any]  # GenerationConfig values
     is_chat: bool
     part: int | None  # tokens of a part of a text that is too long
+    condense: int | None  # tokens that such a text is brought to, by sentences of its own, before it goes in
     unknown: Sequence[str]  # answers that say that there is none
 
     def __call__(
@@ -53,21 +64,21 @@ class Prompt:
 def of(job: Job, pipeline: Any) -> Prompt:
     """The prompt of the job's task for that model; the job's own template takes the place of all that is said there."""
     is_chat = bool(pipeline.tokenizer.chat_template)
-    table = tables().get(job.task, {}).get("chat" if is_chat else "base", {})
+    styles = tables()[job.task]
+    table = styles["chat" if is_chat else "base"] | styles.get(job.model, {})
     settings = {"max_new_tokens": table["max_new_tokens"], **table.get("options", {})}
-    if own := job.parameters.get("prompt"):
-        return Prompt(own, None, (), settings, is_chat, table.get("part"), table.get("unknown", ()))
-    if stop := table.get("stop"):
+    own = job.parameters.get("prompt")
+    if (stop := table.get("stop")) and not own:
         settings["stop_strings"] = stop
-    template = table["user"] if is_chat else table["prompt"]
     return Prompt(
-        template,
-        table.get("system"),
-        table.get("examples", ()),
-        settings,
-        is_chat,
-        table.get("part"),
-        table.get("unknown", ()),
+        template=own or table["user" if is_chat else "prompt"],
+        system=None if own else table.get("system"),
+        examples=() if own else table.get("examples", ()),
+        settings=settings,
+        is_chat=is_chat,
+        part=table.get("part"),
+        condense=table.get("condense"),
+        unknown=table.get("unknown", ()),
     )
 
 
@@ -101,14 +112,14 @@ def tables() -> Mapping[str, Any]:
     found = config.read_toml(HERE / "prompts.toml")
     own_file = config.config_file().with_name("prompts.toml")
     for task, styles in (config.read_toml(own_file) if own_file.exists() else {}).items():
-        where = f"{own_file}: [{task}"
         config.check_keys({task: styles}, found, str(own_file))
-        config.check_keys(styles, STYLES, f"{where}]")
         for style, table in styles.items():
-            config.check_keys(table, STYLES[style], f"{where}.{style}]")
+            where = f"{own_file}: [{task}.{style}]"
+            if not isinstance(table, dict):
+                raise UsageError(f"{where} is not a table")
+            config.check_keys(table, KEYS, where)
             for key, value in table.items():
-                usual = found[task][style].get(key)
-                if usual is not None and not isinstance(value, type(usual)):
-                    raise UsageError(f"{where}.{style}]: {key} must be of type {type(usual).__name__}")
-            found[task][style] |= table
+                if not isinstance(value, KEYS[key]):
+                    raise UsageError(f"{where}: {key} must be of type {KEYS[key].__name__}")
+            found[task][style] = found[task].get(style, {}) | table
     return found

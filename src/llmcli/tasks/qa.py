@@ -1,7 +1,7 @@
 """qa: a question answered from a text, cut out of it by a model made for that, or told by a language model."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmcli import pieces, registry
@@ -86,7 +86,7 @@ def prompted(job: Job, asked: Mapping[str, Any], model: Any) -> Steps:
     answer = output["generated_text"].strip()
     if not answer or _plain(answer) in map(_plain, prompt.unknown):
         return Answer({**NO_ANSWER, "passage": None, **tally([output])}, "")
-    source = max(passages, key=lambda passage: _overlap(answer, passage["passage"]))
+    source = max(passages, key=_likeness(answer, [passage["passage"] for passage in passages]))
     return Answer({"answer": answer, "score": None, **source, **tally([output])}, answer)
 
 
@@ -96,11 +96,18 @@ def _passage(documents: Sequence[Document], number: int, start: int, end: int) -
     return {"start": start, "end": end, "passage": document["text"][start:end], **file}
 
 
-def _overlap(answer: str, passage: str) -> tuple[bool, float]:
-    """How much of the answer stands in the passage: all of it, or which share of its words."""
-    words = set(re.findall(r"\w+", answer.lower()))
-    there = set(re.findall(r"\w+", passage.lower()))
-    return _plain(answer) in _plain(passage), len(words & there) / (len(words) or 1)
+def _likeness(answer: str, texts: Sequence[str]) -> Callable[[Mapping[str, Any]], tuple[bool, float]]:
+    """How much of the answer stands in a passage: all of it, or its words, of which the rarer ones say more."""
+    plain = [_plain(text) for text in texts]
+    rarity = {
+        word: 1 / found for word in set(_plain(answer).split()) if (found := sum(word in t.split() for t in plain))
+    }
+
+    def like(passage: Mapping[str, Any]) -> tuple[bool, float]:
+        text = _plain(passage["passage"])
+        return _plain(answer) in text, sum(rarity.get(word, 0) for word in set(text.split()))
+
+    return like
 
 
 def _plain(text: str) -> str:

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llmcli import pieces
+from llmcli import languages, pieces
 from llmcli.errors import UsageError
 from llmcli.job import Job
 from llmcli.tasks import Ask, Steps, Task, Way, prompting
+from llmcli.tasks.condense import condensed
 from llmcli.tasks.generated import NOTHING, SEQ2SEQ, joined
 from llmcli.tasks.translate import prepare
 
@@ -29,11 +30,20 @@ def prompted(job: Job, fields: Mapping[str, Any], model: Any) -> Steps:
     frame = prompt({**fields, "text": ""})
     taken = most + len(pipeline.preprocess(frame)["input_ids"][0])
     room = pipeline.context and max(pipeline.context - taken, pipeline.context // 4)
-    return (
-        yield from _summarized(
-            job, fields["text"], room, prompt.part, pipeline.count, lambda text: prompt({**fields, "text": text})
-        )
-    )
+
+    def ask(text: str) -> Any:
+        return prompt({**fields, "text": text})
+
+    text = fields["text"]
+    if prompt.condense and room and pipeline.count(text) > room and not job.truncate:
+        parts = [piece for _, piece in pieces.cut(text, pipeline.count, prompt.part or room)]
+        central = yield from condensed(job, parts, pipeline.count, prompt.condense)
+        if central:
+            outputs = yield Ask([ask(central)], strip=True)
+            return joined(
+                "summary_text", outputs, lambda texts: _tidy(texts[0]), {"chunks": len(parts), "truncated": 0}
+            )
+    return (yield from _summarized(job, text, room, prompt.part, pipeline.count, ask))
 
 
 def settings(job: Job, pipeline: Any) -> Mapping[str, Any]:
@@ -74,6 +84,17 @@ def _summarized(
     last = len(outputs)
     about = {"chunks": chunks, "truncated": cut}
     return joined("summary_text", done, lambda texts: "\n\n".join(texts[-last:]), about)
+
+
+def _tidy(text: str) -> str:
+    """Without sentences that were said before, and without a last one that is not finished."""
+    said: dict[str, str] = {}
+    for sentence in languages.sentences(text, languages.likely(text) or "en"):
+        said.setdefault(" ".join(sentence.split()).casefold(), sentence)
+    sentences = list(said.values())
+    if len(sentences) > 1 and sentences[-1].rstrip()[-1:] not in ".!?。！？\"'”’)":
+        sentences.pop()
+    return "".join(sentences).strip()
 
 
 EMPTY = {

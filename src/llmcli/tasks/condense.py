@@ -1,0 +1,50 @@
+"""A long text brought down to its most central sentences: for models too small to build on summaries of their own."""
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+from llmcli import languages, registry
+from llmcli.job import Job
+from llmcli.tasks import Ask
+
+LENGTHS = range(40, 400)  # characters of a sentence that can stand alone
+
+
+def condensed(job: Job, parts: Sequence[str], count: Callable[[str], int], most: int) -> Generator[Ask, list[Any], str]:
+    """One sentence of each part, as near as can be to the middle of its part's and of the whole text's meaning, and
+    at most `most` tokens in all: parts share them evenly.
+
+    Centroid summarization: Radev et al., "Centroid-based summarization of multiple documents", 2004, with sentence
+    vectors in the place of word counts.
+    """
+    import numpy as np
+
+    sentences = [_sentences(part) for part in parts]
+    texts = [sentence for some in sentences for sentence in some]
+    if not texts:
+        return ""
+    embed = Job("embed", registry.default_names("embed")[0], placement=job.placement, batch_size=32, truncate=True)
+    outputs = yield Ask([{"text": text} for text in texts], job=embed)
+    vectors = np.array([output["embedding"] for output in outputs])
+    chosen: list[str] = []
+    used = start = 0
+    for number, some in enumerate(sentences, start=1):
+        own = vectors[start : start + len(some)]
+        start += len(some)
+        if len(own):
+            nearness = own @ _middle(own) + own @ _middle(vectors)
+            lengths = [count(sentence) for sentence in some]
+            fitting = [i for i in np.argsort(-nearness) if used + lengths[i] <= most * number / len(parts)]
+            chosen += [some[i] for i in fitting[:1]]
+            used += sum(lengths[i] for i in fitting[:1])
+    return " ".join(chosen)
+
+
+def _sentences(text: str) -> list[str]:
+    found = (" ".join(sentence.split()) for sentence in languages.sentences(text, languages.likely(text) or "en"))
+    return [sentence for sentence in found if len(sentence.encode()) in LENGTHS and sentence[-1] in ".!?。！？"]
+
+
+def _middle(vectors: Any) -> Any:
+    mean = vectors.mean(0)
+    return mean / ((mean @ mean) ** 0.5 or 1)
