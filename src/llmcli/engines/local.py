@@ -1,77 +1,32 @@
 """The engine of this process: loads models, and takes each record through the steps of its task, in batches."""
 
-import gc
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from llmcli import console, registry, store, tasks
+from llmcli import tasks
+from llmcli.engines.model import Model, long_lived_objects
 from llmcli.engines.readahead import ReadAhead
 from llmcli.engines.runner import GeneratingRunner, OnText, Request, Runner, failure
-from llmcli.errors import ModelUnavailable, RecordError
+from llmcli.errors import RecordError
 from llmcli.job import Failure, Job, Record, Result
 from llmcli.loader import quiet_libraries
 from llmcli.tasks import Ask, Steps, Way
 
-BATCH_SIZE = 8
+WINDOW = 512  # records under way at most: a batch is chosen among their rows
 
 
-class Model:
-    """A job's model as its steps see it: the folder of its weights, and a pipeline, loaded when first asked for."""
-
-    def __init__(self, job: Job, loaded: dict[Any, Any]) -> None:
-        self._job, self._loaded = job, loaded
-
-    @cached_property
-    def folder(self) -> Path:
-        """Raises ModelUnavailable."""
-        placement = self._job.placement
-        spec = registry.resolve(self._job.model)
-        return store.pull(spec, offline=placement.offline, allow_pickle=placement.allow_pickle)
-
-    @cached_property
-    def kind(self) -> str:
-        """Which of the task's ways it goes. Raises ModelUnavailable where it can go none."""
-        ways = list(tasks.find(self._job.task).ways)
-        return ways[0] if len(ways) == 1 else self._able_kind
-
-    @cached_property
-    def pipeline(self) -> Any:
-        """Raises ModelUnavailable; UsageError for a device that is not here."""
-        key = (self._job.model, self.kind, self._job.placement)
-        if key not in self._loaded:
-            self._loaded[key] = self._load()
-        return self._loaded[key]
-
-    def _load(self) -> Any:
-        from llmcli import pipelines
-
-        folder, kind = self.folder, self._able_kind
-        with _long_lived_objects(), console.working(f"loading {self._job.model}"):
-            try:
-                return pipelines.load(kind, folder, self._job.placement)
-            except MemoryError as problem:
-                raise ModelUnavailable(
-                    f"{self._job.model} does not fit in memory", hint="take a smaller model"
-                ) from problem
-
-    @cached_property
-    def _able_kind(self) -> str:
-        with _long_lived_objects():
-            return _able_kind(self._job, self.folder)
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Work:
-    """A record on its way: its steps, and what they ask for now."""
+    """A record on its way: its steps, and the requests for what they ask now."""
 
     record: Record
     prepared: Any = None
     steps: Steps | None = None
     ask: Ask | None = None
+    requests: list[Request] = field(default_factory=list)
     result: Result | None = None
 
     def fail(self, why: Failure) -> None:
@@ -82,10 +37,23 @@ class Work:
         assert self.steps
         try:
             self.ask = self.steps.send(outputs)  # type: ignore[arg-type]  # None begins it
+            self.requests = [Request(each) for each in self.ask.inputs]
         except StopIteration as end:
             self.result = Result(self.record, end.value.output, end.value.text)
         except RecordError as problem:
             self.fail(failure(problem))
+
+    def with_outputs(self) -> bool:
+        """On, if all that was asked for is there; whether it was."""
+        if why := next((request.failure for request in self.requests if request.failure), None):
+            self.fail(why)
+        elif all(request.is_over for request in self.requests):
+            assert self.ask
+            outputs = [request.output for request in self.requests]
+            self.go_on([_stripped(output) for output in outputs] if self.ask.strip else outputs)
+        else:
+            return False
+        return True
 
 
 class LocalEngine:
@@ -99,18 +67,25 @@ class LocalEngine:
 
         Raises ModelUnavailable and UsageError; what is wrong with one record is a failure in its Result.
         """
-        size = job.batch_size or BATCH_SIZE
         # A seed repeats a sampled run only where the batches do not depend on how fast the input comes.
-        wait = job.seed is not None and job.generation.get("do_sample") is not False
+        waits = job.seed is not None and job.generation.get("do_sample") is not False
         turn: Turn | None = None
-        for group in ReadAhead(records, 2 * size).groups(size, wait=wait):
-            works = [_begun(job, record) for record in group]
-            if any(work.result is None for work in works):
-                turn = turn or Turn(self, job)
-                turn.run(works, on_text if len(works) == 1 else None)  # nothing may still stand before the pieces
-            for work in works:
-                assert work.result is not None
-                yield work.result
+        works: deque[Work] = deque()
+        with ReadAhead(records, WINDOW) as ahead:
+            while works or not ahead.ended:
+                room = WINDOW - len(works)
+                if not (waits and works):
+                    new = ahead.take(room, least=room if waits else not works)
+                    begun = [_begun(job, record) for record in new]
+                    works += begun
+                    if any(work.result is None for work in begun):
+                        turn = turn or Turn(self, job)
+                        turn.add(begun)
+                if turn and works and works[0].result is None:
+                    turn.step(on_text if len(works) == 1 else None)  # nothing may still stand before the pieces
+                while works and (result := works[0].result):
+                    works.popleft()
+                    yield result
 
     def load(self, job: Job) -> None:
         """Load the job's model now."""
@@ -127,6 +102,7 @@ class Turn:
     def __init__(self, engine: LocalEngine, job: Job) -> None:
         self.engine, self.job = engine, job
         self.model = engine.model(job)
+        self.works: list[Work] = []
         _check(job)
 
     @cached_property
@@ -136,27 +112,36 @@ class Turn:
     @cached_property
     def runner(self) -> Runner:
         kind = Runner if self.way.defaults is None else GeneratingRunner
-        return kind(self.job, self.way, self.model.pipeline, self.job.batch_size or BATCH_SIZE)
+        return kind(self.job, self.way, self.model.pipeline)
 
-    def run(self, works: Sequence[Work], on_text: OnText | None) -> None:
-        """Gives every record that has none its result: what all of them ask for next runs together."""
-        open_works = [work for work in works if work.result is None]
+    def add(self, works: Sequence[Work]) -> None:
+        """Begin the steps of the records that have no result."""
+        for work in works:
+            if work.result is None:
+                work.steps = self.way.steps(self.job, work.prepared, self.model)
+                work.go_on(None)
+                self._asked(work)
+
+    def step(self, on_text: OnText | None) -> None:
+        """One batch, and on with the records whose outputs are there."""
+        if self.runner.waiting:
+            ask = self.works[0].ask
+            self.runner.step(_shown(ask, on_text) if ask and len(self.runner.waiting) == 1 else None)
+        open_works, self.works = self.works, []
         for work in open_works:
-            work.steps = self.way.steps(self.job, work.prepared, self.model)
-            work.go_on(None)
-        while open_works := [work for work in open_works if work.result is None]:
-            asked = [(work, work.ask, [Request(each) for each in work.ask.inputs]) for work in open_works if work.ask]
-            own = [request for _, ask, requests in asked if ask.job is None for request in requests]
-            if own:
-                self.runner.run(own, _shown(asked[0][1], on_text) if len(own) == 1 else None)
-            for _, ask, requests in asked:
-                if ask.job is not None:
-                    self._other(ask.job, requests)
-            for work, ask, requests in asked:
-                if why := next((request.failure for request in requests if request.failure), None):
-                    work.fail(why)
-                else:
-                    work.go_on([_stripped(request.output) if ask.strip else request.output for request in requests])
+            if work.with_outputs():
+                self._asked(work)
+            else:
+                self.works.append(work)
+
+    def _asked(self, work: Work) -> None:
+        """What the work's steps ask for waits for a batch, or is done now where it is another task's."""
+        while work.result is None and work.ask and work.ask.job:
+            self._other(work.ask.job, work.requests)
+            work.with_outputs()
+        if work.result is None:
+            self.runner.add(work.requests)
+            self.works.append(work)
 
     def _other(self, job: Job, requests: Sequence[Request]) -> None:
         """Another task's answers."""
@@ -183,31 +168,13 @@ def _begun(job: Job, record: Record) -> Work:
     return work
 
 
-def _able_kind(job: Job, folder: Path) -> str:
-    """The first kind, of those that the task takes, that the model can be."""
-    from llmcli import pipelines
-
-    ways = tasks.find(job.task).ways
-    reasons = pipelines.judge(folder, job.placement, ways)
-    for kind, reason in reasons.items():
-        if reason is None:
-            return kind
-    others = {name: tasks.find(name).ways for name in tasks.names()}
-    verdict = pipelines.judge(folder, job.placement, {kind for ways in others.values() for kind in ways})
-    able = [name for name, ways in others.items() if any(verdict[kind] is None for kind in ways)]
-    raise ModelUnavailable(
-        f"{job.model} cannot {job.task}: {' and '.join(map(str, reasons.values()))}",
-        hint=f"it can {', '.join(able)}" if able else "llmcli has no task for it",
-    )
-
-
 def _check(job: Job) -> None:
     ways = tasks.find(job.task).ways
     generating = {kind: way.defaults for kind, way in ways.items() if way.defaults is not None}
     if generating:
         from llmcli import generation
 
-        with _long_lived_objects():
+        with long_lived_objects():
             quiet_libraries()
             kind, defaults = next(iter(generating.items()))
             generation.check(job.generation, defaults, counts_prompt=kind == "causal")
@@ -243,15 +210,3 @@ class _Stripping:
         if kept:
             self._begun = True
             self._on_text(kept)
-
-
-@contextmanager
-def _long_lived_objects() -> Iterator[None]:
-    """Spare the garbage collector a million objects that stay: imports and weights. It takes a quarter of a cold
-    call to walk them again and again, while they are made and at exit."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()

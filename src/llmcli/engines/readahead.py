@@ -3,14 +3,15 @@
 import contextlib
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
-class ReadAhead(Generic[T]):
-    """Groups of items from a slow iterable; at most `ahead` items wait in memory.
+class ReadAhead(AbstractContextManager["ReadAhead[T]"], Generic[T]):
+    """Items of a slow iterable, as they come; at most `ahead` wait in memory.
 
     An exception of the iterable comes out where the items before it have been given.
     """
@@ -19,33 +20,32 @@ class ReadAhead(Generic[T]):
         self._queue: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(ahead)
         self._iterator = iter(items)
         self._stopped = False
-        self._end: tuple[BaseException | None] | None = None
+        self.ended = False
         threading.Thread(target=self._read, daemon=True).start()
 
-    def groups(self, size: int, *, wait: bool) -> Iterator[list[T]]:
-        """Lists of up to `size` items. Without `wait`, a list is cut short where the next item has not come."""
-        try:
-            while group := self._group(size, wait):
-                yield group
-        finally:
-            self._stopped = True
-            with contextlib.suppress(queue.Empty):  # wakes a thread that waits to put
-                self._queue.get_nowait()
-        if self._end and self._end[0]:
-            raise self._end[0]
-
-    def _group(self, size: int, wait: bool) -> list[T]:
-        group: list[T] = []
-        while len(group) < size and self._end is None:
+    def take(self, most: int, *, least: int) -> list[T]:
+        """Up to `most` items: those that are there, and where they are fewer than `least`, as many once they come."""
+        taken: list[T] = []
+        while len(taken) < most and not self.ended:
             try:
-                item, problem, is_last = self._queue.get(block=wait or not group)
+                item, problem, is_last = self._queue.get(block=len(taken) < least)
             except queue.Empty:
                 break
+            if is_last and problem and taken:
+                self._queue.put((item, problem, is_last))
+                break
+            if problem:
+                raise problem
             if is_last:
-                self._end = (problem,)
+                self.ended = True
             else:
-                group.append(item)  # type: ignore[arg-type]
-        return group
+                taken.append(item)  # type: ignore[arg-type]
+        return taken
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped = True
+        with contextlib.suppress(queue.Empty):  # wakes a thread that waits to put
+            self._queue.get_nowait()
 
     def _read(self) -> None:
         problem: BaseException | None = None

@@ -7,90 +7,149 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmcli import console
+from llmcli.engines.batching import BatchSize, neighbours
 from llmcli.errors import LlmcliError, RecordError
 from llmcli.job import Failure, Job
 from llmcli.tasks import Way
 
 OnText = Callable[[str], None]
-Row = dict[str, Any]
+LEAST_SHARED = 16  # tokens that all prompts begin with, for which it pays to keep their keys and values
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
-    """One input on its way. It may take several rows of a batch, as a long context does."""
+    """One input on its way. It may take several rows of a batch, as a long context does; equal ones `follow` it."""
 
     input: Any
-    rows: list[Row] = field(default_factory=list)
-    done: dict[int, Row] = field(default_factory=dict)
     output: Any = None
     failure: Failure | None = None
+    rows: int = 0
+    done: dict[int, dict[str, Any]] = field(default_factory=dict)
+    followers: list["Request"] = field(default_factory=list)
+
+    @property
+    def is_over(self) -> bool:
+        return self.output is not None or self.failure is not None
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """A row of a batch: number `index` of its request. Rows of the same `room` can run together."""
+
+    request: Request
+    index: int
+    inputs: dict[str, Any]
+    length: int
+    room: int | None
 
 
 class Runner:
-    """One job on one loaded pipeline. `parameters` are the pipeline's, for all of its steps."""
+    """One job on one loaded pipeline: `add` requests, then `step` until none is `waiting`."""
 
-    def __init__(self, job: Job, way: Way, pipeline: Any, batch_size: int) -> None:
-        self.pipeline, self.batch_size = pipeline, batch_size
+    def __init__(self, job: Job, way: Way, pipeline: Any) -> None:
+        self.pipeline = pipeline
+        self.size = BatchSize(job.batch_size)
         self.truncate: Any = job.truncate
         self.parameters = dict(way.settings(job, pipeline))
-        self.takes_rows = inspect.isgeneratorfunction(pipeline.preprocess)
+        self.repeats = False  # whether equal inputs may have different outputs
+        self.waiting: list[Row] = []
+        self._leaders: dict[str, Request] = {}
+        self._takes_rows = inspect.isgeneratorfunction(pipeline.preprocess)
 
-    def run(self, requests: Sequence[Request], on_text: OnText | None = None) -> None:
-        """Gives every request its output or failure. `on_text` gets the text of a single request as it comes."""
-        before, _, after = self.pipeline._sanitize_parameters(**self.parameters)
+    def add(self, requests: Sequence[Request]) -> None:
+        """Their rows wait for a batch. Those that cannot be read have their failure at once."""
+        before, _, _ = self.pipeline._sanitize_parameters(**self.parameters)
         for request in requests:
+            key = request.input if isinstance(request.input, str) else repr(request.input)
+            if not self.repeats and (leader := self._leaders.get(key)):
+                leader.followers.append(request)
+                continue
             with failing(request):
                 made = self.pipeline.preprocess(request.input, **{**before, "truncate": self.truncate})
-                request.rows = [*made] if self.takes_rows else [made]
-        self._rows([(request, i) for request in requests for i in range(len(request.rows))], on_text)
-        for request in requests:
-            if not request.failure:
-                with failing(request):
-                    rows = [request.done[i] for i in range(len(request.rows))]
-                    request.output = self.pipeline.postprocess(rows if self.takes_rows else rows[0], **after)
+                rows = [*made] if self._takes_rows else [made]
+                request.rows = len(rows)
+                self._leaders[key] = request
+                self.waiting += [
+                    Row(request, i, row, row["input_ids"].shape[1], self._room(row)) for i, row in enumerate(rows)
+                ]
 
-    def _rows(self, places: list[tuple[Request, int]], on_text: OnText | None) -> None:
-        self._batches(places, {})
+    def step(self, on_text: OnText | None = None) -> None:
+        """One batch: the row that has waited longest, and those nearest to it in length. `on_text` gets the text of a
+        single row as it comes."""
+        together = [row for row in self.waiting if row.room == self.waiting[0].room]
+        chosen = [together[i] for i in neighbours([row.length for row in together], self.size.now)]
+        taken = set(map(id, chosen))
+        self.waiting = [row for row in self.waiting if id(row) not in taken]
+        self._batch(chosen, on_text if len(chosen) == 1 else None)
+        for request in {id(row.request): row.request for row in chosen}.values():
+            if request.failure or len(request.done) == request.rows:
+                self._finish(request)
 
-    def _batches(self, places: list[tuple[Request, int]], settings: Mapping[str, Any]) -> None:
-        """Neighbours of like length share a batch: less padding."""
-        places = sorted(places, key=lambda place: -_length(place))
-        for start in range(0, len(places), self.batch_size):
-            self._batch(places[start : start + self.batch_size], settings)
+    def _finish(self, request: Request) -> None:
+        """The output of all rows together."""
+        _, _, after = self.pipeline._sanitize_parameters(**self.parameters)
+        if not request.failure:
+            with failing(request):
+                rows = [request.done[i] for i in range(request.rows)]
+                request.output = self.pipeline.postprocess(rows if self._takes_rows else rows[0], **after)
+        request.done = {}
+        key = request.input if isinstance(request.input, str) else repr(request.input)
+        self._leaders.pop(key, None)
+        for follower in request.followers:
+            follower.output, follower.failure = request.output, request.failure
 
-    def _batch(self, places: list[tuple[Request, int]], settings: Mapping[str, Any]) -> None:
-        """One forward pass for all, but where it fails one for each."""
-        if len(places) == 1:
-            with failing(places[0][0]):
-                self._forward(places, settings)
+    def _room(self, row: Mapping[str, Any]) -> int | None:
+        return None
+
+    def _batch(self, rows: Sequence[Row], on_text: OnText | None = None) -> None:
+        """One forward pass for all; in halves where memory does not suffice, one for each where it fails otherwise."""
+        if len(rows) == 1:
+            with failing(rows[0].request):
+                self._forward(rows, on_text)
             return
+        out_of_memory = False
         try:
-            self._forward(places, settings)
+            padded = len(rows) * max(row.length for row in rows)
+            with self.size.measured(len(rows), padded):
+                self._forward(rows, None)
+            return
         except LlmcliError:
             raise
-        except Exception:  # one record must not take the others with it
-            failed = True
+        except Exception as problem:  # one record must not take the others with it
+            out_of_memory = _is_out_of_memory(problem)
+        # Out here the exception holds no memory of the failed pass any more.
+        if out_of_memory:
+            self.size.halve()
+            console.notice(f"memory ran out with {len(rows)} records a batch: going on with {self.size.now}")
+            middle = len(rows) // 2
+            self._batch(rows[:middle])
+            self._batch(rows[middle:])
         else:
-            failed = False
-        if failed:  # out here, where the exception holds no memory of the failed pass any more
-            for place in places:
-                self._batch([place], settings)
+            for row in rows:
+                self._batch([row])
 
-    def _forward(self, places: list[tuple[Request, int]], settings: Mapping[str, Any]) -> None:
+    def _forward(self, rows: Sequence[Row], on_text: OnText | None) -> None:
+        self._take(rows, self.pipeline.forward(self._collated(rows)))
+
+    def _collated(self, rows: Sequence[Row]) -> dict[str, Any]:
         from transformers.pipelines.base import pad_collate_fn
 
-        batch = pad_collate_fn(self.pipeline.tokenizer, None)([request.rows[i] for request, i in places])
-        outputs = self.pipeline.forward(batch, **settings)
-        for row, (request, i) in enumerate(places):
-            request.done[i] = {name: value[row : row + 1] if hasattr(value, "shape") else value[row]
-                               for name, value in outputs.items()}  # fmt: skip
+        batch: dict[str, Any] = pad_collate_fn(self.pipeline.tokenizer, None)([row.inputs for row in rows])
+        return batch
+
+    def _take(self, rows: Sequence[Row], outputs: Mapping[str, Any]) -> None:
+        for i, row in enumerate(rows):
+            row.request.done[row.index] = {
+                name: value[i : i + 1] if hasattr(value, "shape") else value[i] for name, value in outputs.items()
+            }
 
 
 class GeneratingRunner(Runner):
     """A job that generates text: as the merged GenerationConfig says, and within the model's context."""
 
-    def __init__(self, job: Job, way: Way, pipeline: Any, batch_size: int) -> None:
-        super().__init__(job, way, pipeline, batch_size)
+    def __init__(self, job: Job, way: Way, pipeline: Any) -> None:
+        super().__init__(job, way, pipeline)
         from transformers import set_seed
 
         from llmcli import generation
@@ -107,37 +166,48 @@ class GeneratingRunner(Runner):
             self.config.pad_token_id = pipeline.tokenizer.pad_token_id
         self.parameters = {"generation_config": self.config}
         self.truncate = (self.config.max_new_tokens or 0) if job.truncate else None
+        self.repeats = bool(self.config.do_sample)
+        self._is_single = (self.config.num_beams or 1) == 1 and (self.config.num_return_sequences or 1) == 1
+        self._shared: Any = None  # ids that prompts begin with, and their keys and values
+        self._shares = self._is_single and hasattr(pipeline, "prefill")
         if job.seed is not None:
             set_seed(job.seed)
 
-    def _rows(self, places: list[tuple[Request, int]], on_text: OnText | None) -> None:
-        """Together, but those whose answer must stop where the model's context ends, each length apart."""
-        streamer = self._streamer(places[0], on_text) if on_text and len(places) == 1 else None
-        by_room: dict[int | None, list[tuple[Request, int]]] = {}
-        for place in places:
-            by_room.setdefault(self._room(place), []).append(place)
-        for room, some in by_room.items():
-            config = self.config
-            if room is not None:
-                config = copy.deepcopy(config)
-                config.max_new_tokens, config.max_length = room, None
-            self._batches(some, {"generation_config": config, **({"streamer": streamer} if streamer else {})})
+    def _forward(self, rows: Sequence[Row], on_text: OnText | None) -> None:
+        config, settings = self.config, dict[str, Any]()
+        if rows[0].room is not None:  # the answer must stop where the model's context ends
+            config = copy.deepcopy(config)
+            config.max_new_tokens, config.max_length = rows[0].room, None
+        if on_text and self._is_single:
+            from llmcli.pipelines.answers import Deltas
 
-    def _room(self, place: tuple[Request, int]) -> int | None:
+            decode = self.pipeline.decoder(rows[0].inputs)
+            settings["streamer"] = Deltas(decode, self.config.stop_strings or (), on_text)
+        if len(rows) > 1 and self._shares and (shared := self._prefix(rows)):
+            settings["prefix"] = shared
+        self._take(rows, self.pipeline.forward(self._collated(rows), generation_config=config, **settings))
+
+    def _prefix(self, rows: Sequence[Row]) -> Any:
+        """What these prompts all begin with, if it is long enough: found in the first batch, and shortened by a later
+        one that has only a part of it."""
+        from llmcli.engines.batching import common
+
+        ids = [row.inputs["input_ids"][0].tolist() for row in rows]
+        known = [self._shared[0]] if self._shared else []
+        shared = common([*known, *(some[:-1] for some in ids)])
+        if len(shared) < LEAST_SHARED:
+            self._shares = False
+            return None
+        if not known or len(shared) < len(known[0]):
+            self._shared = (shared, self.pipeline.prefill(shared))
+            self._shares = self._shared[1] is not None
+        return self._shared if self._shares else None
+
+    def _room(self, row: Mapping[str, Any]) -> int | None:
         """Tokens left for the answer in the model's context, if that is fewer than asked for."""
-        request, i = place
-        room: int | None = self.pipeline.room(request.rows[i])
+        room: int | None = self.pipeline.room(row)
         most = self.config.max_new_tokens or self.config.max_length
         return room if room is not None and most is not None and room < most else None
-
-    def _streamer(self, place: tuple[Request, int], on_text: OnText) -> Any:
-        """None where tokens do not come one by one: beams, or several sequences at once."""
-        from llmcli.pipelines.answers import Deltas
-
-        if (self.config.num_beams or 1) > 1 or (self.config.num_return_sequences or 1) > 1:
-            return None
-        request, i = place
-        return Deltas(self.pipeline.decoder(request.rows[i]), self.config.stop_strings or (), on_text)
 
 
 @contextmanager
@@ -150,6 +220,9 @@ def failing(request: Request) -> Iterator[None]:
     except LlmcliError:
         raise
     except Exception as problem:
+        if _is_out_of_memory(problem):
+            request.failure = Failure("out_of_memory", "the model has not memory enough for it")
+            return
         request.failure = Failure("failed", f"{type(problem).__name__}: {str(problem).strip() or 'no reason given'}")
 
 
@@ -158,6 +231,12 @@ def failure(problem: RecordError) -> Failure:
     return Failure(problem.kind, f"{problem.message}: {problem.hint}" if problem.hint else problem.message)
 
 
-def _length(place: tuple[Request, int]) -> int:
-    request, i = place
-    return int(request.rows[i]["input_ids"].shape[1])
+def _is_out_of_memory(problem: Exception) -> bool:
+    """torch's OutOfMemoryError of a GPU, Python's own, and what torch says on a CPU."""
+    said = str(problem)
+    return (
+        isinstance(problem, MemoryError)
+        or type(problem).__name__ == "OutOfMemoryError"
+        or "not enough memory" in said
+        or "can't allocate memory" in said
+    )

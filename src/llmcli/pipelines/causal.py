@@ -9,6 +9,7 @@ import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    DynamicCache,
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -111,10 +112,31 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
             raise RecordError("bad_messages", f"the chat template refuses the messages: {problem}") from problem
         return ids
 
+    def prefill(self, ids: list[int]) -> Any:
+        """Keys and values of what many prompts begin with, as a cache of one row; None where the model keeps anything
+        else or forgets."""
+        config = self.model.config.get_text_config()
+        if getattr(config, "sliding_window", None) and len(ids) + 512 > config.sliding_window:
+            return None
+        with torch.inference_mode():
+            output = self.model(torch.tensor([ids], device=self.model.device), use_cache=True)
+        cache = getattr(output, "past_key_values", None)
+        return cache if type(cache) is DynamicCache else None
+
     def _forward(
-        self, inputs: dict[str, Any], generation_config: Any = None, streamer: BaseStreamer | None = None
+        self,
+        inputs: dict[str, Any],
+        generation_config: Any = None,
+        streamer: BaseStreamer | None = None,
+        prefix: tuple[list[int], Any] | None = None,
     ) -> dict[str, Any]:
         config = copy.copy(generation_config or self.model.generation_config)
+        settings = {}
+        if prefix:
+            inputs = {**inputs, **_prefix_first(inputs, prefix[0], self.tokenizer.pad_token_id)}
+            cache = copy.deepcopy(prefix[1])
+            cache.batch_repeat_interleave(len(inputs["input_ids"]))
+            settings["past_key_values"] = cache
         prompts, stops = inputs["input_ids"], config.stop_strings
         # transformers' own stop strings are found in the prompt's end and in special tokens too
         config.stop_strings = None
@@ -125,6 +147,7 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
             generation_config=config,
             stopping_criteria=StoppingCriteriaList(criteria),
             streamer=streamer,
+            **settings,
         )
         sequences = getattr(sequences, "sequences", sequences)[:, prompts.shape[1] :]
         return {"sequences": sequences.reshape(len(prompts), -1, sequences.shape[1]), **inputs}
@@ -154,6 +177,19 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
 
     def _decode_after(self, tail: list[int], known: str, ids: list[int]) -> str:
         return self._decode(tail + ids).removeprefix(known)
+
+
+def _prefix_first(inputs: Mapping[str, Any], prefix: list[int], pad: int) -> dict[str, Any]:
+    """Padded rows with what they all begin with at the very start, and the padding after it."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    padding = ids.shape[1] - mask.sum(1, keepdim=True)
+    is_own = torch.arange(ids.shape[1] - len(prefix), device=ids.device) >= padding
+    begin = torch.tensor(prefix, device=ids.device).expand(len(ids), -1)
+    rest = torch.where(is_own, ids[:, len(prefix) :], pad)
+    return {
+        "input_ids": torch.cat([begin, rest], 1),
+        "attention_mask": torch.cat([torch.ones_like(begin), is_own.to(mask.dtype)], 1),
+    }
 
 
 PIPELINE_REGISTRY.register_pipeline("llmcli-causal", pipeline_class=CausalPipeline)

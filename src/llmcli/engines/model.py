@@ -1,0 +1,87 @@
+"""The model of a job: its folder, what it can do, and its pipeline."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llmcli import console, registry, store, tasks
+from llmcli.errors import ModelUnavailable
+from llmcli.job import Job
+
+
+class Model:
+    """A job's model as its steps see it: the folder of its weights, and a pipeline, loaded when first asked for."""
+
+    def __init__(self, job: Job, loaded: dict[Any, Any]) -> None:
+        self._job, self._loaded = job, loaded
+
+    @cached_property
+    def folder(self) -> Path:
+        """Raises ModelUnavailable."""
+        placement = self._job.placement
+        spec = registry.resolve(self._job.model)
+        return store.pull(spec, offline=placement.offline, allow_pickle=placement.allow_pickle)
+
+    @cached_property
+    def kind(self) -> str:
+        """Which of the task's ways it goes. Raises ModelUnavailable where it can go none."""
+        ways = list(tasks.find(self._job.task).ways)
+        return ways[0] if len(ways) == 1 else self._able_kind
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """Raises ModelUnavailable; UsageError for a device that is not here."""
+        key = (self._job.model, self.kind, self._job.placement)
+        if key not in self._loaded:
+            self._loaded[key] = self._load()
+        return self._loaded[key]
+
+    def _load(self) -> Any:
+        from llmcli import pipelines
+
+        folder, kind = self.folder, self._able_kind
+        with long_lived_objects(), console.working(f"loading {self._job.model}"):
+            try:
+                return pipelines.load(kind, folder, self._job.placement)
+            except MemoryError as problem:
+                raise ModelUnavailable(
+                    f"{self._job.model} does not fit in memory", hint="take a smaller model"
+                ) from problem
+
+    @cached_property
+    def _able_kind(self) -> str:
+        with long_lived_objects():
+            return _able_kind(self._job, self.folder)
+
+
+def _able_kind(job: Job, folder: Path) -> str:
+    """The first kind, of those that the task takes, that the model can be."""
+    from llmcli import pipelines
+
+    ways = tasks.find(job.task).ways
+    reasons = pipelines.judge(folder, job.placement, ways)
+    for kind, reason in reasons.items():
+        if reason is None:
+            return kind
+    others = {name: tasks.find(name).ways for name in tasks.names()}
+    verdict = pipelines.judge(folder, job.placement, {kind for ways in others.values() for kind in ways})
+    able = [name for name, ways in others.items() if any(verdict[kind] is None for kind in ways)]
+    raise ModelUnavailable(
+        f"{job.model} cannot {job.task}: {' and '.join(map(str, reasons.values()))}",
+        hint=f"it can {', '.join(able)}" if able else "llmcli has no task for it",
+    )
+
+
+@contextmanager
+def long_lived_objects() -> Iterator[None]:
+    """Spare the garbage collector a million objects that stay: imports and weights. It takes a quarter of a cold
+    call to walk them again and again, while they are made and at exit."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
