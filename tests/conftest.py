@@ -51,6 +51,7 @@ class Ran:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A configuration, a cache and a hub cache of the test's own; and no settings from outside."""
     from llmcli import config, console, registry
+    from llmcli.tasks import prompting, translate
 
     for name in [name for name in os.environ if name.startswith(("LLMCLI_", "HF_"))]:
         monkeypatch.delenv(name)
@@ -61,6 +62,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
     config.settings.cache_clear()
     registry.models.cache_clear()
+    prompting.tables.cache_clear()
+    translate.examples.cache_clear()
     console.quiet = console.verbose = False
     return home
 
@@ -107,6 +110,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with room for the prompts of tasks."""
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny-chatty", context=2048)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without a chat template."""
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny-base", context=2048, chat=False)
+
+
+@pytest.fixture(scope="session")
 def encoder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT of two layers with the tiny Llama's words; 64 positions, no pooler."""
     import torch
@@ -148,7 +163,7 @@ def smollm2(shared_cache: Path) -> Path:
     return Path(done.stdout.strip())
 
 
-def make_tiny(folder: Path, words: Sequence[str] = WORDS, *, chat: bool = True) -> Path:
+def make_tiny(folder: Path, words: Sequence[str] = WORDS, *, chat: bool = True, context: int = 64) -> Path:
     """Save a tiny Llama with fixed random weights, float32, to `folder`."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -173,7 +188,7 @@ def make_tiny(folder: Path, words: Sequence[str] = WORDS, *, chat: bool = True) 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        num_key_value_heads=2, max_position_embeddings=context, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     torch.nn.init.normal_(model.lm_head.weight, std=1.0)

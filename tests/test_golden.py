@@ -1,4 +1,4 @@
-"""What transformers 4.57.6's pipelines answered, in float32: the commands answer the same, one by one and in a batch."""
+"""What transformers 4.57.6's pipelines answered, in float32: the commands answer the same, alone and in a batch."""
 
 import json
 from pathlib import Path

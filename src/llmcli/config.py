@@ -23,7 +23,7 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     offline: bool = False
-    defaults: Mapping[str, str] = field(default_factory=dict)  # task -> model
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # task -> model, or models in order
 
 
 def cache_dir() -> Path:
@@ -63,8 +63,8 @@ def settings() -> Settings:
         if not isinstance(getattr(found, key), kind):
             raise UsageError(f"{path}: {key} must be of type {kind.__name__}")
     for task, model in found.defaults.items():
-        if not isinstance(model, str):
-            raise UsageError(f"{path}: the default of {task!r} must be the name of a model")
+        if not all(isinstance(name, str) for name in (model if isinstance(model, list) else [model])):
+            raise UsageError(f"{path}: the default of {task!r} must be the name of a model, or a list of names")
     if found.dtype not in DTYPES:
         place = "LLMCLI_DTYPE" if "LLMCLI_DTYPE" in os.environ else path
         raise UsageError(f"{place}: unknown dtype {found.dtype!r}", hint=f"dtypes: {', '.join(DTYPES)}")

@@ -38,9 +38,8 @@ def extracted(job: Job, asked: Mapping[str, Any], model: Any) -> Steps:
     if "prompt" in job.parameters:
         raise UsageError(f"--prompt does not go with {job.model}: it cuts answers out, and is not prompted")
     if job.generation:
-        raise UsageError(
-            f"{job.model} cuts answers out, it does not generate: {next(iter(job.generation))} says nothing"
-        )
+        option = next(iter(job.generation))
+        raise UsageError(f"{job.model} cuts its answer out of the text: {option} is for models that write one")
     top_k: int = job.parameters.get("top_k") or 1
     documents: Sequence[Document] = asked["documents"]
     outputs = yield Ask([{"question": asked["question"], "context": each["text"]} for each in documents])
@@ -66,7 +65,7 @@ def prompted(job: Job, asked: Mapping[str, Any], model: Any) -> Steps:
     """By a language model: an answer, and the `passage` that it came from, whose characters `start` and `end` tell."""
     if given := parameters(job):
         raise UsageError(
-            f"{job.model} generates its answer: {next(iter(given))} is for models that cut it out of the text",
+            f"{job.model} writes its answer: {next(iter(given))} is for models that cut it out of the text",
             hint="take one that does: -m roberta-squad2",
         )
     pipeline, prompt = model.pipeline, prompting.of(job, model.pipeline)

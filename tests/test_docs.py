@@ -1,0 +1,58 @@
+"""docs/adding-a-task.md is followed to the letter, in a copy of the package."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "adding-a-task.md").read_text(encoding="utf-8")
+FILES = dict(re.findall(r"^`(src/\S+)`\n\n```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
+
+
+@pytest.fixture
+def copied(tmp_path, home, tiny):
+    """Runs the llmcli of a copy in which the page's files are."""
+    shutil.copytree(ROOT / "src", tmp_path / "src")
+    for name, code in FILES.items():
+        (tmp_path / name).write_text(code, encoding="utf-8")
+    command = (tmp_path / "src/llmcli/commands/title.py").read_text(encoding="utf-8")
+    for old, new in (('task="chat"', 'task="outline"'), ('name("chat")', 'name("outline")'), ("title", "outline")):
+        command = command.replace(old, new)
+    (tmp_path / "src/llmcli/commands/outline.py").write_text(command, encoding="utf-8")
+
+    def run(*args):
+        env = {**os.environ, "PYTHONPATH": str(tmp_path / "src")}
+        command = [sys.executable, "-m", "llmcli", *map(str, args)]
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
+
+    return run
+
+
+@pytest.mark.slow
+def test_the_page_gives_two_commands(copied, chatty):
+    help = copied("--help").stdout
+    assert "title      Give each TEXT a title." in help
+    title = json.loads(copied("title", "the quick brown fox", "-m", chatty, "--json").stdout)
+    assert title["usage"]["completion_tokens"] > 0
+    outline = json.loads(copied("outline", "the quick\n\nbrown fox", "-m", chatty, "--json").stdout)
+    assert len(outline["outline"]) == 2
+
+
+def test_an_entry_of_ones_own_is_a_model(llmcli, tmp_path, monkeypatch):
+    from llmcli import registry
+
+    config = tmp_path / "own" / "config.toml"
+    config.parent.mkdir()
+    config.write_text("")
+    model = ROOT / "tests" / "golden" / "marian"
+    (config.parent / "models.toml").write_text(f'[en-fr]\npath = "{model}"\n')
+    monkeypatch.setenv("LLMCLI_CONFIG", str(config))
+    registry.models.cache_clear()
+    ran = llmcli("translate", "the fox", "--to", "fr", "-m", "en-fr", "--max-new-tokens", 4, "--json")
+    assert (ran.exit_status, ran.records[0]["from"], ran.records[0]["model"]) == (0, "en", "en-fr")

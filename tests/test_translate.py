@@ -1,0 +1,183 @@
+"""llmcli translate: languages, long texts, defaults that fall back."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+MARIAN, NLLB, T5 = GOLDEN / "marian", GOLDEN / "nllb", GOLDEN / "t5"
+DOCUMENT = """# The harbour
+
+  The clock was repaired in 1951. An apprentice did it!
+
+- a warm coat
+    - two bottles
+
+```sh
+ferry --book "Bergen"
+```
+
+1. Buy a ticket.
+---
+
+The end. """
+
+
+@pytest.fixture
+def translate(llmcli):
+    return lambda *args, **settings: llmcli(
+        "translate", *args, "--max-new-tokens", 4, "--num-beams", 1, "--dtype", "float32", **settings
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "said", "tags"),
+    [
+        (MARIAN, ("en", "french"), ("en", "fr")),
+        (MARIAN, ("eng", "fr"), ("en", "fr")),
+        (NLLB, ("English", "simplified chinese"), ("en", "zh-Hans")),
+        (NLLB, ("eng_Latn", "zh"), ("en", "zh-Hans")),
+        (NLLB, ("fr", "pt-BR"), ("fr", "pt")),
+    ],
+)
+def test_languages_are_written_in_many_ways(translate, model, said, tags):
+    ran = translate("The fox sleeps.", "-m", model, "--from", said[0], "--to", said[1], "--json")
+    assert (ran.stderr, ran.exit_status) == ("", 0)
+    assert (ran.records[0]["from"], ran.records[0]["to"].split("-")[0]) == (tags[0], tags[1].split("-")[0])
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--to", "frnch", "-m", MARIAN), ["unknown language 'frnch'", "French"]),
+        (("--to", "de", "-m", MARIAN), ["does not translate to German (de)", "fr (French)"]),
+        (("--from", "de", "--to", "fr", "-m", MARIAN), ["does not translate from German (de)", "en (English)"]),
+        (("--from", "en", "--to", "tlh", "-m", NLLB), ["does not translate to Klingon", "nearest first"]),
+        (("--to", "it", "-m", T5), ["does not translate to Italian", "fr (French)"]),
+        (("--to", "fr", "-m", MARIAN, "--prompt", "{text}"), ["not prompted"]),
+    ],
+)
+def test_what_cannot_be_translated_is_said_with_what_can(translate, args, said):
+    ran = translate("The fox sleeps.", *args)
+    assert ran.exit_status == 2
+    assert all(text in ran.stderr for text in said), ran.stderr
+
+
+def test_the_language_is_detected_or_asked_for(translate):
+    ran = translate("--lines", "--to", "fr", "-m", NLLB, "--jsonl",
+                    stdin=b'{"text": "Das Wetter ist heute sehr sch\xc3\xb6n."}\n{"text": "ok"}\n')  # fmt: skip
+    assert ran.exit_status == 2  # two forms
+    ran = translate("--to", "fr", "-m", NLLB, "--jsonl",
+                    stdin='{"text": "Das Wetter ist heute sehr schön."}\n{"text": "Hello"}\n'.encode())  # fmt: skip
+    assert ran.exit_status == 3
+    assert ran.records[0]["from"] == "de"
+    assert ran.records[1]["error"]["type"] == "unsure_language"
+    assert "--from" in ran.stderr
+
+
+@pytest.mark.parametrize(("model", "target"), [(MARIAN, "fr"), (NLLB, "zh")])
+def test_a_long_text_keeps_its_lines(translate, tmp_path, model, target):
+    text = DOCUMENT * 8
+    (tmp_path / "long.md").write_text(text)
+    ran = translate("--from", "en", "--to", target, "-m", model, "-f", tmp_path / "long.md", "--batch-size", 16)
+    assert ran.exit_status == 0
+    before, after = text.splitlines(), ran.stdout.splitlines()
+    assert len(before) == len(after)
+    for old, new in zip(before, after, strict=True):
+        assert old.strip() or not new.strip()
+        indent = len(old) - len(old.lstrip())
+        assert new[:indent] == old[:indent]
+        for marker in ("# ", "- ", "1. ", "```", "ferry --book", "---"):
+            assert old.lstrip().startswith(marker) <= new.lstrip().startswith(marker)
+
+
+def test_a_text_that_fits_goes_in_whole(translate):
+    text = "The clock was repaired.\nAn apprentice did it."
+    ran = translate(text, "--to", "fr", "-m", MARIAN, "--json")
+    from transformers import AutoTokenizer
+
+    assert ran.records[0]["usage"]["prompt_tokens"] == len(AutoTokenizer.from_pretrained(MARIAN)(text)["input_ids"])
+
+
+def test_several_translations_of_a_long_text(translate, llmcli):
+    ran = llmcli("translate", DOCUMENT * 4, "--to", "fr", "-m", MARIAN, "-n", 2, "--num-beams", 2, "--json",
+                 "--max-new-tokens", 4, "--dtype", "float32")  # fmt: skip
+    texts = ran.records[0]["translation_texts"]
+    assert texts[0] == ran.records[0]["translation_text"]
+    assert [len(text.splitlines()) for text in texts] == [len((DOCUMENT * 4).splitlines())] * 2
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "```\n42\n```"])
+def test_nothing_to_translate(translate, text):
+    ran = translate("--to", "fr", "--from", "en", "-m", MARIAN, "--jsonl", stdin=json.dumps({"text": text}).encode())
+    assert ran.exit_status == 0
+
+
+def test_a_base_model_sees_examples_and_goes_line_by_line(translate, base, monkeypatch):
+    from llmcli.pipelines.causal import CausalPipeline
+
+    seen: list[str] = []
+    preprocess = CausalPipeline.preprocess
+    monkeypatch.setattr(
+        CausalPipeline, "preprocess", lambda self, text, **rest: (seen.append(text), preprocess(self, text, **rest))[1]
+    )
+    ran = translate("the fox\n\n  the dog", "--from", "en", "--to", "fr", "-m", base)
+    assert ran.exit_status == 0
+    assert len(ran.stdout.splitlines()) == 3
+    assert [prompt.splitlines()[-2:] for prompt in seen] == [
+        ["English: the fox", "French:"],
+        ["English: the dog", "French:"],
+    ]
+    assert seen[0].startswith("English: Where can I buy a ticket to the airport?\nFrench: Où puis-je acheter")
+
+
+def test_the_prompt_can_be_ones_own(translate, chatty, home, monkeypatch):
+    from llmcli.pipelines.causal import CausalPipeline
+
+    seen: list[list[dict[str, str]]] = []
+    preprocess = CausalPipeline.preprocess
+    monkeypatch.setattr(
+        CausalPipeline, "preprocess", lambda self, text, **rest: (seen.append(text), preprocess(self, text, **rest))[1]
+    )
+    args = ("the fox", "--from", "en", "--to", "fr", "-m", chatty)
+    translate(*args, "--prompt", "Say {text} in {to}")
+    (home / "config" / "llmcli").mkdir(parents=True)
+    own = home / "config" / "llmcli" / "prompts.toml"
+    own.write_text('[translate.chat]\nuser = "{from} to {to}: {text}"\n')
+    from llmcli.tasks import prompting
+
+    prompting.tables.cache_clear()
+    translate(*args)
+    assert [messages[-1]["content"] for messages in seen] == ["Say the fox in French", "English to French: the fox"]
+    own.write_text("[translate.chat]\nusr = 1\n")
+    prompting.tables.cache_clear()
+    ran = translate(*args)
+    assert (ran.exit_status, "unknown key 'usr'" in ran.stderr) == (2, True)
+
+
+def test_the_first_default_that_is_there_is_used(translate, home):
+    (home / "config" / "llmcli").mkdir(parents=True)
+    own = home / "config" / "llmcli" / "config.toml"
+    own.write_text(f'[defaults]\ntranslate = ["opus-mt-{{from}}-{{to}}", "{MARIAN}"]\n')
+    from llmcli import config
+
+    config.settings.cache_clear()
+    ran = translate("The fox sleeps.", "--from", "en", "--to", "fr", "--offline", "--json")
+    assert ran.exit_status == 0, ran.stderr
+    assert ran.records[0]["model"] == str(MARIAN)
+    assert f"using {MARIAN} in place of opus-mt-en-fr" in ran.stderr
+    own.write_text('[defaults]\ntranslate = ["opus-mt-{from}-{to}", "nllb-600m"]\n')
+    config.settings.cache_clear()
+    ran = translate("The fox sleeps.", "--from", "en", "--to", "fr", "--offline")
+    assert (ran.exit_status, ran.stdout) == (4, "")
+    assert "opus-mt-en-fr is not cached" in ran.stderr
+
+
+def test_a_model_of_another_kind_is_told_apart(llmcli, encoder):
+    ran = llmcli("translate", "the fox", "--from", "en", "--to", "fr", "-m", encoder)
+    assert ran.exit_status == 4
+    assert "cannot translate" in ran.stderr
+    assert "it can embed, search" in ran.stderr
+    ran = llmcli("generate", "the fox", "-m", MARIAN)
+    assert (ran.exit_status, "it can summarize, translate" in ran.stderr) == (4, True)
