@@ -146,13 +146,19 @@ def kept(cache: Path) -> int:
 @pytest.mark.parametrize(
     ("question", "answer"),
     [
-        ("which exit code means that some records failed", "some of many records failed"),
-        ("how do I add a new task", "A new task"),
-        ("how do I talk to the model at a terminal", "conversation"),
-        ("repeat the same random text again", "--seed"),
-        ("use my own model under a short name", "models.toml"),
+        ("How do I add a new task?", "a file in `src/llmcli/tasks/` holds the steps"),
+        ("Where do I write an alias for my own model?", "Your own aliases go into"),
+        ("Which exit code means that some records failed?", "some of many records failed"),
+        ("Does it work without a network?", "--offline"),
+        ("How do I translate a file into another language?", "To translate a file into another"),
+        ("Why are pickled weights refused?", "Pickled weights can run code"),
+        ("How do I get the same random text again?", "`--seed` repeats"),
+        ("How do I run the test suite?", "make test"),
+        ("What happens to a line that fails?", "What fails says why"),
+        ("How do I turn sentences into vectors?", "llmcli embed"),
     ],
 )
 def test_this_projects_own_pages(llmcli, real_cache, question, answer):
-    ran = llmcli("search", question, ROOT / "README.md", ROOT / "CONTRIBUTING.md", "-n", 2)
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "adding-a-task.md"]
+    ran = llmcli("search", question, *pages, "-n", 3)
     assert answer in ran.stdout
