@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -77,17 +78,33 @@ class OutputOptions:
 
     json: Json = False
     output: Annotated[Path | None, typer.Option("--output", metavar="PATH", help="Write to a new file.")] = None
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where --output PATH ends, after a crash or an interruption.")
+    ] = False
     on_error: Annotated[
         Literal["skip", "stop"], typer.Option("--on-error", help="What a failed record does to the others.")
     ] = "skip"
     quiet: Quiet = False
     verbose: Verbose = False
 
-    def target(self, form: Form) -> dict[str, Any]:
-        """How and where results are written, given how records are read: keywords of `run`."""
+    def target(self, form: Form, texts: Sequence[str] = (), files: Sequence[str] = ()) -> dict[str, Any]:
+        """How and where results are written, given how records are read: keywords of `run`. `texts` and `files` are
+        the input, for --resume to know it again. Raises UsageError."""
         formats = {Form.JSONL: Format.JSON, Form.CSV: Format.CSV, Form.LINES: Format.LINES, Form.NULL: Format.NULL}
         format = Format.JSON if self.json else formats.get(form, Format.TEXT)
-        return {"format": format, "path": self.output, "stop_on_error": self.on_error == "stop"}
+        resume = None
+        if self.resume:
+            if not self.output:
+                raise UsageError("--resume goes with --output PATH")
+            if format is Format.TEXT:
+                raise UsageError(
+                    "--resume has to tell records apart", hint="with --json, or a record form like --jsonl"
+                )
+            from llmcli.resume import fingerprint
+
+            resume = fingerprint(list(texts), list(files))
+        stop = self.on_error == "stop"
+        return {"format": format, "path": self.output, "stop_on_error": stop, "resume": resume}
 
 
 @dataclass

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from enum import Enum
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from llmcli.errors import LlmcliError, ReaderGone, UsageError, reason
 from llmcli.job import Result
@@ -28,18 +28,19 @@ class Format(Enum):
 
 
 class Sink(AbstractContextManager["Sink"]):
-    """stdout, or a new file, as UTF-8 whose line ends are `\\n`, whatever the locale says.
+    """stdout, or a new file, as UTF-8 whose line ends are `\n`, whatever the locale says; `append` goes on with a file
+    that may be there.
 
-    Raises UsageError when `path` exists, ReaderGone when nobody reads stdout any more, LlmcliError when the disk is
-    full. A file that an error leaves empty is not kept.
+    Raises UsageError when `path` exists otherwise, ReaderGone when nobody reads stdout any more, LlmcliError when the
+    disk is full. A file that an error leaves empty is not kept.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, *, append: bool = False) -> None:
         if not path and sys.stdout is None:
             raise LlmcliError("stdout is closed")
-        self._stream: BinaryIO = _create(path) if path else sys.stdout.buffer
+        self._stream: BinaryIO = _create(path, "ab" if append else "xb") if path else sys.stdout.buffer
         self._path = path
-        self._is_empty = True
+        self._is_empty = not append
 
     def put(self, text: str) -> None:
         """Write, at once."""
@@ -69,13 +70,21 @@ class Output(AbstractContextManager["Output"]):
     Raises what Sink raises; UsageError for a CSV row whose columns are not the first one's.
     """
 
-    def __init__(self, format: Format, *, path: Path | None = None, names: Sequence[str] = (), model: str) -> None:
+    def __init__(
+        self,
+        format: Format,
+        *,
+        path: Path | None = None,
+        names: Sequence[str] = (),
+        model: str,
+        append: bool = False,
+    ) -> None:
         self.format = format
         self.names = names
         self.model = model
-        self._sink = Sink(path)
+        self._sink = Sink(path, append=append)
         self._is_watched = not path and sys.stdout.isatty()
-        self._columns: list[str] = []
+        self._columns: list[str] = _header(path) if path and append and format is Format.CSV else []
         self._written = 0  # characters of the next result's text that are out already
 
     @property
@@ -162,11 +171,17 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     Console().print(table)
 
 
-def _create(path: Path) -> BinaryIO:
+def _header(path: Path) -> list[str]:
+    """The columns of a CSV file that was begun."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return next(csv.reader(file), [])
+
+
+def _create(path: Path, mode: Literal["ab", "xb"]) -> BinaryIO:
     try:
-        return path.open("xb")
+        return path.open(mode)
     except FileExistsError:
-        raise UsageError(f"{path} exists", hint="name another file, or remove it first") from None
+        raise UsageError(f"{path} exists", hint="go on with it: --resume; or name another file") from None
     except OSError as problem:
         raise UsageError(f"{path}: {reason(problem)}") from problem
 

@@ -8,6 +8,7 @@ from llmcli.engines.local import LocalEngine
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.job import Job, Record
 from llmcli.output import Format, Output
+from llmcli.resume import Journal
 
 
 def run(
@@ -17,8 +18,10 @@ def run(
     format: Format = Format.TEXT,
     path: Path | None = None,
     stop_on_error: bool = False,
+    resume: str | None = None,
 ) -> ExitStatus:
-    """Write every result as soon as its turn is done, and every failure to stderr.
+    """Write every result as soon as its turn is done, and every failure to stderr. `resume`, a fingerprint of the
+    input, goes on where the file at `path` ends.
 
     Returns FAILED for a single input that failed, PARTIAL for some of many, OK otherwise.
     """
@@ -27,10 +30,18 @@ def run(
         raise UsageError("-n above 1 does not go with --lines", hint="--json gives all of them: generated_texts")
     outputs = tasks.find(job.task).outputs
     names = [*outputs, *[f"{outputs[0]}s"] * several, *["truncated"] * job.truncate]
+    journal = Journal(path, job, resume, format.value) if path and resume else None
+    if journal and journal.status is not None:
+        console.notice(f"{path} is whole: nothing to do")
+        return journal.status
     total = failed = passed = 0
-    with Output(format, path=path, names=names, model=job.model) as output:
+    if journal:
+        total, failed, records = journal.done, len(journal.failed), journal.remaining(iter(records))
+    with Output(format, path=path, names=names, model=job.model, append=journal is not None) as output:
         for result in LocalEngine().run(job, records, output.piece if output.streams else None):
             total += 1
+            if result.failure and journal:  # before its line, so that no failure is forgotten
+                journal.note_failure(total - 1)
             output.write(result)
             passed += result.record.has_failed_before
             if cut := result.output.get("truncated"):
@@ -42,4 +53,7 @@ def run(
                     return ExitStatus.FAILED
     if passed:
         console.notice(f"{passed} of {total} records came with an `error` and were passed on as they are")
-    return ExitStatus.of(failed, total)
+    status = ExitStatus.of(failed, total)
+    if journal:
+        journal.note_end(status)
+    return status

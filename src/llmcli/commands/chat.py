@@ -35,7 +35,7 @@ def chat(
     llmcli chat                                      /system, /clear, /exit
     """
     form = input.form()
-    target = output.target(form)
+    target = output.target(form, [text] if text is not None else [], input.files)
     job = Job(
         task="chat",
         model=model.name("chat"),
@@ -46,7 +46,7 @@ def chat(
         seed=generation.seed,
         truncate=generation.truncate,
     )
-    is_plain = target == {"format": Format.TEXT, "path": None, "stop_on_error": False} and prompt is None
+    is_plain = target["format"] is Format.TEXT and not target["path"] and not target["stop_on_error"] and not prompt
     if text is None and not input.files and is_plain and sys.stdin and sys.stdin.isatty():
         from llmcli.repl import converse
 

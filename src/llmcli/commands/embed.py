@@ -31,7 +31,7 @@ def embed(
     llmcli embed --lines -f sentences.txt > vectors.jsonl
     """
     form = input.form()
-    target = output.target(form)
+    target = output.target(form, texts, input.files)
     if form is not Form.CSV:
         target["format"] = Format.JSON
     job = Job(

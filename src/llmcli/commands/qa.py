@@ -55,7 +55,7 @@ def qa(
     llmcli qa --jsonl -m deepset/roberta-base-squad2 < questions.jsonl
     """
     form = input.form()
-    target = output.target(form)
+    target = output.target(form, [text for text in (question, context) if text is not None], input.files)
     roles = input.roles("question", "context")
     records, documents = questions(question, context, input.files, form, roles)
     job = Job(

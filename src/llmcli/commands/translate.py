@@ -39,7 +39,7 @@ def translate(
     """
     form = input.form()
     source, target = languages.parse(from_) if from_ else None, languages.parse(to)
-    target_options = output.target(form)
+    target_options = output.target(form, texts, input.files)
     roles = input.roles("text")
     records = read(sources(texts, input.files), form)
     if model.model is None and source is None:
