@@ -1,8 +1,9 @@
-"""docs/adding-a-task.md is followed to the letter, in a copy of the package."""
+"""docs/adding-a-task.md is followed to the letter, in a copy of the package; and what README.md shows is so."""
 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "adding-a-task.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^`(src/\S+)`\n\n```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
 
 
@@ -35,13 +37,18 @@ def copied(tmp_path, home, tiny):
 
 
 @pytest.mark.slow
-def test_the_page_gives_two_commands(copied, chatty):
+def test_the_page_gives_two_commands(copied, chatty, tmp_path):
     help = copied("--help").stdout
     assert "title      Give each TEXT a title." in help
     title = json.loads(copied("title", "the quick brown fox", "-m", chatty, "--json").stdout)
     assert title["usage"]["completion_tokens"] > 0
     outline = json.loads(copied("outline", "the quick\n\nbrown fox", "-m", chatty, "--json").stdout)
     assert len(outline["outline"]) == 2
+    (tmp_path / "body.jsonl").write_text(json.dumps({"body": "the fox"}))
+    outline = json.loads(
+        copied("outline", "-m", chatty, "--jsonl", "--field", "body", "-f", tmp_path / "body.jsonl").stdout
+    )
+    assert len(outline["outline"]) == 1
 
 
 def test_an_entry_of_ones_own_is_a_model(llmcli, tmp_path, monkeypatch):
@@ -56,3 +63,43 @@ def test_an_entry_of_ones_own_is_a_model(llmcli, tmp_path, monkeypatch):
     registry.models.cache_clear()
     ran = llmcli("translate", "the fox", "--to", "fr", "-m", "en-fr", "--max-new-tokens", 4, "--json")
     assert (ran.exit_status, ran.records[0]["from"], ran.records[0]["model"]) == (0, "en", "en-fr")
+
+
+def shown():
+    """The command lines in README.md's blocks of code: the words after `llmcli`, and the lines printed below."""
+    for block in re.findall(r"^```(?:console|sh)\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
+        line, printed = None, []
+        for text in [*block.splitlines(), "$"]:
+            if text.startswith(("$", "llmcli ")) or " | llmcli " in text:
+                if line:
+                    yield line, "".join(printed)
+                line, printed = text if "llmcli" in text else None, []
+            else:
+                printed.append(f"{text}\n")
+
+
+def words(line):
+    """What one `llmcli` of a shell line gets as its arguments, less a redirection."""
+    found = list(shlex.shlex(line[line.index("llmcli ") :], posix=True, punctuation_chars="<>|"))
+    return found[1 : next((i for i, word in enumerate(found) if word in ("<", ">", "|")), None)]
+
+
+def test_every_option_that_the_readme_shows_is_in_the_help_of_its_command(llmcli):
+    lines = [words(line) for line, _ in shown()]
+    assert {line[0] for line in lines} >= {"chat", "generate", "models", "qa", "search", "summarize", "translate"}
+    for command, *rest in lines:
+        help = llmcli(command, "--help")
+        assert help.exit_status == 0, command
+        for option in (word for word in rest if re.match("--?[a-z]", word)):
+            assert re.search(rf"(?<![\w-]){option}(?![\w-])", help.stdout), (command, option)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "printed"),
+    [each for each in shown() if each[0].startswith(("$ llmcli chat", "$ llmcli translate", "$ llmcli qa"))],
+)
+def test_what_the_readme_prints_is_what_is_printed(llmcli, real_cache, line, printed):
+    ran = llmcli(*words(line), "--dtype", "float32")
+    assert (ran.stdout, ran.exit_status) == (printed, 0)

@@ -38,3 +38,21 @@ def test_an_unknown_preset_lists_those_there_are(llmcli, base):
     assert "presets: story, screenplay, poem, dialogue" in ran.stderr
     ran = llmcli("generate", "the fox", "--preset", "poem", "--prompt", "{text}", "-m", base)
     assert (ran.exit_status, "exclude each other" in ran.stderr) == (2, True)
+
+
+def test_only_what_it_begins_with_is_shown(llmcli, base):
+    args = ("generate", "the fox", "--preset", "screenplay", "-m", base, "--max-new-tokens", 2, "--temperature", 0)
+    shown, alone = llmcli(*args).stdout, llmcli(*args, "--no-full-text").stdout
+    assert shown == "FADE IN:\n\nINT." + alone
+
+
+def test_ones_own_lie_over_ours(llmcli, base, home):
+    own(home, '[story]\nprompt = "Say: {text}"\n[fable]\npromt = "A fable: {text}"\n')
+    args = ("-m", base, "--max-new-tokens", 2, "--temperature", 0)
+    assert llmcli("generate", "the fox", "--preset", "story", *args).stdout == (
+        llmcli("generate", "Say: the fox", "--no-full-text", *args).stdout
+    )
+    assert llmcli("generate", "the fox", "--preset", "poem", *args).exit_status == 0
+    ran = llmcli("generate", "the fox", "--preset", "fable", *args)
+    assert ran.exit_status == 2
+    assert "[fable]: unknown key 'promt'; did you mean 'prompt'?" in ran.stderr

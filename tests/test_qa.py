@@ -134,3 +134,65 @@ def test_unknown_is_null(qa, chatty, home):
     prompting.tables.cache_clear()
     ran = qa("Who?", "-c", CLOCK, "--json", "--max-new-tokens", 4, model=chatty)
     assert (ran.exit_status, ran.records[0]["answer"], ran.records[0]["passage"]) == (0, None, None)
+
+
+def test_no_answer_is_one_of_the_answers_where_that_is_allowed(qa):
+    args = ("Who?", "-c", "The dog", "--json", "--top-k")
+    assert "" not in [answer["answer"] for answer in qa(*args, 3).records[0]["answers"]]
+    (nothing,) = [each for each in qa(*args, 4, "--allow-no-answer").records[0]["answers"] if not each["answer"]]
+    assert nothing["score"] > 0
+    assert (nothing["start"], nothing["end"]) == (0, 0)
+
+
+def test_top_k_answers_are_lines_of_text(qa):
+    ran = qa("Who?", "-c", CLOCK, "--top-k", 3)
+    assert len(ran.stdout.splitlines()) == 3
+
+
+def test_chinese_stays_as_it_is(qa):
+    context = "学徒修复了钟。"
+    ran = qa("谁修复了钟？", "-c", context, "--json")
+    assert "谁修复了钟？" in ran.stdout
+    assert ran.records[0]["answer"] in context
+
+
+@pytest.mark.parametrize(
+    ("model", "hint"), [("marian", "it can summarize, translate"), ("t5", "it can summarize, translate")]
+)
+def test_a_model_without_such_a_head(qa, model, hint):
+    ran = qa("Who?", "-c", CLOCK, model=GOLDEN / model)
+    assert ran.exit_status == 4
+    assert hint in ran.stderr
+
+
+def test_a_question_answering_model_can_say_what_it_can(llmcli):
+    ran = llmcli("summarize", "x", "-m", MODEL)
+    assert (ran.exit_status, ran.stderr.splitlines()[1]) == (4, "llmcli: it can embed, qa, search")
+
+
+def test_a_prompt_of_ones_own(qa, base):
+    from transformers import AutoTokenizer
+
+    ran = qa("Who?", "-c", CLOCK, "--prompt", "{question} {context}", "--max-new-tokens", 4, "--json", model=base)
+    expected = AutoTokenizer.from_pretrained(base)(f"Who? {CLOCK}")["input_ids"]
+    assert ran.records[0]["usage"]["prompt_tokens"] == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('[qaa.base]\nprompt = "x"\n', "did you mean 'qa'"),
+        ('[qa.base]\npromt = "x"\n', "did you mean 'prompt'"),
+        ("[qa.base]\nprompt = 5\n", "prompt must be of type str"),
+        ("[qa]\nbase = 5\n", "[qa.base] is not a table"),
+    ],
+)
+def test_prompts_that_make_no_sense(qa, base, home, text, says):
+    from llmcli.tasks import prompting
+
+    (home / "config" / "llmcli").mkdir(parents=True)
+    (home / "config" / "llmcli" / "prompts.toml").write_text(text)
+    prompting.tables.cache_clear()
+    ran = qa("Who?", "-c", CLOCK, model=base)
+    assert (ran.exit_status, ran.stdout) == (2, "")
+    assert says in ran.stderr

@@ -87,3 +87,60 @@ def test_empty_and_chinese(llmcli):
     assert ran.exit_status == 0
     assert ran.records[0]["summary_text"] == ""
     assert "三位石匠和一位画家修复了圆顶。" in ran.stdout
+
+
+def test_several_summaries_of_a_long_text(llmcli):
+    args = ("--num-beams", 2, "-n", 2, "--max-new-tokens", 6, "--dtype", "float32")
+    (record,) = llmcli("summarize", LONG, "-m", GOLDEN / "bart", "--json", *args).records
+    assert len(record["summary_texts"]) == 2
+    assert record["summary_text"] == record["summary_texts"][0]
+
+
+def test_t5_has_a_prefix_and_lengths_of_its_own(llmcli):
+    from transformers import AutoTokenizer
+
+    (record,) = llmcli("summarize", "A fox.", "-m", GOLDEN / "t5", "--json", "--dtype", "float32").records
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "t5")
+    assert record["usage"]["prompt_tokens"] == len(tokenizer("summarize: A fox.")["input_ids"])
+    assert record["usage"]["completion_tokens"] <= 40
+
+
+def test_a_file_that_is_no_text_harms_no_other(llmcli, tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8")
+    (tmp_path / "a.txt").write_text(SENTENCES[0])
+    files = ("-f", tmp_path / "photo.jpg", "-f", tmp_path / "a.txt")
+    ran = llmcli("summarize", "-m", GOLDEN / "bart", *files, "--json", "--max-new-tokens", 4)
+    failed, done = ran.records
+    assert failed == {
+        "error": {"type": "invalid_utf8", "message": "not UTF-8: byte 0xff at offset 0"}, "file": str(files[1]),
+    }  # fmt: skip
+    assert (done["file"], bool(done["summary_text"]), ran.exit_status) == (str(files[3]), True, 3)
+    assert "is a folder" in llmcli("summarize", "-m", GOLDEN / "bart", "-f", tmp_path).stderr
+
+
+def test_a_model_that_is_cached_stands_in_for_one_that_is_not(llmcli, home, monkeypatch):
+    from llmcli import config
+
+    (home / "config" / "llmcli").mkdir(parents=True)
+    own = home / "config" / "llmcli" / "config.toml"
+    own.write_text(f'[defaults]\nsummarize = ["no-such/model", "{GOLDEN / "bart"}"]\n')
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config.settings.cache_clear()
+    args = ("summarize", "A fox.", "--max-new-tokens", 4)
+    assert f"using {GOLDEN / 'bart'} in place of no-such/model, which is not cached" in llmcli(*args).stderr
+    assert llmcli(*args, "-q").stderr == ""
+
+
+def test_of_models_none_of_which_is_cached_the_first_that_can_be_pulled(llmcli, tiny, home, tmp_path):
+    from weights import make_gguf
+
+    from llmcli import config
+
+    make_gguf(tiny, tmp_path / "tiny.gguf")  # it has to be converted first
+    (home / "config" / "llmcli").mkdir(parents=True)
+    own = home / "config" / "llmcli" / "config.toml"
+    own.write_text(f'[defaults]\nsummarize = ["no-such/model", "{tmp_path / "tiny.gguf"}"]\n')
+    config.settings.cache_clear()
+    ran = llmcli("summarize", "the fox", "--prompt", "{text}", "--max-new-tokens", 4, "--offline")
+    assert ran.exit_status == 0
+    assert "in place of no-such/model: no-such/model is not cached, and this call is offline" in ran.stderr

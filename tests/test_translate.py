@@ -1,5 +1,7 @@
 """llmcli translate: languages, long texts, defaults that fall back."""
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -181,3 +183,48 @@ def test_a_model_of_another_kind_is_told_apart(llmcli, encoder):
     assert "it can embed, search" in ran.stderr
     ran = llmcli("generate", "the fox", "-m", MARIAN)
     assert (ran.exit_status, "it can summarize, translate" in ran.stderr) == (4, True)
+
+
+def test_what_is_empty_takes_no_model(translate):
+    (record,) = translate("", "--to", "fr", "-m", NLLB, "--json").records
+    assert (record["translation_text"], record["usage"]["prompt_tokens"]) == ("", 0)
+
+
+def test_lines_in_lines_out(translate):
+    ran = translate("--to", "fr", "-m", MARIAN, "--lines", stdin=b"The fox sleeps.\r\n\nTwo sentences. Here.\n")
+    first, blank, last, end = ran.stdout.split("\n")
+    assert (blank, end, ran.exit_status) == ("", "", 0)
+    assert first
+    assert last
+
+
+def test_a_field_of_ones_own_and_a_record_without_it(translate):
+    data = '{"id": 1, "body": "今天天气很好，我们出去走走吧。"}\n{"text": "x"}\n'
+    ran = translate("--to", "en", "-m", NLLB, "--jsonl", "--field", "body", stdin=data.encode())
+    done, failed = ran.records
+    assert (done["id"], done["from"], done["to"]) == (1, "zh-Hans", "en")
+    assert "今天天气很好" in ran.stdout
+    assert failed["error"]["message"] == "no field 'body': fields there: text"
+    assert ran.exit_status == 3
+
+
+def test_csv_in_csv_out(translate):
+    ran = translate("--to", "fr", "-m", MARIAN, "--csv", "--field", "body", stdin=b"id,body\n1,The fox\n2,\n")
+    one, two = csv.DictReader(io.StringIO(ran.stdout))
+    assert list(one) == [
+        "id", "body", "translation_text", "from", "to", "finish_reason", "usage", "model", "error",
+    ]  # fmt: skip
+    assert (one["from"], one["to"], bool(one["translation_text"])) == ("en", "fr", True)
+    assert (two["id"], two["translation_text"]) == ("2", "")
+
+
+def test_the_nearest_languages_are_named(translate):
+    ran = translate("The fox sleeps.", "--from", "en", "--to", "br", "-m", NLLB)
+    assert ran.exit_status == 2
+    assert "it translates to these, the nearest first: fr (French), oc (Occitan)" in ran.stderr
+
+
+def test_a_field_that_the_prompt_names_and_nobody_has(translate, base):
+    ran = translate("the fox", "--from", "en", "--to", "fr", "-m", base, "--prompt", "{nope} {text}")
+    assert ran.exit_status == 1
+    assert "no field 'nope'" in ran.stderr

@@ -63,7 +63,8 @@ def settings() -> Settings:
         if not isinstance(getattr(found, key), kind):
             raise UsageError(f"{path}: {key} must be of type {kind.__name__}")
     for task, model in found.defaults.items():
-        if not all(isinstance(name, str) for name in (model if isinstance(model, list) else [model])):
+        names = model if isinstance(model, list) else [model]
+        if not names or not all(isinstance(name, str) for name in names):
             raise UsageError(f"{path}: the default of {task!r} must be the name of a model, or a list of names")
     if found.dtype not in DTYPES:
         place = "LLMCLI_DTYPE" if "LLMCLI_DTYPE" in os.environ else path

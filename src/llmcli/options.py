@@ -171,7 +171,7 @@ class CommonGenerationOptions:
             "--max-tokens",
             metavar="N",
             min=1,
-            help="Most tokens to generate (default: 128; chat: 512).",
+            help="Most tokens to generate (generate: 128, chat: 512; else by the model).",
         ),
     ] = None
     min_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=0, help="Fewest tokens to generate.")] = None
@@ -196,9 +196,9 @@ class CommonGenerationOptions:
         list[str],
         typer.Option("--option", "-o", metavar="KEY=VALUE", help="Any other GenerationConfig field, repeatable."),
     ] = field(default_factory=list)
-    truncate: Annotated[
-        bool, typer.Option("--truncate", help="Cut a prompt that is longer than the model's context, from its start.")
-    ] = False
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut a text that is longer than the model takes.")] = (
+        False
+    )
 
     def generation(self) -> dict[str, Any]:
         """The GenerationConfig fields that the user gave, under GenerationConfig's names."""

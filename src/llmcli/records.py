@@ -86,7 +86,10 @@ def questions(
     given = {name: _argument(text) for name, text in given.items() if text is not None}
     if form in (Form.JSONL, Form.CSV):
         found = read(sources([], files), form)
-        return (replace(record, fields={**given, **record.fields}) for record in found), None
+        return (
+            record if record.failure or record.has_failed_before else replace(record, fields={**given, **record.fields})
+            for record in found
+        ), None
     if len(given) == 2 and (files or form is not Form.WHOLE):
         raise UsageError("QUESTION and -c leave nothing to read", hint="leave out -c, or the files")
     if len(given) == 2:
@@ -108,11 +111,10 @@ def questions(
     ), None
 
 
-def first_text(records: Iterator[Record], name: str) -> tuple[Iterator[Record], str | None]:
-    """The records, and the text in that field of the first one, if it has one."""
-    begun = list(itertools.islice(records, 1))
-    text = begun[0].fields.get(name) if begun else None
-    return itertools.chain(begun, records), text if isinstance(text, str) else None
+def peeked(records: Iterator[Record]) -> tuple[Iterator[Record], Record | None]:
+    """The records, and the first of them, if there is one."""
+    first = next(records, None)
+    return (itertools.chain([first], records), first) if first else (records, None)
 
 
 def _argument(text: str) -> str:

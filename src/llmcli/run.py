@@ -29,7 +29,8 @@ def run(
     if several and format is Format.LINES:
         raise UsageError("-n above 1 does not go with --lines", hint="--json gives all of them: generated_texts")
     outputs = tasks.find(job.task).outputs
-    names = [*outputs, *[f"{outputs[0]}s"] * several, *["truncated"] * job.truncate]
+    several = several or (job.parameters.get("top_k") or 1) > 1
+    names = dict.fromkeys([*outputs, *[f"{outputs[0]}s"] * several, *["truncated"] * job.truncate])
     journal = Journal(path, job, resume, format.value) if path and resume else None
     if journal and journal.status is not None:
         console.notice(f"{path} is whole: nothing to do")
@@ -37,7 +38,7 @@ def run(
     total = failed = passed = 0
     if journal:
         total, failed, records = journal.done, len(journal.failed), journal.remaining(iter(records))
-    with Output(format, path=path, names=names, model=job.model, append=journal is not None) as output:
+    with Output(format, path=path, names=list(names), model=job.model, append=journal is not None) as output:
         for result in LocalEngine().run(job, records, output.piece if output.streams else None):
             total += 1
             if result.failure and journal:  # before its line, so that no failure is forgotten

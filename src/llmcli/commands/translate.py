@@ -9,7 +9,7 @@ from llmcli.errors import ExitStatus
 from llmcli.grammar import spread
 from llmcli.job import Job
 from llmcli.options import GenerationOptions, InputOptions, ModelOptions, OutputOptions, Prompt
-from llmcli.records import first_text, read, sources
+from llmcli.records import peeked, read, sources
 from llmcli.run import run
 from llmcli.tasks.fields import template
 
@@ -42,11 +42,13 @@ def translate(
     target_options = output.target(form, texts, input.files)
     roles = input.roles("text")
     records = read(sources(texts, input.files), form)
-    if model.model is None and source is None:
-        records, text = first_text(records, roles["text"])
-        guess = languages.likely(text) if text else None
-    else:
-        guess = source
+    guess = source
+    if model.model is None:
+        records, first = peeked(records)
+        text = first.fields.get(roles["text"]) if first else None
+        if not first:
+            return run(Job("translate", ""), records, **target_options)
+        guess = source or (languages.likely(text) if isinstance(text, str) else None)
     job = Job(
         task="translate",
         model=model.name("translate", source=guess, target=target),

@@ -189,5 +189,5 @@ def _best_spans(start: Any, end: Any, barred: Any, count: int, longest: int) -> 
         order = np.argsort(-scores)
     for at in order.tolist():
         first, last = divmod(at, len(start))
-        if not (barred[first] or barred[last]):
+        if scores[at] > 0 and not (barred[first] or barred[last]):
             yield first, last, float(scores[at])

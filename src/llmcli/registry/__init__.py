@@ -90,7 +90,11 @@ def default_names(task: str, source: str | None = None, target: str | None = Non
     are for two languages, and left out where one is not known."""
     defaults, own = config.read_toml(HERE / "defaults.toml"), config.settings().defaults
     config.check_keys(own, defaults, f"{config.config_file()}: [defaults]")
-    chosen = {**defaults, **own}[task]
+    chosen = {**defaults, **own}.get(task)
+    if chosen is None:
+        raise UsageError(
+            f"{task} has no default model", hint=f"give one: -m NAME; or name it in {HERE / 'defaults.toml'}"
+        )
     languages = {key: tag.split("-")[0] for key, tag in (("{from}", source), ("{to}", target)) if tag}
     names = []
     for name in [chosen] if isinstance(chosen, str) else chosen:

@@ -75,12 +75,11 @@ def choose(names: Sequence[str], placement: Placement) -> str:
     that is not the first is named on stderr. Raises ModelUnavailable where none can be had."""
     if len(names) == 1:
         return names[0]
-    specs = {name: registry.resolve(name) for name in names}
-    chosen = next((name for name, spec in specs.items() if listed(spec)), None)
     why: ModelUnavailable | None = None
-    for name, spec in specs.items() if chosen is None else ():
+    chosen = next((name for name in names if _is_here(name)), None)
+    for name in names if chosen is None else ():
         try:
-            pull(spec, offline=placement.offline, allow_pickle=placement.allow_pickle)
+            pull(registry.resolve(name), offline=placement.offline, allow_pickle=placement.allow_pickle)
         except ModelUnavailable as problem:
             why = why or problem
         else:
@@ -93,6 +92,13 @@ def choose(names: Sequence[str], placement: Placement) -> str:
         reason = f": {why.message}" if why else f", which is not cached; `llmcli models pull {names[0]}` fetches it"
         console.notice(f"using {chosen} in place of {names[0]}{reason}")
     return chosen
+
+
+def _is_here(name: str) -> bool:
+    try:
+        return listed(registry.resolve(name)) is not None
+    except ModelUnavailable:
+        return False
 
 
 def remove(spec: ModelSpec) -> bool:

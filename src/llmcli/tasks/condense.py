@@ -11,8 +11,8 @@ LENGTHS = range(40, 400)  # characters of a sentence that can stand alone
 
 
 def condensed(job: Job, parts: Sequence[str], count: Callable[[str], int], most: int) -> Generator[Ask, list[Any], str]:
-    """One sentence of each part, as near as can be to the middle of its part's and of the whole text's meaning, and
-    at most `most` tokens in all: parts share them evenly.
+    """The sentences of each part that are nearest to the middle of its part's and of the whole text's meaning, in
+    their order; at most `most` tokens in all, of which each part has its share.
 
     Centroid summarization: Radev et al., "Centroid-based summarization of multiple documents", 2004, with sentence
     vectors in the place of word counts.
@@ -34,9 +34,12 @@ def condensed(job: Job, parts: Sequence[str], count: Callable[[str], int], most:
         if len(own):
             nearness = own @ _middle(own) + own @ _middle(vectors)
             lengths = [count(sentence) for sentence in some]
-            fitting = [i for i in np.argsort(-nearness) if used + lengths[i] <= most * number / len(parts)]
-            chosen += [some[i] for i in fitting[:1]]
-            used += sum(lengths[i] for i in fitting[:1])
+            best = []
+            for i in np.argsort(-nearness):
+                if used + lengths[i] <= most * number / len(parts):
+                    best.append(i)
+                    used += lengths[i]
+            chosen += [some[i] for i in sorted(best)]
     return " ".join(chosen)
 
 

@@ -30,7 +30,9 @@ def prompt_text(job: Job, fields: Mapping[str, Any]) -> str:
     if template is None:
         return text_field(fields, name)
     names = [field for _, field, _, _ in string.Formatter().parse(template)]
-    return "" if fields.get(name) == "" and name in names else fill(template, fields)
+    if name in fields:  # {text} is the text, whatever its field is called
+        fields = {"text": fields[name], **fields}
+    return "" if fields.get(name) == "" and {name, "text"} & set(names) else fill(template, fields)
 
 
 def fill(template: str, fields: Mapping[str, Any]) -> str:
@@ -43,21 +45,22 @@ def template(prompt: str | None) -> dict[str, str]:
     """`--prompt` as a job's parameter. Raises UsageError where it could never be filled."""
     if prompt is None:
         return {}
-    _check(prompt)
+    check(prompt, "--prompt")
     return {"prompt": prompt}
 
 
-def _check(template: str) -> None:
+def check(template: str, where: str) -> None:
+    """Raises UsageError for a template that could never be filled, which names where it stands."""
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as problem:
-        raise UsageError(f"--prompt: {problem}", hint="write {{ and }} for braces of the text itself") from problem
+        raise UsageError(f"{where}: {problem}", hint="write {{ and }} for braces of the text itself") from problem
     if not any(field for _, field, _, _ in parts):
-        raise UsageError("--prompt names no field of the record", hint='like "Classify this review: {text}"')
+        raise UsageError(f"{where} names no field of the record", hint='like "Classify this review: {text}"')
     for _, field, spec, conversion in parts:
         if field is not None and (not field or spec or conversion):
             raise UsageError(
-                "--prompt: a field is written {name}, and no more", hint="braces of the text itself: {{ }}"
+                f"{where}: a field is written {{name}}, and no more", hint="braces of the text itself: {{ }}"
             )
 
 

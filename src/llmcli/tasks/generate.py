@@ -13,8 +13,11 @@ def prepare(job: Job, fields: Mapping[str, Any]) -> tuple[str, str] | None:
     """The prompt, and what of it text mode prints before the answer; None where the text is empty. Of a preset's prompt
     it prints the beginning of what the model writes."""
     prompt = prompt_text(job, fields)
-    begins = job.parameters.get("begins")
-    shown = "" if not job.parameters.get("full_text") else prompt if begins is None else fill(begins, fields)
+    shown = prompt
+    if (begins := job.parameters.get("begins")) is not None:
+        shown = fill(begins, {"text": fields.get(job.parameters["fields"]["text"]), **fields})
+    if not job.parameters.get("full_text"):
+        shown = ""
     return (prompt, shown) if prompt else None
 
 

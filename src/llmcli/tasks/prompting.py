@@ -6,10 +6,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llmcli import config
+from llmcli import config, registry
 from llmcli.errors import UsageError
 from llmcli.job import Job
-from llmcli.tasks.fields import fill, template
+from llmcli.tasks.fields import check, fill
 
 HERE = Path(__file__).parent
 GREEDY = {"do_sample": False, "max_new_tokens": 256}
@@ -67,8 +67,10 @@ def of(job: Job, pipeline: Any) -> Prompt:
     styles = tables()[job.task]
     table = styles["chat" if is_chat else "base"] | styles.get(job.model, {})
     settings = {"max_new_tokens": table["max_new_tokens"], **table.get("options", {})}
+    if unknown := [name for name in settings if not hasattr(pipeline.model.generation_config, name)]:
+        raise UsageError(f"prompts.toml: [{job.task}]: unknown generation option {unknown[0]!r}")
     own = job.parameters.get("prompt")
-    if (stop := table.get("stop")) and not own:
+    if (stop := table.get("stop")) and not (own and is_chat):
         settings["stop_strings"] = stop
     return Prompt(
         template=own or table["user" if is_chat else "prompt"],
@@ -98,11 +100,12 @@ def preset(name: str | None) -> Mapping[str, Any]:
         hint = "presets: " + ", ".join(found)
         raise UsageError(f"unknown preset {name!r}{config.did_you_mean(name, found)}", hint=hint)
     where = f"{own_file}: [{name}]"
-    config.check_keys(found[name], ("description", "prompt", "begins", "options"), where)
-    if not isinstance(found[name].get("prompt"), str):
+    _check_table(found[name], {"description": str, "prompt": str, "begins": str, "options": dict}, where)
+    if "prompt" not in found[name]:
         raise UsageError(f"{where}: needs a prompt", hint='like prompt = "A fable about {text}."')
+    check(found[name]["prompt"] + found[name].get("begins", ""), f"{where}: prompt")
     begins = found[name].get("begins", "")
-    frame = template(found[name]["prompt"] + begins) | {"begins": begins}
+    frame = {"prompt": found[name]["prompt"] + begins, "begins": begins}
     return {"options": found[name].get("options", {}), "frame": frame}
 
 
@@ -112,14 +115,27 @@ def tables() -> Mapping[str, Any]:
     found = config.read_toml(HERE / "prompts.toml")
     own_file = config.config_file().with_name("prompts.toml")
     for task, styles in (config.read_toml(own_file) if own_file.exists() else {}).items():
-        config.check_keys({task: styles}, found, str(own_file))
+        _check_table({task: styles}, dict.fromkeys(found, dict), str(own_file))
         for style, table in styles.items():
             where = f"{own_file}: [{task}.{style}]"
-            if not isinstance(table, dict):
-                raise UsageError(f"{where} is not a table")
-            config.check_keys(table, KEYS, where)
-            for key, value in table.items():
-                if not isinstance(value, KEYS[key]):
-                    raise UsageError(f"{where}: {key} must be of type {KEYS[key].__name__}")
+            if style not in ("chat", "base") and "/" not in style and style not in registry.models():
+                raise UsageError(f"{where}: a style is chat or base, or the name of a model")
+            _check_table(table, KEYS, where)
+            for key in table.keys() & {"user", "prompt"}:
+                check(table[key], f"{where}: {key}")
+            if not all(isinstance(each, dict) and "answer" in each for each in table.get("examples", ())):
+                raise UsageError(f"{where}: an example has fields and an answer")
+            if not all(isinstance(text, str) for key in ("stop", "unknown") for text in table.get(key, ())):
+                raise UsageError(f"{where}: stop and unknown are lists of texts")
             found[task][style] = found[task].get(style, {}) | table
     return found
+
+
+def _check_table(table: Any, types: Mapping[str, type], where: str) -> None:
+    """Raises UsageError for a key that nothing reads, or a value of another type."""
+    if not isinstance(table, dict):
+        raise UsageError(f"{where} is not a table")
+    config.check_keys(table, types, where)
+    for key, value in table.items():
+        if not isinstance(value, types[key]) or isinstance(value, bool):
+            raise UsageError(f"{where}: {key} must be of type {types[key].__name__}")

@@ -68,6 +68,8 @@ def prompted(job: Job, asked: Mapping[str, Any], model: Any) -> Steps:
             f"{job.model} writes its answer: {next(iter(given))} is for models that cut it out of the text",
             hint="take one that does: -m roberta-squad2",
         )
+    if (job.generation.get("num_return_sequences") or 1) > 1:
+        raise UsageError(f"{job.model} answers a question once: -n says nothing")
     pipeline, prompt = model.pipeline, prompting.of(job, model.pipeline)
     documents: Sequence[Document] = asked["documents"]
     if sum(pipeline.count(each["text"]) for each in documents) <= WHOLE:
@@ -115,7 +117,7 @@ def _plain(text: str) -> str:
 
 TASK = Task(
     prepare,
-    ("answer", "score", "start", "end"),
+    ("answer", "score", "start", "end", "passage", "finish_reason", "usage"),
     NO_ANSWER,
     {
         "extractive_qa": Way(extracted, settings=parameters),

@@ -11,6 +11,8 @@ from llmcli.tasks.condense import condensed
 from llmcli.tasks.generated import NOTHING, SEQ2SEQ, joined
 from llmcli.tasks.translate import prepare
 
+WHOLE = 1000  # tokens that a model whose long texts are condensed reads as they are
+
 
 def steps(job: Job, fields: Mapping[str, Any], model: Any) -> Steps:
     """By an encoder-decoder model."""
@@ -35,8 +37,8 @@ def prompted(job: Job, fields: Mapping[str, Any], model: Any) -> Steps:
         return prompt({**fields, "text": text})
 
     text = fields["text"]
-    if prompt.condense and room and pipeline.count(text) > room and not job.truncate:
-        parts = [piece for _, piece in pieces.cut(text, pipeline.count, prompt.part or room)]
+    if prompt.condense and pipeline.count(text) > WHOLE and not job.truncate:
+        parts = [piece for _, piece in pieces.cut(text, pipeline.count, prompt.part or WHOLE)]
         central = yield from condensed(job, parts, pipeline.count, prompt.condense)
         if central:
             outputs = yield Ask([ask(central)], strip=True)

@@ -11,13 +11,14 @@ from typing import Any
 from llmcli import config, languages, pieces
 from llmcli.errors import UsageError
 from llmcli.job import Job
-from llmcli.tasks import Ask, Steps, Task, Way, prompting
+from llmcli.tasks import Answer, Ask, Steps, Task, Way, prompting
 from llmcli.tasks.fields import text_field
 from llmcli.tasks.generated import NOTHING, SEQ2SEQ, joined
 
 PAIR = re.compile(r"translation_(\w+)_to_(\w+)")  # T5's task_specific_params
 MARKERS = re.compile(r"\s*(?:(?:[-*+>|]|#+|\d+[.)])\s+)*")  # what begins a line of Markdown and is not language
-FENCE = re.compile(r"\s*(```|~~~)")
+FENCE = re.compile(r"\s*(`{3,}(?=[^`]*$)|~{3,})(.*)", re.DOTALL)
+UNSPACED = ("zh", "ja", "yue")  # languages without spaces between sentences
 
 Examples = Sequence[Mapping[str, str]]
 
@@ -35,14 +36,17 @@ class Plan:
 def prepare(job: Job, fields: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record's fields with its text as `text`; None where that is empty."""
     text = text_field(fields, job.parameters.get("fields", {}).get("text", "text"))
-    return {**fields, "text": text} if text else None
+    return {**fields, "text": text} if text.strip() else None
 
 
 def steps(job: Job, fields: Mapping[str, Any], model: Any) -> Steps:
     """By an encoder-decoder model: in one where the text fits, else by sentences."""
     if "prompt" in job.parameters:
         raise UsageError(f"--prompt does not go with {job.model}: it is made to translate, and not prompted")
-    text, pipeline = fields["text"], model.pipeline
+    text = fields["text"]
+    if not any(map(str.isalpha, text)):
+        return _unchanged(job, text)
+    pipeline = model.pipeline
     plan = _plan(job, pipeline)
     source = _source(job, text, list(plan.sources)) if plan.sources else job.parameters.get("from")
     code = plan.sources.get(source) if source else None
@@ -63,11 +67,13 @@ def steps(job: Job, fields: Mapping[str, Any], model: Any) -> Steps:
 
 def prompted(job: Job, fields: Mapping[str, Any], model: Any) -> Steps:
     """By a language model: with examples of the two languages where it is a base model, whose answer is a line."""
+    if not any(map(str.isalpha, fields["text"])):
+        return _unchanged(job, fields["text"])
     pipeline, prompt, to = model.pipeline, prompting.of(job, model.pipeline), job.parameters["to"]
     source = _source(job, fields["text"], [])
     names = {"from": languages.name(source), "to": languages.name(to)}
     examples = [] if "prompt" in job.parameters else _examples(source, to)
-    longest = (job.generation.get("max_new_tokens") or prompt.settings["max_new_tokens"]) // 2
+    longest = prompt.settings["max_new_tokens"] // 2
 
     def fits(piece: str) -> bool:
         return not (prompt.is_one_line and "\n" in piece) and pipeline.count(piece) <= longest
@@ -76,6 +82,12 @@ def prompted(job: Job, fields: Mapping[str, Any], model: Any) -> Steps:
         return prompt({**fields, **names, "text": piece}, [{**names, **example} for example in examples])
 
     return (yield from _translated(job, fields["text"], source, fits, ask, pipeline.count, lambda: longest, strip=True))
+
+
+def _unchanged(job: Job, text: str) -> Answer:
+    """Numbers and signs are the same in every language."""
+    about = {"from": job.parameters.get("from"), "to": job.parameters["to"]}
+    return Answer({"translation_text": text, **about, **NOTHING}, text)
 
 
 def settings(job: Job, pipeline: Any) -> Mapping[str, Any]:
@@ -114,11 +126,14 @@ def _parts(
 ) -> Iterator[tuple[str, str, str]]:
     """The text as (what stands before, what is translated, what stands after): joined, it is the text. What is
     translated has no line end; it is empty for lines without a letter, and for blocks of code between fences."""
-    is_code = False
+    fence = ""  # that began a block of code
     for line in text.splitlines(keepends=True):
-        is_fence = bool(FENCE.match(line))
-        is_code ^= is_fence
-        if is_code or is_fence:
+        mark = FENCE.match(line)
+        if fence or mark:
+            if not fence:
+                fence = mark[1] if mark else ""
+            elif mark and mark[1].startswith(fence) and not mark[2].strip():
+                fence = ""
             yield line, "", ""
             continue
         marker = MARKERS.match(line)
@@ -214,7 +229,13 @@ def examples() -> Examples:
     """translations.toml, with the user's own after it."""
     own = config.config_file().with_name("translations.toml")
     files = [Path(__file__).with_name("translations.toml"), *([own] if own.exists() else [])]
-    return [sentence for file in files for sentence in config.read_toml(file)["sentences"]]
+    found: list[Mapping[str, str]] = []
+    for file in files:
+        sentences = config.read_toml(file).get("sentences")
+        if not isinstance(sentences, list) or not all(isinstance(each, dict) for each in sentences):
+            raise UsageError(f"{file}: sentences are tables, [[sentences]]")
+        found += sentences
+    return found
 
 
 EMPTY = {
