@@ -7,6 +7,7 @@ from llmcli import languages, registry
 from llmcli.job import Job
 from llmcli.tasks import Ask
 
+SENTENCES = 10  # of all parts, or one of each where they are more
 LENGTHS = range(40, 400)  # characters of a sentence that can stand alone
 
 
@@ -26,6 +27,7 @@ def condensed(job: Job, parts: Sequence[str], count: Callable[[str], int], most:
     embed = Job("embed", registry.default_names("embed")[0], placement=job.placement, batch_size=32, truncate=True)
     outputs = yield Ask([{"text": text} for text in texts], job=embed)
     vectors = np.array([output["embedding"] for output in outputs])
+    each = max(1, SENTENCES // len(parts))
     chosen: list[str] = []
     used = start = 0
     for number, some in enumerate(sentences, start=1):
@@ -34,10 +36,10 @@ def condensed(job: Job, parts: Sequence[str], count: Callable[[str], int], most:
         if len(own):
             nearness = own @ _middle(own) + own @ _middle(vectors)
             lengths = [count(sentence) for sentence in some]
-            best = []
+            best: list[int] = []
             for i in np.argsort(-nearness):
-                if used + lengths[i] <= most * number / len(parts):
-                    best.append(i)
+                if len(best) < each and used + lengths[i] <= most * number / len(parts):
+                    best.append(int(i))
                     used += lengths[i]
             chosen += [some[i] for i in sorted(best)]
     return " ".join(chosen)
