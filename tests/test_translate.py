@@ -131,7 +131,7 @@ def test_a_base_model_sees_examples_and_goes_line_by_line(translate, base, monke
         ["English: the fox", "French:"],
         ["English: the dog", "French:"],
     ]
-    assert seen[0].startswith("English: Where can I buy a ticket to the airport?\nFrench: Où puis-je acheter")
+    assert seen[0].startswith("English: Frequently asked questions\nFrench: Questions fréquentes")
 
 
 def test_the_prompt_can_be_ones_own(translate, chatty, home, monkeypatch):
