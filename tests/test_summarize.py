@@ -34,6 +34,12 @@ def test_a_long_text_goes_in_parts_and_none_is_dropped(summarize):
     assert record["usage"]["prompt_tokens"] > tokens  # every part, and the parts' summaries
 
 
+def test_a_person_sees_how_many_parts_are_done(llmcli):
+    args = ("summarize", LONG, "-m", GOLDEN / "bart", "--num-beams", 1, "--max-new-tokens", 6, "--batch-size", 4)
+    assert " parts" in llmcli(*args, is_terminal=True).stderr
+    assert llmcli(*args).stderr == ""
+
+
 def test_truncate_takes_the_beginning_and_says_so(summarize):
     record = summarize(LONG, "-m", GOLDEN / "bart", "--truncate")
     assert record["chunks"] == 1

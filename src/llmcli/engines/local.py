@@ -2,11 +2,12 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from llmcli import tasks
+from llmcli import console, tasks
 from llmcli.engines.model import Model, long_lived_objects
 from llmcli.engines.readahead import ReadAhead
 from llmcli.engines.runner import GeneratingRunner, OnText, Request, Runner, failure
@@ -125,8 +126,11 @@ class Turn:
     def step(self, on_text: OnText | None) -> None:
         """One batch, and on with the records whose outputs are there."""
         if self.runner.waiting:
-            ask = self.works[0].ask
-            self.runner.step(_shown(ask, on_text) if ask and len(self.runner.waiting) == 1 else None)
+            ask, left = self.works[0].ask, len(self.runner.waiting)
+            asked = sum(len(work.requests) for work in self.works)
+            has_parts = asked > len(self.works)
+            with console.working(f"{asked - left} of {asked} parts") if has_parts else nullcontext():
+                self.runner.step(_shown(ask, on_text) if ask and left == 1 else None)
         open_works, self.works = self.works, []
         for work in open_works:
             if work.with_outputs():
