@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmcli import console
-from llmcli.engines.batching import BatchSize, neighbours
+from llmcli.engines.batching import BatchSize, common, neighbours
 from llmcli.errors import LlmcliError, RecordError
 from llmcli.job import Failure, Job
 from llmcli.tasks import Way
@@ -27,6 +27,11 @@ class Request:
     rows: int = 0
     done: dict[int, dict[str, Any]] = field(default_factory=dict)
     followers: list["Request"] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        """The same for equal inputs."""
+        return self.input if isinstance(self.input, str) else repr(self.input)
 
     @property
     def is_over(self) -> bool:
@@ -61,15 +66,14 @@ class Runner:
         """Their rows wait for a batch. Those that cannot be read have their failure at once."""
         before, _, _ = self.pipeline._sanitize_parameters(**self.parameters)
         for request in requests:
-            key = request.input if isinstance(request.input, str) else repr(request.input)
-            if not self.repeats and (leader := self._leaders.get(key)):
+            if not self.repeats and (leader := self._leaders.get(request.key)):
                 leader.followers.append(request)
                 continue
             with failing(request):
                 made = self.pipeline.preprocess(request.input, **{**before, "truncate": self.truncate})
                 rows = [*made] if self._takes_rows else [made]
                 request.rows = len(rows)
-                self._leaders[key] = request
+                self._leaders[request.key] = request
                 self.waiting += [
                     Row(request, i, row, row["input_ids"].shape[1], self._room(row)) for i, row in enumerate(rows)
                 ]
@@ -94,8 +98,7 @@ class Runner:
                 rows = [request.done[i] for i in range(request.rows)]
                 request.output = self.pipeline.postprocess(rows if self._takes_rows else rows[0], **after)
         request.done = {}
-        key = request.input if isinstance(request.input, str) else repr(request.input)
-        self._leaders.pop(key, None)
+        self._leaders.pop(request.key, None)
         for follower in request.followers:
             follower.output, follower.failure = request.output, request.failure
 
@@ -190,8 +193,6 @@ class GeneratingRunner(Runner):
     def _prefix(self, rows: Sequence[Row]) -> Any:
         """What these prompts all begin with, if it is long enough: found in the first batch, and shortened by a later
         one that has only a part of it."""
-        from llmcli.engines.batching import common
-
         ids = [row.inputs["input_ids"][0].tolist() for row in rows]
         known = [self._shared[0]] if self._shared else []
         shared = common([*known, *(some[:-1] for some in ids)])

@@ -18,7 +18,6 @@ from llmcli.tasks.generated import NOTHING, SEQ2SEQ, joined
 PAIR = re.compile(r"translation_(\w+)_to_(\w+)")  # T5's task_specific_params
 MARKERS = re.compile(r"\s*(?:(?:[-*+>|]|#+|\d+[.)])\s+)*")  # what begins a line of Markdown and is not language
 FENCE = re.compile(r"\s*(`{3,}(?=[^`]*$)|~{3,})(.*)", re.DOTALL)
-UNSPACED = ("zh", "ja", "yue")  # languages without spaces between sentences
 
 Examples = Sequence[Mapping[str, str]]
 
@@ -215,7 +214,7 @@ def _readable(code: Any) -> str | None:
 
 
 def _examples(source: str, target: str) -> Examples:
-    """The same sentences in both languages, as `text` and `answer`; from English where a language has none."""
+    """The same sentences in both languages, as `text` and `answer`; none where one of them has no sentences."""
     sentences = examples()
     known = {tag for sentence in sentences for tag in sentence}
     one, other = languages.match(source, known), languages.match(target, known)
