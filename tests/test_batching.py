@@ -2,12 +2,37 @@
 
 import json
 
-from llmcli.engines.batching import common, neighbours
+import pytest
+
+from llmcli.engines.batching import BatchSize, common, neighbours
 
 
 def test_the_oldest_row_and_those_nearest_to_it_in_length():
     assert sorted(neighbours([10, 50, 11, 9, 200, 12], 3)) == [0, 2, 3]
-    assert neighbours([5, 1], 8) == [0, 1]
+    assert sorted(neighbours([5, 1], 8)) == [0, 1]
+
+
+def test_rows_are_dealt_into_equal_batches():
+    lengths = [40, 300, 10, 41, 9, 290, 42, 11, 310, 8]  # alone, the nearest four to 40 would leave 8..11 with 300
+    assert sorted(lengths[i] for i in neighbours(lengths, 4)) == [11, 40, 41]
+
+
+@pytest.mark.parametrize(("speeds", "sizes"), [([100, 190, 300], [32, 64, 64]), ([100, 20, 500], [32, 16, 16])])
+def test_a_batch_grows_until_a_token_gets_dearer(speeds, sizes):
+    size = BatchSize(None, "cpu")
+    found = []
+    for speed in speeds:
+        size.learn(size.now, speed)
+        found.append(size.now)
+    assert found == sizes
+
+
+def test_a_batch_size_asked_for_stays():
+    size = BatchSize(5, "cpu")
+    size.learn(5, 100)
+    assert size.now == 5
+    size.halve()
+    assert size.now == 2
 
 
 def test_what_all_begin_with():

@@ -1,52 +1,42 @@
 """Which rows run together, and how many."""
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from itertools import pairwise
 
-FIRST, MOST = 8, 128
-GAIN = 1.1  # a greater batch has to be so much quicker a token
+FIRST = 16
+MOST = {"cpu": 64}  # more gains nothing there
+MOST_ELSEWHERE = 256
+LOSS = 0.7  # how slow a greater batch may seem: the next rows may just be longer, and attention slower for that
 
 
 def neighbours(lengths: Sequence[int], size: int) -> list[int]:
-    """Indices of up to `size` rows: the first, which has waited longest, and those nearest to it in length."""
-    if len(lengths) <= size:
-        return list(range(len(lengths)))
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    low = high = order.index(0)
-    while high - low + 1 < size:
-        below = lengths[0] - lengths[order[low - 1]] if low else float("inf")
-        above = lengths[order[high + 1]] - lengths[0] if high + 1 < len(order) else float("inf")
-        if below <= above:
-            low -= 1
-        else:
-            high += 1
-    return order[low : high + 1]
+    """Indices of at most `size` rows: the first, which has waited longest, and rows of about its length. In the order
+    of length all rows are dealt into equal batches, as few as can be, so that none is left for the odd ones."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    batches = -(-len(order) // size)
+    ends = [i * len(order) // batches for i in range(batches + 1)]
+    return next(batch for a, b in pairwise(ends) if 0 in (batch := order[a:b]))
 
 
 class BatchSize:
-    """Rows a batch: as asked for or, where that is None, doubled while that makes a token cheaper. Memory that runs
-    out halves it for good."""
+    """Rows a batch: as asked for or, where that is None, doubled until a token gets dearer or the device
+    has work enough. Memory that runs out halves it for good."""
 
-    def __init__(self, asked: int | None) -> None:
+    def __init__(self, asked: int | None, device: str) -> None:
         self.now = asked or FIRST
-        self.most = asked or MOST
+        self.most = asked or MOST.get(device, MOST_ELSEWHERE)
         self._settled = asked is not None
         self._best = 0.0
 
-    @contextmanager
-    def measured(self, rows: int, tokens: int) -> Iterator[None]:
-        """Around one batch of so many rows and tokens, padding included."""
-        start = time.perf_counter()
-        yield
-        if self._settled or rows < self.now:  # the last rows of an input say nothing of a full batch
+    def learn(self, rows: int, speed: float) -> None:
+        """A batch of so many rows ran at `speed`, in tokens a second."""
+        if self._settled or rows <= self.now // 2:  # the last rows of an input say nothing of a full batch
             return
-        speed = tokens / (time.perf_counter() - start)
-        if speed < GAIN * self._best:
+        if speed < LOSS * self._best:
             self._settled = True
             self.now = max(FIRST, self.now // 2)
         else:
-            self._best = speed
+            self._best = max(speed, self._best)
             self.now = min(2 * self.now, self.most)
             self._settled = self.now == self.most
 

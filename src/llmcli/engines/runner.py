@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ class Runner:
 
     def __init__(self, job: Job, way: Way, pipeline: Any) -> None:
         self.pipeline = pipeline
-        self.size = BatchSize(job.batch_size)
+        self.size = BatchSize(job.batch_size, pipeline.device.type)
         self.truncate: Any = job.truncate
         self.parameters = dict(way.settings(job, pipeline))
         self.repeats = False  # whether equal inputs may have different outputs
@@ -113,9 +114,7 @@ class Runner:
             return
         out_of_memory = False
         try:
-            padded = len(rows) * max(row.length for row in rows)
-            with self.size.measured(len(rows), padded):
-                self._forward(rows, None)
+            self.size.learn(len(rows), self._forward(rows))
             return
         except LlmcliError:
             raise
@@ -132,8 +131,11 @@ class Runner:
             for row in rows:
                 self._batch([row])
 
-    def _forward(self, rows: Sequence[Row], on_text: OnText | None) -> None:
+    def _forward(self, rows: Sequence[Row], on_text: OnText | None = None) -> float:
+        """Run them; how fast it went, in tokens a second, padding included."""
+        start = time.perf_counter()
         self._take(rows, self.pipeline.forward(self._collated(rows)))
+        return len(rows) * max(row.length for row in rows) / (time.perf_counter() - start)
 
     def _collated(self, rows: Sequence[Row]) -> dict[str, Any]:
         from transformers.pipelines.base import pad_collate_fn
@@ -176,8 +178,11 @@ class GeneratingRunner(Runner):
         if job.seed is not None:
             set_seed(job.seed)
 
-    def _forward(self, rows: Sequence[Row], on_text: OnText | None) -> None:
-        config, settings = self.config, dict[str, Any]()
+    def _forward(self, rows: Sequence[Row], on_text: OnText | None = None) -> float:
+        """Run them; how fast new tokens came. What the prompts took says nothing of the batch's size."""
+        from llmcli.pipelines.answers import Clock
+
+        config, clock, settings = self.config, Clock(), dict[str, Any]()
         if rows[0].room is not None:  # the answer must stop where the model's context ends
             config = copy.deepcopy(config)
             config.max_new_tokens, config.max_length = rows[0].room, None
@@ -188,7 +193,9 @@ class GeneratingRunner(Runner):
             settings["streamer"] = Deltas(decode, self.config.stop_strings or (), on_text)
         if len(rows) > 1 and self._shares and (shared := self._prefix(rows)):
             settings["prefix"] = shared
-        self._take(rows, self.pipeline.forward(self._collated(rows), generation_config=config, **settings))
+        inputs = self._collated(rows)
+        self._take(rows, self.pipeline.forward(inputs, generation_config=config, criteria=[clock], **settings))
+        return len(rows) * clock.speed
 
     def _prefix(self, rows: Sequence[Row]) -> Any:
         """What these prompts all begin with, if it is long enough: found in the first batch, and shortened by a later

@@ -1,6 +1,9 @@
 """New tokens -> text: where an answer ends, why, and what of it may be shown before it has ended."""
 
+import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -52,6 +55,22 @@ class StopTexts(StoppingCriteria):  # type: ignore[misc]
         decoders = (self.decoders[i * len(self.decoders) // len(rows)] for i in range(len(rows)))
         stopped = [first_stop(decode(row), self.stops) is not None for decode, row in zip(decoders, rows, strict=True)]
         return torch.tensor(stopped, device=input_ids.device)
+
+
+class Clock(StoppingCriteria):  # type: ignore[misc]
+    """Stops nothing; knows when each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second of each row, after its first; 0 where there was but one."""
+        return 1 / statistics.median(b - a for a, b in pairwise(self.times)) if len(self.times) > 1 else 0.0
 
 
 class Deltas(BaseStreamer):  # type: ignore[misc]

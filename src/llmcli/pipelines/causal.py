@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     DynamicCache,
+    StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -128,6 +129,7 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
         inputs: dict[str, Any],
         generation_config: Any = None,
         streamer: BaseStreamer | None = None,
+        criteria: Sequence[StoppingCriteria] = (),
         prefix: tuple[list[int], Any] | None = None,
     ) -> dict[str, Any]:
         config = copy.copy(generation_config or self.model.generation_config)
@@ -140,12 +142,12 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
         prompts, stops = inputs["input_ids"], config.stop_strings
         # transformers' own stop strings are found in the prompt's end and in special tokens too
         config.stop_strings = None
-        criteria = [answers.StopTexts(self._decoders(inputs), stops, prompts.shape[1])] if stops else []
+        found = [answers.StopTexts(self._decoders(inputs), stops, prompts.shape[1])] if stops else []
         sequences = self.model.generate(
             input_ids=prompts,
             attention_mask=inputs["attention_mask"],
             generation_config=config,
-            stopping_criteria=StoppingCriteriaList(criteria),
+            stopping_criteria=StoppingCriteriaList([*criteria, *found]),
             streamer=streamer,
             **settings,
         )

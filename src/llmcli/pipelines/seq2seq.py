@@ -1,11 +1,11 @@
 """Texts -> texts, by an encoder-decoder model: translation, summarization. A transformers.Pipeline."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, StoppingCriteriaList
+from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
@@ -85,15 +85,20 @@ class Seq2SeqPipeline(Pipeline):  # type: ignore[misc]  # transformers has no ty
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "cut": length - len(ids)}
 
     def _forward(
-        self, inputs: dict[str, Any], generation_config: Any = None, streamer: BaseStreamer | None = None
+        self,
+        inputs: dict[str, Any],
+        generation_config: Any = None,
+        streamer: BaseStreamer | None = None,
+        criteria: Sequence[StoppingCriteria] = (),
     ) -> dict[str, Any]:
         config = copy.copy(generation_config or self.model.generation_config)
         stops, config.stop_strings = config.stop_strings, None
+        found = [answers.StopTexts([self._decode], stops, 1)] if stops else []
         sequences = self.model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             generation_config=config,
-            stopping_criteria=StoppingCriteriaList([answers.StopTexts([self._decode], stops, 1)] if stops else []),
+            stopping_criteria=StoppingCriteriaList([*criteria, *found]),
             streamer=streamer,
         )
         sequences = getattr(sequences, "sequences", sequences)[:, 1:]
