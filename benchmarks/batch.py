@@ -1,4 +1,4 @@
-"""512 prompts of mixed length through one model: llmcli against what a person would write. Each is a whole process, over
+"""512 prompts of mixed length through one model: llmcli against what people write. Each is a whole process, over
 the same weights in bfloat16, 32 new tokens a prompt, greedy; tokens a second from the first import to the last line."""
 
 import json
