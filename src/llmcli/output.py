@@ -114,6 +114,8 @@ class Output(AbstractContextManager["Output"]):
         self._sink.__exit__(*exception)
 
     def _inline(self, text: str) -> str:
+        if self.format is Format.NULL:
+            return text.replace("\0", " ")
         return text.replace("\r\n", " ").replace("\n", " ") if self.format is Format.LINES else text
 
     def _fields(self, result: Result) -> dict[str, Any]:
@@ -130,17 +132,15 @@ class Output(AbstractContextManager["Output"]):
         return fields
 
     def _rows(self, fields: Mapping[str, Any]) -> str:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
+        header = ""
         if not self._columns:
             ours = [*self.names, "model", "file", "error"]
             theirs = [name for name in fields if name not in ours]
             self._columns = [*theirs, *(name for name in ours if name != "file" or name in fields)]
-            writer.writerow(self._columns)
+            header = _row(self._columns)
         if other := [name for name in fields if name not in self._columns]:
             raise UsageError(f"the first row had no column {other[0]!r}", hint="run each kind of file alone, or --json")
-        writer.writerow([_cell(fields.get(column)) for column in self._columns])
-        return text.getvalue()
+        return header + _row([_cell(fields.get(column)) for column in self._columns])
 
 
 def to_json(value: Any) -> str:
@@ -184,6 +184,12 @@ def _create(path: Path, mode: Literal["ab", "xb"]) -> BinaryIO:
         raise UsageError(f"{path} exists", hint="go on with it: --resume; or name another file") from None
     except OSError as problem:
         raise UsageError(f"{path}: {reason(problem)}") from problem
+
+
+def _row(cells: Sequence[Any]) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerow(cells)  # a line end of `\n` alone would leave a cell with `\r` unquoted
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _cell(value: Any) -> Any:
