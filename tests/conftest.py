@@ -74,7 +74,7 @@ def llmcli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
     from llmcli import cli
 
     def run(*args: object, stdin: bytes | None = None, is_terminal: bool = False) -> Ran:
-        out, err = _stream(is_terminal), _stream(is_terminal)
+        out, err = _stream(is_terminal), _stream(is_terminal, errors="backslashreplace")  # as Python opens them
         monkeypatch.setattr(sys, "stdin", _stream(stdin is None, stdin or b""))
         monkeypatch.setattr(sys, "stdout", out)
         monkeypatch.setattr(sys, "stderr", err)
@@ -86,8 +86,8 @@ def llmcli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
     return run
 
 
-def _stream(is_terminal: bool, data: bytes = b"") -> io.TextIOWrapper:
-    stream = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", newline="")
+def _stream(is_terminal: bool, data: bytes = b"", errors: str = "strict") -> io.TextIOWrapper:
+    stream = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors=errors, newline="")
     stream.isatty = lambda: is_terminal  # type: ignore[method-assign]
     return stream
 

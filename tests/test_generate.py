@@ -73,7 +73,7 @@ def test_a_failed_line_is_an_empty_line(generate):
     assert (failed, end) == ("", "")
     assert first.startswith("the")
     assert last.startswith("dog")
-    assert ran.stderr == "llmcli: line 2: not UTF-8: byte 0xff at offset 4\n"
+    assert ran.stderr == "llmcli: line 2: not UTF-8: byte 0xff at offset 4\nllmcli: 1 of 3 records failed\n"
     assert ran.exit_status == 3
 
 
@@ -303,6 +303,24 @@ def test_csv_errors_keep_every_column(generate):
     assert (bad["id"], json.loads(bad["error"])["type"]) == ("1", "invalid_utf8")
     assert json.loads(broken["error"])["type"] == "invalid_csv"
     assert (good["id"], good["text"], good["error"]) == ("3", "the dog", "")
+
+
+@pytest.mark.parametrize("first", ["1", '1,"the" x', "1,the,dog", "1,\xff"])
+def test_a_csv_whose_first_row_is_bad_has_all_its_columns(generate, first):
+    ran = generate("--csv", stdin=f'id,text\n{first}\n2,"the\rdog"\n'.encode("latin-1"))
+    assert ran.exit_status == 3
+    bad, good = csv.DictReader(io.StringIO(ran.stdout, newline=""))
+    assert bad["error"]
+    assert (good["id"], good["text"], good["error"]) == ("2", "the\rdog", "")
+
+
+def test_null_ends_a_record_and_nothing_else(tmp_path):
+    from llmcli.job import Record, Result
+    from llmcli.output import Format, Output
+
+    with Output(Format.NULL, path=tmp_path / "out", model="m") as output:
+        output.write(Result(Record({}), text="what a model\0says"))
+    assert (tmp_path / "out").read_bytes() == b"what a model says\0"
 
 
 def test_csv_files_of_other_columns_are_refused(generate, tmp_path):

@@ -43,7 +43,7 @@ def error(message: str, hint: str | None = None, cause: BaseException | None = N
 def _say(message: str) -> None:
     # A full disk or a closed terminal behind stderr must not hide the exit code.
     with suppress(OSError):
-        print(f"llmcli: {message}", file=sys.stderr, flush=True)
+        print("llmcli: " + message.replace("\n", " "), file=sys.stderr, flush=True)
 
 
 @contextmanager

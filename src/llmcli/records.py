@@ -18,6 +18,7 @@ from llmcli.job import Failure, Record
 Stream = io.BufferedIOBase
 BOM = "\ufeff"
 CHUNK = 1 << 16
+DEEPEST = 500  # levels of JSON: Python's own limit, 1,000, counts whoever calls too
 
 
 class Form(Enum):
@@ -186,7 +187,7 @@ def _jsonl(stream: Stream, name: str | None) -> Iterator[Record]:
     for number, line in enumerate(stream, start=1):
         try:
             text = _utf8(_without_line_end(line))
-            yield Record(_object(text if number > 1 else text.removeprefix(BOM)), name, number)
+            yield Record(_object(text.removeprefix(BOM)), name, number)  # files put together have it on any line
         except RecordError as problem:
             yield _failed(name, number, problem)
 
@@ -197,17 +198,36 @@ def _object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text, parse_constant=_no_number, parse_float=_finite)
     except json.JSONDecodeError as problem:
-        raise RecordError("invalid_json", f"not JSON: {problem.msg} at character {problem.pos}") from None
+        there = f": {text[problem.pos]!r}" if problem.pos < len(text) else ""
+        message = f"not JSON: {problem.msg.removesuffix(' at')} at character {problem.pos}{there}"
+        raise RecordError("invalid_json", message) from None
     except (ValueError, RecursionError) as problem:
         raise RecordError("invalid_json", f"not JSON: {problem}") from None
     if not isinstance(value, dict):
         names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
         raise RecordError("invalid_json", f"not a JSON object but {names.get(type(value), 'a number')}")
+    if _is_deep(value):
+        raise RecordError("invalid_json", f"nested more than {DEEPEST} levels deep")
     return value
 
 
+def _is_deep(value: Any) -> bool:
+    """Whether it may be too deep to be written again."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
+
+
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name[:20]} is no number")
 
 
 def _finite(digits: str) -> float:
@@ -241,7 +261,8 @@ def _csv(stream: Stream, name: str | None) -> Iterator[Record]:
             if not failure and len(row) != len(header):
                 beyond = f"; beyond it: {', '.join(row[len(header) :])}" if len(row) > len(header) else ""
                 failure = Failure("invalid_csv", f"{len(row)} fields where the header has {len(header)}{beyond}")
-            yield Record(dict(zip(header, row, strict=False)), name, rows.line_num, failure)
+            fields = dict.fromkeys(header, "") | dict(zip(header, row, strict=False))
+            yield Record(fields, name, rows.line_num, failure)
 
 
 def _failed(name: str | None, number: int | None, problem: RecordError) -> Record:

@@ -55,6 +55,8 @@ def run(
     if passed:
         console.notice(f"{passed} of {total} records came with an `error` and were passed on as they are")
     status = ExitStatus.of(failed, total)
+    if status is ExitStatus.PARTIAL:
+        console.error(f"{failed} of {total} records failed")
     if journal:
         journal.note_end(status)
     return status

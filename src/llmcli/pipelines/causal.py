@@ -18,7 +18,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 
 from llmcli.errors import RecordError, UsageError
-from llmcli.pipelines import answers
+from llmcli.pipelines import answers, lengths
 from llmcli.pipelines.answers import Decode
 
 Prompt = str | list[dict[str, Any]]
@@ -77,7 +77,11 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
         """Token ids of one prompt. One that is longer than the context raises RecordError or, where `truncate`
         says how many tokens to leave for the answer, is cut: its end stays, and a token that begins every text.
         """
-        ids = self._chat_ids(prompt) if isinstance(prompt, list) else self.tokenizer(prompt)["input_ids"]
+        if self.context and truncate is None:
+            text = prompt if isinstance(prompt, str) else self._templated(prompt, tokenize=False)
+            lengths.check(text, self.context, self.count)
+        encoded = self.tokenizer(prompt) if isinstance(prompt, str) else self._templated(prompt, return_dict=True)
+        ids = encoded["input_ids"]
         first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids = ids or [token for token in (first, last) if token is not None][:1]
         if not ids:
@@ -102,16 +106,13 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
             "cut": cut,
         }
 
-    def _chat_ids(self, messages: list[dict[str, Any]]) -> list[int]:
+    def _templated(self, messages: list[dict[str, Any]], **settings: Any) -> Any:
         if not self.tokenizer.chat_template:
             raise UsageError("this model has no chat template", hint="use `llmcli generate`, or a chat model: -m NAME")
         try:
-            ids: list[int] = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **settings)
         except Exception as problem:  # whatever a template, which is a program, raises
             raise RecordError("bad_messages", f"the chat template refuses the messages: {problem}") from problem
-        return ids
 
     def prefill(self, ids: list[int]) -> Any:
         """Keys and values of what many prompts begin with, as a cache of one row; None where the model keeps anything

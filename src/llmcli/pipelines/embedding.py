@@ -9,6 +9,7 @@ from transformers.pipelines.base import Pipeline
 
 from llmcli import encoder
 from llmcli.errors import RecordError
+from llmcli.pipelines import lengths
 
 
 class EmbeddingPipeline(Pipeline):  # type: ignore[misc]  # transformers has no types
@@ -45,6 +46,8 @@ class EmbeddingPipeline(Pipeline):  # type: ignore[misc]  # transformers has no 
     def preprocess(self, text: str, truncate: bool = False) -> dict[str, Any]:
         """Token ids of one text. One that is longer than the context raises RecordError or, with `truncate`, loses
         its end."""
+        if not truncate:
+            lengths.check(text, self.context, lambda text: len(self.tokenizer(text)["input_ids"]))
         ids = self.tokenizer(text)["input_ids"]
         length = len(ids)
         if length > self.context and not truncate:

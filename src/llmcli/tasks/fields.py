@@ -11,7 +11,7 @@ from llmcli.job import Job
 def text_field(fields: Mapping[str, Any], name: str) -> str:
     """The text in that field. Raises RecordError where it is missing, no text, or holds half a character."""
     if name not in fields:
-        there = ", ".join(map(str, fields)) or "none"
+        there = ", ".join(map(str, fields))[:200] or "none"
         raise RecordError("missing_field", f"no field {name!r}", hint=f"fields there: {there}")
     value = fields[name]
     if not isinstance(value, str):
