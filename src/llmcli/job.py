@@ -1,7 +1,7 @@
 """The three things that travel the whole way of a call: Job, Record, Result."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -67,6 +67,12 @@ class Record:
     def has_failed_before(self) -> bool:
         """Whether it comes with the error of an earlier run."""
         return bool(self.fields.get("error"))
+
+    def without_error(self) -> "Record":
+        """As it was before it failed."""
+        if not self.has_failed_before:
+            return self
+        return replace(self, fields={name: value for name, value in self.fields.items() if name != "error"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,6 +81,9 @@ class OutputOptions:
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where --output PATH ends, after a crash or an interruption.")
     ] = False
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Try records that have an error again; with --resume, PATH's too.")
+    ] = False
     on_error: Annotated[
         Literal["skip", "stop"], typer.Option("--on-error", help="What a failed record does to the others.")
     ] = "skip"
@@ -104,7 +107,13 @@ class OutputOptions:
 
             resume = fingerprint(list(texts), list(files))
         stop = self.on_error == "stop"
-        return {"format": format, "path": self.output, "stop_on_error": stop, "resume": resume}
+        return {
+            "format": format,
+            "path": self.output,
+            "stop_on_error": stop,
+            "resume": resume,
+            "retry": self.retry_errors,
+        }
 
 
 @dataclass

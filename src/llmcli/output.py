@@ -42,11 +42,21 @@ class Sink(AbstractContextManager["Sink"]):
         self._path = path
         self._is_empty = not append
 
-    def put(self, text: str) -> None:
-        """Write, at once."""
+    @property
+    def descriptor(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def end(self) -> int:
+        """Bytes in the file."""
+        return self._stream.tell()
+
+    def put(self, text: str) -> int:
+        """Write, at once; how many bytes that is."""
         self._is_empty = False
+        data = _utf8(text)
         try:
-            self._stream.write(_utf8(text))
+            self._stream.write(data)
             self._stream.flush()
         except OSError as problem:
             if not self._path:  # what is left in the buffer goes nowhere: the last flush would fail again
@@ -54,6 +64,7 @@ class Sink(AbstractContextManager["Sink"]):
             if isinstance(problem, BrokenPipeError):
                 raise ReaderGone("nobody reads stdout any more") from None
             raise LlmcliError(f"cannot write to {self._path or 'stdout'}: {problem.strerror}") from problem
+        return len(data)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if not self._path:
@@ -84,7 +95,7 @@ class Output(AbstractContextManager["Output"]):
         self.model = model
         self._sink = Sink(path, append=append)
         self._is_watched = not path and sys.stdout.isatty()
-        self._columns: list[str] = _header(path) if path and append and format is Format.CSV else []
+        self._columns = _header(path) if path and append and format is Format.CSV else []
         self._written = 0  # characters of the next result's text that are out already
 
     @property
@@ -97,16 +108,30 @@ class Output(AbstractContextManager["Output"]):
         self._written += len(text)
         self._sink.put(self._inline(text))
 
-    def write(self, result: Result) -> None:
-        """One result, whole; of a text already begun by `piece`, the rest."""
-        if self.format is Format.JSON:
-            self._sink.put(to_json(self._fields(result)) + "\n")
-        elif self.format is Format.CSV:
-            self._sink.put(self._rows(self._fields(result)))
-        elif not (result.failure and self.format is Format.TEXT and not self._written):
-            end = "\0" if self.format is Format.NULL else "\n"
-            self._sink.put(self._inline(result.text[self._written :]) + end)
+    @property
+    def end(self) -> int:
+        """Bytes in the file."""
+        return self._sink.end
+
+    def write(self, result: Result) -> int:
+        """One result, whole; of a text already begun by `piece`, the rest. How many bytes that is, without the header
+        of a CSV that stands before the first."""
+        had_columns = bool(self._columns)
+        line = self.line(result)
+        if self._columns and not had_columns:
+            self._sink.put(_row(self._columns))
         self._written = 0
+        return self._sink.put(line) if line else 0
+
+    def line(self, result: Result) -> str:
+        """What `write` writes for that result, line end included."""
+        if self.format is Format.JSON:
+            return to_json(self._fields(result)) + "\n"
+        if self.format is Format.CSV:
+            return self._cells(self._fields(result))
+        if result.failure and self.format is Format.TEXT and not self._written:
+            return ""
+        return self._inline(result.text[self._written :]) + ("\0" if self.format is Format.NULL else "\n")
 
     def __exit__(self, *exception: Any) -> None:
         if self._written and exception[0] is not ReaderGone:  # a text that was cut short: end its line
@@ -131,16 +156,14 @@ class Output(AbstractContextManager["Output"]):
             fields.setdefault("file", record.file)
         return fields
 
-    def _rows(self, fields: Mapping[str, Any]) -> str:
-        header = ""
+    def _cells(self, fields: Mapping[str, Any]) -> str:
         if not self._columns:
             ours = [*self.names, "model", "file", "error"]
             theirs = [name for name in fields if name not in ours]
             self._columns = [*theirs, *(name for name in ours if name != "file" or name in fields)]
-            header = _row(self._columns)
         if other := [name for name in fields if name not in self._columns]:
             raise UsageError(f"the first row had no column {other[0]!r}", hint="run each kind of file alone, or --json")
-        return header + _row([_cell(fields.get(column)) for column in self._columns])
+        return _row([_cell(fields.get(column)) for column in self._columns])
 
 
 def to_json(value: Any) -> str:

@@ -76,10 +76,17 @@ def prompts(texts: Sequence[str], files: Sequence[str], form: Form) -> Iterator[
 
 
 def questions(
-    question: str | None, context: str | None, files: Sequence[str], form: Form, roles: Mapping[str, str]
+    question: str | None,
+    context: str | None,
+    files: Sequence[str],
+    form: Form,
+    roles: Mapping[str, str],
+    *,
+    retry: bool = False,
 ) -> tuple[Iterator[Record], list[dict[str, Any]] | None]:
     """The records of qa, and the documents that all of them share: the files, without a record form. QUESTION and -c
-    fill what a record lacks; of a form that has no fields, a record is the context or, with -c, the question.
+    fill what a record lacks, but not one that comes with an error, unless it is to `retry`; of a form that has no
+    fields, a record is the context or, with -c, the question.
 
     Raises what `sources` raises; UsageError where question or context can come from nowhere.
     """
@@ -88,7 +95,9 @@ def questions(
     if form in (Form.JSONL, Form.CSV):
         found = read(sources([], files), form)
         return (
-            record if record.failure or record.has_failed_before else replace(record, fields={**given, **record.fields})
+            record
+            if record.failure or (record.has_failed_before and not retry)
+            else replace(record, fields={**given, **record.fields})
             for record in found
         ), None
     if len(given) == 2 and (files or form is not Form.WHOLE):

@@ -1,8 +1,9 @@
-"""--resume: what an interrupted run has done, kept beside its output in PATH.state.
+"""--resume: an interrupted run goes on, by the log that lies beside its output in PATH.state.
 
-The output itself says how many records are done: it is cut after its last whole one. The state is a log, one JSON
-object a line: first the job and the input, so that a change is refused; then the records that failed, checks of what
-was read, and how it ended. A last line that is not whole is no line.
+A line of the log is a JSON object: first the job and the input, so that a change is refused; then, for each record in
+its turn, where its result ends in the output, and whether it failed. What both files hold is done: what a crash, a
+full disk or a power cut took from one of them is cut from the other, and run again. Results of records that are tried
+again wait in the log until they can all take their places, in a copy that then becomes the output.
 """
 
 import dataclasses
@@ -10,123 +11,229 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+import zlib
+from array import array
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from llmcli.errors import ExitStatus, UsageError, reason
-from llmcli.job import Job, Record
+from llmcli.errors import LlmcliError, UsageError
+from llmcli.job import Job, Record, Result
+from llmcli.output import Output, Sink
 
-CHECK_EVERY = 1.0  # seconds
+SYNC_EVERY = 1.0  # seconds of work that a power cut may take
 PLACE_ONLY = ("batch_size", "offline", "max_memory", "offload_folder")  # change no result
 
 
-class Journal:
-    """What is known of the output at `path`: `done` records, those of them that `failed`, and the `status` that the
-    whole run ended with, if it did.
+class Journal(AbstractContextManager["Journal"]):
+    """What is known of the output at `path`. With `retry`, records whose result is an error are run again.
 
-    Raises UsageError where the output there is of another job or input, or has no state.
+    Raises UsageError where the output there is of another job or input, has no log, or is being written by another
+    run; LlmcliError when the disk is full.
     """
 
-    def __init__(self, path: Path, job: Job, inputs: str, form: str) -> None:
-        self.path, self._state = path, path.with_name(path.name + ".state")
-        self.done = 0
-        self.failed: set[int] = set()
-        self.status: ExitStatus | None = None
-        self._form = form
-        self._hash = hashlib.sha256()
-        self._checks: dict[int, str] = {}
-        self._read = 0
-        self._checked = time.monotonic()
+    def __init__(self, path: Path, job: Job, inputs: str, form: str, *, retry: bool = False) -> None:
+        self.path, self._state = path, path.with_name(f"{path.name}.state")
+        self._new = path.resolve().with_name(f"{path.name}.state.new")
+        self._retry = retry
+        self._errors: dict[int, str] = {}  # by record, from 0: `failed`, or `passed` on as it came
+        self._ends = array("Q")  # of each result in the output, in bytes
+        self._header = 0  # bytes before the first
+        self._checks = array("I")  # CRC of all input up to and with each record
+        self._retried: dict[int, bytes] = {}
+        self._whole: int | None = None
+        self._taken: deque[tuple[int, int]] = deque()
+        self._synced = time.monotonic()
         about = {"job": _identity(job), "form": form, "input": inputs}
-        if path.exists():
+        is_begun = path.exists() and path.stat().st_size > 0
+        if is_begun and not self._state.exists():
+            raise UsageError(f"{path} exists, and has no {self._state}", hint="name another file, or remove it first")
+        self._log = Sink(self._state, append=True)
+        self._lock()
+        if is_begun:
             self._go_on(about)
         else:
-            self._state.write_text(json.dumps(about) + "\n", encoding="utf-8")
+            self._new.unlink(missing_ok=True)
+            os.truncate(self._state, 0)
+            self._put(about)
+            _sync(self._state)
 
-    def remaining(self, records: Iterator[Record]) -> Iterator[Record]:
-        """The records that are not done. Raises UsageError where those that are have changed."""
-        for record in records:
-            self._hash.update(json.dumps(record.fields, sort_keys=True, default=str).encode())
-            self._read += 1
-            known = self._checks.get(self._read)
-            if known and known != self._hash.hexdigest():
+    @property
+    def done(self) -> int:
+        """How many records have a result."""
+        return len(self._ends)
+
+    @property
+    def failed(self) -> int:
+        """How many of them failed."""
+        return sum(error == "failed" for error in self._errors.values())
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left to do."""
+        return self._whole == self.done and not (self._retry and self._errors)
+
+    def remaining(self, records: Iterable[Record]) -> Iterator[Record]:
+        """The records that are to be run. Raises UsageError where those that are done were others."""
+        done, again = self.done, set(self._errors) if self._retry else set()
+        count = check = 0
+        for number, record in enumerate(records):
+            count = number + 1
+            check = zlib.crc32(json.dumps(record.fields, sort_keys=True, default=str).encode(), check)
+            if number < done and check != self._checks[number]:
                 raise _changed(self.path, "the input")
-            if self._read > self.done:
-                self._note_check()
+            if number >= done or number in again:
+                self._taken.append((number, check))
                 yield record
+        if count < done:
+            raise _changed(self.path, "the input")
 
-    def note_failure(self, number: int) -> None:
-        """Record `number`, from 0, failed."""
-        self._append({"failed": number})
+    def write(self, output: Output, result: Result) -> None:
+        """The result of the next of the `remaining` records: to the output, or, of one that is tried again, to the
+        log."""
+        number, check = self._taken.popleft()
+        error = "failed" if result.failure else "passed" if result.record.has_failed_before else None
+        if number < self.done:
+            self._put({"retried": number, "line": output.line(result), "error": error})
+        else:
+            size = output.write(result)
+            self._put({"record": number, "size": size, "end": output.end, "input": check, "error": error})
+        if time.monotonic() - self._synced > SYNC_EVERY:
+            self._sync()
 
-    def note_end(self, status: ExitStatus) -> None:
-        """All records are done."""
-        self._append({"status": int(status), "records": self._read, "check": self._hash.hexdigest()})
+    def finish(self, *, is_whole: bool) -> None:
+        """The output is closed, and what was tried again takes its place in it."""
+        if self._retried:
+            self._merge()
+        if is_whole:
+            self._put({"whole": self.done})
+        self._sync()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._log.__exit__(*exception)
+
+    def _lock(self) -> None:
+        import fcntl  # on Unix only, unlike the rest
+
+        try:
+            fcntl.flock(self._log.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{self.path} is being written by another run") from None
+        except OSError:  # a file system without locks
+            return
 
     def _go_on(self, about: dict[str, Any]) -> None:
-        try:
-            lines = self._state.read_bytes().splitlines(keepends=True)
-        except OSError as problem:
-            raise UsageError(
-                f"{self.path} exists, and {self._state}: {reason(problem)}",
-                hint="name another file, or remove it first",
-            ) from problem
-        entries = [json.loads(line) for line in lines if line.endswith(b"\n")]
-        for key, value in about.items():
-            if not entries or entries[0].get(key) != value:
-                what = {"job": "the command", "form": "the format", "input": "the input"}[key]
+        (first, *entries), end = _entries(self._state)
+        for key, what in (("job", "the command"), ("form", "the format"), ("input", "the input")):
+            if first.get(key) != about[key]:
                 raise _changed(self.path, what)
-        for entry in entries[1:]:
-            if "failed" in entry:
-                self.failed.add(entry["failed"])
-            if "status" in entry:
-                self.status = ExitStatus(entry["status"])
-            if "check" in entry:
-                self._checks[entry["records"]] = entry["check"]
-        with self.path.open("r+b") as output:
-            self.done, end = whole_records(output, self._form)
-            output.truncate(end)
-        with self._state.open("r+b") as state:
-            state.truncate(sum(len(line) for line in lines if line.endswith(b"\n")))
-        self.failed = {number for number in self.failed if number < self.done}
+        os.truncate(self._state, end)
+        for entry in entries:
+            self._apply(entry)
+        if self._new.exists():
+            if entries and "merged" in entries[-1]:
+                self._replace()
+            else:
+                self._new.unlink()
+        there = bisect_right(self._ends, self.path.stat().st_size)
+        if there < self.done:
+            self._put({"done": there})
+        os.truncate(self.path, self._ends[-1] if self._ends else 0)
+        if self._retried:
+            self._merge()
 
-    def _note_check(self) -> None:
-        if time.monotonic() - self._checked > CHECK_EVERY:
-            self._checked = time.monotonic()
-            self._append({"records": self._read, "check": self._hash.hexdigest()})
+    def _put(self, entry: dict[str, Any]) -> None:
+        self._log.put(json.dumps(entry) + "\n")
+        self._apply(entry)
 
-    def _append(self, entry: dict[str, Any]) -> None:
-        with suppress(OSError), self._state.open("ab") as state:  # the output is what counts
-            state.write(json.dumps(entry).encode() + b"\n")
+    def _apply(self, entry: dict[str, Any]) -> None:
+        """What the log says is so: the same when it is written as when it is read again."""
+        match entry:
+            case {"record": number, "size": size, "end": end, "input": check, "error": error}:
+                self._header = self._header if number else end - size
+                self._ends.append(end)
+                self._checks.append(check)
+                self._note(number, error)
+            case {"retried": number, "line": line, "error": error}:
+                self._retried[number] = line.encode()
+                self._note(number, error)
+            case {"merged": _}:
+                self._ends = self._merged_ends()
+                self._retried = {}
+            case {"done": count}:
+                del self._ends[count:], self._checks[count:]
+                self._errors = {number: error for number, error in self._errors.items() if number < count}
+                self._retried = {number: line for number, line in self._retried.items() if number < count}
+            case {"whole": count}:
+                self._whole = count
+
+    def _note(self, number: int, error: str | None) -> None:
+        self._errors.pop(number, None)
+        if error:
+            self._errors[number] = error
+
+    def _merge(self) -> None:
+        """A crash leaves the old output and all of the log, or a new one that `_go_on` puts in its place."""
+        try:
+            with self.path.open("rb") as old, self._new.open("wb") as new:
+                new.write(old.read(self._header))
+                for number, end in enumerate(self._ends):
+                    line = old.read(end - old.tell())
+                    new.write(self._retried.get(number, line))
+            self._new.chmod(self.path.stat().st_mode)
+        except OSError as problem:
+            self._new.unlink(missing_ok=True)
+            raise LlmcliError(f"cannot write to {self._new}: {problem.strerror}") from problem
+        _sync(self._new)
+        self._put({"merged": len(self._retried)})
+        _sync(self._state)
+        self._replace()
+
+    def _merged_ends(self) -> "array[int]":
+        ends, start, shift = array("Q"), self._header, 0
+        for number, end in enumerate(self._ends):
+            if number in self._retried:
+                shift += len(self._retried[number]) - (end - start)
+            ends.append(end + shift)
+            start = end
+        return ends
+
+    def _replace(self) -> None:
+        os.replace(self._new, self.path.resolve())
+        with suppress(LlmcliError):  # not every file system can
+            _sync(self._new.parent)
+
+    def _sync(self) -> None:
+        _sync(self.path)
+        _sync(self._state)
+        self._synced = time.monotonic()
 
 
-def whole_records(output: BinaryIO, form: str) -> tuple[int, int]:
-    """How many records stand whole in an output of that form, and the byte where the last of them ends."""
-    if form == "csv":
-        return _whole_rows(output)
-    end_mark = b"\0" if form == "null" else b"\n"
-    count = end = 0
-    size = 0
-    while chunk := output.read(1 << 20):
-        count += chunk.count(end_mark)
-        if (last := chunk.rfind(end_mark)) >= 0:
-            end = size + last + 1
-        size += len(chunk)
-    return count, end
+def _entries(state: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a log as far as its lines are whole, and where these end. There is a first one."""
+    entries: list[dict[str, Any]] = []
+    end = 0
+    with state.open("rb") as file, suppress(ValueError):
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            entries.append(json.loads(line))
+            end += len(line)
+    return entries or [{}], end
 
 
-def _whole_rows(output: BinaryIO) -> tuple[int, int]:
-    """Rows without the header; a line end between quotes ends none."""
-    count, end, quotes = -1, 0, 0
-    at = 0
-    for line in output:
-        at += len(line)
-        quotes += line.count(b'"')
-        if quotes % 2 == 0 and line.endswith(b"\n"):
-            count, end = count + 1, at
-    return max(count, 0), end
+def _sync(path: Path) -> None:
+    """Onto the disk, lest a power cut takes it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as problem:
+        raise LlmcliError(f"cannot write to {path}: {problem.strerror}") from problem
+    finally:
+        os.close(descriptor)
 
 
 def _identity(job: Job) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def qa(
     form = input.form()
     target = output.target(form, [text for text in (question, context) if text is not None], input.files)
     roles = input.roles("question", "context")
-    records, documents = questions(question, context, input.files, form, roles)
+    records, documents = questions(question, context, input.files, form, roles, retry=output.retry_errors)
     job = Job(
         task="qa",
         model=model.name("qa"),
