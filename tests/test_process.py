@@ -82,6 +82,14 @@ def test_a_full_disk_behind_output_is_one_line(tiny, tmp_path):
     assert stderr == f"llmcli: cannot write to {path}: File too large\n".encode()
 
 
+def test_errors_do_not_go_to_stdout_where_stderr_is_closed(tiny):
+    command = [sys.executable, "-m", "llmcli", "generate", "--jsonl", "-m", str(tiny), "--stats"]
+    closed = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
+    done = subprocess.run(closed, input=b'{"id": 1}\n', stdout=subprocess.PIPE, timeout=60)
+    assert done.returncode == 1
+    assert done.stdout.count(b"\n") == 1
+
+
 def test_stdout_is_utf8_whatever_the_locale(process, tiny):
     environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "HOME": "/nonexistent"}
     done = process("generate", "é", "-m", tiny, "--json", env=environment)

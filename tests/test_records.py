@@ -45,6 +45,29 @@ def test_every_form_from_every_source(form, source, tmp_path, monkeypatch):
     assert {record.file for record in found} == {{"file": str(path), "dash": "-"}.get(source)}
 
 
+@pytest.mark.parametrize(
+    ("form", "shares"),
+    [
+        (Form.WHOLE, [0.5, 1]),
+        (Form.LINES, [0.25, 0.5, 0.75, 1]),
+        (Form.NULL, [None] * 4),
+        (Form.JSONL, [0.25, 0.5, 0.75, 1]),
+        (Form.CSV, [0.5, 1]),
+    ],
+)
+def test_of_files_a_record_knows_how_much_is_read_with_it(form, shares, tmp_path, monkeypatch):
+    end = b"\0" if form is Form.NULL else b"\n"
+    path = tmp_path / "input"
+    path.write_bytes(b"text" + end + b"1234" + end)
+    assert [record.share for record in read(sources([], [str(path), str(path)]), form)] == shares
+    with path.open("rb", buffering=0) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        stdin.seek(5)
+        assert [record.share for record in read(sources([], []), form)][-1:] == shares[-1:] * (form is not Form.CSV)
+    assert {record.share for record in read(sources(["text"], [str(path)]), form)} == {None}
+    assert {record.share for record in read(sources([], [str(path), "/dev/null"]), form)} == {None}
+
+
 @pytest.mark.parametrize("form", Form)
 def test_nothing_in_nothing_out(form, tmp_path):
     assert records(b"", form, tmp_path) == ([] if form is not Form.WHOLE else records(b"\n", form, tmp_path))

@@ -189,3 +189,9 @@ def test_eight_of_ten_questions_find_their_passage_among_the_first_three(llmcli,
         if not any(Path(hit["file"]) == ROOT / page and phrase in hit["text"] for hit in found):
             missed.append(question)
     assert len(missed) <= 2, missed
+
+
+@pytest.mark.parametrize("option", ["--resume", "--retry-errors"])
+def test_options_of_record_after_record_are_refused(search, tmp_path, option):
+    ran = search("a dog", "--output", tmp_path / "out", option, stdin=b"the fox")
+    assert (ran.exit_status, "search does not go with --resume" in ran.stderr) == (2, True)

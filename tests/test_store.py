@@ -99,6 +99,20 @@ def test_first_use_pulls(llmcli: Run, index: Path, gguf: Path) -> None:
     assert ran.stdout.startswith(PROMPT)
 
 
+def test_the_bar_of_a_pull_has_the_screen_to_itself(
+    llmcli: Run, index: Path, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    publish(index, "tiny", gguf.read_bytes())
+    args = ("generate", "-m", "tiny", "--max-new-tokens", 4, "--output", tmp_path / "out", "the", "fox")
+    ran = llmcli(*args, is_terminal=True)
+    assert ran.exit_status == 0
+    before, _, after = ran.stderr.partition("pulling tiny")
+    assert before.count("\x1b[?25l") == before.count("\x1b[?25h") + 1  # one hides the cursor: the bar
+    assert "of 2 records" in before
+    assert "of 2 records" in after
+
+
 def test_nothing_in_the_wheel_is_run(
     llmcli: Run, index: Path, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

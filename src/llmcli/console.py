@@ -1,12 +1,18 @@
 """stderr: errors, notices, progress. Nothing here ever writes to stdout."""
 
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any
 
 quiet = False
 verbose = False
+REFRESH = 5  # times a second
+SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+_parts: list[Callable[[], str]] = []  # what the live line is made of
+_live: Any = None  # rich's Live, while the line is on the screen
 
 
 def be_quiet(value: bool) -> None:
@@ -41,21 +47,74 @@ def error(message: str, hint: str | None = None, cause: BaseException | None = N
 
 
 def _say(message: str) -> None:
+    say("llmcli: " + message.replace("\n", " "))
+
+
+def say(line: str) -> None:
+    """The line as it is, above the live one."""
     # A full disk or a closed terminal behind stderr must not hide the exit code.
     with suppress(OSError):
-        print("llmcli: " + message.replace("\n", " "), file=sys.stderr, flush=True)
+        if _live:
+            _live.console.out(line, highlight=False)
+        elif sys.stderr:
+            print(line, file=sys.stderr, flush=True)
+
+
+def working(message: str) -> AbstractContextManager[None]:
+    """A message while something takes its time."""
+    return showing(lambda: message)
 
 
 @contextmanager
-def working(message: str) -> Iterator[None]:
-    """A spinner while something takes its time, when a person is watching."""
+def showing(part: Callable[[], str]) -> Iterator[None]:
+    """One live line on a terminal, gone at the end. `part` is asked for its text at every refresh; what is shown within
+    stands after it."""
+    global _live
     if quiet or not is_terminal():
         yield
         return
-    from rich.console import Console
-
-    with Console(stderr=True).status(message, spinner="dots"):
+    _parts.append(part)
+    is_outermost = not _live
+    if is_outermost:
+        _live = _live_line()
+        with suppress(OSError):
+            _live.start(refresh=True)
+    try:
         yield
+    finally:
+        _parts.remove(part)
+        if is_outermost:
+            with suppress(OSError):
+                _live.stop()
+            _live = None
+
+
+def _live_line() -> Any:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    def line() -> Text:
+        spinner = SPINNER[int(time.monotonic() * REFRESH) % len(SPINNER)]
+        said = ", ".join(filter(None, [part() for part in _parts]))
+        return Text(f"{spinner} {said}", no_wrap=True, overflow="ellipsis")
+
+    screen = Console(stderr=True)
+    return Live(console=screen, get_renderable=line, refresh_per_second=REFRESH, transient=True, redirect_stdout=False)
+
+
+@contextmanager
+def without_live_line() -> Iterator[None]:
+    """The terminal is free for others' bars."""
+    with suppress(OSError):
+        if _live:
+            _live.stop()
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if _live:
+                _live.start(refresh=True)
 
 
 @contextmanager

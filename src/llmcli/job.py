@@ -55,6 +55,7 @@ class Record:
     file: str | None = None
     line: int | None = None
     failure: Failure | None = None
+    share: float | None = field(default=None, compare=False)  # of all input, how much is read with it, if that is known
 
     @property
     def where(self) -> str:

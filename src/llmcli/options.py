@@ -13,7 +13,7 @@ import typer
 from llmcli import config, console, registry, store
 from llmcli.errors import UsageError
 from llmcli.job import Placement
-from llmcli.output import Format
+from llmcli.output import Format, Target
 from llmcli.records import Form
 
 Model = Annotated[
@@ -87,12 +87,13 @@ class OutputOptions:
     on_error: Annotated[
         Literal["skip", "stop"], typer.Option("--on-error", help="What a failed record does to the others.")
     ] = "skip"
+    stats: Annotated[bool, typer.Option("--stats", help="A summary as JSON on stderr at the end.")] = False
     quiet: Quiet = False
     verbose: Verbose = False
 
-    def target(self, form: Form, texts: Sequence[str] = (), files: Sequence[str] = ()) -> dict[str, Any]:
-        """How and where results are written, given how records are read: keywords of `run`. `texts` and `files` are
-        the input, for --resume to know it again. Raises UsageError."""
+    def target(self, form: Form, texts: Sequence[str] = (), files: Sequence[str] = ()) -> Target:
+        """Given how records are read. `texts` and `files` are the input, for --resume to know it again. Raises
+        UsageError."""
         formats = {Form.JSONL: Format.JSON, Form.CSV: Format.CSV, Form.LINES: Format.LINES, Form.NULL: Format.NULL}
         format = Format.JSON if self.json else formats.get(form, Format.TEXT)
         resume = None
@@ -106,14 +107,14 @@ class OutputOptions:
             from llmcli.resume import fingerprint
 
             resume = fingerprint(list(texts), list(files))
-        stop = self.on_error == "stop"
-        return {
-            "format": format,
-            "path": self.output,
-            "stop_on_error": stop,
-            "resume": resume,
-            "retry": self.retry_errors,
-        }
+        return Target(
+            format=format,
+            path=self.output,
+            resume=resume,
+            retry=self.retry_errors,
+            stop_on_error=self.on_error == "stop",
+            stats=self.stats,
+        )
 
 
 @dataclass

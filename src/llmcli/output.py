@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -25,6 +26,18 @@ class Format(Enum):
     NULL = "null"  # ended by NUL
     JSON = "json"
     CSV = "csv"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Where and how a run's results are written, and what becomes of failures."""
+
+    format: Format = Format.TEXT
+    path: Path | None = None
+    resume: str | None = None  # a fingerprint of the input: go on where the file at `path` ends
+    retry: bool = False  # run again what failed before: in the input, and in the file that goes on
+    stop_on_error: bool = False
+    stats: bool = False
 
 
 class Sink(AbstractContextManager["Sink"]):
@@ -94,14 +107,14 @@ class Output(AbstractContextManager["Output"]):
         self.names = names
         self.model = model
         self._sink = Sink(path, append=append)
-        self._is_watched = not path and sys.stdout.isatty()
+        self.is_watched = not path and sys.stdout.isatty()
         self._columns = _header(path) if path and append and format is Format.CSV else []
         self._written = 0  # characters of the next result's text that are out already
 
     @property
     def streams(self) -> bool:
         """Whether pieces of a text are of use before its end: a person is watching."""
-        return self._is_watched and self.format in (Format.TEXT, Format.LINES)
+        return self.is_watched and self.format in (Format.TEXT, Format.LINES)
 
     def piece(self, text: str) -> None:
         """The next characters of the text whose Result will follow."""

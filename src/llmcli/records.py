@@ -5,6 +5,8 @@ import io
 import itertools
 import json
 import math
+import os
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -51,10 +53,15 @@ def sources(texts: Sequence[str], files: Sequence[str]) -> list[tuple[str | None
 def read(streams: Iterable[tuple[str | None, Stream]], form: Form) -> Iterator[Record]:
     """Every record of the streams, in order. One that cannot be parsed comes as a Record with a `failure`."""
     readers = {Form.WHOLE: _whole, Form.LINES: _lines, Form.NULL: _null, Form.JSONL: _jsonl, Form.CSV: _csv}
+    streams = list(streams)
+    size = 0 if form is Form.NULL else _size(stream for _, stream in streams)  # NUL-ended texts are read in chunks
+    done = 0
     for name, stream in streams:
         try:
             with stream:
-                yield from readers[form](stream, name)
+                for record in readers[form](stream, name):
+                    yield replace(record, share=min(1, (done + stream.tell()) / size)) if size else record
+                done += stream.tell() if size else 0
         except OSError as problem:
             raise UsageError(f"{name or 'stdin'}: {reason(problem)}") from problem
 
@@ -162,6 +169,15 @@ def _stdin() -> Stream:
         return open(sys.stdin.fileno(), "rb", closefd=False)
     except (OSError, ValueError):  # replaced by an object that is no file
         return cast(Stream, sys.stdin.buffer)
+
+
+def _size(streams: Iterable[Stream]) -> int:
+    """Bytes of regular files; 0 where one is something else."""
+    try:
+        found = [os.fstat(stream.fileno()) for stream in streams]
+    except OSError:  # a text that is no file
+        return 0
+    return sum(each.st_size for each in found) if all(stat.S_ISREG(each.st_mode) for each in found) else 0
 
 
 def _whole(stream: Stream, name: str | None) -> Iterator[Record]:

@@ -22,23 +22,26 @@ from typing import Any
 
 from llmcli.errors import LlmcliError, UsageError
 from llmcli.job import Job, Record, Result
-from llmcli.output import Output, Sink
+from llmcli.output import Output, Sink, Target
+from llmcli.tally import Tally
 
 SYNC_EVERY = 1.0  # seconds of work that a power cut may take
 PLACE_ONLY = ("batch_size", "offline", "max_memory", "offload_folder")  # change no result
 
 
 class Journal(AbstractContextManager["Journal"]):
-    """What is known of the output at `path`. With `retry`, records whose result is an error are run again.
+    """What is known of a target's output.
 
     Raises UsageError where the output there is of another job or input, has no log, or is being written by another
     run; LlmcliError when the disk is full.
     """
 
-    def __init__(self, path: Path, job: Job, inputs: str, form: str, *, retry: bool = False) -> None:
-        self.path, self._state = path, path.with_name(f"{path.name}.state")
+    def __init__(self, target: Target, job: Job) -> None:
+        assert target.path
+        self.path = path = target.path
+        self._state = path.with_name(f"{path.name}.state")
         self._new = path.resolve().with_name(f"{path.name}.state.new")
-        self._retry = retry
+        self._retry = target.retry
         self._errors: dict[int, str] = {}  # by record, from 0: `failed`, or `passed` on as it came
         self._ends = array("Q")  # of each result in the output, in bytes
         self._header = 0  # bytes before the first
@@ -47,7 +50,7 @@ class Journal(AbstractContextManager["Journal"]):
         self._whole: int | None = None
         self._taken: deque[tuple[int, int]] = deque()
         self._synced = time.monotonic()
-        about = {"job": _identity(job), "form": form, "input": inputs}
+        about = {"job": _identity(job), "form": target.format.value, "input": target.resume}
         is_begun = path.exists() and path.stat().st_size > 0
         if is_begun and not self._state.exists():
             raise UsageError(f"{path} exists, and has no {self._state}", hint="name another file, or remove it first")
@@ -66,10 +69,12 @@ class Journal(AbstractContextManager["Journal"]):
         """How many records have a result."""
         return len(self._ends)
 
-    @property
-    def failed(self) -> int:
-        """How many of them failed."""
-        return sum(error == "failed" for error in self._errors.values())
+    def tally(self) -> Tally:
+        """What of it stays as it is."""
+        if self._retry:
+            return Tally(self.done - len(self._errors))
+        failed = sum(error == "failed" for error in self._errors.values())
+        return Tally(self.done, failed, len(self._errors) - failed)
 
     @property
     def is_whole(self) -> bool:
@@ -104,16 +109,20 @@ class Journal(AbstractContextManager["Journal"]):
         if time.monotonic() - self._synced > SYNC_EVERY:
             self._sync()
 
-    def finish(self, *, is_whole: bool) -> None:
-        """The output is closed, and what was tried again takes its place in it."""
-        if self._retried:
-            self._merge()
-        if is_whole:
-            self._put({"whole": self.done})
-        self._sync()
+    def note_whole(self) -> None:
+        """All records are done."""
+        self._put({"whole": self.done})
 
-    def __exit__(self, *exception: Any) -> None:
-        self._log.__exit__(*exception)
+    def __exit__(self, kind: type[BaseException] | None, *others: Any) -> None:
+        """What was tried again takes its place in the output, which is closed; after an interruption, with the next
+        run."""
+        try:
+            if kind is None and self._retried:
+                self._merge()
+            if kind is None:
+                self._sync()
+        finally:
+            self._log.__exit__(kind, *others)
 
     def _lock(self) -> None:
         import fcntl  # on Unix only, unlike the rest

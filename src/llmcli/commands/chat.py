@@ -9,7 +9,7 @@ from llmcli.errors import ExitStatus
 from llmcli.grammar import spread
 from llmcli.job import Job
 from llmcli.options import GenerationOptions, InputOptions, ModelOptions, OutputOptions, Prompt
-from llmcli.output import Format
+from llmcli.output import Target
 from llmcli.records import prompts
 from llmcli.run import run
 from llmcli.tasks.fields import template
@@ -46,9 +46,9 @@ def chat(
         seed=generation.seed,
         truncate=generation.truncate,
     )
-    is_plain = target["format"] is Format.TEXT and not target["path"] and not target["stop_on_error"] and not prompt
+    is_plain = target == Target() and not prompt
     if text is None and not input.files and is_plain and sys.stdin and sys.stdin.isatty():
         from llmcli.repl import converse
 
         return converse(job)
-    return run(job, prompts([text] if text is not None else [], input.files, form), **target)
+    return run(job, prompts([text] if text is not None else [], input.files, form), target)

@@ -1,5 +1,6 @@
 """llmcli embed: texts to vectors."""
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -33,7 +34,7 @@ def embed(
     form = input.form()
     target = output.target(form, texts, input.files)
     if form is not Form.CSV:
-        target["format"] = Format.JSON
+        target = replace(target, format=Format.JSON)
     job = Job(
         task="embed",
         model=model.name("embed"),
@@ -42,4 +43,4 @@ def embed(
         batch_size=model.batch(),
         truncate=truncate,
     )
-    return run(job, read(sources(texts, input.files), form), **target)
+    return run(job, read(sources(texts, input.files), form), target)

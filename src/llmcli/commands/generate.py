@@ -50,4 +50,4 @@ def generate(
         seed=generation.seed,
         truncate=generation.truncate,
     )
-    return run(job, prompts(texts, input.files, form), **output.target(form, texts, input.files))
+    return run(job, prompts(texts, input.files, form), output.target(form, texts, input.files))

@@ -77,4 +77,4 @@ def qa(
         seed=generation.seed,
         truncate=generation.truncate,
     )
-    return run(job, records, **target)
+    return run(job, records, target)

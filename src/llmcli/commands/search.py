@@ -1,5 +1,6 @@
 """llmcli search: passages nearest in meaning, printed as grep prints."""
 
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -12,6 +13,7 @@ from llmcli.job import Job, Record, Result
 from llmcli.options import ModelOptions, OutputOptions
 from llmcli.output import Format, Output
 from llmcli.records import Form, read, sources
+from llmcli.tally import Tally, summary
 
 BATCH_SIZE = 32
 
@@ -36,28 +38,32 @@ def search(
     """
     if not query.strip():
         raise UsageError("the query is empty")
+    if output.resume or output.retry_errors:
+        raise UsageError("search does not go with --resume and --retry-errors: it ends with all passages or none")
     found = list(read(sources([], files), Form.WHOLE if files else Form.LINES))
-    failed = [record for record in found if record.failure]
-    for record in failed:
-        assert record.failure
-        console.error(f"{record.where}{record.failure.message}")
-    if failed and output.on_error == "stop":
-        return ExitStatus.FAILED
-    job = Job(
-        task="search",
-        model=model.name("search"),
-        parameters={"limit": limit},
-        placement=model.placement(),
-        batch_size=model.batch() or BATCH_SIZE,
-    )
-    texts = [{**record.fields, "file": record.file, "line": record.line} for record in found if not record.failure]
-    (result,) = LocalEngine().run(job, [Record({"query": query, "texts": texts})])
-    if result.failure:
-        raise LlmcliError(result.failure.message)
-    with Output(Format.JSON if output.json else Format.TEXT, path=output.output, model=job.model) as out:
-        for match in result.output["matches"]:
-            place = f"{match['file']}:{match['line']}" if match["file"] else str(match["line"])
-            text = f"{place}: {' '.join(match['text'].split())} ({match['score']:.3f})"
-            record = Record({"line": match["line"], "text": match["text"]}, match["file"])
-            out.write(Result(record, {"score": match["score"]}, text))
-    return ExitStatus.of(len(failed), len(found))
+    name, tally = model.name("search"), Tally()
+    with summary(name, tally) if output.stats else nullcontext():
+        for record in found:
+            tally.add(Result(record, failure=record.failure))
+            if record.failure:
+                console.error(f"{record.where}{record.failure.message}")
+        if tally.failed and output.on_error == "stop":
+            return ExitStatus.FAILED
+        job = Job(
+            task="search",
+            model=name,
+            parameters={"limit": limit},
+            placement=model.placement(),
+            batch_size=model.batch() or BATCH_SIZE,
+        )
+        texts = [{**record.fields, "file": record.file, "line": record.line} for record in found if not record.failure]
+        (result,) = LocalEngine().run(job, [Record({"query": query, "texts": texts})])
+        if result.failure:
+            raise LlmcliError(result.failure.message)
+        with Output(Format.JSON if output.json else Format.TEXT, path=output.output, model=name) as out:
+            for match in result.output["matches"]:
+                place = f"{match['file']}:{match['line']}" if match["file"] else str(match["line"])
+                text = f"{place}: {' '.join(match['text'].split())} ({match['score']:.3f})"
+                record = Record({"line": match["line"], "text": match["text"]}, match["file"])
+                out.write(Result(record, {"score": match["score"]}, text))
+    return ExitStatus.of(tally.failed, tally.records)

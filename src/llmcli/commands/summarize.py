@@ -43,4 +43,4 @@ def summarize(
         seed=generation.seed,
         truncate=generation.truncate,
     )
-    return run(job, read(sources(texts, input.files), form), **output.target(form, texts, input.files))
+    return run(job, read(sources(texts, input.files), form), output.target(form, texts, input.files))

@@ -47,7 +47,7 @@ def translate(
         records, first = peeked(records)
         text = first.fields.get(roles["text"]) if first else None
         if not first:
-            return run(Job("translate", ""), records, **target_options)
+            return run(Job("translate", ""), records, target_options)
         guess = source or (languages.likely(text) if isinstance(text, str) else None)
     job = Job(
         task="translate",
@@ -59,4 +59,4 @@ def translate(
         seed=generation.seed,
         truncate=generation.truncate,
     )
-    return run(job, records, **target_options)
+    return run(job, records, target_options)

@@ -1,7 +1,8 @@
 """Engines turn a Job and Records into Results, in input order. One contract, the same results.
 
-    run(job, records, on_text) -> Iterator[Result]
+    run(job, records, on_text, on_done) -> Iterator[Result]
 
 `on_text`, where given, gets the text of a record in pieces while it is generated, before its Result,
-whenever the engine works on that record alone and no other waits for its turn.
+whenever the engine works on that record alone and no other waits for its turn. `on_done`, where given,
+gets every Result as soon as it is there, which may be before its turn.
 """

@@ -1,7 +1,7 @@
 """The engine of this process: loads models, and takes each record through the steps of its task, in batches."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +16,7 @@ from llmcli.job import Failure, Job, Record, Result
 from llmcli.loader import quiet_libraries
 from llmcli.tasks import Ask, Steps, Way
 
+OnDone = Callable[[Result], None]
 WINDOW = 512  # records under way at most: a batch is chosen among their rows
 
 
@@ -29,9 +30,15 @@ class Work:
     ask: Ask | None = None
     requests: list[Request] = field(default_factory=list)
     result: Result | None = None
+    on_done: OnDone | None = None
+
+    def finish(self, result: Result) -> None:
+        self.result = result
+        if self.on_done:
+            self.on_done(result)
 
     def fail(self, why: Failure) -> None:
-        self.result = Result(self.record, failure=why)
+        self.finish(Result(self.record, failure=why))
 
     def go_on(self, outputs: list[Any] | None) -> None:
         """On to the next thing that the steps ask for, or the result."""
@@ -40,7 +47,7 @@ class Work:
             self.ask = self.steps.send(outputs)  # type: ignore[arg-type]  # None begins it
             self.requests = [Request(each) for each in self.ask.inputs]
         except StopIteration as end:
-            self.result = Result(self.record, end.value.output, end.value.text)
+            self.finish(Result(self.record, end.value.output, end.value.text))
         except RecordError as problem:
             self.fail(failure(problem))
 
@@ -63,7 +70,9 @@ class LocalEngine:
     def __init__(self) -> None:
         self._loaded: dict[Any, Any] = {}
 
-    def run(self, job: Job, records: Iterable[Record], on_text: OnText | None = None) -> Iterator[Result]:
+    def run(
+        self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_done: OnDone | None = None
+    ) -> Iterator[Result]:
         """Results in the order of the records. The model is loaded when the first record needs it.
 
         Raises ModelUnavailable and UsageError; what is wrong with one record is a failure in its Result.
@@ -77,7 +86,7 @@ class LocalEngine:
                 room = WINDOW - len(works)
                 if not (waits and works):
                     new = ahead.take(room, least=room if waits else not works)
-                    begun = [_begun(job, record) for record in new]
+                    begun = [_begun(job, record, on_done) for record in new]
                     works += begun
                     if any(work.result is None for work in begun):
                         turn = turn or Turn(self, job)
@@ -154,13 +163,13 @@ class Turn:
             request.output, request.failure = result.output, result.failure
 
 
-def _begun(job: Job, record: Record) -> Work:
+def _begun(job: Job, record: Record, on_done: OnDone | None) -> Work:
     """The record as its task reads it; with its result already, where no model is needed for that."""
-    task, work = tasks.find(job.task), Work(record)
+    task, work = tasks.find(job.task), Work(record, on_done=on_done)
     if record.failure:
         work.fail(record.failure)
     elif record.has_failed_before:
-        work.result = Result(record)
+        work.finish(Result(record))
     else:
         try:
             work.prepared = task.prepare(job, record.fields)
@@ -168,7 +177,7 @@ def _begun(job: Job, record: Record) -> Work:
             work.fail(failure(problem))
         else:
             if work.prepared is None:
-                work.result = Result(record, task.empty)
+                work.finish(Result(record, task.empty))
     return work
 
 

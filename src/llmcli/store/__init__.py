@@ -60,7 +60,7 @@ def pull(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False, 
             f"{spec.name} is not cached, and this call is offline",
             hint=f"run `llmcli models pull {spec.name}` once with a network",
         )
-    with _writing_to_cache(), _lock(spec):
+    with _writing_to_cache(), _lock(spec), console.without_live_line():
         if not asks_hub and (path := find(spec, allow_pickle=allow_pickle)):
             return path
         if isinstance(spec.source, HubSource):
