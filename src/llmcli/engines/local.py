@@ -1,225 +1,43 @@
-"""The engine of this process: loads models, and takes each record through the steps of its task, in batches."""
+"""The engine of this process: loads models, and runs them in batches."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
-from llmcli import console, tasks
+from llmcli import tasks
+from llmcli.engines.engine import Engine, Turn
 from llmcli.engines.model import Model, long_lived_objects
-from llmcli.engines.readahead import ReadAhead
-from llmcli.engines.runner import GeneratingRunner, OnText, Request, Runner, failure
-from llmcli.errors import RecordError
-from llmcli.job import Failure, Job, Record, Result
+from llmcli.engines.runner import BatchRunner, GeneratingRunner
+from llmcli.job import Job
 from llmcli.loader import quiet_libraries
-from llmcli.tasks import Ask, Steps, Way
-
-OnDone = Callable[[Result], None]
-WINDOW = 512  # records under way at most: a batch is chosen among their rows
+from llmcli.tasks import Way
 
 
-@dataclass(slots=True, eq=False)
-class Work:
-    """A record on its way: its steps, and the requests for what they ask now."""
-
-    record: Record
-    prepared: Any = None
-    steps: Steps | None = None
-    ask: Ask | None = None
-    requests: list[Request] = field(default_factory=list)
-    result: Result | None = None
-    on_done: OnDone | None = None
-
-    def finish(self, result: Result) -> None:
-        self.result = result
-        if self.on_done:
-            self.on_done(result)
-
-    def fail(self, why: Failure) -> None:
-        self.finish(Result(self.record, failure=why))
-
-    def go_on(self, outputs: list[Any] | None) -> None:
-        """On to the next thing that the steps ask for, or the result."""
-        assert self.steps
-        try:
-            self.ask = self.steps.send(outputs)  # type: ignore[arg-type]  # None begins it
-            self.requests = [Request(each) for each in self.ask.inputs]
-        except StopIteration as end:
-            self.finish(Result(self.record, end.value.output, end.value.text))
-        except RecordError as problem:
-            self.fail(failure(problem))
-
-    def with_outputs(self) -> bool:
-        """On, if all that was asked for is there; whether it was."""
-        if why := next((request.failure for request in self.requests if request.failure), None):
-            self.fail(why)
-        elif all(request.is_over for request in self.requests):
-            assert self.ask
-            outputs = [request.output for request in self.requests]
-            self.go_on([_stripped(output) for output in outputs] if self.ask.strip else outputs)
-        else:
-            return False
-        return True
-
-
-class LocalEngine:
+class LocalEngine(Engine):
     """Keeps the models that it loaded, for the next call of `run`."""
 
     def __init__(self) -> None:
         self._loaded: dict[Any, Any] = {}
 
-    def run(
-        self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_done: OnDone | None = None
-    ) -> Iterator[Result]:
-        """Results in the order of the records. The model is loaded when the first record needs it.
+    def check(self, job: Job) -> None:
+        ways = tasks.find(job.task).ways
+        generating = {kind: way.defaults for kind, way in ways.items() if way.defaults is not None}
+        if generating:
+            from llmcli import generation
 
-        Raises ModelUnavailable and UsageError; what is wrong with one record is a failure in its Result.
-        """
-        # A seed repeats a sampled run only where the batches do not depend on how fast the input comes.
-        waits = job.seed is not None and job.generation.get("do_sample") is not False
-        turn: Turn | None = None
-        works: deque[Work] = deque()
-        with ReadAhead(records, WINDOW) as ahead:
-            while works or not ahead.ended:
-                room = WINDOW - len(works)
-                if not (waits and works):
-                    new = ahead.take(room, least=room if waits else not works)
-                    begun = [_begun(job, record, on_done) for record in new]
-                    works += begun
-                    if any(work.result is None for work in begun):
-                        turn = turn or Turn(self, job)
-                        turn.add(begun)
-                if turn and works and works[0].result is None:
-                    turn.step(on_text if len(works) == 1 else None)  # nothing may still stand before the pieces
-                while works and (result := works[0].result):
-                    works.popleft()
-                    yield result
+            with long_lived_objects():
+                quiet_libraries()
+                kind, defaults = next(iter(generating.items()))
+                generation.check(job.generation, defaults, counts_prompt=kind == "causal")
+
+    def model(self, job: Job) -> Model:
+        return Model(job, self._loaded)
+
+    def runner(self, job: Job, way: Way, model: Model) -> BatchRunner:
+        kind = BatchRunner if way.defaults is None else GeneratingRunner
+        return kind(job, way, model.pipeline)
+
+    def other(self) -> Engine:
+        return self
 
     def load(self, job: Job) -> None:
         """Load the job's model now."""
         Turn(self, job).runner  # noqa: B018
-
-    def model(self, job: Job) -> Model:
-        """The job's model, not yet loaded."""
-        return Model(job, self._loaded)
-
-
-class Turn:
-    """One job on its model. Raises UsageError where the job's options make no sense, before any model is sought."""
-
-    def __init__(self, engine: LocalEngine, job: Job) -> None:
-        self.engine, self.job = engine, job
-        self.model = engine.model(job)
-        self.works: list[Work] = []
-        _check(job)
-
-    @cached_property
-    def way(self) -> Way:
-        return tasks.find(self.job.task).ways[self.model.kind]
-
-    @cached_property
-    def runner(self) -> Runner:
-        kind = Runner if self.way.defaults is None else GeneratingRunner
-        return kind(self.job, self.way, self.model.pipeline)
-
-    def add(self, works: Sequence[Work]) -> None:
-        """Begin the steps of the records that have no result."""
-        for work in works:
-            if work.result is None:
-                work.steps = self.way.steps(self.job, work.prepared, self.model)
-                work.go_on(None)
-                self._asked(work)
-
-    def step(self, on_text: OnText | None) -> None:
-        """One batch, and on with the records whose outputs are there."""
-        if self.runner.waiting:
-            ask, left = self.works[0].ask, len(self.runner.waiting)
-            asked = sum(len(work.requests) for work in self.works)
-            has_parts = asked > len(self.works)
-            with console.working(f"{asked - left} of {asked} parts") if has_parts else nullcontext():
-                self.runner.step(_shown(ask, on_text) if ask and left == 1 else None)
-        open_works, self.works = self.works, []
-        for work in open_works:
-            if work.with_outputs():
-                self._asked(work)
-            else:
-                self.works.append(work)
-
-    def _asked(self, work: Work) -> None:
-        """What the work's steps ask for waits for a batch, or is done now where it is another task's."""
-        while work.result is None and work.ask and work.ask.job:
-            self._other(work.ask.job, work.requests)
-            work.with_outputs()
-        if work.result is None:
-            self.runner.add(work.requests)
-            self.works.append(work)
-
-    def _other(self, job: Job, requests: Sequence[Request]) -> None:
-        """Another task's answers."""
-        records = [Record(request.input) for request in requests]
-        for request, result in zip(requests, self.engine.run(job, records), strict=True):
-            request.output, request.failure = result.output, result.failure
-
-
-def _begun(job: Job, record: Record, on_done: OnDone | None) -> Work:
-    """The record as its task reads it; with its result already, where no model is needed for that."""
-    task, work = tasks.find(job.task), Work(record, on_done=on_done)
-    if record.failure:
-        work.fail(record.failure)
-    elif record.has_failed_before:
-        work.finish(Result(record))
-    else:
-        try:
-            work.prepared = task.prepare(job, record.fields)
-        except RecordError as problem:
-            work.fail(failure(problem))
-        else:
-            if work.prepared is None:
-                work.finish(Result(record, task.empty))
-    return work
-
-
-def _check(job: Job) -> None:
-    ways = tasks.find(job.task).ways
-    generating = {kind: way.defaults for kind, way in ways.items() if way.defaults is not None}
-    if generating:
-        from llmcli import generation
-
-        with long_lived_objects():
-            quiet_libraries()
-            kind, defaults = next(iter(generating.items()))
-            generation.check(job.generation, defaults, counts_prompt=kind == "causal")
-
-
-def _shown(ask: Ask, on_text: OnText | None) -> OnText | None:
-    """Where the answer goes while it comes, after the text that stands before it."""
-    if on_text is None or ask.shown is None:
-        return None
-    if ask.shown:
-        on_text(ask.shown)
-    return _Stripping(on_text) if ask.strip else on_text
-
-
-def _stripped(output: Mapping[str, Any]) -> dict[str, Any]:
-    texts = {"generated_text": output["generated_text"].strip()}
-    if "generated_texts" in output:
-        texts["generated_texts"] = [text.strip() for text in output["generated_texts"]]
-    return {**output, **texts}
-
-
-class _Stripping:
-    """Passes pieces on without the white space around the whole."""
-
-    def __init__(self, on_text: OnText) -> None:
-        self._on_text, self._begun, self._held = on_text, False, ""
-
-    def __call__(self, piece: str) -> None:
-        text = self._held + piece
-        text = text if self._begun else text.lstrip()
-        kept = text.rstrip()
-        self._held = text[len(kept) :]
-        if kept:
-            self._begun = True
-            self._on_text(kept)

@@ -3,40 +3,18 @@
 import copy
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from llmcli import console
 from llmcli.engines.batching import BatchSize, common, neighbours
-from llmcli.errors import LlmcliError, RecordError
-from llmcli.job import Failure, Job
+from llmcli.engines.request import OnText, Request, failing, is_out_of_memory
+from llmcli.errors import LlmcliError
+from llmcli.job import Job
 from llmcli.tasks import Way
 
-OnText = Callable[[str], None]
 LEAST_SHARED = 16  # tokens that all prompts begin with, for which it pays to keep their keys and values
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """One input on its way. It may take several rows of a batch, as a long context does; equal ones `follow` it."""
-
-    input: Any
-    output: Any = None
-    failure: Failure | None = None
-    rows: int = 0
-    done: dict[int, dict[str, Any]] = field(default_factory=dict)
-    followers: list["Request"] = field(default_factory=list)
-
-    @property
-    def key(self) -> str:
-        """The same for equal inputs."""
-        return self.input if isinstance(self.input, str) else repr(self.input)
-
-    @property
-    def is_over(self) -> bool:
-        return self.output is not None or self.failure is not None
 
 
 @dataclass(slots=True, eq=False)
@@ -50,7 +28,7 @@ class Row:
     room: int | None
 
 
-class Runner:
+class BatchRunner:
     """One job on one loaded pipeline: `add` requests, then `step` until none is `waiting`."""
 
     def __init__(self, job: Job, way: Way, pipeline: Any) -> None:
@@ -119,7 +97,7 @@ class Runner:
         except LlmcliError:
             raise
         except Exception as problem:  # one record must not take the others with it
-            out_of_memory = _is_out_of_memory(problem)
+            out_of_memory = is_out_of_memory(problem)
         # Out here the exception holds no memory of the failed pass any more.
         if out_of_memory:
             self.size.halve()
@@ -150,7 +128,7 @@ class Runner:
             }
 
 
-class GeneratingRunner(Runner):
+class GeneratingRunner(BatchRunner):
     """A job that generates text: as the merged GenerationConfig says, and within the model's context."""
 
     def __init__(self, job: Job, way: Way, pipeline: Any) -> None:
@@ -216,35 +194,3 @@ class GeneratingRunner(Runner):
         room: int | None = self.pipeline.room(row)
         most = self.config.max_new_tokens or self.config.max_length
         return room if room is not None and most is not None and room < most else None
-
-
-@contextmanager
-def failing(request: Request) -> Iterator[None]:
-    """Whatever goes wrong here is this request's failure; but not what is wrong with the job."""
-    try:
-        yield
-    except RecordError as problem:
-        request.failure = failure(problem)
-    except LlmcliError:
-        raise
-    except Exception as problem:
-        if _is_out_of_memory(problem):
-            request.failure = Failure("out_of_memory", "the model has not memory enough for it")
-            return
-        request.failure = Failure("failed", f"{type(problem).__name__}: {str(problem).strip() or 'no reason given'}")
-
-
-def failure(problem: RecordError) -> Failure:
-    """In one sentence."""
-    return Failure(problem.kind, f"{problem.message}: {problem.hint}" if problem.hint else problem.message)
-
-
-def _is_out_of_memory(problem: Exception) -> bool:
-    """torch's OutOfMemoryError of a GPU, Python's own, and what torch says on a CPU."""
-    said = str(problem)
-    return (
-        isinstance(problem, MemoryError)
-        or type(problem).__name__ == "OutOfMemoryError"
-        or "not enough memory" in said
-        or "can't allocate memory" in said
-    )

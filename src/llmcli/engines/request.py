@@ -1,0 +1,76 @@
+"""What steps ask to be run, and what becomes of it."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from llmcli.errors import LlmcliError, RecordError
+from llmcli.job import Failure
+
+OnText = Callable[[str], None]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One input on its way. It may take several rows of a batch, as a long context does; equal ones `follow` it."""
+
+    input: Any
+    output: Any = None
+    failure: Failure | None = None
+    rows: int = 0
+    done: dict[int, dict[str, Any]] = field(default_factory=dict)
+    followers: list["Request"] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        """The same for equal inputs."""
+        return self.input if isinstance(self.input, str) else repr(self.input)
+
+    @property
+    def is_over(self) -> bool:
+        return self.output is not None or self.failure is not None
+
+
+class Runner(Protocol):
+    """Runs requests: `add` them, then `step` until none is `waiting`. Each gets its output or its failure."""
+
+    @property
+    def waiting(self) -> Collection[Any]: ...
+
+    def add(self, requests: Sequence[Request]) -> None: ...
+
+    def step(self, on_text: OnText | None = None) -> None:
+        """Some of them. `on_text` gets the text of a single one as it comes."""
+
+
+@contextmanager
+def failing(request: Request) -> Iterator[None]:
+    """Whatever goes wrong here is this request's failure; but not what is wrong with the job."""
+    try:
+        yield
+    except RecordError as problem:
+        request.failure = failure(problem)
+    except LlmcliError:
+        raise
+    except Exception as problem:
+        if is_out_of_memory(problem):
+            request.failure = Failure("out_of_memory", "the model has not memory enough for it")
+            return
+        request.failure = Failure("failed", f"{type(problem).__name__}: {str(problem).strip() or 'no reason given'}")
+
+
+def failure(problem: RecordError) -> Failure:
+    """In one sentence."""
+    return Failure(problem.kind, f"{problem.message}: {problem.hint}" if problem.hint else problem.message)
+
+
+def is_out_of_memory(problem: Exception) -> bool:
+    """torch's OutOfMemoryError of a GPU, Python's own, and what torch says on a CPU."""
+    said = str(problem)
+    return (
+        isinstance(problem, MemoryError)
+        or type(problem).__name__ == "OutOfMemoryError"
+        or "not enough memory" in said
+        or "can't allocate memory" in said
+    )
