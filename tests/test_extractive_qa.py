@@ -4,10 +4,9 @@ import json
 from itertools import chain, pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from transformers import AutoTokenizer
-from transformers.pipelines.base import pad_collate_fn
 
 from llmcli import pipelines
 from llmcli.errors import ModelUnavailable, RecordError, UsageError
@@ -38,7 +37,7 @@ def asked(context, question="Who restored it?"):
 
 def forward(qa, windows):
     """All windows in one padded batch, and a row of it for each, as the engine does it."""
-    batch = qa.forward(pad_collate_fn(qa.tokenizer, None)(windows))
+    batch = qa.forward({name: [window[name] for window in windows] for name in windows[0]})
     return [
         {name: value[row : row + 1] if hasattr(value, "shape") else value[row] for name, value in batch.items()}
         for row in range(len(windows))
@@ -122,7 +121,7 @@ def test_padding_changes_nothing(qa):
     (short,) = qa.preprocess(asked("The clock was repaired in 1951."))
     (long,) = qa.preprocess(asked(ENGLISH), max_seq_len=512)
     padded, _ = forward(qa, [short, long])
-    assert padded["start"].shape == long["input_ids"].shape
+    assert padded["start"].shape == (1, len(long["input_ids"]))
     alone = qa.postprocess([qa.forward(short)], top_k=9, max_answer_len=500, handle_impossible_answer=True)
     check_gold(
         qa.postprocess([padded], top_k=9, max_answer_len=500, handle_impossible_answer=True),
@@ -135,11 +134,12 @@ def test_a_tokenizer_that_pads_on_the_left_reads_the_context_first(bert):
     qa = type(bert)(model=bert.model, tokenizer=tokenizer)
     (short,) = qa.preprocess(asked("It was repaired in 1951."))
     (long,) = qa.preprocess(asked(ENGLISH), max_seq_len=512)
-    assert tokenizer.decode(short["input_ids"][0]).startswith("[CLS] it was repaired")
-    alone = [qa.forward(window) for window in (short, long)]
-    batch = pad_collate_fn(tokenizer, None)(alone)  # padded behind the model: BERT's positions count from the left
-    padded = {name: value[:1] if hasattr(value, "shape") else value[0] for name, value in batch.items()}
-    assert qa.postprocess([padded], top_k=3) == qa.postprocess(alone[:1], top_k=3)
+    assert tokenizer.decode(short["input_ids"]).startswith("[CLS] it was repaired")
+    alone, width = qa.forward(short), len(long["input_ids"])
+    # Padded behind the model: BERT's positions count from the left.
+    padding = {name: ((0, 0), (width - alone[name].shape[1], 0)) for name in ("start", "end")}
+    padded = {**alone, **{name: np.pad(alone[name], some) for name, some in padding.items()}}
+    assert qa.postprocess([padded], top_k=3) == qa.postprocess([alone], top_k=3)
 
 
 def logits(qa, context, start, end):
@@ -147,8 +147,8 @@ def logits(qa, context, start, end):
     (window,) = qa.preprocess(asked(context))
     inside = [i for i, part in enumerate(window["encoding"].sequence_ids) if part == 1]
     for name, values in (("start", start), ("end", end)):
-        window[name] = torch.full(window["input_ids"].shape, 99.0)  # the question's tokens must not matter
-        window[name][0, [0, *inside]] = torch.tensor([0.0, *values])
+        window[name] = np.full((1, len(window["input_ids"])), 99.0, np.float32)  # the question's tokens must not matter
+        window[name][0, [0, *inside]] = [0.0, *values]
     return [window]
 
 
@@ -180,7 +180,7 @@ def test_no_answer_may_be_the_answer(bert):
 
 def test_where_every_token_is_barred_there_is_no_answer(bert):
     (window,) = logits(bert, "a b", [1, 2], [1, 2])
-    window["p_mask"] = torch.ones_like(window["p_mask"])
+    window["p_mask"] = [1] * len(window["p_mask"])
     nothing = {"answer": None, "score": 0.0, "start": None, "end": None}
     assert bert.postprocess([window]) == nothing
     assert bert.postprocess([window], top_k=2) == {**nothing, "answers": []}
@@ -192,7 +192,7 @@ def test_words_stay_whole_unless_told_otherwise(bert):
     pieces = [i for i, word in enumerate(window["encoding"].word_ids) if word == 1]
     pieces = [i for i in pieces if window["encoding"].sequence_ids[i] == 1]
     assert len(pieces) > 1
-    window["start"] = window["end"] = torch.zeros(window["input_ids"].shape)
+    window["start"] = window["end"] = np.zeros((1, len(window["input_ids"])), np.float32)
     window["start"][0, pieces[-1]] = window["end"][0, pieces[-1]] = 20.0
     assert bert.postprocess([window])["answer"] == "apprentice"
     cut = bert.postprocess([window], align_to_words=False)

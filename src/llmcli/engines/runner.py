@@ -5,6 +5,7 @@ import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from llmcli import console
@@ -43,18 +44,18 @@ class BatchRunner:
 
     def add(self, requests: Sequence[Request]) -> None:
         """Their rows wait for a batch. Those that cannot be read have their failure at once."""
-        before, _, _ = self.pipeline._sanitize_parameters(**self.parameters)
+        before, _ = self._settings
         for request in requests:
             if not self.repeats and (leader := self._leaders.get(request.key)):
                 leader.followers.append(request)
                 continue
             with failing(request):
-                made = self.pipeline.preprocess(request.input, **{**before, "truncate": self.truncate})
+                made = self.pipeline.preprocess(request.input, **before)
                 rows = [*made] if self._takes_rows else [made]
                 request.rows = len(rows)
                 self._leaders[request.key] = request
                 self.waiting += [
-                    Row(request, i, row, row["input_ids"].shape[1], self._room(row)) for i, row in enumerate(rows)
+                    Row(request, i, row, len(row["input_ids"]), self._room(row)) for i, row in enumerate(rows)
                 ]
 
     def step(self, on_text: OnText | None = None) -> None:
@@ -69,9 +70,15 @@ class BatchRunner:
             if request.failure or len(request.done) == request.rows:
                 self._finish(request)
 
+    @cached_property
+    def _settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What preprocess and postprocess are told."""
+        before, _, after = self.pipeline._sanitize_parameters(**self.parameters)
+        return {**before, "truncate": self.truncate}, after
+
     def _finish(self, request: Request) -> None:
         """The output of all rows together."""
-        _, _, after = self.pipeline._sanitize_parameters(**self.parameters)
+        _, after = self._settings
         if not request.failure:
             with failing(request):
                 rows = [request.done[i] for i in range(request.rows)]
@@ -115,11 +122,8 @@ class BatchRunner:
         self._take(rows, self.pipeline.forward(self._collated(rows)))
         return len(rows) * max(row.length for row in rows) / (time.perf_counter() - start)
 
-    def _collated(self, rows: Sequence[Row]) -> dict[str, Any]:
-        from transformers.pipelines.base import pad_collate_fn
-
-        batch: dict[str, Any] = pad_collate_fn(self.pipeline.tokenizer, None)([row.inputs for row in rows])
-        return batch
+    def _collated(self, rows: Sequence[Row]) -> dict[str, list[Any]]:
+        return {name: [row.inputs[name] for row in rows] for name in rows[0].inputs}
 
     def _take(self, rows: Sequence[Row], outputs: Mapping[str, Any]) -> None:
         for i, row in enumerate(rows):
@@ -178,7 +182,7 @@ class GeneratingRunner(BatchRunner):
     def _prefix(self, rows: Sequence[Row]) -> Any:
         """What these prompts all begin with, if it is long enough: found in the first batch, and shortened by a later
         one that has only a part of it."""
-        ids = [row.inputs["input_ids"][0].tolist() for row in rows]
+        ids = [row.inputs["input_ids"].tolist() for row in rows]
         known = [self._shared[0]] if self._shared else []
         shared = common([*known, *(some[:-1] for some in ids)])
         if len(shared) < LEAST_SHARED:

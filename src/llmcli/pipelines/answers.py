@@ -14,7 +14,7 @@ Decode = Callable[[list[int]], str]
 
 
 def fields(output: Mapping[str, Any], decode: Decode, config: Any) -> dict[str, Any]:
-    """The fields of one input's result, from its `sequences` (1, N, T) of new tokens, its `attention_mask` and what was
+    """The fields of one input's result, from its `sequences` (1, N, T) of new tokens, its `input_ids` and what was
     `cut` from it; `generated_texts` where more than one sequence was asked for."""
     found = [_answer(sequence.tolist(), decode, config) for sequence in output["sequences"][0]]
     text, reason, _ = found[0]
@@ -24,7 +24,7 @@ def fields(output: Mapping[str, Any], decode: Decode, config: Any) -> dict[str, 
     if output["cut"]:
         result["truncated"] = output["cut"]
     usage = {
-        "prompt_tokens": int(output["attention_mask"].sum()),
+        "prompt_tokens": len(output["input_ids"]),
         "completion_tokens": sum(count for _, _, count in found),
     }
     return result | {"finish_reason": reason, "usage": usage}

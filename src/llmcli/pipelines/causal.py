@@ -18,7 +18,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 
 from llmcli.errors import RecordError, UsageError
-from llmcli.pipelines import answers, lengths
+from llmcli.pipelines import answers, lengths, rows
 from llmcli.pipelines.answers import Decode
 
 Prompt = str | list[dict[str, Any]]
@@ -28,8 +28,8 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
     """What the steps hand to each other, for a batch of B prompts, the longest of P tokens, with N
     sequences of at most T new tokens each. `transformers.pipeline("llmcli-causal", ...)` makes one too.
 
-    preprocess   input_ids, attention_mask (1, P); is_chat; cut: tokens that --truncate took away
-    _forward     sequences (B, N, T), and what preprocess gave, padded on the left
+    preprocess   input_ids, P of them; is_chat; cut: tokens that --truncate took away
+    _forward     sequences, int64 (B, N, T), and what preprocess gave, in lists of B
     postprocess  {"generated_text", "finish_reason", "usage"} of one prompt
     """
 
@@ -58,7 +58,7 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
         config = {} if generation_config is None else {"generation_config": generation_config}
         return {"truncate": truncate}, config, config
 
-    @property
+    @functools.cached_property
     def context(self) -> int | None:
         """Tokens that prompt and answer may take together."""
         config = self.model.config.get_text_config()
@@ -67,7 +67,7 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
 
     def room(self, inputs: Mapping[str, Any]) -> int | None:
         """Tokens that the context leaves for the answer."""
-        return self.context - inputs["input_ids"].shape[1] if self.context else None
+        return self.context - len(inputs["input_ids"]) if self.context else None
 
     def count(self, text: str) -> int:
         """Tokens of a text."""
@@ -97,14 +97,7 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
             head = ids[:1] if ids[0] == first else []
             keep = context - min(truncate, context // 2) - len(head)
             ids = head + ids[-keep:]
-        input_ids = torch.tensor([ids])
-        cut = length - len(ids)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
-            "is_chat": isinstance(prompt, list),
-            "cut": cut,
-        }
+        return {"input_ids": rows.row(ids), "is_chat": isinstance(prompt, list), "cut": length - len(ids)}
 
     def _templated(self, messages: list[dict[str, Any]], **settings: Any) -> Any:
         if not self.tokenizer.chat_template:
@@ -134,45 +127,50 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
         prefix: tuple[list[int], Any] | None = None,
     ) -> dict[str, Any]:
         config = copy.copy(generation_config or self.model.generation_config)
-        settings = {}
-        if prefix:
-            inputs = {**inputs, **_prefix_first(inputs, prefix[0], self.tokenizer.pad_token_id)}
+        batch, settings = rows.listed(inputs), dict[str, Any]()
+        known = len(prefix[0]) if prefix else 0
+        ids, mask = rows.padded(
+            [row[known:] for row in batch["input_ids"]], self.tokenizer.pad_token_id, self.device, left=True
+        )
+        if prefix:  # at the very start, and the padding after it
+            begin = torch.tensor(prefix[0], device=ids.device).expand(len(ids), -1)
+            ids, mask = torch.cat([begin, ids], 1), torch.cat([torch.ones_like(begin), mask], 1)
             cache = copy.deepcopy(prefix[1])
-            cache.batch_repeat_interleave(len(inputs["input_ids"]))
+            cache.batch_repeat_interleave(len(ids))
             settings["past_key_values"] = cache
-        prompts, stops = inputs["input_ids"], config.stop_strings
         # transformers' own stop strings are found in the prompt's end and in special tokens too
-        config.stop_strings = None
-        found = [answers.StopTexts(self._decoders(inputs), stops, prompts.shape[1])] if stops else []
+        stops, config.stop_strings = config.stop_strings, None
+        found = [answers.StopTexts(self._decoders(batch), stops, ids.shape[1])] if stops else []
         sequences = self.model.generate(
-            input_ids=prompts,
-            attention_mask=inputs["attention_mask"],
+            input_ids=ids,
+            attention_mask=mask,
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([*criteria, *found]),
             streamer=streamer,
             **settings,
         )
-        sequences = getattr(sequences, "sequences", sequences)[:, prompts.shape[1] :]
-        return {"sequences": sequences.reshape(len(prompts), -1, sequences.shape[1]), **inputs}
+        sequences = getattr(sequences, "sequences", sequences)[:, ids.shape[1] :]
+        return {"sequences": sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True), **inputs}
 
     def postprocess(self, output: dict[str, Any], generation_config: Any = None) -> dict[str, Any]:
         """The fields of a result; `generated_texts` where more than one sequence was asked for."""
         config = generation_config or self.model.generation_config
-        (decode,) = self._decoders(output)
-        return answers.fields(output, decode, config)
+        return answers.fields(output, self.decoder(output), config)
 
     def decoder(self, item: Mapping[str, Any]) -> Decode:
         """New token ids -> text, for one preprocessed prompt."""
-        (decode,) = self._decoders(item)
-        return decode
+        return self._decoder(item["input_ids"], item["is_chat"])
 
-    def _decoders(self, batch: Mapping[str, Any]) -> list[Decode]:
-        """New token ids -> text, for each prompt of a batch. What follows a prompt is decoded together with the
-        prompt's last tokens: alone, a SentencePiece tokenizer would lose the space in front of it."""
-        is_chat = batch["is_chat"] if isinstance(batch["is_chat"], list) else [batch["is_chat"]]
-        rows = zip(is_chat, batch["input_ids"], batch["attention_mask"], strict=True)
-        tails = [[] if chat else ids[mask.bool()][-4:].tolist() for chat, ids, mask in rows]
-        return [functools.partial(self._decode_after, tail, self._decode(tail)) for tail in tails]
+    def _decoders(self, inputs: Mapping[str, Any]) -> list[Decode]:
+        return [*map(self._decoder, inputs["input_ids"], inputs["is_chat"])]
+
+    def _decoder(self, prompt: Any, is_chat: bool) -> Decode:
+        """New token ids -> text. What follows a prompt is decoded together with the prompt's last tokens: alone, a
+        SentencePiece tokenizer would lose the space in front of it."""
+        if is_chat:
+            return self._decode
+        tail = prompt[-4:].tolist()
+        return functools.partial(self._decode_after, tail, self._decode(tail))
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -180,19 +178,6 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
 
     def _decode_after(self, tail: list[int], known: str, ids: list[int]) -> str:
         return self._decode(tail + ids).removeprefix(known)
-
-
-def _prefix_first(inputs: Mapping[str, Any], prefix: list[int], pad: int) -> dict[str, Any]:
-    """Padded rows with what they all begin with at the very start, and the padding after it."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    padding = ids.shape[1] - mask.sum(1, keepdim=True)
-    is_own = torch.arange(ids.shape[1] - len(prefix), device=ids.device) >= padding
-    begin = torch.tensor(prefix, device=ids.device).expand(len(ids), -1)
-    rest = torch.where(is_own, ids[:, len(prefix) :], pad)
-    return {
-        "input_ids": torch.cat([begin, rest], 1),
-        "attention_mask": torch.cat([torch.ones_like(begin), is_own.to(mask.dtype)], 1),
-    }
 
 
 PIPELINE_REGISTRY.register_pipeline("llmcli-causal", pipeline_class=CausalPipeline)

@@ -9,14 +9,14 @@ from transformers.pipelines.base import Pipeline
 
 from llmcli import encoder
 from llmcli.errors import RecordError
-from llmcli.pipelines import lengths
+from llmcli.pipelines import lengths, rows
 
 
 class EmbeddingPipeline(Pipeline):  # type: ignore[misc]  # transformers has no types
     """What the steps hand to each other, for a batch of B texts, the longest of P tokens, in D dimensions:
 
-    preprocess   input_ids, attention_mask (1, P); cut: tokens that --truncate took away
-    _forward     vectors (B, D), float32, of Euclidean length 1; attention_mask; cut
+    preprocess   input_ids, P of them; cut: tokens that --truncate took away
+    _forward     vectors, float32 (B, D), of Euclidean length 1; what preprocess gave, in lists of B
     postprocess  {"embedding": D numbers, "usage"} of one text
 
     The pooling is what the model's sentence-transformers configuration says, the mean where it says nothing.
@@ -58,21 +58,21 @@ class EmbeddingPipeline(Pipeline):  # type: ignore[misc]  # transformers has no 
             )
         if length > self.context:  # once more: the token that ends every text has to stay
             ids = self.tokenizer(text, truncation=True, max_length=self.context)["input_ids"]
-        input_ids = torch.tensor([ids])
-        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "cut": length - len(ids)}
+        return {"input_ids": rows.row(ids), "cut": length - len(ids)}
 
     def _forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        mask = inputs["attention_mask"]
-        states = self.model(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state.float()
+        left = self.tokenizer.padding_side == "left"
+        ids, mask = rows.padded(rows.listed(inputs)["input_ids"], self.tokenizer.pad_token_id, self.device, left=left)
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         weights = mask.unsqueeze(-1).float()
         pooled = states[:, 0] if self.takes_first_token else (states * weights).sum(1) / weights.sum(1)
         vectors = torch.nn.functional.normalize(pooled, dim=-1)
-        return {"vectors": vectors, "attention_mask": mask, "cut": inputs["cut"]}
+        return {"vectors": vectors.numpy(force=True), **inputs}
 
     def postprocess(self, output: dict[str, Any]) -> dict[str, Any]:
         """The fields of a result."""
         cut = {"truncated": output["cut"]} if output["cut"] else {}
-        usage = {"prompt_tokens": int(output["attention_mask"].sum())}
+        usage = {"prompt_tokens": len(output["input_ids"])}
         return {"embedding": output["vectors"][0].tolist(), **cut, "usage": usage}
 
 

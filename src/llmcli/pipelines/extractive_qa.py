@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import ChunkPipeline
 
 from llmcli.errors import ModelUnavailable, RecordError, UsageError
+from llmcli.pipelines import rows
 
 NO_ANSWER = {"answer": None, "score": 0.0, "start": None, "end": None}
 
@@ -17,9 +17,9 @@ class ExtractiveQaPipeline(ChunkPipeline):  # type: ignore[misc]  # transformers
     """A long context is read through windows that overlap. What the steps hand to each other, for a batch of B windows,
     of one question or of several, the longest of P tokens:
 
-    preprocess   for each window input_ids, attention_mask, token_type_ids if the model takes them, p_mask: whether the
-                 token is barred from answers (1, P); encoding, as the tokenizer made it; context; is_last
-    _forward     start, end: logits, float32 (B, P); and what preprocess gave
+    preprocess   for each window input_ids, P of them; p_mask: whether each token is barred from answers; encoding, as
+                 the tokenizer made it; context; is_last
+    _forward     start, end: logits, float32 (B, P); what preprocess gave, in lists of B
     postprocess  {"answer", "score", "start", "end"}, from all windows of one question; "answers", best first, where
                  more than one was asked for
 
@@ -79,17 +79,13 @@ class ExtractiveQaPipeline(ChunkPipeline):  # type: ignore[misc]  # transformers
         ).encodings
         first, cls = order.index("context"), self.tokenizer.cls_token_id
         for window in windows:
-            input_ids = torch.tensor([window.ids])
-            inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-            if "token_type_ids" in self.tokenizer.model_input_names:
-                inputs["token_type_ids"] = torch.tensor([window.type_ids])
             # The [CLS] token takes the probability of there being no answer: it has its share of the softmax.
             barred = [
                 part != first and token != cls for part, token in zip(window.sequence_ids, window.ids, strict=True)
             ]
             yield {
-                **inputs,
-                "p_mask": torch.tensor([barred]),
+                "input_ids": rows.row(window.ids),
+                "p_mask": rows.row(barred),
                 "encoding": window,
                 "context": asked["context"],
                 "is_last": window is windows[-1],
@@ -120,8 +116,15 @@ class ExtractiveQaPipeline(ChunkPipeline):  # type: ignore[misc]  # transformers
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        output = self.model(**{name: inputs[name] for name in self.tokenizer.model_input_names})
-        return {**inputs, "start": output.start_logits.float(), "end": output.end_logits.float()}
+        batch, pad, left = rows.listed(inputs), self.tokenizer.pad_token_id, not self.is_question_first
+        ids, mask = rows.padded(batch["input_ids"], pad, self.device, left=left)
+        known = {"input_ids": ids, "attention_mask": mask}
+        if "token_type_ids" in self.tokenizer.model_input_names:
+            types = [encoding.type_ids for encoding in batch["encoding"]]
+            known["token_type_ids"], _ = rows.padded(types, 0, self.device, left=left)
+        output = self.model(**{name: known[name] for name in self.tokenizer.model_input_names})
+        start, end = (logits.float().numpy(force=True) for logits in (output.start_logits, output.end_logits))
+        return {"start": start, "end": end, **inputs}
 
     def postprocess(
         self,
@@ -141,7 +144,7 @@ class ExtractiveQaPipeline(ChunkPipeline):  # type: ignore[misc]  # transformers
         for window in windows:
             encoding, context = window["encoding"], window["context"]
             own = slice(len(encoding)) if self.is_question_first else slice(-len(encoding), None)  # no padding
-            start, end, barred = (window[name][0, own].numpy() for name in ("start", "end", "p_mask"))
+            start, end, barred = window["start"][0, own], window["end"][0, own], np.array(window["p_mask"], bool)
             start, end = _probabilities(start, barred), _probabilities(end, barred)
             nulls.append((start[0] * end[0]).item())
             start[0] = end[0] = 0  # [CLS]

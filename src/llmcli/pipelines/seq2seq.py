@@ -1,17 +1,17 @@
 """Texts -> texts, by an encoder-decoder model: translation, summarization. A transformers.Pipeline."""
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 
 from llmcli.errors import RecordError
-from llmcli.pipelines import answers
+from llmcli.pipelines import answers, rows
 from llmcli.pipelines.answers import Decode
 
 OTHER_HEADS = ("ForQuestionAnswering", "ForSequenceClassification", "ForTokenClassification")
@@ -21,8 +21,9 @@ class Seq2SeqPipeline(Pipeline):  # type: ignore[misc]  # transformers has no ty
     """What the steps hand to each other, for a batch of B texts, the longest of P tokens, with N sequences of at most
     T tokens each:
 
-    preprocess   input_ids, attention_mask (1, P); cut: tokens that --truncate took away
-    _forward     sequences (B, N, T), without the token that starts every decoder; what preprocess gave
+    preprocess   input_ids, P of them; cut: tokens that --truncate took away
+    _forward     sequences, int64 (B, N, T), without the token that starts every decoder; what preprocess gave, in
+                 lists of B
     postprocess  {"generated_text", "finish_reason", "usage"} of one text
     """
 
@@ -45,7 +46,7 @@ class Seq2SeqPipeline(Pipeline):  # type: ignore[misc]  # transformers has no ty
         config = {} if generation_config is None else {"generation_config": generation_config}
         return {"truncate": truncate}, config, config
 
-    @property
+    @functools.cached_property
     def context(self) -> int | None:
         """Tokens that a text may have, special ones included; None where the model knows no limit."""
         config = self.model.config
@@ -81,8 +82,7 @@ class Seq2SeqPipeline(Pipeline):  # type: ignore[misc]  # transformers has no ty
                     hint="shorten it, or let --truncate cut its end",
                 )
             ids = self.tokenizer(text, truncation=True, max_length=context)["input_ids"]
-        input_ids = torch.tensor([ids])
-        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "cut": length - len(ids)}
+        return {"input_ids": rows.row(ids), "cut": length - len(ids)}
 
     def _forward(
         self,
@@ -92,17 +92,18 @@ class Seq2SeqPipeline(Pipeline):  # type: ignore[misc]  # transformers has no ty
         criteria: Sequence[StoppingCriteria] = (),
     ) -> dict[str, Any]:
         config = copy.copy(generation_config or self.model.generation_config)
+        ids, mask = rows.padded(rows.listed(inputs)["input_ids"], self.tokenizer.pad_token_id, self.device)
         stops, config.stop_strings = config.stop_strings, None
         found = [answers.StopTexts([self._decode], stops, 1)] if stops else []
         sequences = self.model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            input_ids=ids,
+            attention_mask=mask,
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([*criteria, *found]),
             streamer=streamer,
         )
         sequences = getattr(sequences, "sequences", sequences)[:, 1:]
-        return {"sequences": sequences.reshape(len(inputs["input_ids"]), -1, sequences.shape[1]), **inputs}
+        return {"sequences": sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True), **inputs}
 
     def postprocess(self, output: dict[str, Any], generation_config: Any = None) -> dict[str, Any]:
         """The fields of a result; `generated_texts` where more than one sequence was asked for."""
