@@ -1,6 +1,14 @@
 """What llmcli itself costs a record: JSON Lines through `generate` with a model that answers at once, and a tokenizer
 that costs nothing or is SmolLM2's. Records a second, and how much the resident set grows over a million records."""
 
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
 FEW, MANY = 10_000, 1_000_000
 CHILD = """
 import sys
@@ -46,3 +54,42 @@ with open("/proc/self/status") as about:
     print(next(line for line in about if line.startswith("VmHWM")).split()[1], file=sys.stderr)
 sys.exit(status)
 """
+
+
+def records(path: Path, count: int) -> Path:
+    """So many, of twenty words and all different: equal ones would run once."""
+    words = Path(__file__).parents[1].joinpath("LICENSE").read_text().split()
+    chance = random.Random(1)
+    with path.open("w") as file:
+        for i in range(count):
+            file.write(json.dumps({"id": i, "text": f"{i} {' '.join(chance.choices(words, k=20))}"}) + "\n")
+    return path
+
+
+def run(tokenizer: str, model: str, inputs: Path) -> tuple[float, int]:
+    """Seconds, and the most bytes of main memory that were resident."""
+    args = ["generate", "-m", model, "--jsonl", "-f", str(inputs), "--temperature", "0"]
+    start = time.perf_counter()
+    with tempfile.TemporaryFile() as out:
+        command = [sys.executable, "-c", CHILD, tokenizer, model, *args]
+        ran = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, check=True)
+    return time.perf_counter() - start, int(ran.stderr.split()[-1]) * 1024
+
+
+def main() -> list[str]:
+    """The rows of a table in Markdown."""
+    llmcli = str(Path(sys.executable).with_name("llmcli"))
+    pulled = subprocess.run([llmcli, "models", "pull", "smollm2"], check=True, capture_output=True, text=True)
+    model = pulled.stdout.strip()
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        few, many = (records(Path(scratch, f"{count}.jsonl"), count) for count in (FEW, MANY))
+        for tokenizer, least in (("free", 20_000), ("real", 5_000)):
+            (short, small), (long, great) = (run(tokenizer, model, inputs) for inputs in (few, many))
+            speed, growth = (MANY - FEW) / (long - short), (great - small) / 1e6
+            rows.append(f"| {tokenizer} tokenizer | {speed:,.0f} | {least:,} | {growth:.1f} MB | 20 MB |")
+    return rows
+
+
+if __name__ == "__main__":
+    print("\n".join(main()))

@@ -31,6 +31,11 @@ def is_terminal() -> bool:
     return bool(sys.stderr) and sys.stderr.isatty()
 
 
+def is_watched() -> bool:
+    """Whether a person is there who wants to see what goes on."""
+    return is_terminal() and not quiet
+
+
 def notice(message: str) -> None:
     """One line that a person may want to know."""
     if not quiet:
@@ -70,7 +75,7 @@ def showing(part: Callable[[], str]) -> Iterator[None]:
     """One live line on a terminal, gone at the end. `part` is asked for its text at every refresh; what is shown within
     stands after it."""
     global _live
-    if quiet or not is_terminal():
+    if not is_watched():
         yield
         return
     _parts.append(part)
@@ -120,7 +125,7 @@ def without_live_line() -> Iterator[None]:
 @contextmanager
 def progress(message: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar of bytes on a terminal, one line elsewhere; yields a function told how many are done."""
-    if quiet or not is_terminal():
+    if not is_watched():
         notice(message)
         yield lambda done: None
         return

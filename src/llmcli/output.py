@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Literal
 from llmcli.errors import LlmcliError, ReaderGone, UsageError, reason
 from llmcli.job import Result
 
+JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 WRAPPED = ("TASKS", "LICENSE")  # columns of a table that give way on a narrow screen
 
 
@@ -181,7 +182,7 @@ class Output(AbstractContextManager["Output"]):
 
 def to_json(value: Any) -> str:
     """One line of JSON."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return JSON.encode(value)
 
 
 def print_lines(lines: Iterable[str]) -> None:

@@ -221,7 +221,7 @@ def _object(text: str) -> dict[str, Any]:
     if not text.strip():
         raise RecordError("invalid_json", "blank line")
     try:
-        value = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        value = JSON.decode(text)
     except json.JSONDecodeError as problem:
         there = f": {text[problem.pos]!r}" if problem.pos < len(text) else ""
         message = f"not JSON: {problem.msg.removesuffix(' at')} at character {problem.pos}{there}"
@@ -258,6 +258,9 @@ def _no_number(name: str) -> None:
 def _finite(digits: str) -> float:
     value = float(digits)
     return value if math.isfinite(value) else cast(float, _no_number(digits))
+
+
+JSON = json.JSONDecoder(parse_constant=_no_number, parse_float=_finite)
 
 
 def _csv(stream: Stream, name: str | None) -> Iterator[Record]:

@@ -34,10 +34,11 @@ def run(job: Job, records: Iterable[Record], target: Target) -> ExitStatus:
         if target.retry:
             records = map(Record.without_error, records)
         output = Output(target.format, path=target.path, names=names, model=job.model, append=journal is not None)
-        with output, nullcontext() if output.is_watched else console.showing(progress.line):
+        shows = console.is_watched() and not output.is_watched
+        with output, console.showing(progress.line) if shows else nullcontext():
             write = partial(journal.write, output) if journal else output.write
-            on_text = output.piece if output.streams else None
-            for result in LocalEngine().run(job, records, on_text, progress.done.add):
+            on_text, on_done = output.piece if output.streams else None, progress.done.add if shows else None
+            for result in LocalEngine().run(job, records, on_text, on_done):
                 write(result)
                 tally.add(result)
                 _say(result)

@@ -26,7 +26,8 @@ class Tally:
         self.records += 1
         self.failed += result.failure is not None
         self.passed += result.record.has_failed_before
-        self.tokens.update(result.output.get("usage", {}))
+        for name, count in result.output.get("usage", {}).items():  # Counter.update takes four times as long
+            self.tokens[name] += count
 
 
 class Progress:

@@ -1,6 +1,5 @@
 """Reading ahead in a thread, so that a slow input never delays records that are there already."""
 
-import contextlib
 import queue
 import threading
 from collections.abc import Iterable
@@ -17,7 +16,10 @@ class ReadAhead(AbstractContextManager["ReadAhead[T]"], Generic[T]):
     """
 
     def __init__(self, items: Iterable[T], ahead: int) -> None:
-        self._queue: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(ahead)
+        # A Queue with a maximum would lock and wake four times for each item.
+        self._queue: queue.SimpleQueue[tuple[T | None, BaseException | None, bool]] = queue.SimpleQueue()
+        self._room = threading.Event()
+        self._ahead = ahead
         self._iterator = iter(items)
         self._stopped = False
         self.ended = False
@@ -27,8 +29,10 @@ class ReadAhead(AbstractContextManager["ReadAhead[T]"], Generic[T]):
         """Up to `most` items: those that are there, and where they are fewer than `least`, as many once they come."""
         taken: list[T] = []
         while len(taken) < most and not self.ended:
+            if waits := len(taken) < least:
+                self._room.set()
             try:
-                item, problem, is_last = self._queue.get(block=len(taken) < least)
+                item, problem, is_last = self._queue.get(block=waits)
             except queue.Empty:
                 break
             if is_last and problem and taken:
@@ -40,20 +44,28 @@ class ReadAhead(AbstractContextManager["ReadAhead[T]"], Generic[T]):
                 self.ended = True
             else:
                 taken.append(item)  # type: ignore[arg-type]
+        self._room.set()
         return taken
 
     def __exit__(self, *_: object) -> None:
         self._stopped = True
-        with contextlib.suppress(queue.Empty):  # wakes a thread that waits to put
-            self._queue.get_nowait()
+        self._room.set()
 
     def _read(self) -> None:
         problem: BaseException | None = None
         try:
             for item in self._iterator:
                 self._queue.put((item, None, False))
+                if self._queue.qsize() >= self._ahead:
+                    self._wait()
                 if self._stopped:
                     return
         except BaseException as caught:  # handed to the reading side, whatever it is
             problem = caught
         self._queue.put((None, problem, True))
+
+    def _wait(self) -> None:
+        """Until some are taken."""
+        self._room.clear()
+        if self._queue.qsize() >= self._ahead and not self._stopped:  # still, after the Event can be set again
+            self._room.wait()

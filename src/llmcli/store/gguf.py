@@ -26,7 +26,7 @@ def convert(file: Path, folder: Path) -> None:
     plain = {"quantization_config": transformers.GgufConfig(dequantize=True)} if can_keep else {}
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     # transformers draws a bar, whoever is watching
-    bar = nullcontext() if console.is_terminal() and not console.quiet else redirect_stderr(io.StringIO())
+    bar = nullcontext() if console.is_watched() else redirect_stderr(io.StringIO())
     try:
         with bar:
             tokenizer = AutoTokenizer.from_pretrained(**where)
