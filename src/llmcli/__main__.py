@@ -1,7 +1,5 @@
 """`python -m llmcli` is `llmcli`."""
 
-import sys
+from llmcli.cli import run
 
-from llmcli.cli import main
-
-sys.exit(main())
+run()

@@ -2,9 +2,11 @@
 
 import contextlib
 import importlib
+import os
 import pkgutil
 import signal
-from typing import Annotated, Any
+import sys
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -40,6 +42,21 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None: ...
+
+
+def run() -> NoReturn:
+    """What the shell calls: `main`, and then the end at once. To take a model apart again is slow, and threads that
+    wait for input, or for another process, would be waited for."""
+    status = main()
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        pass
+    except OSError as problem:
+        console.error(f"stdout: {problem.strerror}")
+        status = ExitStatus.FAILED
+    os._exit(status)
 
 
 def main(args: list[str] | None = None) -> int:

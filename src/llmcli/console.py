@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
+from llmcli import ranks
+
 quiet = False
 verbose = False
 REFRESH = 5  # times a second
@@ -52,7 +54,8 @@ def error(message: str, hint: str | None = None, cause: BaseException | None = N
 
 
 def _say(message: str) -> None:
-    say("llmcli: " + message.replace("\n", " "))
+    who = f"llmcli: process {ranks.own()}: " if ranks.own() else "llmcli: "
+    say(who + message.replace("\n", " "))
 
 
 def say(line: str) -> None:

@@ -14,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, cast
 
+from llmcli import ranks
 from llmcli.errors import RecordError, UsageError, reason
 from llmcli.job import Failure, Record
 
@@ -41,7 +42,7 @@ def sources(texts: Sequence[str], files: Sequence[str]) -> list[tuple[str | None
     no input at all and stdin is a terminal.
     """
     if not texts and not files:
-        if sys.stdin is None or sys.stdin.isatty():
+        if not ranks.own() and (sys.stdin is None or sys.stdin.isatty()):
             raise UsageError("no input", hint="give a TEXT, -f FILE, or pipe something in; -f - reads the terminal")
         return [(None, _stdin())]
     arguments: list[tuple[str | None, Stream]] = [
@@ -163,6 +164,8 @@ def _open(name: str) -> Stream:
 
 def _stdin() -> Stream:
     # A buffer of our own on the descriptor: a thread that waits in sys.stdin would block the interpreter's exit.
+    if ranks.own():  # what is there is the first process's
+        return io.BytesIO()
     if sys.stdin is None:
         raise UsageError("stdin is closed")
     try:

@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from typing import Any
 
-from llmcli import console, tasks
+from llmcli import console, ranks, tasks
 from llmcli.engines.local import LocalEngine
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.job import Job, Record, Result
@@ -18,6 +19,10 @@ def run(job: Job, records: Iterable[Record], target: Target) -> ExitStatus:
 
     Returns FAILED for a single input that failed, PARTIAL for some of many, OK otherwise.
     """
+    if ranks.own():
+        from llmcli.engines.shared import serve
+
+        return serve(LocalEngine())
     names = _names(job, target.format)
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(target, job)) if target.resume else None
@@ -38,7 +43,7 @@ def run(job: Job, records: Iterable[Record], target: Target) -> ExitStatus:
         with output, console.showing(progress.line) if shows else nullcontext():
             write = partial(journal.write, output) if journal else output.write
             on_text, on_done = output.piece if output.streams else None, progress.done.add if shows else None
-            for result in LocalEngine().run(job, records, on_text, on_done):
+            for result in _engine().run(job, records, on_text, on_done):
                 write(result)
                 tally.add(result)
                 _say(result)
@@ -51,6 +56,14 @@ def run(job: Job, records: Iterable[Record], target: Target) -> ExitStatus:
                 f"{tally.passed} of {tally.records} records came with an `error` and were passed on as they are"
             )
         return _ended(tally)
+
+
+def _engine() -> Any:
+    if ranks.count() == 1:
+        return LocalEngine()
+    from llmcli.engines.shared import SharedEngine
+
+    return SharedEngine(LocalEngine())
 
 
 def _names(job: Job, format: Format) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmcli import console
+from llmcli import console, ranks
 from llmcli.engines.local import LocalEngine
 from llmcli.errors import ExitStatus, LlmcliError, UsageError
 from llmcli.grammar import spread
@@ -38,6 +38,8 @@ def search(
     """
     if not query.strip():
         raise UsageError("the query is empty")
+    if ranks.count() > 1:
+        raise UsageError("search runs in one process")
     if output.resume or output.retry_errors:
         raise UsageError("search does not go with --resume and --retry-errors: it ends with all passages or none")
     found = list(read(sources([], files), Form.WHOLE if files else Form.LINES))

@@ -1,7 +1,6 @@
 """What steps ask to be run, and what becomes of it."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -44,20 +43,26 @@ class Runner(Protocol):
         """Some of them. `on_text` gets the text of a single one as it comes."""
 
 
-@contextmanager
-def failing(request: Request) -> Iterator[None]:
-    """Whatever goes wrong here is this request's failure; but not what is wrong with the job."""
-    try:
-        yield
-    except RecordError as problem:
-        request.failure = failure(problem)
-    except LlmcliError:
-        raise
-    except Exception as problem:
-        if is_out_of_memory(problem):
-            request.failure = Failure("out_of_memory", "the model has not memory enough for it")
-            return
-        request.failure = Failure("failed", f"{type(problem).__name__}: {str(problem).strip() or 'no reason given'}")
+class failing:  # reads as what it does
+    """Whatever goes wrong in here is this request's failure; but not what is wrong with the job."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> bool:
+        if isinstance(problem, RecordError):
+            self._request.failure = failure(problem)
+        elif problem is None or isinstance(problem, LlmcliError) or not isinstance(problem, Exception):
+            return False
+        elif is_out_of_memory(problem):
+            self._request.failure = Failure("out_of_memory", "the model has not memory enough for it")
+        else:
+            why = str(problem).strip() or "no reason given"
+            self._request.failure = Failure("failed", f"{type(problem).__name__}: {why}")
+        return True
 
 
 def failure(problem: RecordError) -> Failure:

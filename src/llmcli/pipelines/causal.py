@@ -24,7 +24,7 @@ from llmcli.pipelines.answers import Decode
 Prompt = str | list[dict[str, Any]]
 
 
-class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no types
+class CausalPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # transformers has no types
     """What the steps hand to each other, for a batch of B prompts, the longest of P tokens, with N
     sequences of at most T new tokens each. `transformers.pipeline("llmcli-causal", ...)` makes one too.
 
@@ -34,11 +34,6 @@ class CausalPipeline(Pipeline):  # type: ignore[misc]  # transformers has no typ
     """
 
     auto_class = "AutoModelForCausalLM"
-    spare = None
-    _load_tokenizer = True
-    _load_feature_extractor = False
-    _load_image_processor = False
-    _load_processor = False
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)

@@ -12,7 +12,7 @@ from llmcli.errors import RecordError
 from llmcli.pipelines import lengths, rows
 
 
-class EmbeddingPipeline(Pipeline):  # type: ignore[misc]  # transformers has no types
+class EmbeddingPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # transformers has no types
     """What the steps hand to each other, for a batch of B texts, the longest of P tokens, in D dimensions:
 
     preprocess   input_ids, P of them; cut: tokens that --truncate took away
@@ -24,10 +24,6 @@ class EmbeddingPipeline(Pipeline):  # type: ignore[misc]  # transformers has no 
 
     auto_class = "AutoModel"
     spare = "pooler."  # a head for another task, that many checkpoints lack
-    _load_tokenizer = True
-    _load_feature_extractor = False
-    _load_image_processor = False
-    _load_processor = False
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)

@@ -13,7 +13,7 @@ from llmcli.pipelines import rows
 NO_ANSWER = {"answer": None, "score": 0.0, "start": None, "end": None}
 
 
-class ExtractiveQaPipeline(ChunkPipeline):  # type: ignore[misc]  # transformers has no types
+class ExtractiveQaPipeline(rows.RowPipeline, ChunkPipeline):  # type: ignore[misc]  # transformers has no types
     """A long context is read through windows that overlap. What the steps hand to each other, for a batch of B windows,
     of one question or of several, the longest of P tokens:
 
@@ -27,11 +27,6 @@ class ExtractiveQaPipeline(ChunkPipeline):  # type: ignore[misc]  # transformers
     """
 
     auto_class = "AutoModelForQuestionAnswering"
-    spare = None
-    _load_tokenizer = True
-    _load_feature_extractor = False
-    _load_image_processor = False
-    _load_processor = False
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)

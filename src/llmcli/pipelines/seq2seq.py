@@ -17,7 +17,7 @@ from llmcli.pipelines.answers import Decode
 OTHER_HEADS = ("ForQuestionAnswering", "ForSequenceClassification", "ForTokenClassification")
 
 
-class Seq2SeqPipeline(Pipeline):  # type: ignore[misc]  # transformers has no types
+class Seq2SeqPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # transformers has no types
     """What the steps hand to each other, for a batch of B texts, the longest of P tokens, with N sequences of at most
     T tokens each:
 
@@ -28,11 +28,6 @@ class Seq2SeqPipeline(Pipeline):  # type: ignore[misc]  # transformers has no ty
     """
 
     auto_class = "AutoModelForSeq2SeqLM"
-    spare = None
-    _load_tokenizer = True
-    _load_feature_extractor = False
-    _load_image_processor = False
-    _load_processor = False
 
     @staticmethod
     def check(config: Any) -> str | None:
