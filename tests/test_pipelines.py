@@ -3,7 +3,8 @@
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
-from llmcli.pipelines.answers import Deltas, first_stop, stop_prefix
+from llmcli.pipelines.answers import Deltas
+from llmcli.stops import first_stop, stop_prefix
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,8 @@ class Job:
     batch_size: int | None = None  # None: the engine chooses
     seed: int | None = None
     truncate: bool = False
+    endpoint: str | None = None  # URL of a server that runs it in the place of this process
+    concurrency: int = 16  # requests under way there
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,6 +171,24 @@ class ModelOptions:
 
 
 @dataclass
+class ServedModelOptions(ModelOptions):
+    """Model"""
+
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="A server that speaks the OpenAI protocol runs the model.")
+    ] = None
+    concurrency: Annotated[int, typer.Option(metavar="N", min=1, help="Requests under way at the server.")] = 16
+
+    def name(self, task: str, **languages: str | None) -> str:
+        """As of a model that runs here; or the server's own, if it has but one."""
+        if self.model is None and self.endpoint:
+            from llmcli.engines.endpoint import only_model
+
+            return only_model(self.endpoint)
+        return super().name(task, **languages)
+
+
+@dataclass
 class CommonGenerationOptions:
     """Generation"""
 

@@ -4,8 +4,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from llmcli import config, console
-from llmcli.engines.local import LocalEngine
+from llmcli import config, console, engines
+from llmcli.engines.engine import Engine
 from llmcli.errors import ExitStatus
 from llmcli.job import Job, Record
 from llmcli.output import Format, Output
@@ -35,7 +35,7 @@ def converse(job: Job) -> ExitStatus:
         complete_while_typing=False,
         output=create_output(stdout=sys.stderr),
     )
-    engine = LocalEngine()
+    engine = engines.of(job)
     engine.load(job)
     console.notice(f"{job.model}: /help shows the commands, Ctrl-D leaves")
     system = job.parameters.get("system")
@@ -64,7 +64,7 @@ def converse(job: Job) -> ExitStatus:
             messages = _turn(engine, job, [*messages, {"role": "user", "content": line}])
 
 
-def _turn(engine: LocalEngine, job: Job, messages: list[Message]) -> list[Message]:
+def _turn(engine: Engine, job: Job, messages: list[Message]) -> list[Message]:
     """Answer the last message; returns the conversation with the answer, as far as it came."""
     said: list[str] = []
     with Output(Format.TEXT, model=job.model) as output:

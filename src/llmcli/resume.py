@@ -26,7 +26,7 @@ from llmcli.output import Output, Sink, Target
 from llmcli.tally import Tally
 
 SYNC_EVERY = 1.0  # seconds of work that a power cut may take
-PLACE_ONLY = ("batch_size", "offline", "max_memory", "offload_folder")  # change no result
+PLACE_ONLY = ("batch_size", "concurrency", "offline", "max_memory", "offload_folder")  # change no result
 
 
 class Journal(AbstractContextManager["Journal"]):
@@ -247,6 +247,7 @@ def _sync(path: Path) -> None:
 
 def _identity(job: Job) -> dict[str, Any]:
     about = dataclasses.asdict(job)
+    about["endpoint"] = bool(job.endpoint)  # a server may come back in another place
     about["placement"] = {key: value for key, value in about["placement"].items() if key not in PLACE_ONLY}
     kept: dict[str, Any] = json.loads(json.dumps({key: value for key, value in about.items() if key not in PLACE_ONLY}))
     return kept

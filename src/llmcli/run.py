@@ -5,8 +5,7 @@ from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
-from llmcli import console, ranks, tasks
-from llmcli.engines.local import LocalEngine
+from llmcli import console, engines, ranks, tasks
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.job import Job, Record, Result
 from llmcli.output import Format, Output, Target
@@ -22,7 +21,7 @@ def run(job: Job, records: Iterable[Record], target: Target) -> ExitStatus:
     if ranks.own():
         from llmcli.engines.shared import serve
 
-        return serve(LocalEngine())
+        return serve(engines.of(job))
     names = _names(job, target.format)
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(target, job)) if target.resume else None
@@ -43,7 +42,7 @@ def run(job: Job, records: Iterable[Record], target: Target) -> ExitStatus:
         with output, console.showing(progress.line) if shows else nullcontext():
             write = partial(journal.write, output) if journal else output.write
             on_text, on_done = output.piece if output.streams else None, progress.done.add if shows else None
-            for result in _engine().run(job, records, on_text, on_done):
+            for result in _engine(job).run(job, records, on_text, on_done):
                 write(result)
                 tally.add(result)
                 _say(result)
@@ -58,12 +57,12 @@ def run(job: Job, records: Iterable[Record], target: Target) -> ExitStatus:
         return _ended(tally)
 
 
-def _engine() -> Any:
+def _engine(job: Job) -> Any:
     if ranks.count() == 1:
-        return LocalEngine()
+        return engines.of(job)
     from llmcli.engines.shared import SharedEngine
 
-    return SharedEngine(LocalEngine())
+    return SharedEngine(engines.of(job))
 
 
 def _names(job: Job, format: Format) -> list[str]:

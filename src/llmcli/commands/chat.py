@@ -8,7 +8,7 @@ import typer
 from llmcli.errors import ExitStatus
 from llmcli.grammar import spread
 from llmcli.job import Job
-from llmcli.options import GenerationOptions, InputOptions, ModelOptions, OutputOptions, Prompt
+from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.output import Target
 from llmcli.records import prompts
 from llmcli.run import run
@@ -23,7 +23,7 @@ def chat(
     *,
     input: InputOptions,
     generation: GenerationOptions,
-    model: ModelOptions,
+    model: ServedModelOptions,
     output: OutputOptions,
 ) -> ExitStatus:
     """Answer through the model's chat template. Without TEXT at a terminal: a conversation.
@@ -45,6 +45,8 @@ def chat(
         batch_size=model.batch(),
         seed=generation.seed,
         truncate=generation.truncate,
+        endpoint=model.endpoint,
+        concurrency=model.concurrency,
     )
     is_plain = target == Target() and not prompt
     if text is None and not input.files and is_plain and sys.stdin and sys.stdin.isatty():

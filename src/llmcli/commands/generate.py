@@ -7,7 +7,7 @@ import typer
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.grammar import spread
 from llmcli.job import Job
-from llmcli.options import GenerationOptions, InputOptions, ModelOptions, OutputOptions, Prompt
+from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.records import prompts
 from llmcli.run import run
 from llmcli.tasks import prompting
@@ -25,7 +25,7 @@ def generate(
     *,
     input: InputOptions,
     generation: GenerationOptions,
-    model: ModelOptions,
+    model: ServedModelOptions,
     output: OutputOptions,
 ) -> ExitStatus:
     """Continue a text. Each TEXT is a prompt of its own, unless -f makes them one.
@@ -49,5 +49,7 @@ def generate(
         batch_size=model.batch(),
         seed=generation.seed,
         truncate=generation.truncate,
+        endpoint=model.endpoint,
+        concurrency=model.concurrency,
     )
     return run(job, prompts(texts, input.files, form), output.target(form, texts, input.files))

@@ -8,7 +8,7 @@ import typer
 from llmcli.errors import ExitStatus
 from llmcli.grammar import spread
 from llmcli.job import Job
-from llmcli.options import CommonGenerationOptions, InputOptions, ModelOptions, OutputOptions, Prompt
+from llmcli.options import CommonGenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.records import questions
 from llmcli.run import run
 from llmcli.tasks.fields import template
@@ -42,7 +42,7 @@ def qa(
     input: InputOptions,
     answers: AnswerOptions,
     generation: CommonGenerationOptions,
-    model: ModelOptions,
+    model: ServedModelOptions,
     output: OutputOptions,
 ) -> ExitStatus:
     """Answer QUESTION from a text: -c TEXT, all -f files together, or stdin.
@@ -76,5 +76,7 @@ def qa(
         batch_size=model.batch(),
         seed=generation.seed,
         truncate=generation.truncate,
+        endpoint=model.endpoint,
+        concurrency=model.concurrency,
     )
     return run(job, records, target)

@@ -7,7 +7,7 @@ import typer
 from llmcli.errors import ExitStatus
 from llmcli.grammar import spread
 from llmcli.job import Job
-from llmcli.options import GenerationOptions, InputOptions, ModelOptions, OutputOptions, Prompt
+from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.records import read, sources
 from llmcli.run import run
 from llmcli.tasks.fields import template
@@ -20,7 +20,7 @@ def summarize(
     *,
     input: InputOptions,
     generation: GenerationOptions,
-    model: ModelOptions,
+    model: ServedModelOptions,
     output: OutputOptions,
 ) -> ExitStatus:
     """Summarize each TEXT, of any length.
@@ -42,5 +42,7 @@ def summarize(
         batch_size=model.batch(),
         seed=generation.seed,
         truncate=generation.truncate,
+        endpoint=model.endpoint,
+        concurrency=model.concurrency,
     )
     return run(job, read(sources(texts, input.files), form), output.target(form, texts, input.files))

@@ -8,7 +8,7 @@ from llmcli import languages
 from llmcli.errors import ExitStatus
 from llmcli.grammar import spread
 from llmcli.job import Job
-from llmcli.options import GenerationOptions, InputOptions, ModelOptions, OutputOptions, Prompt
+from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.records import peeked, read, sources
 from llmcli.run import run
 from llmcli.tasks.fields import template
@@ -25,7 +25,7 @@ def translate(
     *,
     input: InputOptions,
     generation: GenerationOptions,
-    model: ModelOptions,
+    model: ServedModelOptions,
     output: OutputOptions,
 ) -> ExitStatus:
     """Translate each TEXT, keeping its lines.
@@ -43,7 +43,7 @@ def translate(
     roles = input.roles("text")
     records = read(sources(texts, input.files), form)
     guess = source
-    if model.model is None:
+    if model.model is None and not model.endpoint:
         records, first = peeked(records)
         text = first.fields.get(roles["text"]) if first else None
         if not first:
@@ -58,5 +58,7 @@ def translate(
         batch_size=model.batch(),
         seed=generation.seed,
         truncate=generation.truncate,
+        endpoint=model.endpoint,
+        concurrency=model.concurrency,
     )
     return run(job, records, target_options)

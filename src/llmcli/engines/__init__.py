@@ -6,3 +6,17 @@
 whenever the engine works on that record alone and no other waits for its turn. `on_done`, where given,
 gets every Result as soon as it is there, which may be before its turn.
 """
+
+from llmcli.engines.engine import Engine
+from llmcli.job import Job
+
+
+def of(job: Job) -> Engine:
+    """The engine that runs a job."""
+    if job.endpoint:
+        from llmcli.engines.endpoint import EndpointEngine
+
+        return EndpointEngine()
+    from llmcli.engines.local import LocalEngine
+
+    return LocalEngine()

@@ -88,6 +88,10 @@ class Engine(ABC):
     def other(self) -> "Engine":
         """For what steps ask of another task."""
 
+    def load(self, job: Job) -> None:
+        """Have the job's model ready."""
+        Turn(self, job).runner  # noqa: B018
+
     def run(
         self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_done: OnDone | None = None
     ) -> Iterator[Result]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from llmcli import tasks
-from llmcli.engines.engine import Engine, Turn
+from llmcli.engines.engine import Engine
 from llmcli.engines.model import Model, long_lived_objects
 from llmcli.engines.runner import BatchRunner, GeneratingRunner
 from llmcli.job import Job
@@ -37,7 +37,3 @@ class LocalEngine(Engine):
 
     def other(self) -> Engine:
         return self
-
-    def load(self, job: Job) -> None:
-        """Load the job's model now."""
-        Turn(self, job).runner  # noqa: B018

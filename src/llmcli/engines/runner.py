@@ -10,8 +10,9 @@ from typing import Any
 
 from llmcli import console
 from llmcli.engines.batching import BatchSize, common, neighbours
+from llmcli.engines.memory import Memory, reader
 from llmcli.engines.request import OnText, Request, failing, is_out_of_memory
-from llmcli.errors import LlmcliError
+from llmcli.errors import LlmcliError, UsageError
 from llmcli.job import Job
 from llmcli.tasks import Way
 
@@ -35,6 +36,8 @@ class BatchRunner:
     def __init__(self, job: Job, way: Way, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.size = BatchSize(job.batch_size, pipeline.device.type)
+        self.memory = Memory(reader(pipeline.device.type))
+        self.answer = 0  # tokens that an answer may have
         self.truncate: Any = job.truncate
         self.parameters = dict(way.settings(job, pipeline))
         self.repeats = False  # whether equal inputs may have different outputs
@@ -62,13 +65,26 @@ class BatchRunner:
         """One batch: the row that has waited longest, and those nearest to it in length. `on_text` gets the text of a
         single row as it comes."""
         together = [row for row in self.waiting if row.room == self.waiting[0].room]
-        chosen = [together[i] for i in neighbours([row.length for row in together], self.size.now)]
+        chosen = self._chosen(together)
         taken = set(map(id, chosen))
         self.waiting = [row for row in self.waiting if id(row) not in taken]
         self._batch(chosen, on_text if len(chosen) == 1 else None)
         for request in {id(row.request): row.request for row in chosen}.values():
             if request.failure or len(request.done) == request.rows:
                 self._finish(request)
+
+    def _chosen(self, rows: Sequence[Row]) -> list[Row]:
+        """The first, and as many like it as there is memory for."""
+        lengths, size = [row.length for row in rows], self.size.now
+        while True:
+            chosen = [rows[i] for i in neighbours(lengths, size)]
+            if len(chosen) == 1 or self.memory.fits(self._tokens(chosen)):
+                return chosen
+            size = len(chosen) // 2
+
+    def _tokens(self, rows: Sequence[Row]) -> int:
+        """As a batch, with padding and answers."""
+        return len(rows) * (max(row.length for row in rows) + self.answer)
 
     @cached_property
     def _settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -100,6 +116,7 @@ class BatchRunner:
         out_of_memory = False
         try:
             self.size.learn(len(rows), self._forward(rows))
+            self.memory.learn(self._tokens(rows))
             return
         except LlmcliError:
             raise
@@ -142,6 +159,8 @@ class GeneratingRunner(BatchRunner):
         from llmcli import generation
 
         assert way.defaults is not None
+        if unknown := [name for name in self.parameters if not hasattr(pipeline.model.generation_config, name)]:
+            raise UsageError(f"prompts.toml: [{job.task}]: unknown generation option {unknown[0]!r}")
         self.config = generation.merge(
             pipeline.model.generation_config,
             job.generation,
@@ -154,6 +173,7 @@ class GeneratingRunner(BatchRunner):
         self.parameters = {"generation_config": self.config}
         self.truncate = (self.config.max_new_tokens or 0) if job.truncate else None
         self.repeats = bool(self.config.do_sample)
+        self.answer = self.config.max_new_tokens or self.config.max_length or 0
         self._is_single = (self.config.num_beams or 1) == 1 and (self.config.num_return_sequences or 1) == 1
         self._shared: Any = None  # ids that prompts begin with, and their keys and values
         self._shares = self._is_single and hasattr(pipeline, "prefill")

@@ -10,6 +10,8 @@ import torch
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from llmcli.stops import first_stop, stop_prefix
+
 Decode = Callable[[list[int]], str]
 
 
@@ -101,17 +103,3 @@ class Deltas(BaseStreamer):  # type: ignore[misc]
 
     def end(self) -> None:
         """The result brings the rest."""
-
-
-def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first of the stop texts begins in `text`."""
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
-    return min(found, default=None)
-
-
-def stop_prefix(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end of `text` may be the beginning of a stop text."""
-    return max(
-        (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
-        default=0,
-    )

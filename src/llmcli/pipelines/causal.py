@@ -20,7 +20,9 @@ from transformers.pipelines.base import Pipeline
 from llmcli.errors import RecordError, UsageError
 from llmcli.pipelines import answers, lengths, rows
 from llmcli.pipelines.answers import Decode
+from llmcli.pipelines.cache import growing
 
+PREFILL = 4096  # tokens that a processor reads at once: more would not stay in its caches
 Prompt = str | list[dict[str, Any]]
 
 
@@ -63,6 +65,15 @@ class CausalPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # trans
     def room(self, inputs: Mapping[str, Any]) -> int | None:
         """Tokens that the context leaves for the answer."""
         return self.context - len(inputs["input_ids"]) if self.context else None
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it takes messages."""
+        return bool(self.tokenizer.chat_template)
+
+    def length(self, prompt: Prompt) -> int:
+        """Tokens of a prompt as it goes in."""
+        return len(self.preprocess(prompt)["input_ids"])
 
     def count(self, text: str) -> int:
         """Tokens of a text."""
@@ -109,7 +120,8 @@ class CausalPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # trans
         if getattr(config, "sliding_window", None) and len(ids) + 512 > config.sliding_window:
             return None
         with torch.inference_mode():
-            output = self.model(torch.tensor([ids], device=self.model.device), use_cache=True)
+            read = torch.tensor([ids], device=self.model.device)
+            output = self.model(read, use_cache=True, past_key_values=growing(self.model, self.model.generation_config))
         cache = getattr(output, "past_key_values", None)
         return cache if type(cache) is DynamicCache else None
 
@@ -130,9 +142,11 @@ class CausalPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # trans
         if prefix:  # at the very start, and the padding after it
             begin = torch.tensor(prefix[0], device=ids.device).expand(len(ids), -1)
             ids, mask = torch.cat([begin, ids], 1), torch.cat([torch.ones_like(begin), mask], 1)
-            cache = copy.deepcopy(prefix[1])
-            cache.batch_repeat_interleave(len(ids))
+            settings["past_key_values"] = copy.deepcopy(prefix[1])
+            settings["past_key_values"].batch_repeat_interleave(len(ids))
+        elif cache := growing(self.model, config):
             settings["past_key_values"] = cache
+            config.prefill_chunk_size = config.prefill_chunk_size or max(16, PREFILL // len(ids))
         # transformers' own stop strings are found in the prompt's end and in special tokens too
         stops, config.stop_strings = config.stop_strings, None
         found = [answers.StopTexts(self._decoders(batch), stops, ids.shape[1])] if stops else []

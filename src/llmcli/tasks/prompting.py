@@ -63,12 +63,10 @@ class Prompt:
 
 def of(job: Job, pipeline: Any) -> Prompt:
     """The prompt of the job's task for that model; the job's own template takes the place of all that is said there."""
-    is_chat = bool(pipeline.tokenizer.chat_template)
+    is_chat = pipeline.is_chat
     styles = tables()[job.task]
     table = styles["chat" if is_chat else "base"] | styles.get(job.model, {})
     settings = {"max_new_tokens": table["max_new_tokens"], **table.get("options", {})}
-    if unknown := [name for name in settings if not hasattr(pipeline.model.generation_config, name)]:
-        raise UsageError(f"prompts.toml: [{job.task}]: unknown generation option {unknown[0]!r}")
     own = job.parameters.get("prompt")
     if (stop := table.get("stop")) and not (own and is_chat):
         settings["stop_strings"] = stop

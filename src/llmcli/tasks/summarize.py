@@ -30,7 +30,7 @@ def prompted(job: Job, fields: Mapping[str, Any], model: Any) -> Steps:
     pipeline, prompt = model.pipeline, prompting.of(job, model.pipeline)
     most = job.generation.get("max_new_tokens") or prompt.settings["max_new_tokens"]
     frame = prompt({**fields, "text": ""})
-    taken = most + len(pipeline.preprocess(frame)["input_ids"])
+    taken = most + pipeline.length(frame)
     room = pipeline.context and max(pipeline.context - taken, pipeline.context // 4)
 
     def ask(text: str) -> Any:

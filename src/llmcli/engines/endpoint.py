@@ -1,0 +1,250 @@
+"""The engine of a server that speaks the OpenAI protocol: vLLM, TGI, llama.cpp's, `transformers serve`."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property, partial
+from queue import Empty, SimpleQueue
+from typing import Any
+from urllib.parse import urlsplit
+
+from llmcli import stops
+from llmcli.engines.engine import Engine
+from llmcli.engines.request import OnText, Request, failing
+from llmcli.errors import ModelUnavailable, RecordError, UsageError
+from llmcli.job import Job
+from llmcli.tasks import Way
+
+RETRIES = 10  # with pauses of 0.5 to 8 seconds, or as long as the server says: about a minute
+TIMEOUT = 600  # seconds for an answer
+POLL = 0.1  # seconds after which new records are looked for
+NAMES = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "stop_strings": "stop",
+    "num_return_sequences": "n",
+}
+STANDARD = ("max_tokens", "stop", "n", "temperature", "top_p", "seed")  # others are extensions of one server or another
+
+
+class EndpointEngine(Engine):
+    """Keeps its connections, for the next call of `run`."""
+
+    def check(self, job: Job) -> None:
+        if (job.generation.get("num_beams") or 1) > 1:
+            raise UsageError("--num-beams does not go with --endpoint: servers do not search")
+        if job.truncate:
+            raise UsageError("--truncate does not go with --endpoint: the server alone knows how long a text is")
+
+    def model(self, job: Job) -> "RemoteModel":
+        assert job.endpoint
+        return RemoteModel(job.model, server(job.endpoint))
+
+    def runner(self, job: Job, way: Way, model: "RemoteModel") -> "EndpointRunner":
+        model.context  # noqa: B018  # asks the server, which should be there
+        return EndpointRunner(job, way, model)
+
+    def other(self) -> Engine:
+        from llmcli.engines.local import LocalEngine
+
+        return LocalEngine()
+
+
+class RemoteModel:
+    """What steps know of a model that a server has. It chats; its tokens are estimated."""
+
+    kind = "causal"
+    is_chat = True
+
+    def __init__(self, name: str, client: Any) -> None:
+        self.name, self.client = name, client
+
+    @property
+    def pipeline(self) -> "RemoteModel":
+        return self
+
+    @cached_property
+    def context(self) -> int | None:
+        """Tokens of prompt and answer, where the server says it, as vLLM does."""
+        mine = (each for each in models(self.client) if each.id == self.name)
+        return getattr(next(mine, None), "max_model_len", None)
+
+    def count(self, text: str) -> int:
+        """Tokens of a text, at four bytes a token."""
+        return -(-len(text.encode("utf-8", "replace")) // 4)
+
+    def length(self, prompt: str | Sequence[Mapping[str, str]]) -> int:
+        """Tokens of a prompt, or of messages."""
+        texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+        return sum(self.count(text) for text in texts)
+
+
+class EndpointRunner:
+    """A job's requests, `concurrency` at a time. Text goes to /completions, messages to /chat/completions."""
+
+    def __init__(self, job: Job, way: Way, model: RemoteModel) -> None:
+        self.waiting: set[Request] = set()
+        self._model = model
+        self._options = options(job, way, model)
+        self._queued: list[Request] = []
+        self._over: SimpleQueue[tuple[Request, Future[Any]]] = SimpleQueue()
+        self._threads = ThreadPoolExecutor(job.concurrency)
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """They wait for a step."""
+        self.waiting.update(requests)
+        self._queued += requests
+
+    def step(self, on_text: OnText | None = None) -> None:
+        """All that wait are sent, as far as there are connections; some are over, or none for a while."""
+        queued, self._queued = self._queued, []
+        if on_text and len(queued) == 1 and self._options.keys().isdisjoint({"n", "stop"}):
+            with failing(queued[0]):
+                queued[0].output = self._streamed(queued[0].input, on_text)
+            self.waiting.discard(queued[0])
+            return
+        for request in queued:
+            sent = self._threads.submit(self._answer, request.input)
+            sent.add_done_callback(partial(self._put, request))
+        try:
+            found = [self._over.get(timeout=POLL)]
+        except Empty:
+            return
+        while not self._over.empty():
+            found.append(self._over.get())
+        for request, future in found:
+            with failing(request):
+                request.output = future.result()
+            self.waiting.discard(request)
+
+    def _put(self, request: Request, future: "Future[Any]") -> None:
+        self._over.put((request, future))
+
+    def _answer(self, prompt: Any) -> dict[str, Any]:
+        with self._told():
+            response = self._create(prompt)
+        choices = getattr(response, "choices", None) or []
+        if len(choices) < self._options.get("n", 1):
+            raise RecordError("bad_response", f"the server gave {len(choices)} answers")
+        texts = [self._cut(choice.text if isinstance(prompt, str) else choice.message.content) for choice in choices]
+        several = {"generated_texts": texts} if len(texts) > 1 else {}
+        return {"generated_text": texts[0], **several, **_ended(choices[0].finish_reason, response.usage)}
+
+    def _streamed(self, prompt: Any, on_text: OnText) -> dict[str, Any]:
+        said, reason, usage = "", None, None
+        with self._told():
+            for chunk in self._create(prompt, stream=True, stream_options={"include_usage": True}):
+                usage = chunk.usage or usage
+                for choice in chunk.choices[:1]:
+                    piece = (choice.text if isinstance(prompt, str) else choice.delta.content) or ""
+                    said, reason = said + piece, choice.finish_reason or reason
+                    on_text(piece)
+        if reason is None:
+            raise RecordError("no_answer", "the server broke off its answer")
+        return {"generated_text": said, **_ended(reason, usage)}
+
+    def _create(self, prompt: Any, **settings: Any) -> Any:
+        client = self._model.client
+        if isinstance(prompt, str):
+            return client.completions.create(model=self._model.name, prompt=prompt, **self._options, **settings)
+        return client.chat.completions.create(model=self._model.name, messages=prompt, **self._options, **settings)
+
+    def _cut(self, text: str | None) -> str:
+        """Without a stop text, which some servers leave at the end."""
+        text = text or ""
+        return text[: stops.first_stop(text, self._options.get("stop", ()))]
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What goes wrong is this record's failure, unless it would be that of all."""
+        import openai
+
+        try:
+            yield
+        except openai.APIStatusError as problem:
+            code, why = problem.status_code, f"the server says {problem.status_code}: {_sentence(problem)}"
+            is_ill = code >= 500 or code in (408, 409, 429)
+            if code in (401, 403):
+                raise ModelUnavailable(why, hint="the key comes from LLMCLI_API_KEY") from problem
+            if code == 404:
+                raise ModelUnavailable(
+                    why, hint="check -m NAME; without /v1/completions, use `llmcli chat`"
+                ) from problem
+            raise RecordError("server_error" if is_ill else "refused", why) from problem
+        except openai.APIConnectionError as problem:
+            models(self._model.client)  # raises where the server is gone, and not this request alone
+            why = "did not answer in time" if isinstance(problem, openai.APITimeoutError) else "cut the connection"
+            raise RecordError("no_answer", f"the server {why}, {RETRIES + 1} times") from problem
+        except (openai.OpenAIError, ValueError) as problem:
+            raise RecordError("bad_response", f"the server's answer makes no sense: {problem}") from problem
+
+
+def options(job: Job, way: Way, model: RemoteModel) -> dict[str, Any]:
+    """The protocol's names for what the user gave, over what the task says. How to sample is the server's to say, where
+    neither does."""
+    task = {**(way.defaults or {}), **way.settings(job, model)}
+    if task.get("do_sample"):
+        task = {"max_new_tokens": task["max_new_tokens"]}
+    given = {**task, **job.generation, **({} if job.seed is None else {"seed": job.seed})}
+    if isinstance(given.get("stop_strings"), str):
+        given["stop_strings"] = [given["stop_strings"]]
+    if given.pop("do_sample", None) is False and "temperature" not in job.generation:
+        given["temperature"] = 0
+    named = {NAMES.get(name, name): value for name, value in given.items() if value is not None}
+    standard = {name: named.pop(name) for name in STANDARD if name in named}
+    return {**standard, **({"extra_body": named} if named else {})}
+
+
+def server(endpoint: str) -> Any:
+    """A client of it. Raises UsageError for what is no URL, and where the openai package is missing."""
+    url = urlsplit(endpoint)
+    if url.scheme not in ("http", "https") or not url.netloc:
+        raise UsageError(f"--endpoint takes a URL, not {endpoint!r}", hint="like http://localhost:8000/v1")
+    try:
+        import openai
+    except ImportError as problem:
+        raise UsageError("--endpoint needs the openai package", hint="run `pip install 'llmcli[openai]'`") from problem
+    theirs = os.environ.get("OPENAI_API_KEY") if url.scheme == "https" else None  # not to be sent in the clear
+    return openai.OpenAI(
+        base_url=endpoint if url.path.strip("/") else f"{endpoint.rstrip('/')}/v1",
+        api_key=os.environ.get("LLMCLI_API_KEY") or theirs or "none",
+        max_retries=RETRIES,
+        timeout=TIMEOUT,
+    )
+
+
+def models(client: Any) -> list[Any]:
+    """What the server says it has. Raises LlmcliError where nobody answers."""
+    import openai
+
+    try:
+        return list(client.with_options(max_retries=2).models.list())
+    except openai.APIConnectionError as problem:
+        raise ModelUnavailable(f"{client.base_url} cannot be reached", hint="is the server running?") from problem
+    except (openai.OpenAIError, ValueError):
+        return []  # not every server tells
+
+
+def only_model(endpoint: str) -> str:
+    """The one that the server has. Raises UsageError where it has another number of them."""
+    names: list[str] = [each.id for each in models(server(endpoint))]
+    if len(names) != 1:
+        about = f"the server has {len(names)} models: {', '.join(names[:5])}" if names else "the server names no model"
+        raise UsageError(about, hint="say which: -m NAME")
+    return names[0]
+
+
+def _ended(reason: str | None, usage: Any) -> dict[str, Any]:
+    return {
+        "finish_reason": "length" if reason == "length" else "stop",
+        "usage": {name: getattr(usage, name, 0) for name in ("prompt_tokens", "completion_tokens")},
+    }
+
+
+def _sentence(problem: Any) -> str:
+    """What the server says, without the JSON around it."""
+    body = problem.body
+    while isinstance(body, dict):
+        body = next((body[key] for key in ("error", "message", "detail") if key in body), str(body))
+    return " ".join(str(body or problem.message).split())[:500]

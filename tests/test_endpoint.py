@@ -1,0 +1,428 @@
+"""--endpoint: records sent to a server that speaks the OpenAI protocol, be it well or ill."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+WORDS = ["the", "quick", "brown", "fox", "a", "lazy", "dog", "sleeps"]
+
+
+class Server(ThreadingHTTPServer):
+    """Answers `TEXT!` to TEXT, or as badly as the text's first word says. What it was asked is in `bodies`."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.models = ["tiny"]
+        self.bodies, self.paths, self.keys, self.tries = [], [], [], Counter()
+        self.at_once = self.most_at_once = 0
+        self.lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def handle_error(self, request, address):
+        """Clients may go when they please."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        models = [{"id": name, "object": "model", "created": 0, "owned_by": "x"} for name in self.server.models]
+        self.reply(200, {"object": "list", "data": models})
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        is_chat = self.path.endswith("/chat/completions")
+        text = body["messages"][-1]["content"] if is_chat else body["prompt"]
+        with server.lock:
+            server.bodies.append(body)
+            server.paths.append(self.path)
+            server.keys.append(self.headers["Authorization"])
+            server.tries[text] += 1
+            tries = server.tries[text]
+            server.at_once += 1
+            server.most_at_once = max(server.at_once, server.most_at_once)
+        try:
+            self.behave(text, tries, body, is_chat)
+        finally:
+            with server.lock:
+                server.at_once -= 1
+
+    def behave(self, text, tries, body, is_chat):
+        kind = text.split()[0]
+        if kind == "slow":
+            time.sleep(0.5)
+        elif kind == "late" and tries < 3:
+            time.sleep(1)
+        elif kind == "busy" and tries < 4:
+            return self.reply(429, {"error": {"message": "too many requests"}})
+        elif kind == "flaky" and tries < 4:
+            return self.reply(500, {"error": {"message": "oh"}})
+        elif kind == "broken":
+            return self.reply(503, {"detail": "out of order"})
+        elif kind == "long":
+            return self.reply(400, {"error": {"message": "the prompt is too long", "code": 400}})
+        elif kind == "secret":
+            return self.reply(401, {"error": {"message": "who are you"}})
+        elif kind == "unknown":
+            return self.reply(404, {"detail": "Not Found"})
+        elif kind == "gibberish":
+            return self.reply(200, b"{what?")
+        elif kind == "none":
+            return self.reply(200, {"id": "1", "object": "x", "created": 0, "model": "tiny", "choices": []})
+        elif kind in ("cut", "gone") and (tries < 4 or kind == "gone"):
+            return self.close()
+        elif kind == "half" and tries < 4:
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b'{"choices": [')
+            return self.close()
+        answers = [f"{text}! {i}" if i else f"{text}!" for i in range(body.get("n", 1))]
+        if body.get("stream"):
+            return self.stream(answers[0], is_chat)
+        choices = [
+            {"index": i, "finish_reason": "length", **({"message": {"role": "assistant", "content": each}} if is_chat
+             else {"text": each})} for i, each in enumerate(answers)
+        ]  # fmt: skip
+        usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+        about = {"id": "1", "object": "x", "created": 0, "model": body["model"]}
+        return self.reply(200, {**about, "choices": choices, "usage": usage})
+
+    def reply(self, status, value):
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("retry-after-ms", "1")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def stream(self, text, is_chat):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        for i, word in enumerate(re.findall(r"\S+\s*", text)):
+            piece = {"delta": {"content": word}} if is_chat else {"text": word}
+            chunk = {"id": "1", "object": "x", "created": 0, "model": "tiny", "choices": [{"index": 0, **piece}]}
+            self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+            self.wfile.flush()
+            if text.startswith("torn") and i == 1:
+                return self.close()
+        piece = {"delta": {}} if is_chat else {"text": ""}
+        chunk["choices"] = [{"index": 0, **piece, "finish_reason": "stop"}]
+        self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+        end = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}}
+        self.wfile.write(f"data: {json.dumps({**chunk, **end})}\n\ndata: [DONE]\n\n".encode())
+        return None
+
+    def close(self):
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.001)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server = Server()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def served(llmcli, server):
+    return lambda command, *args, **settings: llmcli(command, "--endpoint", server.url, *args, **settings)
+
+
+def lines(*texts):
+    return "".join(f"{text}\n" for text in texts).encode()
+
+
+def test_each_record_has_its_answer_whatever_befalls_others(served, server):
+    kinds = ["fine", "busy", "flaky", "cut", "half", "slow", "broken", "long", "gibberish", "none", "gone"]
+    texts = [f"{kind} {i}" for i in range(6) for kind in kinds]
+    random.Random(1).shuffle(texts)
+    ran = served("generate", "--lines", "--json", stdin=lines(*texts))
+    assert ran.exit_status == 3
+    assert [record["text"] for record in ran.records] == texts
+    messages = {
+        "broken": ("server_error", "the server says 503: out of order"),
+        "long": ("refused", "the server says 400: the prompt is too long"),
+        "gibberish": ("bad_response", "the server's answer makes no sense"),
+        "none": ("bad_response", "the server gave 0 answers"),
+        "gone": ("no_answer", "the server cut the connection, 11 times"),
+    }
+    for record in ran.records:
+        kind = record["text"].split()[0]
+        if kind in messages:
+            name, message = messages[kind]
+            assert record["error"]["type"] == name
+            assert record["error"]["message"].startswith(message)
+        else:
+            assert record["generated_text"] == record["text"] + "!"
+            assert (record["finish_reason"], record["model"]) == ("length", "tiny")
+            assert record["usage"] == {"prompt_tokens": 3, "completion_tokens": 4}
+    assert {server.tries[text] for text in texts if text.split()[0] in ("busy", "flaky", "cut", "half")} == {4}
+    assert {server.tries[text] for text in texts if text.split()[0] in ("broken", "gone")} == {11}
+    assert {server.tries[text] for text in texts if text.split()[0] in ("fine", "slow", "long")} == {1}
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_so_many_requests_are_under_way(served, server, count):
+    texts = [f"slow {i}" for i in range(10)]
+    ran = served("generate", "--lines", "--concurrency", count, stdin=lines(*texts[: 2 * count]))
+    assert ran.stdout.splitlines() == [f"{text}{text}!" for text in texts[: 2 * count]]
+    assert server.most_at_once == count
+
+
+def test_an_answer_that_does_not_come_is_asked_for_again(served, server, monkeypatch):
+    monkeypatch.setattr("llmcli.engines.endpoint.TIMEOUT", 0.2)
+    ran = served("generate", "--lines", "--json", stdin=lines("late 0", "fine 0", "slow 0", "late 1"))
+    assert [record.get("generated_text") for record in ran.records] == ["late 0!", "fine 0!", None, "late 1!"]
+    assert ran.records[2]["error"]["message"] == "the server did not answer in time, 11 times"
+    assert server.tries["late 0"] == 3
+
+
+def test_a_slow_answer_holds_up_no_request(served, server):
+    texts = ["slow first", *[f"fine {i}" for i in range(100)]]
+    ran = served("generate", "--lines", "--concurrency", 2, stdin=lines(*texts))
+    assert ran.stdout.splitlines() == [f"{text}{text}!" for text in texts]
+    assert len(server.bodies) == 101
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("secret", "the server says 401: who are you", "LLMCLI_API_KEY"),
+        ("unknown", "the server says 404: Not Found", "check -m NAME"),
+    ],
+)
+def test_what_would_befall_all_ends_the_run(served, text, message, hint):
+    ran = served("generate", "--lines", stdin=lines("fine", text, "fine"))
+    said = ran.stderr.splitlines()
+    assert (ran.exit_status, said[0]) == (4, f"llmcli: {message}")
+    assert hint in said[1]
+
+
+def test_nobody_answers(llmcli):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    for name in ((), ("-m", "tiny")):
+        ran = llmcli("generate", "the fox", "--endpoint", url, *name)
+        assert ran.exit_status == 4
+        assert ran.stderr == f"llmcli: {url}/ cannot be reached\nllmcli: is the server running?\n"
+
+
+def test_a_server_that_goes_away_and_comes_back(served, server, llmcli, tmp_path):
+    path = tmp_path / "out.jsonl"
+    (tmp_path / "in").write_bytes(lines(*[f"fine {i}" for i in range(40)], *[f"slow {i}" for i in range(40)]))
+    args = ("--lines", "--json", "-f", tmp_path / "in", "-m", "tiny", "--output", path, "--resume", "--concurrency", 4)
+
+    def leave():
+        while server.tries["slow 5"] == 0:
+            time.sleep(0.01)
+        server.shutdown()
+        server.server_close()
+
+    leaving = threading.Thread(target=leave)
+    leaving.start()
+    ran = served("generate", *args)
+    leaving.join()
+    assert (ran.exit_status, "cannot be reached" in ran.stderr) == (4, True)
+    done = path.read_bytes().count(b"\n")
+    assert 40 <= done < 80
+    back = Server()
+    ran = llmcli("generate", "--endpoint", back.url, *args)
+    assert ran.exit_status == 0
+    answers = [json.loads(line)["generated_text"] for line in path.read_text().splitlines()]
+    assert answers == [f"fine {i}!" for i in range(40)] + [f"slow {i}!" for i in range(40)]
+    assert len(back.bodies) == 80 - done
+    back.shutdown()
+    back.server_close()
+
+
+def test_the_model_is_the_servers_only_one(served, server):
+    assert served("generate", "the fox", "--json").records[0]["model"] == "tiny"
+    server.models = ["one", "two"]
+    ran = served("generate", "the fox")
+    assert (ran.exit_status, ran.stderr) == (
+        2, "llmcli: the server has 2 models: one, two\nllmcli: say which: -m NAME\n"
+    )  # fmt: skip
+    assert served("generate", "the fox", "-m", "two", "--json").records[0]["model"] == "two"
+    server.models = []
+    assert "the server names no model" in served("generate", "the fox").stderr
+
+
+def test_options_have_the_protocols_names(served, server):
+    options = ("--max-new-tokens", 7, "--temperature", 0.5, "--top-p", 0.9, "-n", 2, "--top-k", 5, "--seed", 3)
+    ran = served("generate", "the fox", *options, "--stop", "x! 1", "-o", "guided_regex=a+", "--json")
+    assert ran.records[0]["generated_texts"] == ["the fox!", "the fo"]
+    assert server.paths == ["/v1/completions"]
+    assert server.bodies == [
+        {"model": "tiny", "prompt": "the fox", "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "n": 2, "seed": 3,
+         "stop": ["x! 1"], "top_k": 5, "guided_regex": "a+"}
+    ]  # fmt: skip
+
+
+def test_what_the_task_says_and_what_it_leaves_to_the_server(served, server):
+    for command in (("generate",), ("chat", "--system", "be brief"), ("generate", "--temperature", 0)):
+        served(*command, "the fox")
+    assert server.bodies == [
+        {"model": "tiny", "prompt": "the fox", "max_tokens": 128},
+        {"model": "tiny", "max_tokens": 512, "messages": [
+            {"role": "system", "content": "be brief"}, {"role": "user", "content": "the fox"}]},
+        {"model": "tiny", "prompt": "the fox", "max_tokens": 128, "temperature": 0},
+    ]  # fmt: skip
+    assert server.paths == ["/v1/completions", "/v1/chat/completions", "/v1/completions"]
+
+
+@pytest.mark.parametrize(
+    ("args", "field"),
+    [
+        (("translate", "--to", "fr", "The fox is quick."), "translation_text"),
+        (("summarize", "The fox is quick. " * 500), "summary_text"),
+        (("qa", "Who is quick?", "-c", "The fox is quick."), "answer"),
+    ],
+)
+def test_tasks_that_are_put_as_a_prompt(served, server, args, field):
+    ran = served(*args, "--json")
+    assert ran.exit_status == 0
+    asked = server.bodies[0]["messages"][-1]["content"]
+    assert "The fox is quick." in asked
+    assert ran.records[0][field]
+    assert f"{asked}!".startswith(ran.records[0][field])
+    assert server.bodies[0]["temperature"] == 0
+    assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize("args", [("--num-beams", 2), ("--truncate",)])
+def test_what_a_server_cannot_do(served, server, args):
+    ran = served("generate", "the fox", *args)
+    assert (ran.exit_status, f"{args[0]} does not go with --endpoint" in ran.stderr) == (2, True)
+    assert server.bodies == []
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_terminal_sees_the_answer_as_it_comes(served, server, command, monkeypatch):
+    pieces = []
+    monkeypatch.setattr("llmcli.output.Output.piece", lambda self, text: pieces.append(text))
+    served(command, "the quick fox", is_terminal=True)
+    assert pieces[-4:] == ["the ", "quick ", "fox!", ""]
+    assert server.bodies[0]["stream"] is True
+
+
+def test_a_stream_that_breaks(served):
+    ran = served("chat", "torn in two", is_terminal=True)
+    assert (ran.exit_status, ran.stdout) == (1, "torn in \n")
+    assert "the server broke off its answer" in ran.stderr
+
+
+def test_the_key_goes_to_whom_it_is_meant_for(served, server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "theirs")
+    served("generate", "the fox")
+    monkeypatch.setenv("LLMCLI_API_KEY", "mine")
+    served("generate", "the fox")
+    assert server.keys == ["Bearer none", "Bearer mine"]
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x/y", "http://", "server"])
+def test_what_is_no_url(llmcli, url):
+    ran = llmcli("generate", "the fox", "--endpoint", url)
+    assert (ran.exit_status, "--endpoint takes a URL" in ran.stderr) == (2, True)
+
+
+def test_the_package_is_missing(llmcli, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    ran = llmcli("generate", "the fox", "--endpoint", "http://localhost:1")
+    assert ran.exit_status == 2
+    assert ran.stderr.endswith("llmcli: run `pip install 'llmcli[openai]'`\n")
+
+
+@pytest.mark.slow
+def test_the_client_imports_nothing_heavy(server):
+    args = ["chat", "the fox", "--endpoint", server.url]
+    heavy = "{'torch', 'transformers', 'rich'} & set(sys.modules)"
+    code = f"import sys; from llmcli.cli import main; main({args}); sys.exit(str({heavy} or 0))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ran.stdout, ran.stderr) == ("the fox!\n", "0\n")
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_it_at_once(server, tmp_path):
+    (tmp_path / "in").write_bytes(lines(*[f"slow {i}" for i in range(1000)]))
+    args = ["generate", "--lines", "-f", tmp_path / "in", "--endpoint", server.url, "--concurrency", "2"]
+    running = subprocess.Popen([sys.executable, "-m", "llmcli", *args], stdout=subprocess.PIPE)
+    assert running.stdout.readline() == b"slow 0slow 0!\n"
+    running.send_signal(signal.SIGINT)
+    assert running.wait(5) == 130
+
+
+@pytest.fixture(scope="module")
+def serve(chatty, tmp_path_factory):
+    """The URL of a real `transformers serve`, with a tiny model in float32."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(chatty), "--port", str(port)]
+    log = tmp_path_factory.mktemp("serve") / "log"
+    with log.open("wb") as file:
+        serving = subprocess.Popen([*command, "--dtype", "float32", "--device", "cpu"], stdout=file, stderr=file)
+    url = f"http://localhost:{port}"
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"{url}/health"):
+                    break
+            except (urllib.error.URLError, ConnectionError):
+                assert serving.poll() is None, log.read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        yield url
+    finally:
+        os.kill(serving.pid, signal.SIGTERM)
+        serving.wait(30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_transformers_serve_says_what_we_say(llmcli, serve, chatty, command):
+    choose = random.Random(1)
+    texts = [" ".join(choose.choices(WORDS, k=choose.randint(1, 20))) for _ in range(40)]
+    args = (command, "--lines", "--json", "-m", chatty, "--temperature", 0, "--max-new-tokens", 8)
+    ours = llmcli(*args, "--dtype", "float32", stdin=lines(*texts))
+    theirs = llmcli(*args, "--endpoint", serve, "--concurrency", 8, stdin=lines(*texts))
+    assert (theirs.exit_status, theirs.stderr) == (0, "")
+    assert [record["text"] for record in theirs.records] == texts
+    assert [record["generated_text"] for record in theirs.records] == [
+        record["generated_text"] for record in ours.records
+    ]
+
+
+@pytest.mark.slow
+def test_transformers_serve_translates(llmcli, serve, chatty):
+    args = ("translate", "--from", "en", "--to", "fr", "The fox.", "--json", "-m", chatty, "--max-new-tokens", 8)
+    ours = llmcli(*args, "--dtype", "float32").records[0]
+    theirs = llmcli(*args, "--endpoint", serve).records[0]
+    assert theirs["translation_text"] == ours["translation_text"] != ""
