@@ -86,7 +86,7 @@ def main() -> list[str]:
         args = [model, str(whole), options]
         ours = [llmcli, "generate", "--jsonl", "-f", str(whole), "--dtype", "bfloat16", "--temperature", "0",
                 "--max-new-tokens", str(TOKENS), "--min-new-tokens", str(TOKENS)]  # fmt: skip
-        peers = {f"`transformers.pipeline`, batches of {n}": [*python, PIPELINE, *args, str(n)] for n in (8, 16, 32)}
+        peers = {f"`transformers.pipeline`, batches of {n}": [*python, PIPELINE, *args, str(n)] for n in (16, 32, 64)}
         peers["floor: no padding at all"] = [*python, FLOOR, *args]
         loops = {"loop of `generate`": [*python, LOOP, model, str(part), options]}
         if {"LLAMA_PYTHON", "LLAMA_GGUF"} <= os.environ.keys():

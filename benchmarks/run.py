@@ -5,6 +5,9 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
+import batch
+import overhead
+import prefix
 import startup
 
 HEADER = "| what | llmcli | peer | ratio | at most | runs |\n|---|---|---|---|---|---|"
@@ -36,6 +39,28 @@ def main() -> None:
         "",
         HEADER,
         *startup.main(),
+        "",
+        "## Batches",
+        "",
+        f"{batch.PROMPTS} prompts of 4 to 200 words, SmolLM2, bfloat16, {batch.TOKENS} new tokens each, greedy:",
+        "whole processes, from the first import to the last line. The loops run each eighth prompt.",
+        "",
+        "| what | tokens/s | llmcli's gain |",
+        "|---|---|---|",
+        *batch.main(),
+        "",
+        "What a shared beginning of 80 tokens saves, against llmcli made to read it with each record:",
+        "",
+        "| what | llmcli | apart | gain | at least |",
+        "|---|---|---|---|---|",
+        *prefix.main(),
+        "",
+        "What llmcli itself costs a record, with a model that answers at once; and how much the resident set grows",
+        f"from {overhead.FEW:,} records to {overhead.MANY:,}:",
+        "",
+        "| what | records/s | at least | growth | at most |",
+        "|---|---|---|---|---|",
+        *overhead.main(),
     ]
     path = Path(__file__).with_name("RESULTS.md")
     path.write_text("\n".join(lines) + "\n")

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "adding-a-task.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BATCH = (ROOT / "docs" / "batch.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^`(src/\S+)`\n\n```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
 
 
@@ -65,9 +66,9 @@ def test_an_entry_of_ones_own_is_a_model(llmcli, tmp_path, monkeypatch):
     assert (ran.exit_status, ran.records[0]["from"], ran.records[0]["model"]) == (0, "en", "en-fr")
 
 
-def shown():
-    """The command lines in README.md's blocks of code: the words after `llmcli`, and the lines printed below."""
-    for block in re.findall(r"^```(?:console|sh)\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
+def shown(page):
+    """The command lines in a page's blocks of code: the words after `llmcli`, and the lines printed below."""
+    for block in re.findall(r"^```(?:console|sh)\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
         line, printed = None, []
         for text in [*block.splitlines(), "$"]:
             if text.startswith(("$", "llmcli ")) or " | llmcli " in text:
@@ -84,8 +85,8 @@ def words(line):
     return found[1 : next((i for i, word in enumerate(found) if word in ("<", ">", "|")), None)]
 
 
-def test_every_option_that_the_readme_shows_is_in_the_help_of_its_command(llmcli):
-    lines = [words(line) for line, _ in shown()]
+def test_every_option_that_is_shown_is_in_the_help_of_its_command(llmcli):
+    lines = [words(line) for page in (README, BATCH) for line, _ in shown(page)]
     assert {line[0] for line in lines} >= {"chat", "generate", "models", "qa", "search", "summarize", "translate"}
     for command, *rest in lines:
         help = llmcli(command, "--help")
@@ -98,7 +99,7 @@ def test_every_option_that_the_readme_shows_is_in_the_help_of_its_command(llmcli
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "printed"),
-    [each for each in shown() if each[0].startswith(("$ llmcli chat", "$ llmcli translate", "$ llmcli qa"))],
+    [each for each in shown(README) if each[0].startswith(("$ llmcli chat", "$ llmcli translate", "$ llmcli qa"))],
 )
 def test_what_the_readme_prints_is_what_is_printed(llmcli, real_cache, line, printed):
     ran = llmcli(*words(line), "--dtype", "float32")

@@ -70,3 +70,51 @@ def test_stops():
     assert first_stop("abc", []) is None
     assert stop_prefix("abc</", ["</s>", "x"]) == 2
     assert stop_prefix("abc", ["</s>"]) == 0
+
+
+def test_a_cache_that_grows_in_place_holds_what_transformers_own_holds():
+    import torch
+    from transformers.cache_utils import DynamicLayer
+
+    from llmcli.pipelines.cache import GrowingLayer
+
+    torch.manual_seed(0)
+    layers = [DynamicLayer(), GrowingLayer()]
+    copies = 0
+    for step in [3, *[1] * 200, "crop", 2, "repeat", *[1] * 70, "reorder", 1, 1, "crop", 1]:
+        if isinstance(step, int):
+            rows = layers[0].keys.shape[0] if layers[0].is_initialized else 2
+            keys, values = torch.rand(2, rows, 3, step, 4)
+            before = layers[1].keys.data_ptr() if layers[1].is_initialized else 0
+            for layer in layers:
+                given = layer.update(keys, values)
+                assert given[0] is layer.keys
+            copies += layers[1].keys.data_ptr() != before
+        for layer in layers:
+            if step == "crop":
+                layer.crop(-2)
+            elif step == "repeat":
+                layer.batch_repeat_interleave(2)
+            elif step == "reorder":
+                layer.reorder_cache(torch.tensor([1, 0, 3, 2]))
+        assert torch.equal(layers[0].keys, layers[1].keys)
+        assert torch.equal(layers[0].values, layers[1].values)
+        assert layers[0].get_seq_length() == layers[1].get_seq_length()
+    assert copies < 10
+
+
+def test_only_models_that_keep_all_keys_and_values_get_it(tiny):
+    from transformers import GenerationConfig, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+
+    from llmcli.pipelines.cache import growing
+
+    settings = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1}
+    windowed = MistralConfig(
+        **settings, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, sliding_window=8
+    )
+    llama, config = AutoModelForCausalLM.from_pretrained(tiny), GenerationConfig()
+    assert growing(llama, config)
+    assert growing(MistralForCausalLM(windowed), config) is None
+    assert growing(MambaForCausalLM(MambaConfig(**settings)), config) is None
+    for other in ({"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static"}):
+        assert growing(llama, GenerationConfig(**other)) is None
