@@ -3,12 +3,14 @@
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
+from llmcli.pipelines import implementation
 from llmcli.pipelines.answers import Deltas
 from llmcli.stops import first_stop, stop_prefix
 
 
 @pytest.fixture(scope="module")
 def causal(tiny):
+    implementation("causal")  # makes it known to transformers
     model = AutoModelForCausalLM.from_pretrained(tiny)
     return pipeline("llmcli-causal", model=model, tokenizer=AutoTokenizer.from_pretrained(tiny, padding_side="left"))
 
