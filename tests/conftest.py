@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -195,3 +196,20 @@ def make_tiny(folder: Path, words: Sequence[str] = WORDS, *, chat: bool = True, 
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def many_lines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """`many_lines(500)` is a file of so many records of mixed length, of which every 50th lacks its text."""
+
+    def write(count: int) -> Path:
+        choose = random.Random(1)
+        records = [
+            {"id": i, "text": " ".join(choose.choices(WORDS, k=choose.randint(1, 30)))} if i % 50 else {"id": i}
+            for i in range(count)
+        ]
+        path = tmp_path_factory.mktemp("many") / "in.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return path
+
+    return write

@@ -1,7 +1,6 @@
 """Runs of 2,000 records that are killed, interrupted, or find the disk full: what comes of them in the end is what an
 undisturbed run writes, byte for byte."""
 
-import json
 import os
 import random
 import signal
@@ -13,20 +12,12 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-WORDS = ["the", "quick", "brown", "fox", "a", "lazy", "dog", "sleeps"]
 COUNT = "llmcli: 40 of 2000 records failed"
 
 
 @pytest.fixture(scope="module")
-def lines(tmp_path_factory):
-    """2,000 records of mixed length, of which every 50th lacks its text."""
-    choose = random.Random(1)
-    records = [{"id": i, "text": " ".join(choose.choices(WORDS, k=choose.randint(1, 30)))} for i in range(2000)]
-    for record in records[::50]:
-        del record["text"]
-    path = tmp_path_factory.mktemp("crash") / "in.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+def lines(many_lines):
+    return many_lines(2000)
 
 
 @pytest.fixture(scope="module")

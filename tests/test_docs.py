@@ -25,7 +25,7 @@ def copied(tmp_path, home, tiny):
     for name, code in FILES.items():
         (tmp_path / name).write_text(code, encoding="utf-8")
     command = (tmp_path / "src/llmcli/commands/title.py").read_text(encoding="utf-8")
-    for old, new in (('task="chat"', 'task="outline"'), ('name("chat")', 'name("outline")'), ("title", "outline")):
+    for old, new in (('job("chat"', 'job("outline"'), ("title", "outline")):
         command = command.replace(old, new)
     (tmp_path / "src/llmcli/commands/outline.py").write_text(command, encoding="utf-8")
 

@@ -1,7 +1,6 @@
 """One run by several processes, under torchrun: what comes out is what one process writes."""
 
 import json
-import random
 import signal
 import subprocess
 import sys
@@ -13,19 +12,11 @@ import pytest
 pytestmark = pytest.mark.slow
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "llmcli"]
-WORDS = ["the", "quick", "brown", "fox", "a", "lazy", "dog", "sleeps"]
 
 
 @pytest.fixture(scope="module")
-def lines(tmp_path_factory):
-    """501 records of mixed length, of which every 50th lacks its text."""
-    choose = random.Random(1)
-    records = [{"id": i, "text": " ".join(choose.choices(WORDS, k=choose.randint(1, 30)))} for i in range(501)]
-    for record in records[::50]:
-        del record["text"]
-    path = tmp_path_factory.mktemp("shared") / "in.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+def lines(many_lines):
+    return many_lines(501)
 
 
 @pytest.fixture(scope="module")

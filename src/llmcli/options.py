@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +12,7 @@ import typer
 
 from llmcli import config, console, registry, store
 from llmcli.errors import UsageError
-from llmcli.job import Placement
+from llmcli.job import Job, Placement
 from llmcli.output import Format, Target
 from llmcli.records import Form
 
@@ -171,24 +171,6 @@ class ModelOptions:
 
 
 @dataclass
-class ServedModelOptions(ModelOptions):
-    """Model"""
-
-    endpoint: Annotated[
-        str | None, typer.Option(metavar="URL", help="A server that speaks the OpenAI protocol runs the model.")
-    ] = None
-    concurrency: Annotated[int, typer.Option(metavar="N", min=1, help="Requests under way at the server.")] = 16
-
-    def name(self, task: str, **languages: str | None) -> str:
-        """As of a model that runs here; or the server's own, if it has but one."""
-        if self.model is None and self.endpoint:
-            from llmcli.engines.endpoint import only_model
-
-            return only_model(self.endpoint)
-        return super().name(task, **languages)
-
-
-@dataclass
 class CommonGenerationOptions:
     """Generation"""
 
@@ -250,6 +232,46 @@ class GenerationOptions(CommonGenerationOptions):
     """Generation"""
 
     top_k: Annotated[int | None, typer.Option(metavar="N", min=0, help="Sample among the k likeliest tokens.")] = None
+
+
+@dataclass
+class ServedModelOptions(ModelOptions):
+    """Model"""
+
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="A server that speaks the OpenAI protocol runs the model.")
+    ] = None
+    concurrency: Annotated[int, typer.Option(metavar="N", min=1, help="Requests under way at the server.")] = 16
+
+    def name(self, task: str, **languages: str | None) -> str:
+        """As of a model that runs here; or the server's own, if it has but one."""
+        if self.model is None and self.endpoint:
+            from llmcli.engines.endpoint import only_model
+
+            return only_model(self.endpoint)
+        return super().name(task, **languages)
+
+    def job(
+        self,
+        task: str,
+        generation: CommonGenerationOptions,
+        parameters: Mapping[str, Any],
+        defaults: Mapping[str, Any] | None = None,
+        **languages: str | None,
+    ) -> Job:
+        """A job that generates text. `defaults` stand under the options that the user gave."""
+        return Job(
+            task=task,
+            model=self.name(task, **languages),
+            generation={**(defaults or {}), **generation.generation()},
+            parameters=parameters,
+            placement=self.placement(),
+            batch_size=self.batch(),
+            seed=generation.seed,
+            truncate=generation.truncate,
+            endpoint=self.endpoint,
+            concurrency=self.concurrency,
+        )
 
 
 def key_value(item: str) -> tuple[str, Any]:

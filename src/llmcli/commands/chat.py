@@ -7,7 +7,6 @@ import typer
 
 from llmcli.errors import ExitStatus
 from llmcli.grammar import spread
-from llmcli.job import Job
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.output import Target
 from llmcli.records import prompts
@@ -36,18 +35,8 @@ def chat(
     """
     form = input.form()
     target = output.target(form, [text] if text is not None else [], input.files)
-    job = Job(
-        task="chat",
-        model=model.name("chat"),
-        generation=generation.generation(),
-        parameters={"fields": input.roles("text", "messages"), "system": system} | template(prompt),
-        placement=model.placement(),
-        batch_size=model.batch(),
-        seed=generation.seed,
-        truncate=generation.truncate,
-        endpoint=model.endpoint,
-        concurrency=model.concurrency,
-    )
+    parameters = {"fields": input.roles("text", "messages"), "system": system} | template(prompt)
+    job = model.job("chat", generation, parameters)
     is_plain = target == Target() and not prompt
     if text is None and not input.files and is_plain and sys.stdin and sys.stdin.isatty():
         from llmcli.repl import converse

@@ -6,7 +6,6 @@ import typer
 
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.grammar import spread
-from llmcli.job import Job
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.records import prompts
 from llmcli.run import run
@@ -40,16 +39,6 @@ def generate(
     if prompt is not None and preset is not None:
         raise UsageError("--prompt and --preset exclude each other")
     kind = prompting.preset(preset)
-    job = Job(
-        task="generate",
-        model=model.name("generate"),
-        generation={**kind.get("options", {}), **generation.generation()},
-        parameters={"fields": input.roles("text"), "full_text": full_text} | template(prompt) | kind.get("frame", {}),
-        placement=model.placement(),
-        batch_size=model.batch(),
-        seed=generation.seed,
-        truncate=generation.truncate,
-        endpoint=model.endpoint,
-        concurrency=model.concurrency,
-    )
+    parameters = {"fields": input.roles("text"), "full_text": full_text} | template(prompt) | kind.get("frame", {})
+    job = model.job("generate", generation, parameters, kind.get("options"))
     return run(job, prompts(texts, input.files, form), output.target(form, texts, input.files))

@@ -7,7 +7,6 @@ import typer
 
 from llmcli.errors import ExitStatus
 from llmcli.grammar import spread
-from llmcli.job import Job
 from llmcli.options import CommonGenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.records import questions
 from llmcli.run import run
@@ -58,25 +57,14 @@ def qa(
     target = output.target(form, [text for text in (question, context) if text is not None], input.files)
     roles = input.roles("question", "context")
     records, documents = questions(question, context, input.files, form, roles, retry=output.retry_errors)
-    job = Job(
-        task="qa",
-        model=model.name("qa"),
-        generation=generation.generation(),
-        parameters={
-            "fields": roles,
-            "documents": documents,
-            "top_k": answers.top_k,
-            "max_answer_len": answers.max_answer_len,
-            "doc_stride": answers.doc_stride,
-            "max_seq_len": answers.max_seq_len,
-            "handle_impossible_answer": answers.allow_no_answer or None,
-        }
-        | template(prompt),
-        placement=model.placement(),
-        batch_size=model.batch(),
-        seed=generation.seed,
-        truncate=generation.truncate,
-        endpoint=model.endpoint,
-        concurrency=model.concurrency,
-    )
+    parameters = {
+        "fields": roles,
+        "documents": documents,
+        "top_k": answers.top_k,
+        "max_answer_len": answers.max_answer_len,
+        "doc_stride": answers.doc_stride,
+        "max_seq_len": answers.max_seq_len,
+        "handle_impossible_answer": answers.allow_no_answer or None,
+    }
+    job = model.job("qa", generation, parameters | template(prompt))
     return run(job, records, target)

@@ -6,7 +6,6 @@ import typer
 
 from llmcli.errors import ExitStatus
 from llmcli.grammar import spread
-from llmcli.job import Job
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.records import read, sources
 from llmcli.run import run
@@ -33,16 +32,5 @@ def summarize(
     llmcli summarize -m facebook/bart-large-cnn --jsonl --field article < news.jsonl
     """
     form = input.form()
-    job = Job(
-        task="summarize",
-        model=model.name("summarize"),
-        generation=generation.generation(),
-        parameters={"fields": input.roles("text")} | template(prompt),
-        placement=model.placement(),
-        batch_size=model.batch(),
-        seed=generation.seed,
-        truncate=generation.truncate,
-        endpoint=model.endpoint,
-        concurrency=model.concurrency,
-    )
+    job = model.job("summarize", generation, {"fields": input.roles("text")} | template(prompt))
     return run(job, read(sources(texts, input.files), form), output.target(form, texts, input.files))

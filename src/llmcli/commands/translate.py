@@ -49,16 +49,6 @@ def translate(
         if not first:
             return run(Job("translate", ""), records, target_options)
         guess = source or (languages.likely(text) if isinstance(text, str) else None)
-    job = Job(
-        task="translate",
-        model=model.name("translate", source=guess, target=target),
-        generation=generation.generation(),
-        parameters={"fields": roles, "from": source, "to": target} | template(prompt),
-        placement=model.placement(),
-        batch_size=model.batch(),
-        seed=generation.seed,
-        truncate=generation.truncate,
-        endpoint=model.endpoint,
-        concurrency=model.concurrency,
-    )
+    parameters = {"fields": roles, "from": source, "to": target} | template(prompt)
+    job = model.job("translate", generation, parameters, source=guess, target=target)
     return run(job, records, target_options)
