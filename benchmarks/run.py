@@ -1,7 +1,10 @@
-"""make bench: every figure, measured here and now, into RESULTS.md with the machine and the versions."""
+"""make bench: every figure, measured here and now, into RESULTS.md with the machine and the versions. With names of
+sections, `run.py batch prefix`, those alone are measured again."""
 
 import os
 import platform
+import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,7 +13,37 @@ import overhead
 import prefix
 import startup
 
-HEADER = "| what | llmcli | peer | ratio | at most | runs |\n|---|---|---|---|---|---|"
+SECTIONS: dict[str, tuple[str, str, str, Callable[[], list[str]]]] = {
+    "startup": (
+        "Start-up",
+        """The peer of `--help` is a bare Typer program's; of a cold `generate`, the shortest transformers script that
+does the same with the same weights (float32, greedy).""",
+        "| what | llmcli | peer | ratio | at most | runs |\n|---|---|---|---|---|---|",
+        startup.main,
+    ),
+    "batch": (
+        "Batches",
+        f"""{batch.PROMPTS} prompts of 4 to 200 words, SmolLM2, bfloat16, {batch.TOKENS} new tokens each, greedy; whole
+processes, from the first import to the last line, median of {batch.RUNS}. The loops run each eighth prompt; llama.cpp
+reads weights of four bits.""",
+        "| what | tokens/s | llmcli's gain |\n|---|---|---|",
+        batch.main,
+    ),
+    "prefix": (
+        "A shared beginning",
+        """Short records behind an instruction and examples of 80 tokens; against llmcli made to read these with each
+record.""",
+        "| what | llmcli | apart | gain | at least |\n|---|---|---|---|---|",
+        prefix.main,
+    ),
+    "overhead": (
+        "What llmcli itself costs",
+        f"""JSON Lines through `generate`, with a model that answers at once; and how much the resident set grows from
+{overhead.FEW:,} records to {overhead.MANY:,}.""",
+        "| what | records/s | at least | growth | at most |\n|---|---|---|---|---|",
+        overhead.main,
+    ),
+}
 
 
 def processor() -> str:
@@ -22,48 +55,22 @@ def processor() -> str:
 
 
 def main() -> None:
+    path = Path(__file__).with_name("RESULTS.md")
+    known = {text.partition("\n")[0]: text for text in path.read_text().split("\n## ")[1:]} if path.exists() else {}
+    for name in sys.argv[1:] or SECTIONS:
+        title, about, header, measure = SECTIONS[name]
+        known[title] = "\n".join([title, "", about, "", header, *measure(), ""])
     packages = ", ".join(f"{name} {version(name)}" for name in ("llmcli", "transformers", "torch", "typer"))
     machine = f"{processor()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
-    lines = [
-        "# Benchmarks",
-        "",
-        "Written by `make bench`: medians of whole processes, ours and the peer's in turn; the ratio is the median of",
-        "the ratios pair by pair. Times vary with the machine, ratios little.",
-        "",
-        f"{machine}; {packages}.",
-        "",
-        "## Start-up",
-        "",
-        "The peer of `--help` is a bare Typer program's; of a cold `generate`, the shortest transformers script that",
-        "does the same with the same weights (float32, greedy).",
-        "",
-        HEADER,
-        *startup.main(),
-        "",
-        "## Batches",
-        "",
-        f"{batch.PROMPTS} prompts of 4 to 200 words, SmolLM2, bfloat16, {batch.TOKENS} new tokens each, greedy:",
-        "whole processes, from the first import to the last line. The loops run each eighth prompt.",
-        "",
-        "| what | tokens/s | llmcli's gain |",
-        "|---|---|---|",
-        *batch.main(),
-        "",
-        "What a shared beginning of 80 tokens saves, against llmcli made to read it with each record:",
-        "",
-        "| what | llmcli | apart | gain | at least |",
-        "|---|---|---|---|---|",
-        *prefix.main(),
-        "",
-        "What llmcli itself costs a record, with a model that answers at once; and how much the resident set grows",
-        f"from {overhead.FEW:,} records to {overhead.MANY:,}:",
-        "",
-        "| what | records/s | at least | growth | at most |",
-        "|---|---|---|---|---|",
-        *overhead.main(),
-    ]
-    path = Path(__file__).with_name("RESULTS.md")
-    path.write_text("\n".join(lines) + "\n")
+    head = f"""# Benchmarks
+
+Written by `make bench`: medians of whole processes, ours and the peers' in turn. Times vary with the machine, ratios
+little.
+
+{machine}; {packages}.
+"""
+    sections = [known[title].rstrip("\n") + "\n" for title, *_ in SECTIONS.values() if title in known]
+    path.write_text("\n## ".join([head, *sections]))
     print(path.read_text())
 
 

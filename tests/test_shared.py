@@ -91,6 +91,14 @@ def test_when_one_is_killed_the_run_ends_and_can_go_on(command, lines, whole, tm
     assert path.read_bytes() == whole
 
 
+def test_a_whole_file_ends_all_at_once(command, lines, tmp_path):
+    (tmp_path / "in").write_bytes(b"".join(lines.read_bytes().splitlines(keepends=True)[1:4]))
+    args = [*TORCHRUN, *command, "-f", tmp_path / "in", "--output", tmp_path / "out", "--resume"]
+    for expected in ([], [f"llmcli: {tmp_path / 'out'} is whole: nothing to do"]):
+        ran = subprocess.run(args, capture_output=True, timeout=60)
+        assert (ran.returncode, said(ran)) == (0, expected)
+
+
 def test_what_goes_wrong_in_another_process_is_said_once(command, lines, tmp_path):
     code = (
         "import os, sys\n"

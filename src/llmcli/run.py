@@ -30,6 +30,7 @@ def run(job: Job, records: Iterable[Record], target: Target) -> ExitStatus:
             stack.enter_context(summary(job.model, tally))
         if journal and journal.is_whole:
             console.notice(f"{target.path} is whole: nothing to do")
+            list(_engine(job).run(job, ()))  # other processes wait to be told
             return _ended(tally)
         progress = Progress(tally)
         records = progress.reading(records)

@@ -25,11 +25,12 @@ NAMES = {
     "stop_strings": "stop",
     "num_return_sequences": "n",
 }
+SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # asking for one asks for sampling
 STANDARD = ("max_tokens", "stop", "n", "temperature", "top_p", "seed")  # others are extensions of one server or another
 
 
 class EndpointEngine(Engine):
-    """Keeps its connections, for the next call of `run`."""
+    """Sends what steps ask for to the job's server; nothing of it runs here."""
 
     def check(self, job: Job) -> None:
         if (job.generation.get("num_beams") or 1) > 1:
@@ -189,7 +190,7 @@ def options(job: Job, way: Way, model: RemoteModel) -> dict[str, Any]:
     given = {**task, **job.generation, **({} if job.seed is None else {"seed": job.seed})}
     if isinstance(given.get("stop_strings"), str):
         given["stop_strings"] = [given["stop_strings"]]
-    if given.pop("do_sample", None) is False and "temperature" not in job.generation:
+    if given.pop("do_sample", None) is False and job.generation.keys().isdisjoint(SAMPLING):
         given["temperature"] = 0
     named = {NAMES.get(name, name): value for name, value in given.items() if value is not None}
     standard = {name: named.pop(name) for name in STANDARD if name in named}

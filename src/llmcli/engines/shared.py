@@ -40,6 +40,8 @@ class SharedEngine:
                         if on_done:
                             on_done(result)
                         yield result
+            for other in others:
+                other.end()
         _leave()
 
 
@@ -65,6 +67,10 @@ class _Other:
             return None
         ((output, text, failure),) = self._answers.take(1, least=1)
         return Result(record, output, text, failure)
+
+    def end(self) -> None:
+        """Wait for its last word."""
+        self._answers.take(1, least=1)
 
     def _deal(self) -> None:
         with suppress(_GoneError):  # whoever waits for its answers will say so
