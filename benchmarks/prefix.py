@@ -11,7 +11,8 @@ from pathlib import Path
 from measure import seconds
 
 RECORDS, TOKENS, RUNS = 512, 8, 3
-PROMPT = """Translate each English phrase into French. Give only the translation, on one line, without any comment at all.
+PROMPT = """Translate each English phrase into French. Give only the translation, on one line, without any \
+comment at all.
 
 English: the black cat
 French: le chat noir
