@@ -23,6 +23,7 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     offline: bool = False
+    keep_alive: str = ""  # as --keep-alive is written; nothing: not said
     defaults: Mapping[str, Any] = field(default_factory=dict)  # task -> model, or models in order
 
 
@@ -53,13 +54,13 @@ def settings() -> Settings:
         raise UsageError(f"{path}: no such file", hint="LLMCLI_CONFIG names it")
     table = read_toml(path) if path.exists() else {}
     check_keys(table, (f.name for f in fields(Settings)), str(path))
-    for variable, key in (("LLMCLI_DEVICE", "device"), ("LLMCLI_DTYPE", "dtype")):
+    for variable, key in (("LLMCLI_DEVICE", "device"), ("LLMCLI_DTYPE", "dtype"), ("LLMCLI_KEEP_ALIVE", "keep_alive")):
         if value := os.environ.get(variable):
             table[key] = value
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         table["offline"] = True
     found = Settings(**table)
-    for key, kind in (("device", str), ("dtype", str), ("offline", bool), ("defaults", dict)):
+    for key, kind in (("device", str), ("dtype", str), ("offline", bool), ("keep_alive", str), ("defaults", dict)):
         if not isinstance(getattr(found, key), kind):
             raise UsageError(f"{path}: {key} must be of type {kind.__name__}")
     for task, model in found.defaults.items():
@@ -77,6 +78,14 @@ def checked_device(name: str) -> str:
     if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", name):
         raise UsageError(f"unknown device {name!r}", hint="devices: auto, cpu, cuda, cuda:N, mps, xpu")
     return name
+
+
+def seconds(duration: str) -> float:
+    """`90`, `90s`, `10m`, `1h`, `1d` -> seconds. Raises UsageError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", duration.strip())
+    if not found:
+        raise UsageError(f"not a duration: {duration!r}", hint="write it like 30s, 10m or 2h")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
 def read_toml(path: Path) -> dict[str, Any]:

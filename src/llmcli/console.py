@@ -5,16 +5,20 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, Literal
 
 from llmcli import ranks
 
 quiet = False
 verbose = False
+Relay = Callable[[Literal["notice", "working"], str], None]
+
 REFRESH = 5  # times a second
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _parts: list[Callable[[], str]] = []  # what the live line is made of
 _live: Any = None  # rich's Live, while the line is on the screen
+_relay: ContextVar[Relay | None] = ContextVar("relay", default=None)
 
 
 def be_quiet(value: bool) -> None:
@@ -35,12 +39,14 @@ def is_terminal() -> bool:
 
 def is_watched() -> bool:
     """Whether a person is there who wants to see what goes on."""
-    return is_terminal() and not quiet
+    return is_terminal() and not quiet and not _relay.get()
 
 
 def notice(message: str) -> None:
     """One line that a person may want to know."""
-    if not quiet:
+    if relay := _relay.get():
+        relay("notice", message)
+    elif not quiet:
         _say(message)
 
 
@@ -78,6 +84,11 @@ def showing(part: Callable[[], str]) -> Iterator[None]:
     """One live line on a terminal, gone at the end. `part` is asked for its text at every refresh; what is shown within
     stands after it."""
     global _live
+    if relay := _relay.get():
+        relay("working", part())
+        yield
+        relay("working", "")
+        return
     if not is_watched():
         yield
         return
@@ -109,6 +120,17 @@ def _live_line() -> Any:
 
     screen = Console(stderr=True)
     return Live(console=screen, get_renderable=line, refresh_per_second=REFRESH, transient=True, redirect_stdout=False)
+
+
+@contextmanager
+def relayed(relay: Relay) -> Iterator[None]:
+    """What this thread has to say goes to another process's stderr: notices, and what is being worked on, which ends
+    with an empty text."""
+    before = _relay.set(relay)
+    try:
+        yield
+    finally:
+        _relay.reset(before)
 
 
 @contextmanager

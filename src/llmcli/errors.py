@@ -45,6 +45,10 @@ class ModelUnavailable(LlmcliError):
     status = ExitStatus.UNAVAILABLE
 
 
+class TooBig(ModelUnavailable):
+    """The model does not fit in the memory there is now."""
+
+
 class RecordError(LlmcliError):
     """One record cannot be run; the others can. `kind` is the `type` in the JSON output."""
 

@@ -36,6 +36,12 @@ class Job:
     truncate: bool = False
     endpoint: str | None = None  # URL of a server that runs it in the place of this process
     concurrency: int = 16  # requests under way there
+    keep_alive: float | None = None  # seconds that a worker keeps the model; 0: it runs in this process
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Job":
+        """The job that `dataclasses.asdict` made this of."""
+        return cls(**{**fields, "placement": Placement(**fields["placement"])})
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcli import console
-from llmcli.errors import LlmcliError, ModelUnavailable, UsageError
+from llmcli.errors import LlmcliError, ModelUnavailable, TooBig, UsageError
 from llmcli.job import Placement
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # what dtype applies to; other tensors stay as they are
@@ -197,7 +197,7 @@ def _device_map(placement: Placement, device: str, size: int) -> tuple[Any, dict
         return "auto", {**gpus, "cpu": memory}
     room = sum(gpus.values()) + (0 if gpus and not spread else memory)
     if size > room:
-        raise ModelUnavailable(
+        raise TooBig(
             f"the model needs {_readable(size)} of memory and {_readable(room)} may be used",
             hint="take a smaller model, --dtype bfloat16, or let it run from disk, slowly: --offload-folder PATH",
         )

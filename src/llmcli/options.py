@@ -135,6 +135,10 @@ class ModelOptions:
     offload_folder: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Put weights that do not fit in memory on this disk.")
     ] = None
+    keep_alive: Annotated[
+        str | None,
+        typer.Option(metavar="DURATION", help="Keep it warm in a worker, e.g. 10m; 0: none (also LLMCLI_KEEP_ALIVE)."),
+    ] = None
     offline: Offline = False
     allow_pickle: AllowPickle = False
     trust_remote_code: Annotated[
@@ -160,6 +164,11 @@ class ModelOptions:
             allow_pickle=self.allow_pickle,
             trust_remote_code=self.trust_remote_code,
         )
+
+    def kept(self) -> float | None:
+        """Seconds that a worker keeps the model; None where nobody says."""
+        duration = self.keep_alive or config.settings().keep_alive
+        return config.seconds(duration) if duration else None
 
     def batch(self) -> int | None:
         """Records a batch, None for auto."""
@@ -271,6 +280,7 @@ class ServedModelOptions(ModelOptions):
             truncate=generation.truncate,
             endpoint=self.endpoint,
             concurrency=self.concurrency,
+            keep_alive=self.kept(),
         )
 
 

@@ -26,7 +26,7 @@ from llmcli.output import Output, Sink, Target
 from llmcli.tally import Tally
 
 SYNC_EVERY = 1.0  # seconds of work that a power cut may take
-PLACE_ONLY = ("batch_size", "concurrency", "offline", "max_memory", "offload_folder")  # change no result
+PLACE_ONLY = ("batch_size", "concurrency", "keep_alive", "offline", "max_memory", "offload_folder")  # change no result
 
 
 class Journal(AbstractContextManager["Journal"]):

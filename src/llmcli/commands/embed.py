@@ -41,6 +41,7 @@ def embed(
         parameters={"fields": input.roles("text")},
         placement=model.placement(),
         batch_size=model.batch(),
+        keep_alive=model.kept(),
         truncate=truncate,
     )
     return run(job, read(sources(texts, input.files), form), target)

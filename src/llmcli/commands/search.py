@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmcli import console, ranks
-from llmcli.engines.local import LocalEngine
+from llmcli import console, engines, ranks
 from llmcli.errors import ExitStatus, LlmcliError, UsageError
 from llmcli.grammar import spread
 from llmcli.job import Job, Record, Result
@@ -57,9 +56,10 @@ def search(
             parameters={"limit": limit},
             placement=model.placement(),
             batch_size=model.batch() or BATCH_SIZE,
+            keep_alive=model.kept(),
         )
         texts = [{**record.fields, "file": record.file, "line": record.line} for record in found if not record.failure]
-        (result,) = LocalEngine().run(job, [Record({"query": query, "texts": texts})])
+        (result,) = engines.of(job).run(job, [Record({"query": query, "texts": texts})])
         if result.failure:
             raise LlmcliError(result.failure.message)
         with Output(Format.JSON if output.json else Format.TEXT, path=output.output, model=name) as out:

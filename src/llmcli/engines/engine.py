@@ -4,7 +4,7 @@ their results in input order."""
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -70,7 +70,9 @@ class Work:
 
 
 class Engine(ABC):
-    """Where models are, and how they run."""
+    """Where models are, and how they run. What only one job may do at a time it does while it holds `exclusive`."""
+
+    exclusive: AbstractContextManager[Any] = nullcontext()
 
     @abstractmethod
     def check(self, job: Job) -> None:
@@ -112,9 +114,11 @@ class Engine(ABC):
                     works += begun
                     if any(work.result is None for work in begun):
                         turn = turn or Turn(self, job)
-                        turn.add(begun)
+                        with self.exclusive:
+                            turn.add(begun)
                 if turn and works and works[0].result is None:
-                    turn.step(on_text if len(works) == 1 else None)  # nothing may still stand before the pieces
+                    with self.exclusive:
+                        turn.step(on_text if len(works) == 1 else None)  # nothing may still stand before the pieces
                 while works and (result := works[0].result):
                     works.popleft()
                     yield result
@@ -124,10 +128,10 @@ class Turn:
     """One job on its model. Raises UsageError where the job's options make no sense, before any model is sought."""
 
     def __init__(self, engine: Engine, job: Job) -> None:
+        engine.check(job)
         self.engine, self.job = engine, job
         self.model = engine.model(job)
         self.works: list[Work] = []
-        engine.check(job)
 
     @cached_property
     def way(self) -> Way:

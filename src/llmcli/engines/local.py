@@ -1,10 +1,8 @@
 """The engine of this process: loads models, and runs them in batches."""
 
-from typing import Any
-
 from llmcli import tasks
 from llmcli.engines.engine import Engine
-from llmcli.engines.model import Model, long_lived_objects
+from llmcli.engines.model import Kept, Loaded, Model, long_lived_objects
 from llmcli.engines.runner import BatchRunner, GeneratingRunner
 from llmcli.job import Job
 from llmcli.loader import quiet_libraries
@@ -12,10 +10,10 @@ from llmcli.tasks import Way
 
 
 class LocalEngine(Engine):
-    """Keeps the models that it loaded, for the next call of `run`."""
+    """Keeps the models that it loaded for the next call of `run`, or as `loaded` keeps them."""
 
-    def __init__(self) -> None:
-        self._loaded: dict[Any, Any] = {}
+    def __init__(self, loaded: Loaded | None = None) -> None:
+        self._loaded = loaded or Kept()
 
     def check(self, job: Job) -> None:
         ways = tasks.find(job.task).ways

@@ -1,21 +1,42 @@
 """The model of a job: its folder, what it can do, and its pipeline."""
 
 import gc
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from llmcli import console, registry, store, tasks
-from llmcli.errors import ModelUnavailable
+from llmcli.errors import ModelUnavailable, TooBig
 from llmcli.job import Job
+
+
+class Loaded(Protocol):
+    """Pipelines that are kept, by a key of what they were loaded from and how."""
+
+    def get(self, name: str, key: Any, load: Callable[[], Any]) -> Any:
+        """The one under that key, loaded now if need be. `name` is what people call the model."""
+
+
+class Kept:
+    """Pipelines that stay to the end."""
+
+    def __init__(self) -> None:
+        self._pipelines: dict[Any, Any] = {}
+
+    def get(self, name: str, key: Any, load: Callable[[], Any]) -> Any:
+        if key not in self._pipelines:
+            self._pipelines[key] = load()
+        return self._pipelines[key]
 
 
 class Model:
     """A job's model as its steps see it: the folder of its weights, and a pipeline, loaded when first asked for."""
 
-    def __init__(self, job: Job, loaded: dict[Any, Any]) -> None:
+    def __init__(self, job: Job, loaded: Loaded) -> None:
         self._job, self._loaded = job, loaded
 
     @cached_property
@@ -34,10 +55,9 @@ class Model:
     @cached_property
     def pipeline(self) -> Any:
         """Raises ModelUnavailable; UsageError for a device that is not here."""
-        key = (self._job.model, self.kind, self._job.placement)
-        if key not in self._loaded:
-            self._loaded[key] = self._load()
-        return self._loaded[key]
+        changed = max(file.stat().st_mtime_ns for file in self.folder.iterdir())
+        key = (self.folder, changed, self.kind, replace(self._job.placement, offline=False))
+        return self._loaded.get(self._job.model, key, self._load)
 
     def _load(self) -> Any:
         from llmcli import pipelines
@@ -47,9 +67,7 @@ class Model:
             try:
                 return pipelines.load(kind, folder, self._job.placement)
             except MemoryError as problem:
-                raise ModelUnavailable(
-                    f"{self._job.model} does not fit in memory", hint="take a smaller model"
-                ) from problem
+                raise TooBig(f"{self._job.model} does not fit in memory", hint="take a smaller model") from problem
 
     @cached_property
     def _able_kind(self) -> str:
@@ -79,9 +97,11 @@ def _able_kind(job: Job, folder: Path) -> str:
 def long_lived_objects() -> Iterator[None]:
     """Spare the garbage collector a million objects that stay: imports and weights. It takes a quarter of a cold
     call to walk them again and again, while they are made and at exit."""
+    known = len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        if len(sys.modules) > known:  # in a process that goes on, what is frozen for nothing would never be freed
+            gc.freeze()
         gc.enable()

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -41,6 +41,7 @@ class BatchRunner:
         self.truncate: Any = job.truncate
         self.parameters = dict(way.settings(job, pipeline))
         self.repeats = False  # whether equal inputs may have different outputs
+        self.on_token: Callable[[], None] | None = None  # called after each token that a batch generates
         self.waiting: list[Row] = []
         self._leaders: dict[str, Request] = {}
         self._takes_rows = inspect.isgeneratorfunction(pipeline.preprocess)
@@ -184,7 +185,7 @@ class GeneratingRunner(BatchRunner):
         """Run them; how fast new tokens came. What the prompts took says nothing of the batch's size."""
         from llmcli.pipelines.answers import Clock
 
-        config, clock, settings = self.config, Clock(), dict[str, Any]()
+        config, clock, settings = self.config, Clock(self.on_token), dict[str, Any]()
         if rows[0].room is not None:  # the answer must stop where the model's context ends
             config = copy.deepcopy(config)
             config.max_new_tokens, config.max_length = rows[0].room, None

@@ -60,13 +60,16 @@ class StopTexts(StoppingCriteria):  # type: ignore[misc]
 
 
 class Clock(StoppingCriteria):  # type: ignore[misc]
-    """Stops nothing; knows when each token came."""
+    """Stops nothing; knows when each token came, and calls `on_token` then, which may raise."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_token: Callable[[], None] | None = None) -> None:
         self.times: list[float] = []
+        self.on_token = on_token
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         self.times.append(time.perf_counter())
+        if self.on_token:
+            self.on_token()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     @property
