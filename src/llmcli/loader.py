@@ -197,7 +197,8 @@ def _device_map(placement: Placement, device: str, size: int) -> tuple[Any, dict
         return "auto", {**gpus, "cpu": memory}
     room = sum(gpus.values()) + (0 if gpus and not spread else memory)
     if size > room:
-        raise TooBig(
+        what = ModelUnavailable if placement.max_memory else TooBig  # others that make room help only the machine
+        raise what(
             f"the model needs {_readable(size)} of memory and {_readable(room)} may be used",
             hint="take a smaller model, --dtype bfloat16, or let it run from disk, slowly: --offload-folder PATH",
         )

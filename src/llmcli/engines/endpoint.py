@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llmcli import stops
-from llmcli.engines.engine import Engine
+from llmcli.engines.engine import SteppingEngine
 from llmcli.engines.request import OnText, Request, failing
 from llmcli.errors import ModelUnavailable, RecordError, UsageError
 from llmcli.job import Job
@@ -29,7 +29,7 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # asking for one asks for
 STANDARD = ("max_tokens", "stop", "n", "temperature", "top_p", "seed")  # others are extensions of one server or another
 
 
-class EndpointEngine(Engine):
+class EndpointEngine(SteppingEngine):
     """Sends what steps ask for to the job's server; nothing of it runs here."""
 
     def check(self, job: Job) -> None:
@@ -46,7 +46,7 @@ class EndpointEngine(Engine):
         model.context  # noqa: B018  # asks the server, which should be there
         return EndpointRunner(job, way, model)
 
-    def other(self) -> Engine:
+    def other(self) -> SteppingEngine:
         from llmcli.engines.local import LocalEngine
 
         return LocalEngine()

@@ -1,13 +1,13 @@
-"""What engines that take each record through the steps of its task have in common: many records on their way at a time,
-their results in input order."""
+"""What an engine is; and what those have in common that take each record through the steps of its task: many records on
+their way at a time, their results in input order."""
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from llmcli import console, tasks
 from llmcli.engines.readahead import ReadAhead
@@ -69,7 +69,17 @@ class Work:
             self.go_on([_stripped(output) for output in outputs] if self.ask.strip else outputs)
 
 
-class Engine(ABC):
+class Engine(Protocol):
+    """The contract that this package's own page tells."""
+
+    def run(
+        self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_done: OnDone | None = None
+    ) -> Iterator[Result]: ...
+
+    def load(self, job: Job) -> None: ...
+
+
+class SteppingEngine(ABC):
     """Where models are, and how they run. What only one job may do at a time it does while it holds `exclusive`."""
 
     exclusive: AbstractContextManager[Any] = nullcontext()
@@ -87,7 +97,7 @@ class Engine(ABC):
         """Raises ModelUnavailable and UsageError."""
 
     @abstractmethod
-    def other(self) -> "Engine":
+    def other(self) -> "SteppingEngine":
         """For what steps ask of another task."""
 
     def load(self, job: Job) -> None:
@@ -96,7 +106,7 @@ class Engine(ABC):
 
     def run(
         self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_done: OnDone | None = None
-    ) -> Iterator[Result]:
+    ) -> Generator[Result, None, None]:
         """Results in the order of the records. The model is loaded when the first record needs it.
 
         Raises ModelUnavailable and UsageError; what is wrong with one record is a failure in its Result.
@@ -127,7 +137,7 @@ class Engine(ABC):
 class Turn:
     """One job on its model. Raises UsageError where the job's options make no sense, before any model is sought."""
 
-    def __init__(self, engine: Engine, job: Job) -> None:
+    def __init__(self, engine: SteppingEngine, job: Job) -> None:
         engine.check(job)
         self.engine, self.job = engine, job
         self.model = engine.model(job)

@@ -1,7 +1,7 @@
 """The engine of this process: loads models, and runs them in batches."""
 
 from llmcli import tasks
-from llmcli.engines.engine import Engine
+from llmcli.engines.engine import SteppingEngine
 from llmcli.engines.model import Kept, Loaded, Model, long_lived_objects
 from llmcli.engines.runner import BatchRunner, GeneratingRunner
 from llmcli.job import Job
@@ -9,7 +9,7 @@ from llmcli.loader import quiet_libraries
 from llmcli.tasks import Way
 
 
-class LocalEngine(Engine):
+class LocalEngine(SteppingEngine):
     """Keeps the models that it loaded for the next call of `run`, or as `loaded` keeps them."""
 
     def __init__(self, loaded: Loaded | None = None) -> None:
@@ -33,5 +33,5 @@ class LocalEngine(Engine):
         kind = BatchRunner if way.defaults is None else GeneratingRunner
         return kind(job, way, model.pipeline)
 
-    def other(self) -> Engine:
+    def other(self) -> SteppingEngine:
         return self

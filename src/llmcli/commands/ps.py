@@ -1,0 +1,36 @@
+"""llmcli ps: what the worker keeps warm."""
+
+from llmcli import console
+from llmcli.engines.worker import client
+from llmcli.grammar import spread
+from llmcli.options import Json, Quiet, Verbose
+from llmcli.output import print_lines, print_table, to_json
+
+
+@spread
+def ps(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Show the worker's models, their memory, and for how long they have been idle."""
+    try:
+        status = client.status()
+    except client.NoWorkerError:
+        console.notice("no worker is running: --keep-alive 10m starts one, and so does `llmcli serve`")
+        return
+    if json:
+        print_lines([to_json(status)])
+        return
+    print_table(
+        ("MODEL", "DEVICE", "DTYPE", "MEMORY", "JOBS", "IDLE", "LEFT"),
+        [
+            (each["model"], each["device"], each["dtype"], f"{each['bytes'] / 1e6:.0f} MB", str(each["jobs"]),
+             _seconds(each["idle"]), _seconds(each["left"]))
+            for each in status["models"]
+        ],
+    )  # fmt: skip
+    took = f"{status['memory'] / 1e6:.0f} MB, " if status["memory"] else ""
+    console.notice(f"worker {status['process']}: {took}{status['jobs']} jobs")
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}s" if value < 100 else f"{value / 60:.0f}m"
