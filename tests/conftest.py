@@ -61,6 +61,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LLMCLI_CACHE", str(home / "cache"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
     monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(home / "run"))  # which is not there, so no worker is
     config.settings.cache_clear()
     registry.models.cache_clear()
     prompting.tables.cache_clear()

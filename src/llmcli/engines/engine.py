@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Protocol
 
 from llmcli import console, tasks
@@ -14,6 +13,7 @@ from llmcli.engines.readahead import ReadAhead
 from llmcli.engines.request import OnText, Request, Runner, failure
 from llmcli.errors import RecordError
 from llmcli.job import Failure, Job, Record, Result
+from llmcli.lazy import lazy
 from llmcli.tasks import Ask, Steps, Way
 
 OnDone = Callable[[Result], None]
@@ -143,11 +143,11 @@ class Turn:
         self.model = engine.model(job)
         self.works: list[Work] = []
 
-    @cached_property
+    @lazy
     def way(self) -> Way:
         return tasks.find(self.job.task).ways[self.model.kind]
 
-    @cached_property
+    @lazy
     def runner(self) -> Runner:
         return self.engine.runner(self.job, self.way, self.model)
 

@@ -5,13 +5,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from llmcli import console, registry, store, tasks
 from llmcli.errors import ModelUnavailable, TooBig
 from llmcli.job import Job
+from llmcli.lazy import lazy
 
 
 class Loaded(Protocol):
@@ -39,20 +39,20 @@ class Model:
     def __init__(self, job: Job, loaded: Loaded) -> None:
         self._job, self._loaded = job, loaded
 
-    @cached_property
+    @lazy
     def folder(self) -> Path:
         """Raises ModelUnavailable."""
         placement = self._job.placement
         spec = registry.resolve(self._job.model)
         return store.pull(spec, offline=placement.offline, allow_pickle=placement.allow_pickle)
 
-    @cached_property
+    @lazy
     def kind(self) -> str:
         """Which of the task's ways it goes. Raises ModelUnavailable where it can go none."""
         ways = list(tasks.find(self._job.task).ways)
         return ways[0] if len(ways) == 1 else self._able_kind
 
-    @cached_property
+    @lazy
     def pipeline(self) -> Any:
         """Raises ModelUnavailable; UsageError for a device that is not here."""
         changed = max(file.stat().st_mtime_ns for file in self.folder.iterdir())
@@ -69,7 +69,7 @@ class Model:
             except MemoryError as problem:
                 raise TooBig(f"{self._job.model} does not fit in memory", hint="take a smaller model") from problem
 
-    @cached_property
+    @lazy
     def _able_kind(self) -> str:
         with long_lived_objects():
             return _able_kind(self._job, self.folder)

@@ -1,0 +1,387 @@
+"""The warm worker: the same results as without it, for many calls at once, and for as long as it is wanted."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from llmcli import engines
+from llmcli.engines.worker import client, wire
+from llmcli.engines.worker.turns import Baton, Turns
+from llmcli.engines.worker.warm import Borrowed, WarmModels
+from llmcli.errors import ModelUnavailable, TooBig
+from llmcli.job import Job, Record
+
+pytestmark = pytest.mark.slow
+GOLDEN = Path(__file__).parent / "golden"
+LONG = ("--max-new-tokens", 1900, "--min-new-tokens", 1900, "--temperature", 0)
+
+
+@pytest.fixture(scope="module")
+def desk():
+    """A home for a worker that several tests use; a socket's path must be short."""
+    folder = Path(tempfile.mkdtemp(prefix="llmcli"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def settle(folder, monkeypatch):
+    """The environment of the calls that a worker serves."""
+    (folder / "run").mkdir(exist_ok=True)
+    for name, place in (
+        ("LLMCLI_CACHE", "cache"),
+        ("XDG_CONFIG_HOME", "config"),
+        ("HF_HOME", "huggingface"),
+        ("XDG_RUNTIME_DIR", "run"),
+    ):
+        monkeypatch.setenv(name, str(folder / place))
+
+
+def end():
+    """The worker that is there, however it feels."""
+    try:
+        number = client.status()["process"]
+    except client.NoWorkerError:
+        return
+    os.kill(number, signal.SIGKILL)
+    wait_until(lambda: not is_running(number))
+
+
+@pytest.fixture
+def warm(desk, monkeypatch):
+    """Calls go to a worker that stays from test to test."""
+    settle(desk, monkeypatch)
+    monkeypatch.setenv("LLMCLI_KEEP_ALIVE", "10m")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ended(desk):
+    yield
+    with pytest.MonkeyPatch.context() as patch:
+        settle(desk, patch)
+        end()
+
+
+@pytest.fixture
+def place(monkeypatch):
+    """A folder for a worker of the test's own, which ends with it."""
+    folder = Path(tempfile.mkdtemp(prefix="llmcli"))
+    settle(folder, monkeypatch)
+    yield folder
+    end()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def start(*args, **settings):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | settings
+    return subprocess.Popen([sys.executable, "-m", "llmcli", *map(str, args)], **pipes)
+
+
+def wait_until(is_so, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.02)
+
+
+def is_running(number):
+    """Whether that process is there, and no zombie."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def jobs():
+    return client.status()["jobs"]
+
+
+CALLS = {
+    "text": ["generate", "the quick", "--max-new-tokens", 5],
+    "several": ["generate", "the quick", "dog", "--max-new-tokens", 5, "--no-full-text"],
+    "json": ["generate", "the quick", "--json", "--max-new-tokens", 5],
+    "answers": ["generate", "the quick", "--json", "-n", 3, "--seed", 7, "--max-new-tokens", 5],
+    "seed": ["generate", "the quick", "--seed", 7, "--max-new-tokens", 20],
+    "stop": ["generate", "the quick brown", "--stop", "a", "--max-new-tokens", 20],
+    "lines": ["generate", "--lines", "--max-new-tokens", 5],
+    "nothing": ["generate", "--jsonl", "-f", os.devnull],
+    "records": ["generate", "--jsonl", "--max-new-tokens", 5, "--batch-size", 3],
+    "stopped": ["generate", "--jsonl", "--max-new-tokens", 5, "--on-error", "stop"],
+    "csv": ["generate", "--csv", "--field", "id", "--max-new-tokens", 5, "--prompt", "the {id}"],
+    "chat": ["chat", "the dog", "-s", "a fox", "--max-new-tokens", 5],
+    "too long": ["generate", "dog " * 3000],
+    "cut": ["generate", "dog " * 3000, "--truncate", "--max-new-tokens", 5],
+    "no such option": ["generate", "dog", "-o", "topk=3"],
+    "no such model": ["generate", "dog", "-m", "smolm2"],
+    "no such folder": ["generate", "dog", "-m", "./nowhere"],
+    "another head": ["generate", "dog", "-m", GOLDEN / "bert-qa"],
+    "no such device": ["generate", "dog", "--device", "cuda:7"],
+    "stats": ["embed", "dog", "-m", GOLDEN / "bert-qa", "-q"],
+    "translate": ["translate", "--from", "en", "--to", "fr", "hello world", "-m", GOLDEN / "marian"],
+    "no such language": ["translate", "--from", "en", "--to", "zh", "hello", "-m", GOLDEN / "marian"],
+    "summarize": ["summarize", "the dog sleeps", "-m", GOLDEN / "bart", "--max-new-tokens", 8],
+    "qa": ["qa", "Who?", "-c", "The dog sleeps in the sun.", "-m", GOLDEN / "bert-qa", "--json"],
+}
+LINES = b'{"id": 1, "text": "the quick"}\n{"id": 2}\nnot JSON\n{"id": 3, "text": "\\ud800"}\n{"id": 4, "text": ""}\n'
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_same_as_in_this_process(warm, process, chatty, call):
+    """stdout, stderr and exit code."""
+    args = CALLS[call] if "-m" in CALLS[call] else [*CALLS[call], "-m", chatty]
+    if "--seed" not in args and args[0] in ("generate", "chat"):
+        args = [*args, "--temperature", 0]
+    stdin = b"id,text\n1,dog\n2,fox\n" if call == "csv" else LINES
+    here = process(*args, "--dtype", "float32", "--keep-alive", 0, input=stdin)
+    there = process(*args, "--dtype", "float32", input=stdin)
+    assert (there.stdout, there.stderr, there.returncode) == (here.stdout, here.stderr, here.returncode)
+    assert client.status()["jobs"] == 0
+
+
+def test_a_folder_is_found_from_where_the_call_is(warm, process, chatty):
+    ran = process("generate", "dog", "-m", chatty.name, "--json", "--max-new-tokens", 2, cwd=chatty.parent)
+    assert json.loads(ran.stdout)["model"] == chatty.name
+
+
+def test_what_nobody_foresaw_is_told_as_in_this_process(warm, process, encoder, tmp_path):
+    folder = shutil.copytree(encoder, tmp_path / "odd")
+    (folder / "modules.json").write_text("no JSON")
+    here, there = (process("embed", "dog", "-m", folder, "--keep-alive", each) for each in (0, "5m"))
+    assert here.stderr.startswith(b"llmcli: unexpected JSONDecodeError: Expecting value")
+    assert (there.stdout, there.stderr, there.returncode) == (here.stdout, here.stderr, here.returncode)
+    told = process("embed", "dog", "-m", folder, "-v").stderr
+    assert b"in the worker:" in told
+    assert b"encoder.py" in told
+
+
+def test_the_client_imports_nothing_heavy(warm, chatty):
+    code = """
+import sys
+from llmcli.cli import main
+status = main(sys.argv[1:])
+print(sorted({"torch", "transformers", "numpy", "huggingface_hub", "tokenizers"} & sys.modules.keys()), status)
+"""
+    args = ["generate", "dog", "-m", str(chatty), "--max-new-tokens", "2", "--temperature", "0"]
+    for _ in range(2):  # the first may start the worker
+        ran = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120)
+    assert ran.stdout.splitlines()[-1] == "[] 0"
+
+
+def test_a_caller_that_captures_output_does_not_wait_for_the_worker(place, chatty):
+    args = ["generate", "dog", "-m", str(chatty), "--max-new-tokens", "2", "--keep-alive", "10m"]
+    ran = subprocess.run([sys.executable, "-m", "llmcli", *args], capture_output=True, text=True, timeout=60)
+    assert ran.stdout.startswith("dog")
+    assert is_running(client.status()["process"])
+
+
+def test_a_slow_input_is_answered_line_by_line(warm, chatty):
+    call = start("generate", "-m", chatty, "--lines", "--max-new-tokens", 3, "--temperature", 0)
+    for text in (b"the quick", b"dog", b"once upon a time"):
+        call.stdin.write(text + b"\n")
+        call.stdin.flush()
+        assert call.stdout.readline().startswith(text)
+    call.stdin.close()
+    assert call.wait(20) == 0
+
+
+def test_text_streams(warm, chatty):
+    job = Job("generate", str(chatty), {"max_new_tokens": 30, "do_sample": False}, {"full_text": True}, keep_alive=600)
+    pieces: list[str] = []
+    (result,) = engines.of(job).run(job, [Record({"text": "the quick"})], pieces.append)
+    assert len(pieces) > 5
+    assert result.text.startswith("".join(pieces))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_the_job_of_a_call_that_ends_is_cancelled(warm, chatty, number, status):
+    call = start("generate", "the quick", "-m", chatty, *LONG)
+    wait_until(lambda: jobs() == 1)
+    call.send_signal(number)
+    assert call.wait(20) == status
+    wait_until(lambda: jobs() == 0, seconds=5)
+    assert call.stderr.read() == b""
+
+
+def test_a_reader_that_goes_away(warm, chatty):
+    call = start("generate", "-m", chatty, "--lines", "--max-new-tokens", 3, "--batch-size", 1)
+    call.stdin.write(b"the quick brown fox\n" * 500)
+    call.stdin.flush()
+    call.stdout.readline()
+    call.stdout.close()
+    assert call.wait(20) == 0
+    wait_until(lambda: jobs() == 0, seconds=5)
+
+
+def test_eight_clients_at_once_get_each_its_own(warm, process, chatty, many_lines):
+    path = many_lines(60)
+    args = ["generate", "--jsonl", "-m", chatty, "--dtype", "float32", "--temperature", "0", "--max-new-tokens"]
+    calls = [start(*args, 5 + number, "-f", path) for number in range(8)]
+    outputs = [call.communicate(timeout=120)[0] for call in calls]
+    for number in (0, 3, 7):
+        assert outputs[number] == process(*args, 5 + number, "-f", path, "--keep-alive", 0).stdout
+    assert len(set(outputs)) == 8
+
+
+def test_a_seed_repeats_beside_others(warm, process, chatty):
+    args = ["generate", "the quick", "-m", chatty, "--max-new-tokens", 200]
+    alone = process(*args, "--seed", 5).stdout
+    others = [start(*args) for _ in range(3)]
+    assert process(*args, "--seed", 5).stdout == alone
+    assert len({other.communicate(timeout=60)[0] for other in others}) == 3  # nobody's numbers are another's
+
+
+def test_a_short_job_does_not_wait_for_a_long_one(warm, process, chatty):
+    long = start("generate", "the quick", "-m", chatty, *LONG)
+    wait_until(lambda: jobs() == 1)
+    assert process("generate", "dog", "-m", chatty, "--max-new-tokens", 3).returncode == 0
+    assert long.poll() is None
+    long.kill()
+    long.wait()
+
+
+def test_ps_and_stop(place, llmcli, chatty):
+    nothing = llmcli("ps")
+    assert (nothing.stdout, nothing.exit_status) == ("", 0)
+    assert "no worker is running" in nothing.stderr
+    ran = llmcli("generate", "dog", "-m", chatty, "--max-new-tokens", 2, "--keep-alive", "5m", "--dtype", "float32")
+    assert (ran.stderr, ran.exit_status) == ("", 0)
+    (status,) = llmcli("ps", "--json").records
+    (model,) = status["models"]
+    assert (model["model"], model["dtype"], model["device"], model["jobs"]) == (str(chatty), "float32", "cpu", 0)
+    assert model["bytes"] > 4 * 400 * 32  # its words alone, as float32
+    assert 0 <= model["idle"] < 60
+    assert 200 < model["left"] <= 300
+    row = llmcli("ps").stdout.split("\t")
+    assert row[1:5] == ["cpu", "float32", f"{model['bytes'] / 1e6:.0f} MB", "0"]
+    assert (llmcli("stop").exit_status, llmcli("stop").stderr) == (0, "llmcli: no worker is running\n")
+    assert not is_running(status["process"])
+    assert not list((place / "run" / "llmcli").glob("*.sock"))
+
+
+def test_a_model_goes_after_its_time_and_the_worker_with_the_last(place, process, chatty, base):
+    process("generate", "dog", "-m", chatty, "--max-new-tokens", 2, "--keep-alive", "2s")
+    process("generate", "dog", "-m", base, "--max-new-tokens", 2, "--keep-alive", "6s")
+    number = client.status()["process"]
+    wait_until(lambda: [each["model"] for each in client.status()["models"]] == [str(base)])
+    wait_until(lambda: not is_running(number))
+    assert not list((place / "run" / "llmcli").glob("*.sock"))
+
+
+def test_serve_runs_in_the_foreground(place, process, chatty):
+    served = start("serve")
+    wait_until(lambda: (place / "run" / "llmcli" / "worker.sock").exists())
+    assert process("generate", "dog", "-m", chatty, "--max-new-tokens", 2).returncode == 0  # finds it by itself
+    assert [each["left"] for each in client.status()["models"]] == [None]
+    second = process("serve")
+    assert (second.returncode, second.stderr.splitlines()[0]) == (1, b"llmcli: a worker is running already")
+    served.send_signal(signal.SIGINT)
+    assert served.wait(20) == 130
+    assert served.stderr.read() == b""
+    assert not (place / "run" / "llmcli" / "worker.sock").exists()
+
+
+def test_keep_alive_0_uses_none(place, process, chatty):
+    served = start("serve")
+    wait_until(lambda: (place / "run" / "llmcli" / "worker.sock").exists())
+    assert process("generate", "dog", "-m", chatty, "--max-new-tokens", 2, "--keep-alive", 0).returncode == 0
+    assert client.status()["models"] == []
+    served.kill()
+    served.wait()
+
+
+def test_no_worker_is_started_unasked(place, llmcli, chatty):
+    assert llmcli("generate", "dog", "-m", chatty, "--max-new-tokens", 2).exit_status == 0
+    assert not (place / "run" / "llmcli").exists()
+
+
+@pytest.mark.parametrize("duration", ["soon", "10 minutes", "-1", ""])
+def test_a_duration_that_is_none(llmcli, chatty, monkeypatch, duration):
+    monkeypatch.setenv("LLMCLI_KEEP_ALIVE", duration)
+    ran = llmcli("generate", "dog", "-m", chatty, "--max-new-tokens", 2)
+    assert ran.exit_status == (2 if duration else 0)
+
+
+def test_one_of_another_environment_is_not_used_and_makes_place_for_one_that_is_asked_for(
+    place, process, chatty, monkeypatch
+):
+    args = ["generate", "dog", "-m", chatty, "--max-new-tokens", 2, "-v"]
+    process(*args, "--keep-alive", "5m")
+    first = client.status()["process"]
+    long = start("generate", "dog", "-m", chatty, *LONG)
+    wait_until(lambda: jobs() == 1)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    ran = process(*args)
+    assert b"another environment: this process runs the model" in ran.stderr
+    assert (ran.returncode, client.status()["process"]) == (0, first)
+    assert process(*args, "--keep-alive", "5m").returncode == 0
+    assert client.status()["process"] != first
+    assert long.poll() is None  # what the first was doing, it goes on doing
+    long.kill()
+    long.wait()
+    wait_until(lambda: not is_running(first))
+    assert client.status()["models"]
+
+
+@pytest.mark.parametrize("what", ["models.toml", "config.toml"])
+def test_a_changed_configuration_is_another_environment(place, what):
+    before = wire.environment()
+    (place / "config" / "llmcli").mkdir(parents=True)
+    (place / "config" / "llmcli" / what).write_text("")
+    assert wire.environment() != before
+
+
+def test_the_least_recently_used_gives_way_where_memory_is_short():
+    models, loads, room = WarmModels(100), [], 2
+
+    def load(name):
+        def now():
+            if len(models) == room:
+                raise TooBig("the model needs more")
+            loads.append(name)
+            return name
+
+        return now
+
+    def use(name):
+        borrowed = Borrowed(models)
+        borrowed.get(name, name, load(name))
+        return borrowed
+
+    for name in ("a", "b", "a", "c", "a"):
+        use(name).give_back(None)
+    assert loads == ["a", "b", "c"]  # b gave way to c
+    held = [use("a"), use("c")]
+    with pytest.raises(ModelUnavailable):
+        use("d")
+    held[1].give_back(None)
+    use("d")
+    assert loads[-1] == "d"
+
+
+def test_turns_nest_and_who_waits_longest_is_next():
+    baton = Baton()
+    mine, other = Turns(baton), Turns(baton)
+    order = []
+    with mine:
+        with mine:
+            import threading
+
+            def theirs():
+                with other:
+                    order.append("other")
+
+            thread = threading.Thread(target=theirs)
+            thread.start()
+            wait_until(lambda: baton.is_wanted)
+            order.append("mine")
+            mine.offer()
+            order.append("mine again")
+        thread.join()
+    assert order == ["mine", "other", "mine again"]
