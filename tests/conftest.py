@@ -4,9 +4,11 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,18 @@ def process() -> Callable[..., subprocess.CompletedProcess[bytes]]:
         return subprocess.run(command, capture_output=True, timeout=120, **settings)
 
     return run
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for a worker of the test's own, which ends with it; a socket's path must be short."""
+    import workers
+
+    folder = Path(tempfile.mkdtemp(prefix="llmcli"))
+    workers.settle(folder, monkeypatch)
+    yield folder
+    workers.end()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

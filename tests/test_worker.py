@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
+from workers import LONG, end, is_running, jobs, settle, start, wait_until
 
 from llmcli import engines
 from llmcli.engines.worker import client, wire
@@ -21,7 +21,6 @@ from llmcli.job import Job, Record
 
 pytestmark = pytest.mark.slow
 GOLDEN = Path(__file__).parent / "golden"
-LONG = ("--max-new-tokens", 1900, "--min-new-tokens", 1900, "--temperature", 0)
 
 
 @pytest.fixture(scope="module")
@@ -30,28 +29,6 @@ def desk():
     folder = Path(tempfile.mkdtemp(prefix="llmcli"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def settle(folder, monkeypatch):
-    """The environment of the calls that a worker serves."""
-    (folder / "run").mkdir(exist_ok=True)
-    for name, place in (
-        ("LLMCLI_CACHE", "cache"),
-        ("XDG_CONFIG_HOME", "config"),
-        ("HF_HOME", "huggingface"),
-        ("XDG_RUNTIME_DIR", "run"),
-    ):
-        monkeypatch.setenv(name, str(folder / place))
-
-
-def end():
-    """The worker that is there, however it feels."""
-    try:
-        number = client.status()["process"]
-    except client.NoWorkerError:
-        return
-    os.kill(number, signal.SIGKILL)
-    wait_until(lambda: not is_running(number))
 
 
 @pytest.fixture
@@ -67,40 +44,6 @@ def ended(desk):
     with pytest.MonkeyPatch.context() as patch:
         settle(desk, patch)
         end()
-
-
-@pytest.fixture
-def place(monkeypatch):
-    """A folder for a worker of the test's own, which ends with it."""
-    folder = Path(tempfile.mkdtemp(prefix="llmcli"))
-    settle(folder, monkeypatch)
-    yield folder
-    end()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def start(*args, **settings):
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | settings
-    return subprocess.Popen([sys.executable, "-m", "llmcli", *map(str, args)], **pipes)
-
-
-def wait_until(is_so, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.02)
-
-
-def is_running(number):
-    """Whether that process is there, and no zombie."""
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def jobs():
-    return client.status()["jobs"]
 
 
 CALLS = {

@@ -77,7 +77,8 @@ class _Call:
         self._wire, self._on_text = connection, on_text
         self._sent: SimpleQueue[Record] = SimpleQueue()
         self._problem: BaseException | None = None  # of the records
-        self._wire.send(job=asdict(_from_anywhere(job)), streams=on_text is not None)
+        with suppress(GoneError):  # who waits for the results will say so
+            self._wire.send(job=asdict(_from_anywhere(job)), streams=on_text is not None)
 
     def run(self, records: Iterable[Record], on_done: OnDone | None) -> Iterator[Result]:
         threading.Thread(target=self._send, args=(records,), daemon=True).start()
@@ -129,7 +130,7 @@ class _Call:
                     why = f"{problem.message}; --keep-alive 0 takes it"
                     self._wire.send(record=[{}, asdict(Failure("too_large", why))])
         except GoneError:
-            return  # who waits for the results knows why
+            return
         except BaseException as caught:  # raised when the results of those before it are there
             self._problem = caught
         with suppress(GoneError):

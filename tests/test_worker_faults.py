@@ -1,0 +1,314 @@
+"""The worker against what can befall it: kills, full disks, strangers, garbage, silence."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from contextlib import suppress
+
+import pytest
+from workers import LONG, jobs, start, wait_until
+
+from llmcli.engines.worker import client, wire
+from llmcli.engines.worker.server import LARGEST_HELLO
+from llmcli.engines.worker.wire import GoneError
+from llmcli.errors import LlmcliError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def call(process, chatty):
+    """`call()` is a short one that asks for a worker."""
+
+    def run(*args):
+        more = args or ("generate", "dog", "-m", chatty, "--max-new-tokens", 3, "--temperature", 0)
+        return process(*more, "--keep-alive", "10m", "-v")
+
+    return run
+
+
+@pytest.fixture
+def at(place):
+    """The folder of the socket."""
+    return place / "run" / "llmcli"
+
+
+def connected(at):
+    mine = socket.socket(socket.AF_UNIX)
+    mine.settimeout(20)
+    mine.connect(str(at / "worker.sock"))
+    return mine
+
+
+def test_it_is_killed_in_the_middle_of_a_text(place, call, chatty):
+    call()
+    first = client.status()["process"]
+    long = start("generate", "the quick", "-m", chatty, *LONG)
+    wait_until(lambda: jobs() == 1)
+    os.kill(first, signal.SIGKILL)
+    _, said = long.communicate(timeout=20)
+    assert long.returncode == 1
+    assert said.decode().splitlines() == [
+        "llmcli: the worker ended before the work was done",
+        "llmcli: run it again; --keep-alive 0 needs no worker",
+    ]
+    assert call().returncode == 0
+    assert client.status()["process"] != first
+
+
+def test_it_is_killed_again_and_again_under_a_run_that_resumes(place, process, chatty, many_lines, tmp_path):
+    """Nothing is lost, and nothing is there twice."""
+    args = ["generate", "--jsonl", "-m", chatty, "-f", many_lines(300), "--dtype", "float32", "--temperature", 0,
+            "--max-new-tokens", 8, "--batch-size", 4, "--resume", "--output"]  # fmt: skip
+    process(*args, tmp_path / "whole", "--keep-alive", 0)
+    for at_line in (1, 60, 150):
+        run = start(*args, tmp_path / "out", "--keep-alive", "10m")
+        lines = tmp_path / "out"
+        wait_until(lambda n=at_line, f=lines: f.exists() and f.read_bytes().count(b"\n") > n, seconds=60)
+        os.kill(client.status()["process"], signal.SIGKILL)
+        assert run.wait(20) == 1
+    assert process(*args, tmp_path / "out", "--keep-alive", "10m").returncode == 3  # every fiftieth has no text
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_socket_that_nobody_listens_at(at, call):
+    at.mkdir(mode=0o700)
+    left = socket.socket(socket.AF_UNIX)
+    left.bind(str(at / "worker.sock"))
+    left.close()
+    assert call().returncode == 0
+    assert client.status()["process"]
+
+
+@pytest.mark.parametrize("what", ["a file", "a link", "open to others"])
+def test_a_folder_that_others_could_have_made_is_not_used(at, call, tmp_path, what):
+    if what == "a file":
+        at.write_text("")
+    elif what == "a link":
+        (tmp_path / "theirs").mkdir(mode=0o700)
+        at.symlink_to(tmp_path / "theirs")
+    else:
+        at.mkdir()
+        at.chmod(0o755)
+    ran = call()
+    assert ran.returncode == 0
+    assert f"no worker: {at} is not a folder that you alone may enter: this process runs" in ran.stderr.decode()
+    assert not (tmp_path / "theirs" / "worker.sock").exists()
+
+
+def test_only_the_user_may_enter(at, call):
+    call()
+    assert stat.S_IMODE(at.stat().st_mode) == 0o700
+    assert stat.S_IMODE((at / "worker.sock").stat().st_mode) == 0o600
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+def test_another_user_is_not_let_in(at, call):
+    call()
+    for path, mode in ((at.parent.parent, 0o755), (at.parent, 0o755), (at, 0o755), (at / "worker.sock", 0o666)):
+        path.chmod(mode)  # the doors that keep others out are opened: the worker looks who comes
+    code = f"""
+import os, socket
+os.setuid(65534)
+mine = socket.socket(socket.AF_UNIX)
+mine.connect({str(at / "worker.sock")!r})
+try:
+    mine.sendall(b'{{"do": "status"}}\\n')
+    print(mine.recv(1000))
+except (BrokenPipeError, ConnectionResetError):
+    print(b"")
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    assert (ran.stdout, ran.stderr) == ("b''\n", "")
+    at.chmod(0o700)
+    assert client.status()["process"]
+
+
+def test_no_room_for_its_files(at, call):
+    at.parent.rmdir()
+    at.parent.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4k,nr_inodes=2", "tmpfs", at.parent], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no disk of one's own here: {mounted.stderr.decode().strip()}")
+    try:
+        ran = call()
+        assert ran.returncode == 0
+        assert b"no worker: " in ran.stderr
+        assert b"o space left on device: this process runs the model" in ran.stderr
+    finally:
+        subprocess.run(["umount", "--lazy", at.parent], check=True)
+
+
+def test_a_thousand_that_say_nothing(at, call):
+    call()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    try:
+        silent = [connected(at) for _ in range(1000)]
+        assert call().returncode == 0
+        for each in silent:
+            assert each.recv(1) == b""  # after a while, they are sent away
+            each.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert client.status()["jobs"] == 0
+
+
+def test_one_that_says_hello_and_no_more(at, call):
+    call()
+    mine = connected(at)
+    mine.sendall(json.dumps({"do": "run", "environment": wire.environment()}).encode() + b"\n")
+    assert json.loads(mine.recv(1000)) == {"worker": client.status()["process"]}
+    assert jobs() == 1
+    wait_until(lambda: jobs() == 0)
+
+
+def test_one_that_stops_reading(place, call, chatty):
+    """It holds up nobody but itself."""
+    call()
+    long = start("generate", "-m", chatty, "--lines", "--max-new-tokens", 100, "--temperature", 0)
+    long.stdin.write(b"the quick brown fox and the lazy dog\n" * 3000)
+    long.stdin.close()
+    wait_until(lambda: jobs() == 1)
+    os.kill(long.pid, signal.SIGSTOP)
+    for _ in range(3):
+        assert call().returncode == 0
+    os.kill(long.pid, signal.SIGCONT)
+    long.kill()
+    long.wait()
+    wait_until(lambda: jobs() == 0)
+
+
+def garbage():
+    choose = random.Random(4)
+    yield b"\n"
+    yield b"null\n"
+    yield b"[1, 2]\n"
+    yield b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    yield b'{"do": "fly"}\n'
+    yield b'{"do": ["run"]}\n'
+    yield b'{"do": "run"}\n'
+    yield b'{"do": "run", "environment": 5, "replace": "no"\n'
+    yield b"[" * 4000 + b"\n"
+    yield b'{"do": "' + b"x" * (LARGEST_HELLO * 3)
+    yield b"\xff\xfe\x00\n"
+    for _ in range(200):
+        yield choose.randbytes(choose.randint(1, 3000)) + choose.choice([b"", b"\n"])
+
+
+def test_garbage(at, call):
+    call()
+    number = client.status()["process"]
+    for data in garbage():
+        mine = connected(at)
+        try:
+            mine.sendall(data)
+            mine.shutdown(socket.SHUT_WR)
+            answer = mine.recv(1000)
+            assert answer == b"" or "refused" in json.loads(answer)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it would not hear more
+        mine.close()
+    assert client.status() | {"memory": 0, "models": 0} == {"process": number, "jobs": 0, "memory": 0, "models": 0}
+    assert call().returncode == 0
+
+
+JOBS = [
+    {},
+    {"job": None},
+    {"job": {"task": "generate"}},
+    {"job": {"task": "fly", "model": "x", "placement": {}}},
+    {"job": {"task": "../serve", "model": "x", "placement": {}}},
+    {"job": {"task": "generate", "model": 5, "placement": {}}},
+    {"job": {"task": "generate", "model": "x", "placement": {"colour": "red"}}},
+    {"job": {"task": "generate", "model": "x", "generation": [1], "placement": {}}},
+    {"job": {"task": "generate", "model": "x", "placement": {}, "keep_alive": "long"}},
+]
+
+
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_a_job_that_is_none(place, call, job):
+    call()
+    reached = client.greet({"do": "run", "environment": wire.environment()})
+    reached.send(**job)
+    with suppress(GoneError):  # it may have hung up already
+        reached.send(record=[{"text": "dog"}, None])
+        reached.send(end=True)
+    assert "error" in reached.receive()
+    reached.close()
+    wait_until(lambda: jobs() == 0)
+    assert call().returncode == 0
+
+
+@pytest.mark.parametrize("record", [5, [], ["dog", None], [{"text": "dog"}, 5], [{"text": "dog"}, {"colour": "red"}]])
+def test_a_record_that_is_none(place, call, chatty, record):
+    call()
+    reached = client.greet({"do": "run", "environment": wire.environment()})
+    reached.send(job={"task": "generate", "model": str(chatty), "placement": {}})
+    reached.send(record=record)
+    assert "error" in reached.receive()
+    reached.close()
+    wait_until(lambda: jobs() == 0)
+
+
+def test_a_message_beyond_the_limit(at, call, chatty):
+    """It is not read to its end, and the memory that it would have taken is not taken."""
+    call()
+    reached = client.greet({"do": "run", "environment": wire.environment()})
+    reached.send(job={"task": "generate", "model": str(chatty), "placement": {}})
+    with pytest.raises((BrokenPipeError, ConnectionResetError)):
+        reached.socket.sendall(b"x" * (2 * wire.LARGEST))
+    wait_until(lambda: jobs() == 0)
+    assert call().returncode == 0
+
+
+def test_a_record_beyond_the_limit_fails_and_the_others_go_on(place, process, chatty, monkeypatch):
+    process("generate", "dog", "-m", chatty, "--max-new-tokens", 2, "--keep-alive", "10m")
+    lines = [json.dumps({"text": text}) for text in ("dog", "x" * wire.LARGEST, "fox")]
+    args = ["generate", "--jsonl", "-m", chatty, "--max-new-tokens", 2]
+    ran = process(*args, input="\n".join(lines).encode())
+    assert ran.returncode == 3
+    kinds = [json.loads(line).get("error", {}).get("type") for line in ran.stdout.splitlines()]
+    assert kinds == [None, "too_large", None]
+
+
+def test_the_models_folder_is_deleted_under_it(place, call, chatty, tmp_path):
+    folder = shutil.copytree(chatty, tmp_path / "model")
+    args = ("generate", "dog", "-m", folder, "--max-new-tokens", 3)
+    assert call(*args).returncode == 0
+    number = client.status()["process"]
+    shutil.rmtree(folder)
+    ran = call(*args)
+    assert (ran.returncode, ran.stderr.splitlines()[0].decode()) == (4, f"llmcli: model '{folder}' does not exist")
+    assert call().returncode == 0
+    assert client.status()["process"] == number
+
+
+def test_a_model_that_changed_is_loaded_anew(place, call, chatty, base, tmp_path):
+    folder = shutil.copytree(chatty, tmp_path / "model")
+    args = ("generate", "dog", "-m", folder, "--max-new-tokens", 3)
+    call(*args)
+    shutil.rmtree(folder)
+    shutil.copytree(base, folder)
+    assert call(*args).returncode == 0
+    assert len(client.status()["models"]) == 2
+
+
+def test_one_that_does_not_answer_is_no_worker(at, call, monkeypatch):
+    at.mkdir(mode=0o700)
+    deaf = socket.socket(socket.AF_UNIX)
+    deaf.bind(str(at / "worker.sock"))
+    deaf.listen()
+    monkeypatch.setattr(client, "ANSWER", 0.5)
+    with pytest.raises(LlmcliError, match="none is running"):
+        client.reach("run", None)
+    deaf.close()
