@@ -12,6 +12,7 @@ import batch
 import overhead
 import prefix
 import startup
+import worker
 
 SECTIONS: dict[str, tuple[str, str, str, Callable[[], list[str]]]] = {
     "startup": (
@@ -20,6 +21,13 @@ SECTIONS: dict[str, tuple[str, str, str, Callable[[], list[str]]]] = {
 does the same with the same weights (float32, greedy).""",
         "| what | llmcli | peer | ratio | at most | runs |\n|---|---|---|---|---|---|",
         startup.main,
+    ),
+    "worker": (
+        "A warm worker",
+        f"""`--keep-alive`: SmolLM2, bfloat16, greedy; whole processes, medians of {worker.RUNS} runs in turn. The
+loop has {worker.WARM_LOOP} calls to a warm worker, or {worker.COLD_LOOP} cold ones; times are of one call.""",
+        "| what | warm | peer | ratio | bound |\n|---|---|---|---|---|",
+        worker.main,
     ),
     "batch": (
         "Batches",
