@@ -11,6 +11,7 @@ class Placement:
 
     device: str = "auto"
     dtype: str = "auto"
+    quantize: str = "none"  # or int8, int4: the weights
     max_memory: int | None = None  # bytes of main memory the weights may take
     offload_folder: str | None = None
     offline: bool = False

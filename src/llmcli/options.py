@@ -126,6 +126,9 @@ class ModelOptions:
         str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda[:N], mps or xpu (also LLMCLI_DEVICE).")
     ] = None
     dtype: Annotated[config.DType | None, typer.Option(help="Precision of the weights (also LLMCLI_DTYPE).")] = None
+    quantize: Annotated[
+        Literal["none", "int8", "int4"], typer.Option(help="Weights of fewer bits, on the CPU; made once and kept.")
+    ] = "none"
     batch_size: Annotated[
         str, typer.Option(metavar="N|auto", help="Records in one forward pass.", show_default=True)
     ] = "auto"
@@ -158,6 +161,7 @@ class ModelOptions:
         return Placement(
             device=config.checked_device(self.device or settings.device),
             dtype=self.dtype or settings.dtype,
+            quantize=self.quantize,
             max_memory=size_in_bytes(self.max_memory) if self.max_memory else None,
             offload_folder=str(self.offload_folder) if self.offload_folder else None,
             offline=self.offline or settings.offline,

@@ -20,7 +20,7 @@ from llmcli import config, console, registry
 from llmcli.errors import ModelUnavailable, UsageError, reason
 from llmcli.job import Placement
 from llmcli.registry import FolderSource, GgufSource, HubSource, ModelSpec, WheelSource
-from llmcli.store import cache
+from llmcli.store import cache, quantized
 
 
 def find(spec: ModelSpec, *, allow_pickle: bool = False) -> Path | None:
@@ -101,21 +101,27 @@ def _is_here(name: str) -> bool:
 
 
 def remove(spec: ModelSpec) -> bool:
-    """Delete the ready weights; False if there were none. Raises UsageError for the user's own folder."""
-    match spec.source:
-        case FolderSource(path):
-            raise UsageError(f"{path} is a folder of your own", hint="remove it yourself if you mean it")
-        case HubSource() as source:
-            from llmcli.store import hub
+    """Delete the ready weights, and what was quantized of them; False if there were none. Raises UsageError for the
+    user's own folder."""
+    if isinstance(spec.source, FolderSource):
+        raise UsageError(f"{spec.source.path} is a folder of your own", hint="remove it yourself if you mean it")
+    with cache.writing():
+        there = _removed(spec)
+        quantized.forget_orphans()
+    return there
 
-            return hub.remove(source)
-        case WheelSource() | GgufSource():
-            with cache.writing(), _lock(spec):
-                home = _home(spec)
-                if not home.is_dir():
-                    return False
-                cache.drop(home)
-                return True
+
+def _removed(spec: ModelSpec) -> bool:
+    if isinstance(spec.source, HubSource):
+        from llmcli.store import hub
+
+        return hub.remove(spec.source)
+    with _lock(spec):
+        home = _home(spec)
+        if not home.is_dir():
+            return False
+        cache.drop(home)
+        return True
 
 
 def _build(spec: ModelSpec) -> Path:

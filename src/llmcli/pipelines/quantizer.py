@@ -1,0 +1,86 @@
+"""Weight-only quantization as a method of transformers' own: a folder that `save_pretrained` wrote after `quantize`
+is one that `from_pretrained` loads. And bfloat16 layers repacked for oneDNN."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llmcli.errors import ModelUnavailable
+from llmcli.pipelines.linears import Int4Linear, Int8Linear, PackedLinear, QuantizedLinear
+
+METHOD = "llmcli-weight-only"
+LAYERS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
+
+
+@register_quantization_config(METHOD)
+class WeightOnlyConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers has no types
+    """`scheme` is int8 or int4; `layers` the class, by its scheme, of each layer that is quantized, by its name;
+    `processor` that of the kernels that the weights are in the order of."""
+
+    def __init__(self, scheme: str, layers: dict[str, str], processor: str, **_: Any) -> None:
+        self.quant_method, self.scheme, self.layers, self.processor = METHOD, scheme, layers, processor
+
+
+@register_quantizer(METHOD)
+class WeightOnlyQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no types
+    """Loads what `quantize` made."""
+
+    is_trainable = False
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        config = self.quantization_config
+        if config.processor != processor():
+            raise ModelUnavailable(f"the quantized weights are for {config.processor}, this processor is {processor()}")
+        for name, scheme in config.layers.items():
+            _replace(model, name, LAYERS[scheme].blank(model.get_submodule(name)))
+
+
+def quantize(model: Any, scheme: str) -> bool:
+    """Replace the layers of a loaded model that the kernels take; those that the model wants in float32 stay, and all
+    else becomes bfloat16. False where there are none to replace.
+
+    Of a language model the last layer, from states to logits, is int8 in any case: int4 there costs more perplexity
+    than in all other layers, and is no faster to speak of.
+    """
+    head = model.get_output_embeddings()
+    skipped = HfQuantizer.get_modules_to_not_convert(model, [], model._keep_in_fp32_modules)
+    layers: dict[str, str] = {}
+    with torch.no_grad():
+        for name, module in list(model.named_modules()):
+            kind = "int8" if module is head else scheme
+            if LAYERS[kind].takes(module) and not any(part in skipped for part in name.split(".")):
+                layers[name] = kind
+                _replace(model, name, LAYERS[kind].of(module))
+    model.to(torch.bfloat16)
+    model.config.quantization_config = WeightOnlyConfig(scheme, layers, processor())
+    model.hf_quantizer = WeightOnlyQuantizer(model.config.quantization_config)
+    return bool(layers)
+
+
+def processor() -> str:
+    """What the order of packed weights depends on."""
+    name: str = torch.backends.cpu.get_cpu_capability()
+    return name
+
+
+def pack(model: Any) -> None:
+    """Replace the bfloat16 layers of a loaded model by packed ones, where oneDNN has kernels for them. What an
+    embedding shares with the last layer is then there twice."""
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
+    with torch.no_grad():
+        for name, module in list(model.named_modules()):
+            if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
+                model.set_submodule(name, PackedLinear(module.weight, module.bias))
+
+
+def _replace(model: Any, name: str, layer: nn.Module) -> None:
+    """Put the layer in the model. What it was tied to stays."""
+    model.set_submodule(name, layer)
+    model.all_tied_weights_keys.pop(f"{name}.weight", None)
