@@ -40,6 +40,11 @@ class WeightOnlyQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ha
         for name, scheme in config.layers.items():
             _replace(model, name, LAYERS[scheme].blank(model.get_submodule(name)))
 
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.align()
+
 
 def quantize(model: Any, scheme: str) -> bool:
     """Replace the layers of a loaded model that the kernels take; those that the model wants in float32 stay, and all

@@ -1,0 +1,183 @@
+"""--quantize: weights of fewer bits, made once, and bfloat16 layers as the processor reads them best."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from llmcli import config, loader
+from llmcli.job import Placement
+from llmcli.pipelines import implementation
+from llmcli.pipelines.linears import GROUP, Int4Linear, Int8Linear, PackedLinear
+
+GOLDEN = Path(__file__).parent / "golden"
+GREEDY = ("--temperature", 0, "--max-new-tokens", 8)
+
+
+def copies():
+    return sorted((config.cache_dir() / "quantized").glob("*"))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("kind", "close"), [(Int4Linear, 0.1), (Int8Linear, 0.02), (PackedLinear, 0.01)])
+def test_a_layer_multiplies_as_the_one_it_replaces(kind, close, bias, rows):
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48, bias=bias)
+    layer = PackedLinear(linear.weight.bfloat16(), linear.bias) if kind is PackedLinear else kind.of(linear)
+    if bias:
+        layer.bias = nn.Parameter(linear.bias.bfloat16())
+    x = torch.randn(2, rows, 64).bfloat16()
+    with torch.inference_mode():
+        exact, found = linear(x.float()), layer(x).float()
+    assert found.shape == exact.shape
+    assert (found - exact).norm() < close * exact.norm()
+
+
+def test_what_four_bits_can_say_is_said_exactly():
+    """Weights as GGUF's Q4_1 has them: a least value and fifteen equal steps for each group."""
+    codes = torch.arange(32 * 64).reshape(32, 64) * 7 % 16
+    codes[:, ::GROUP], codes[:, 1::GROUP] = 0, 15  # the range is used, as it is by who rounds to it
+    steps = torch.tensor([0.25, 0.5]).repeat_interleave(GROUP)
+    linear = nn.Linear(64, 32, bias=False)
+    linear.weight.data = (codes * steps - 2).float()
+    x = torch.eye(64).bfloat16()
+    with torch.inference_mode():
+        assert torch.equal(Int4Linear.of(linear)(x).float(), linear(x.float()))
+
+
+@pytest.mark.parametrize(("scheme", "kind"), [("int8", Int8Linear), ("int4", Int4Linear)])
+def test_a_language_model(llmcli, chatty, scheme, kind):
+    args = ("generate", "the quick brown", "-m", chatty, "--quantize", scheme, *GREEDY)
+    first = llmcli(*args)
+    assert first.stderr == f"llmcli: quantizing the weights to {scheme}, once\n"
+    (copy,) = copies()
+    second = llmcli(*args)
+    assert (second.stdout, second.stderr, second.exit_status) == (first.stdout, "", 0)
+    assert copies() == [copy]
+    model, _ = loader.load(chatty, Placement(quantize=scheme), implementation("causal"))
+    layers = [type(module) for module in model.modules() if isinstance(module, nn.Linear | kind)]
+    assert layers.count(kind) >= 14
+    assert nn.Linear not in layers
+    weights = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (copy, chatty)]
+    assert weights[0] < weights[1] / 2
+
+
+def test_the_answer_does_not_depend_on_the_batch(llmcli, chatty):
+    lines = b"the quick\nthe lazy dog and then\nonce\n"
+    ran = [
+        llmcli("generate", "--lines", "-m", chatty, "--quantize", "int8", *GREEDY, "--batch-size", size, stdin=lines)
+        for size in (1, 3)
+    ]
+    assert [each.exit_status for each in ran] == [0, 0]
+    assert [len(each.stdout.splitlines()) for each in ran] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("translate", "--from", "en", "--to", "fr", "hello world", "-m", GOLDEN / "marian"),
+        ("summarize", "hello world", "-m", GOLDEN / "t5", "--max-new-tokens", 5),
+        ("qa", "who?", "-c", "the dog sleeps", "-m", GOLDEN / "bert-qa"),
+    ],
+    ids=lambda call: call[0],
+)
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_other_heads(llmcli, call, scheme):
+    """Those whose layers fit; else it is said that none does."""
+    ran = llmcli(*call, "--quantize", scheme)
+    if ran.exit_status == 0:
+        assert len(copies()) == 1
+    else:
+        assert (ran.exit_status, "has no layer that can be" in ran.stderr) == (2, True)
+        assert copies() == []
+
+
+def test_embeddings_stay_near(llmcli, encoder):
+    found = [
+        torch.tensor(llmcli("embed", "the quick fox", "-m", encoder, "--quantize", scheme).records[0]["embedding"])
+        for scheme in ("none", "int8")
+    ]
+    assert found[0] @ found[1] > 0.99
+
+
+def test_changed_weights_are_quantized_anew(llmcli, chatty, base, tmp_path):
+    folder = shutil.copytree(chatty, tmp_path / "model")
+    args = ("generate", "the quick brown", "-m", folder, "--quantize", "int4", *GREEDY)
+    llmcli(*args)
+    before = copies()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.lm_head.weight.data.neg_()
+    model.save_pretrained(folder)
+    assert "quantizing" in llmcli(*args).stderr
+    assert len(copies()) == 1
+    assert copies() != before
+
+
+def test_rm_removes_it_too(llmcli, chatty, home):
+    models = home / "config" / "llmcli" / "models.toml"
+    models.parent.mkdir(parents=True, exist_ok=True)
+    folder = shutil.copytree(chatty, home / "mine")
+    models.write_text(f'[mine]\npath = "{folder}"\n')
+    llmcli("generate", "the", "-m", "mine", "--quantize", "int4", *GREEDY)
+    assert len(copies()) == 1
+    shutil.rmtree(folder)
+    assert llmcli("models", "rm", "smollm2").exit_status == 4  # is not there; but what lost its model goes
+    assert copies() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--quantize", "int4", "--dtype", "float32"), "multiplies in bfloat16, not float32"),
+        (("--quantize", "int4", "--offload-folder", "x"), "exclude each other"),
+        (("--quantize", "int4", "--device", "cuda"), "there is no device cuda here"),
+    ],
+)
+def test_what_does_not_go_with_it(llmcli, chatty, options, why, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = llmcli("generate", "the", "-m", chatty, *options)
+    assert (ran.exit_status, why in ran.stderr) == (2, True)
+    assert copies() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_it_leaves_nothing_half(llmcli, chatty, tmp_path, number):
+    """At some moment of its work; the next call finds a whole copy, or makes one."""
+    args = ["generate", "the", "-m", str(chatty), "--quantize", "int4", "--temperature", "0", "--max-new-tokens", "2"]
+    for seconds in (1.5, 2.0, 2.5):
+        call = subprocess.Popen([sys.executable, "-m", "llmcli", *args], stderr=subprocess.PIPE)
+        time.sleep(seconds)
+        call.send_signal(number)
+        call.communicate()
+        for copy in copies():
+            assert json.loads((copy / "config.json").read_text())["quantization_config"]["scheme"] == "int4"
+            assert list(copy.glob("*.safetensors"))
+    assert llmcli(*args).exit_status == 0
+    assert len(copies()) == 1
+    assert not list((config.cache_dir() / "staging").glob("*"))
+
+
+def test_a_resumed_run_may_not_change_it(llmcli, chatty, tmp_path):
+    args = ("generate", "--lines", "-m", chatty, "--output", tmp_path / "out", "--resume", *GREEDY)
+    llmcli(*args, stdin=b"the\n")
+    ran = llmcli(*args, "--quantize", "int8", stdin=b"the\n")
+    assert (ran.exit_status, "the job" in ran.stderr or "has changed" in ran.stderr) == (2, True)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_the_default_model_says_what_it_said(llmcli, smollm2, scheme):
+    args = ("generate", "The capital of France is", "-m", smollm2, "--quantize", scheme)
+    ran = llmcli(*args, "--temperature", 0, "--max-new-tokens", 5)
+    assert ran.exit_status == 0
+    assert "is Paris" in ran.stdout
