@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import batch
+import decode
 import overhead
 import prefix
 import startup
@@ -28,6 +29,14 @@ does the same with the same weights (float32, greedy).""",
 loop has {worker.WARM_LOOP} calls to a warm worker, or {worker.COLD_LOOP} cold ones; times are of one call.""",
         "| what | warm | peer | ratio | bound |\n|---|---|---|---|---|",
         worker.main,
+    ),
+    "decode": (
+        "One stream",
+        f"""SmolLM2, {decode.TOKENS} new tokens, greedy, bfloat16; plain `generate` and llmcli in one process, in
+turn, medians of {decode.RUNS}. Perplexity is that of {decode.TEXT:,} tokens of this project's own pages; loading is
+that of a process of its own, first pass included, with the most memory it took.""",
+        "| what | tokens/s | to plain | perplexity | loading | memory |\n|---|---|---|---|---|---|",
+        decode.main,
     ),
     "batch": (
         "Batches",

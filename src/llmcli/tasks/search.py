@@ -70,7 +70,7 @@ def passages_of(texts: Sequence[Text], folder: Path) -> Iterator[dict[str, Any]]
 def _identity(folder: Path, job: Job) -> str:
     """What the vectors depend on, beside the text: the weights and their precision."""
     changed = max(file.stat().st_mtime_ns for file in folder.iterdir())
-    return f"{folder} {changed} {job.placement.dtype}"
+    return f"{folder} {changed} {job.placement.dtype} {job.placement.quantize}"
 
 
 TASK = Task(prepare, ("matches",), {"matches": []}, {"embedding": Way(steps)})
