@@ -29,13 +29,12 @@ LOAD = """
 import json, resource, sys, time
 from pathlib import Path
 import torch, transformers
-from llmcli import loader
+from llmcli import loader, pipelines
 from llmcli.job import Placement
-from llmcli.pipelines import implementation
 loader.quiet_libraries()
-head = implementation("causal")
+pipelines.implementation("causal")
 start = time.perf_counter()
-model, _ = loader.load(Path(sys.argv[1]), Placement(dtype=sys.argv[2], quantize=sys.argv[3]), head)
+model = pipelines.load("causal", Path(sys.argv[1]), Placement(dtype=sys.argv[2], quantize=sys.argv[3])).model
 model(torch.tensor([[1, 2, 3]]))
 print(json.dumps([time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
 """

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from llmcli import config, loader
+from llmcli import config, pipelines
 from llmcli.job import Placement
-from llmcli.pipelines import implementation
 from llmcli.pipelines.linears import GROUP, Int4Linear, Int8Linear, PackedLinear
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -63,7 +62,7 @@ def test_a_language_model(llmcli, chatty, scheme, kind):
     second = llmcli(*args)
     assert (second.stdout, second.stderr, second.exit_status) == (first.stdout, "", 0)
     assert copies() == [copy]
-    model, _ = loader.load(chatty, Placement(quantize=scheme), implementation("causal"))
+    model = pipelines.load("causal", chatty, Placement(quantize=scheme)).model
     layers = [type(module) for module in model.modules() if isinstance(module, nn.Linear | kind)]
     assert layers.count(kind) >= 14
     assert nn.Linear not in layers

@@ -6,7 +6,6 @@ import os
 import re
 import warnings
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,49 +22,8 @@ def load(folder: Path, placement: Placement, head: Any) -> tuple[Any, Any]:
     (`auto_class`), and the prefix of weights it can do without (`spare`).
 
     Raises ModelUnavailable: weights damaged, incomplete, pickled, or too big for the memory there is; UsageError: a
-    device that is not here, or one that does not go with --quantize.
+    device that is not here.
     """
-    if placement.quantize != "none":
-        folder = _quantized(folder, placement, head)
-    model, tokenizer = _load(folder, placement, head)
-    if model.device.type == "cpu" and not placement.offload_folder:
-        from llmcli.pipelines import quantizer
-
-        quantizer.pack(model)
-    return model, tokenizer
-
-
-def _quantized(folder: Path, placement: Placement, head: Any) -> Path:
-    """A folder with the same model, quantized. Raises UsageError where the options or the model do not allow it."""
-    scheme, device = placement.quantize, choose_device(placement.device)
-    if device != "cpu":
-        raise UsageError(
-            f"--quantize {scheme} is for the CPU, and the model would go to {device}",
-            hint="--device cpu; or leave it out, and a model that is too big for the GPU: --offload-folder PATH",
-        )
-    if placement.dtype not in ("auto", "bfloat16"):
-        raise UsageError(f"--quantize {scheme} multiplies in bfloat16, not {placement.dtype}", hint="leave --dtype out")
-    if placement.offload_folder:
-        raise UsageError("--quantize and --offload-folder exclude each other")
-    config = read_config(folder, placement)
-    if getattr(config, "quantization_config", None):
-        raise UsageError(f"{folder} is quantized already", hint="leave --quantize out")
-    from llmcli.pipelines import quantizer
-    from llmcli.store import quantized
-
-    def make(target: Path) -> None:
-        console.notice(f"quantizing the weights to {scheme}, once")
-        # from what the weights are, not from what rounding to bfloat16 leaves of them
-        dtype = str(config.dtype or "float32").removeprefix("torch.")
-        model, _ = _load(folder, replace(placement, dtype=dtype), head)
-        if not quantizer.quantize(model, scheme):
-            raise UsageError(f"{folder} has no layer that can be {scheme}", hint="leave --quantize out")
-        model.save_pretrained(target)
-
-    return quantized.ready(folder, f"{scheme}-{head.auto_class}-{quantizer.processor()}", make)
-
-
-def _load(folder: Path, placement: Placement, head: Any) -> tuple[Any, Any]:
     weights = _weights(folder, placement)
     import torch
     import transformers

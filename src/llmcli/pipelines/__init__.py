@@ -10,11 +10,19 @@ from llmcli.job import Placement
 
 
 def load(kind: str, folder: Path, placement: Placement) -> Any:
-    """A ready transformers.Pipeline. Raises what `loader.load` raises."""
+    """A ready transformers.Pipeline. Raises what `loader.load` raises; UsageError where --quantize does not go with the
+    device or the model."""
+    loader.quiet_libraries()
     from transformers import pipeline
 
-    loader.quiet_libraries()
-    model, tokenizer = loader.load(folder, placement, implementation(kind))
+    from llmcli.pipelines import quantizer
+
+    head = implementation(kind)
+    if placement.quantize != "none":
+        folder = quantizer.quantized(folder, placement, head)
+    model, tokenizer = loader.load(folder, placement, head)
+    if model.device.type == "cpu" and not placement.offload_folder:
+        quantizer.pack(model)
     # A model that accelerate spread says where it is; one on a single device would be moved to the first GPU.
     device = None if getattr(model, "hf_device_map", None) else model.device
     return pipeline(f"llmcli-{kind}", model=model, tokenizer=tokenizer, device=device)

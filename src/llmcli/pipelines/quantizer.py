@@ -1,6 +1,8 @@
 """Weight-only quantization as a method of transformers' own: a folder that `save_pretrained` wrote after `quantize`
 is one that `from_pretrained` loads. And bfloat16 layers repacked for oneDNN."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,8 +10,11 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmcli.errors import ModelUnavailable
+from llmcli import console, loader
+from llmcli.errors import ModelUnavailable, UsageError
+from llmcli.job import Placement
 from llmcli.pipelines.linears import Int4Linear, Int8Linear, PackedLinear, QuantizedLinear
+from llmcli.store import quantized as copies
 
 METHOD = "llmcli-weight-only"
 LAYERS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
@@ -44,6 +49,35 @@ class WeightOnlyQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ha
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
                 module.align()
+
+
+def quantized(folder: Path, placement: Placement, head: Any) -> Path:
+    """A folder with the same model, quantized as `placement` says, made if there is none. Raises UsageError where the
+    options or the model do not allow it, and what `loader.load` raises."""
+    scheme, device = placement.quantize, loader.choose_device(placement.device)
+    if device != "cpu":
+        raise UsageError(
+            f"--quantize {scheme} is for the CPU, and the model would go to {device}",
+            hint="--device cpu; or leave it out, and a model that is too big for the GPU: --offload-folder PATH",
+        )
+    if placement.dtype not in ("auto", "bfloat16"):
+        raise UsageError(f"--quantize {scheme} multiplies in bfloat16, not {placement.dtype}", hint="leave --dtype out")
+    if placement.offload_folder:
+        raise UsageError("--quantize and --offload-folder exclude each other")
+    about = loader.read_config(folder, placement)
+    if getattr(about, "quantization_config", None):
+        raise UsageError(f"{folder} is quantized already", hint="leave --quantize out")
+
+    def make(target: Path) -> None:
+        console.notice(f"quantizing the weights to {scheme}, once")
+        # from what the weights are, not from what rounding to bfloat16 leaves of them
+        dtype = str(about.dtype or "float32").removeprefix("torch.")
+        model, _ = loader.load(folder, replace(placement, dtype=dtype), head)
+        if not quantize(model, scheme):
+            raise UsageError(f"{folder} has no layer that can be {scheme}", hint="leave --quantize out")
+        model.save_pretrained(target)
+
+    return copies.ready(folder, f"{scheme}-{head.auto_class}-{processor()}", make)
 
 
 def quantize(model: Any, scheme: str) -> bool:
