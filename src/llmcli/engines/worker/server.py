@@ -66,7 +66,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self.jobs = 0
         self._seconds = seconds
         self._used = time.monotonic()
-        self._changing = threading.Lock()
+        self._changing = threading.RLock()
         self._is_stopped = False
         folder = wire.folder(make=True)
         self._lock_file: int | None = _lock(folder / "worker.lock")
@@ -89,7 +89,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     def handle_request(self) -> None:
         """At most one call is let in; idle models go."""
         if self._lock_file is None:
-            time.sleep(POLL)  # what still runs, runs to its end
+            self.socket.close()  # who still waits at the door goes to another
+            time.sleep(POLL)  # what runs, runs to its end
         else:
             super().handle_request()
         self.models.drop_expired()
@@ -119,10 +120,11 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
     def retire(self) -> None:
         """Make place for another worker: no new calls come in; those that run are served."""
-        if self._lock_file is not None:
-            self._path.unlink(missing_ok=True)
-            os.close(self._lock_file)
-            self._lock_file = None
+        with self._changing:
+            if self._lock_file is not None:
+                self._path.unlink(missing_ok=True)
+                os.close(self._lock_file)
+                self._lock_file = None
 
     def stop(self) -> None:
         """End now."""
