@@ -26,9 +26,9 @@ model(sys.argv[2], max_tokens=int(sys.argv[3]), temperature=0, logit_bias={model
 print(int(sys.argv[3]) / (time.perf_counter() - start))
 """
 LOAD = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
-import torch, transformers
+import psutil, torch, transformers
 from llmcli import loader, pipelines
 from llmcli.job import Placement
 loader.quiet_libraries()
@@ -36,7 +36,7 @@ pipelines.implementation("causal")
 start = time.perf_counter()
 model = pipelines.load("causal", Path(sys.argv[1]), Placement(dtype=sys.argv[2], quantize=sys.argv[3])).model
 model(torch.tensor([[1, 2, 3]]))
-print(json.dumps([time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+print(json.dumps([time.perf_counter() - start, psutil.Process().memory_info().rss]))
 """
 
 
@@ -126,7 +126,7 @@ def llama() -> float | None:
 
 
 def loading(folder: Path, scheme: str) -> tuple[float, float]:
-    """Seconds, and bytes of main memory at most, of a process that loads the model and runs it once."""
+    """Seconds until a process has loaded the model and run it once, and the bytes of main memory that it has then."""
     command = [sys.executable, "-c", LOAD, str(folder), "bfloat16", scheme]
     found = [
         json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(RUNS)

@@ -34,7 +34,7 @@ loop has {worker.WARM_LOOP} calls to a warm worker, or {worker.COLD_LOOP} cold o
         "One stream",
         f"""SmolLM2, {decode.TOKENS} new tokens, greedy, bfloat16; plain `generate` and llmcli in one process, in
 turn, medians of {decode.RUNS}. Perplexity is that of {decode.TEXT:,} tokens of this project's own pages; loading is
-that of a process of its own, first pass included, with the most memory it took.""",
+that of a process of its own, first pass included, and the memory that it has then.""",
         "| what | tokens/s | to plain | perplexity | loading | memory |\n|---|---|---|---|---|---|",
         decode.main,
     ),

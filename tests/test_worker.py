@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,8 @@ def warm(desk, monkeypatch):
     """Calls go to a worker that stays from test to test."""
     settle(desk, monkeypatch)
     monkeypatch.setenv("LLMCLI_KEEP_ALIVE", "10m")
+    with suppress(client.NoWorkerError):
+        wait_until(lambda: jobs() == 0)  # of the test before
 
 
 @pytest.fixture(scope="module", autouse=True)
