@@ -88,7 +88,7 @@ def test_the_same_as_in_this_process(warm, process, chatty, call):
     here = process(*args, "--dtype", "float32", "--keep-alive", 0, input=stdin)
     there = process(*args, "--dtype", "float32", input=stdin)
     assert (there.stdout, there.stderr, there.returncode) == (here.stdout, here.stderr, here.returncode)
-    assert client.status()["jobs"] == 0
+    wait_until(lambda: jobs() == 0)
 
 
 def test_a_folder_is_found_from_where_the_call_is(warm, process, chatty):
