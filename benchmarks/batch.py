@@ -11,6 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from measure import LLMCLI, smollm2
+
 PROMPTS, TOKENS, RUNS = 512, 32, 3
 OPTIONS = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
 LOAD = """
@@ -73,9 +75,7 @@ def seconds(command: list[str], out: Path) -> float:
 def main() -> list[str]:
     """The rows of a table in Markdown. `LLAMA_PYTHON`, an interpreter that has llama-cpp-python, and `LLAMA_GGUF`, the
     model's file, add a row."""
-    llmcli = str(Path(sys.executable).with_name("llmcli"))
-    folder = subprocess.run([llmcli, "models", "pull", "smollm2"], check=True, capture_output=True, text=True)
-    model = folder.stdout.strip()
+    model = smollm2()
     options = json.dumps(OPTIONS)
     with tempfile.TemporaryDirectory() as scratch:
         whole, part, out = Path(scratch, "whole.jsonl"), Path(scratch, "part.jsonl"), Path(scratch, "out")
@@ -84,7 +84,7 @@ def main() -> list[str]:
         part.write_text("".join(lines[::8]))  # for the loops, which take ten minutes and more for all
         python = [sys.executable, "-c"]
         args = [model, str(whole), options]
-        ours = [llmcli, "generate", "--jsonl", "-f", str(whole), "--dtype", "bfloat16", "--temperature", "0",
+        ours = [LLMCLI, "generate", "--jsonl", "-f", str(whole), "--dtype", "bfloat16", "--temperature", "0",
                 "--max-new-tokens", str(TOKENS), "--min-new-tokens", str(TOKENS)]  # fmt: skip
         peers = {f"`transformers.pipeline`, batches of {n}": [*python, PIPELINE, *args, str(n)] for n in (16, 32, 64)}
         peers["floor: no padding at all"] = [*python, FLOOR, *args]

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from measure import smollm2
+
 TOKENS, RUNS, TEXT, WINDOW, STRIDE = 400, 5, 10_000, 1024, 512
 PROMPT = "Once upon a time, in a harbour town far in the north,"
 ROOT = Path(__file__).parents[1]
@@ -136,9 +138,7 @@ def loading(folder: Path, scheme: str) -> tuple[float, float]:
 
 def main() -> list[str]:
     """The rows of a table in Markdown."""
-    llmcli = str(Path(sys.executable).with_name("llmcli"))
-    pulled = subprocess.run([llmcli, "models", "pull", "smollm2"], check=True, capture_output=True, text=True)
-    folder = Path(pulled.stdout.strip())
+    folder = Path(smollm2())
     loaded = models(folder)
     tokenizer = loaded["packed"].tokenizer
     prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]

@@ -2,9 +2,19 @@
 
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+LLMCLI = str(Path(sys.executable).with_name("llmcli"))  # the console script, as a shell starts it
+
+
+def smollm2() -> str:
+    """The folder of the default model, fetched if need be."""
+    pulled = subprocess.run([LLMCLI, "models", "pull", "smollm2"], check=True, capture_output=True, text=True)
+    return pulled.stdout.strip()
 
 
 @dataclass(frozen=True)

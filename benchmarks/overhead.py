@@ -9,6 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from measure import smollm2
+
 FEW, MANY = 10_000, 1_000_000
 CHILD = """
 import sys
@@ -78,9 +80,7 @@ def run(tokenizer: str, model: str, inputs: Path) -> tuple[float, int]:
 
 def main() -> list[str]:
     """The rows of a table in Markdown."""
-    llmcli = str(Path(sys.executable).with_name("llmcli"))
-    pulled = subprocess.run([llmcli, "models", "pull", "smollm2"], check=True, capture_output=True, text=True)
-    model = pulled.stdout.strip()
+    model = smollm2()
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         few, many = (records(Path(scratch, f"{count}.jsonl"), count) for count in (FEW, MANY))

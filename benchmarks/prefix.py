@@ -3,12 +3,11 @@ once, against llmcli made to read them with each record. Whole processes, bfloat
 
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from measure import seconds
+from measure import LLMCLI, seconds, smollm2
 
 RECORDS, TOKENS, RUNS = 512, 8, 3
 PROMPT = """Translate each English phrase into French. Give only the translation, on one line, without any \
@@ -38,15 +37,14 @@ def phrases() -> list[str]:
 
 def main() -> list[str]:
     """The rows of a table in Markdown."""
-    llmcli = str(Path(sys.executable).with_name("llmcli"))
-    subprocess.run([llmcli, "models", "pull", "smollm2", "-q"], check=True, capture_output=True)
+    smollm2()
     with tempfile.TemporaryDirectory() as scratch:
         inputs = Path(scratch, "in.jsonl")
         inputs.write_text("".join(json.dumps({"text": phrase}) + "\n" for phrase in phrases()[:RECORDS]))
         args = ["generate", "--jsonl", "-f", str(inputs), "--prompt", PROMPT, "--dtype", "bfloat16",
                 "--temperature", "0", "--max-new-tokens", str(TOKENS), "--stop", "\n"]  # fmt: skip
         apart = [sys.executable, "-c", APART, *args]
-        pairs = [(seconds([llmcli, *args]), seconds(apart)) for _ in range(RUNS + 1)][1:]
+        pairs = [(seconds([LLMCLI, *args]), seconds(apart)) for _ in range(RUNS + 1)][1:]
     ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratio = statistics.median(peer / mine for mine, peer in pairs)
     return [f"| {RECORDS} records, a shared beginning | {ours:.1f} s | {theirs:.1f} s | {ratio:.2f} | 1.7 |"]

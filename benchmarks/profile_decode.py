@@ -1,12 +1,12 @@
 """Where the time of one stream goes: `python benchmarks/profile_decode.py [none|int8|int4]` prints the operations of
 100 tokens by the time that each takes itself, in percent, and what is left for Python between them."""
 
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import decode
+from measure import smollm2
 from torch.profiler import ProfilerActivity, profile
 
 from llmcli import pipelines
@@ -17,9 +17,7 @@ MOST = 12  # operations shown
 
 def main() -> None:
     scheme = sys.argv[1] if len(sys.argv) > 1 else "none"
-    llmcli = str(Path(sys.executable).with_name("llmcli"))
-    pulled = subprocess.run([llmcli, "models", "pull", "smollm2"], check=True, capture_output=True, text=True)
-    pipeline = pipelines.load("causal", Path(pulled.stdout.strip()), Placement(dtype="bfloat16", quantize=scheme))
+    pipeline = pipelines.load("causal", Path(smollm2()), Placement(dtype="bfloat16", quantize=scheme))
     decode.TOKENS = 100
     run = decode.ours(pipeline)
     run()

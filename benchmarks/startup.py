@@ -1,12 +1,11 @@
 """What a call costs before the first token: --help against a bare Typer program's, a cold generate
 against the shortest script that does the same with transformers."""
 
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from measure import Comparison, compare
+from measure import LLMCLI, Comparison, compare, smollm2
 
 BARE_TYPER = '''
 import typer
@@ -32,10 +31,7 @@ COMMANDS = ([], ["generate"], ["chat"], ["embed"], ["search"], ["env"], ["models
 
 def main() -> list[str]:
     """The rows of a table in Markdown."""
-    # The console script, as a shell starts it.
-    llmcli = [str(Path(sys.executable).with_name("llmcli"))]
-    pull = [*llmcli, "models", "pull", "smollm2"]
-    folder = subprocess.run(pull, check=True, capture_output=True, text=True).stdout.strip()
+    folder = smollm2()
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         typer, script = Path(scratch, "bare_typer.py"), Path(scratch, "bare_transformers.py")
@@ -43,12 +39,12 @@ def main() -> list[str]:
         script.write_text(BARE_TRANSFORMERS)
         for command in COMMANDS:
             name = " ".join(["llmcli", *command, "--help"])
-            found = compare(name, [*llmcli, *command, "--help"], [sys.executable, str(typer), "--help"], runs=11)
+            found = compare(name, [LLMCLI, *command, "--help"], [sys.executable, str(typer), "--help"], runs=11)
             rows.append(found.row("2.0" if command else "1.5"))
         greedy = ["--max-new-tokens", "1", "--temperature", "0", "--dtype", "float32"]
         found: Comparison = compare(
             "cold generate, 1 token",
-            [*llmcli, "generate", "Once upon a time", *greedy],
+            [LLMCLI, "generate", "Once upon a time", *greedy],
             [sys.executable, str(script), folder],
             runs=7,
         )

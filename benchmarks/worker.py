@@ -12,14 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from measure import compare, seconds
+from measure import LLMCLI, compare, seconds
 from startup import BARE_TYPER
 
 from llmcli import engines
 from llmcli.engines.worker import client
 from llmcli.job import Job, Placement, Record
 
-LLMCLI = str(Path(sys.executable).with_name("llmcli"))
 CALL = [LLMCLI, "generate", "Once upon a time", "--temperature", "0", "--dtype", "bfloat16", "--max-new-tokens"]
 RUNS, WARM_LOOP, COLD_LOOP, CLIENTS, JOBS = 5, 100, 4, 8, 1000
 

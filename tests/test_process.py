@@ -7,15 +7,11 @@ import sys
 import time
 
 import pytest
+from processes import check_line_by_line, start
 
 pytestmark = pytest.mark.slow
 
 GREEDY = ("--temperature", "0")
-
-
-def start(*args: object, **settings) -> subprocess.Popen:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | settings
-    return subprocess.Popen([sys.executable, "-m", "llmcli", *map(str, args)], **pipes)
 
 
 def test_a_reader_that_goes_away_is_no_failure(tiny):
@@ -55,13 +51,7 @@ def test_a_signal_ends_it_at_any_moment(tiny, number, status, seconds):
 
 
 def test_a_slow_input_is_answered_line_by_line(tiny):
-    llmcli = start("generate", "-m", tiny, "--lines", "--max-new-tokens", 3, *GREEDY)
-    for text in (b"the quick", b"dog", b"once upon a time"):
-        llmcli.stdin.write(text + b"\n")
-        llmcli.stdin.flush()
-        assert llmcli.stdout.readline().startswith(text)
-    llmcli.stdin.close()
-    assert llmcli.wait(20) == 0
+    check_line_by_line(start("generate", "-m", tiny, "--lines", "--max-new-tokens", 3, *GREEDY))
 
 
 def test_a_seed_does_not_delay_a_greedy_answer(tiny):

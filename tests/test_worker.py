@@ -11,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from workers import LONG, end, is_running, jobs, settle, start, wait_until
+from processes import check_line_by_line, is_running, start, wait_until
+from workers import LONG, end, jobs, settle
 
 from llmcli import engines
 from llmcli.engines.worker import client, wire
@@ -128,13 +129,7 @@ def test_a_caller_that_captures_output_does_not_wait_for_the_worker(place, chatt
 
 
 def test_a_slow_input_is_answered_line_by_line(warm, chatty):
-    call = start("generate", "-m", chatty, "--lines", "--max-new-tokens", 3, "--temperature", 0)
-    for text in (b"the quick", b"dog", b"once upon a time"):
-        call.stdin.write(text + b"\n")
-        call.stdin.flush()
-        assert call.stdout.readline().startswith(text)
-    call.stdin.close()
-    assert call.wait(20) == 0
+    check_line_by_line(start("generate", "-m", chatty, "--lines", "--max-new-tokens", 3, "--temperature", 0))
 
 
 def test_text_streams(warm, chatty):

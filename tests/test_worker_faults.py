@@ -13,7 +13,8 @@ import sys
 from contextlib import suppress
 
 import pytest
-from workers import LONG, jobs, start, wait_until
+from processes import start, wait_until
+from workers import LONG, jobs
 
 from llmcli.engines.worker import client, wire
 from llmcli.engines.worker.server import LARGEST_HELLO
@@ -239,7 +240,7 @@ JOBS = [
 @pytest.mark.parametrize("job", JOBS, ids=str)
 def test_a_job_that_is_none(place, call, job):
     call()
-    reached = client.greet({"do": "run", "environment": wire.environment()})
+    reached = client.greet("run")
     reached.send(**job)
     with suppress(GoneError):  # it may have hung up already
         reached.send(record=[{"text": "dog"}, None])
@@ -253,7 +254,7 @@ def test_a_job_that_is_none(place, call, job):
 @pytest.mark.parametrize("record", [5, [], ["dog", None], [{"text": "dog"}, 5], [{"text": "dog"}, {"colour": "red"}]])
 def test_a_record_that_is_none(place, call, chatty, record):
     call()
-    reached = client.greet({"do": "run", "environment": wire.environment()})
+    reached = client.greet("run")
     reached.send(job={"task": "generate", "model": str(chatty), "placement": {}})
     reached.send(record=record)
     assert "error" in reached.receive()
@@ -264,7 +265,7 @@ def test_a_record_that_is_none(place, call, chatty, record):
 def test_a_message_beyond_the_limit(at, call, chatty):
     """It is not read to its end, and the memory that it would have taken is not taken."""
     call()
-    reached = client.greet({"do": "run", "environment": wire.environment()})
+    reached = client.greet("run")
     reached.send(job={"task": "generate", "model": str(chatty), "placement": {}})
     with pytest.raises((BrokenPipeError, ConnectionResetError)):
         reached.socket.sendall(b"x" * (2 * wire.LARGEST))

@@ -2,10 +2,8 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+
+from processes import is_running, wait_until
 
 from llmcli.engines.worker import client
 from llmcli.errors import LlmcliError
@@ -33,26 +31,6 @@ def end():
         return
     os.kill(number, signal.SIGKILL)
     wait_until(lambda: not is_running(number))
-
-
-def start(*args, **settings):
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | settings
-    return subprocess.Popen([sys.executable, "-m", "llmcli", *map(str, args)], **pipes)
-
-
-def wait_until(is_so, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.02)
-
-
-def is_running(number):
-    """Whether that process is there, and no zombie."""
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def jobs():

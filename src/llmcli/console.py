@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from llmcli import ranks
 
-quiet = False
-verbose = False
 Relay = Callable[[Literal["notice", "working"], str], None]
 
+quiet = False
+verbose = False
 REFRESH = 5  # times a second
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _parts: list[Callable[[], str]] = []  # what the live line is made of

@@ -27,10 +27,11 @@ class LlmcliError(Exception):
 
     status = ExitStatus.FAILED
 
-    def __init__(self, message: str, hint: str | None = None) -> None:
+    def __init__(self, message: str, hint: str | None = None, status: ExitStatus | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.status = self.status if status is None else status
 
 
 class UsageError(LlmcliError):

@@ -5,11 +5,10 @@ import math
 import os
 import re
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llmcli import console
+from llmcli import console, heap
 from llmcli.errors import LlmcliError, ModelUnavailable, TooBig, UsageError
 from llmcli.job import Placement
 
@@ -30,7 +29,9 @@ def load(folder: Path, placement: Placement, head: Any) -> tuple[Any, Any]:
 
     device = choose_device(placement.device)
     if device == "cpu":
-        _tune_processor()
+        heap.keep()
+        # Attention reads keys and values that several heads share where they are, and not from copies for each head.
+        os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
     dtype = choose_dtype(placement.dtype, device)
     size = _size(weights, torch.finfo(dtype).bits // 8)
     device_map, max_memory = _device_map(placement, device, size)
@@ -123,20 +124,6 @@ def choose_dtype(name: str, device: str) -> Any:
         return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
     able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.bfloat16 if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
-
-
-def _tune_processor() -> None:
-    """Have glibc keep the memory of large tensors for the next ones: as it comes, it gives each back to the system, and
-    the page faults take a third of the time of a large batch. And have attention read keys and values that several
-    heads share where they are, and not from copies for each head."""
-    import ctypes
-
-    os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
-    mmap_threshold, trim_threshold = -3, -1  # malloc.h
-    with suppress(OSError, AttributeError):  # another C library
-        library = ctypes.CDLL(None)
-        library.mallopt(mmap_threshold, 2**30)
-        library.mallopt(trim_threshold, 2**31 - 1)
 
 
 def _common(placement: Placement) -> dict[str, Any]:

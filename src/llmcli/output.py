@@ -208,6 +208,11 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     Console().print(table)
 
 
+def megabytes(size: int | None) -> str:
+    """`269 MB` for so many bytes; `-` where they are not known."""
+    return f"{size / 1e6:.0f} MB" if size else "-"
+
+
 def _header(path: Path) -> list[str]:
     """The columns of a CSV file that was begun."""
     with path.open(encoding="utf-8", newline="") as file:

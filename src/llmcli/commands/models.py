@@ -9,7 +9,7 @@ from llmcli.config import settings
 from llmcli.errors import ModelUnavailable
 from llmcli.grammar import Command, spread
 from llmcli.options import AllowPickle, Json, Offline, Quiet, Verbose
-from llmcli.output import print_lines, print_table, to_json
+from llmcli.output import megabytes, print_lines, print_table, to_json
 from llmcli.registry import FolderSource, GgufSource, HubSource, ModelSpec, WheelSource
 
 app = typer.Typer(help="Models: list, show, pull, rm, path.", no_args_is_help=True, rich_markup_mode=None)
@@ -27,7 +27,7 @@ def list_models(json: Json = False, quiet: Quiet = False, verbose: Verbose = Fal
     print_table(
         ("NAME", "CACHED", "DOWNLOAD", "TASKS", "LICENSE"),
         [
-            (row["name"], "yes" if row["path"] else "no", _megabytes(row["download"]), " ".join(row["tasks"]),
+            (row["name"], "yes" if row["path"] else "no", megabytes(row["download"]), " ".join(row["tasks"]),
              row["license"] or "-")
             for row in rows
         ],
@@ -42,8 +42,8 @@ def show(name: Name, json: Json = False, quiet: Quiet = False, verbose: Verbose 
     if json:
         print_lines([to_json(about)])
         return
-    about |= {"tasks": ", ".join(about["tasks"]) or None, "download": _megabytes(about["download"])}
-    about["on disk"] = _megabytes(about["on disk"])
+    about |= {"tasks": ", ".join(about["tasks"]) or None, "download": megabytes(about["download"])}
+    about["on disk"] = megabytes(about["on disk"])
     print_lines(f"{key:12} {value}" for key, value in about.items() if value not in (None, "", "-"))
 
 
@@ -101,7 +101,3 @@ def _source(spec: ModelSpec) -> str:
             return f"hub: {repo}{f'@{revision}' if revision else ''}"
         case FolderSource(path) | GgufSource(path):
             return f"local: {path}"
-
-
-def _megabytes(size: int | None) -> str:
-    return f"{size / 1e6:.0f} MB" if size else "-"

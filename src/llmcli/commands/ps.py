@@ -4,7 +4,7 @@ from llmcli import console
 from llmcli.engines.worker import client
 from llmcli.grammar import spread
 from llmcli.options import Json, Quiet, Verbose
-from llmcli.output import print_lines, print_table, to_json
+from llmcli.output import megabytes, print_lines, print_table, to_json
 
 
 @spread
@@ -21,13 +21,12 @@ def ps(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> No
     print_table(
         ("MODEL", "DEVICE", "DTYPE", "MEMORY", "JOBS", "IDLE", "LEFT"),
         [
-            (each["model"], each["device"], each["dtype"], f"{each['bytes'] / 1e6:.0f} MB", str(each["jobs"]),
+            (each["model"], each["device"], each["dtype"], megabytes(each["bytes"]), str(each["jobs"]),
              _seconds(each["idle"]), _seconds(each["left"]))
             for each in status["models"]
         ],
     )  # fmt: skip
-    took = f"{status['memory'] / 1e6:.0f} MB, " if status["memory"] else ""
-    console.notice(f"worker {status['process']}: {took}{status['jobs']} jobs")
+    console.notice(f"worker {status['process']}: {megabytes(status['memory'])}, {status['jobs']} jobs")
 
 
 def _seconds(value: float | None) -> str:

@@ -47,6 +47,11 @@ class Model:
         return store.pull(spec, offline=placement.offline, allow_pickle=placement.allow_pickle)
 
     @lazy
+    def changed(self) -> int:
+        """When a file of it was last changed, in nanoseconds."""
+        return max(file.stat().st_mtime_ns for file in self.folder.iterdir())
+
+    @lazy
     def kind(self) -> str:
         """Which of the task's ways it goes. Raises ModelUnavailable where it can go none."""
         ways = list(tasks.find(self._job.task).ways)
@@ -55,8 +60,7 @@ class Model:
     @lazy
     def pipeline(self) -> Any:
         """Raises ModelUnavailable; UsageError for a device that is not here."""
-        changed = max(file.stat().st_mtime_ns for file in self.folder.iterdir())
-        key = (self.folder, changed, self.kind, replace(self._job.placement, offline=False))
+        key = (self.folder, self.changed, self.kind, replace(self._job.placement, offline=False))
         return self._loaded.get(self._job.model, key, self._load)
 
     def _load(self) -> Any:

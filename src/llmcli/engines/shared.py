@@ -168,9 +168,7 @@ def _received(rank: int) -> Iterator[Any]:
         except RuntimeError as problem:
             raise _GoneError(f"process {rank} has ended", hint="the same command, with --resume, goes on") from problem
         if isinstance(found := box[0], _Problem):
-            error = LlmcliError(f"process {rank}: {found.message}", found.hint)
-            error.status = found.status
-            raise error
+            raise LlmcliError(f"process {rank}: {found.message}", found.hint, found.status)
         if found is None:
             return
         yield found

@@ -29,7 +29,7 @@ def steps(job: Job, asked: Mapping[str, Any], model: Any) -> Steps:
     query, passages = asked["query"], list(passages_of(asked["texts"], model.folder))
     if not passages:
         return Answer({"matches": []}, "")
-    with VectorCache(_identity(model.folder, job)) as cache:
+    with VectorCache(_identity(model, job)) as cache:
         texts = {query, *(passage["text"] for passage in passages)}
         known = cache.find(texts)
         missing = sorted(texts - known.keys(), key=lambda text: (len(text), text))
@@ -67,10 +67,9 @@ def passages_of(texts: Sequence[Text], folder: Path) -> Iterator[dict[str, Any]]
             yield {"text": piece, **place}
 
 
-def _identity(folder: Path, job: Job) -> str:
+def _identity(model: Any, job: Job) -> str:
     """What the vectors depend on, beside the text: the weights and their precision."""
-    changed = max(file.stat().st_mtime_ns for file in folder.iterdir())
-    return f"{folder} {changed} {job.placement.dtype} {job.placement.quantize}"
+    return f"{model.folder} {model.changed} {job.placement.dtype} {job.placement.quantize}"
 
 
 TASK = Task(prepare, ("matches",), {"matches": []}, {"embedding": Way(steps)})

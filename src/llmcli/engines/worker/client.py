@@ -140,24 +140,24 @@ class _Call:
 def reach(what: str, seconds: float | None) -> Wire:
     """A worker that has agreed to do `what`. Where `seconds` says how long models are to stay warm, one is started if
     it is not there, and one of another environment makes place for it. Raises LlmcliError."""
-    hello = {"do": what, "environment": wire.environment(), "replace": seconds is not None}
     try:
-        return greet(hello)
+        return greet(what, replace=seconds is not None)
     except NoWorkerError:
         if seconds is None:
             raise
     process, deadline = _started(seconds), time.monotonic() + START
     while True:
         try:
-            return greet(hello)
+            return greet(what, replace=True)
         except NoWorkerError as problem:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise NoWorkerError(_last_words() or problem.message) from problem
             time.sleep(POLL)
 
 
-def greet(hello: dict[str, Any]) -> Wire:
-    """The worker that is there, and is willing. Raises NoWorkerError, and what `wire.folder` raises."""
+def greet(what: str, *, replace: bool = False) -> Wire:
+    """The worker that is there, and is willing to do `what`; one of another environment may be told to make place for
+    one that is. Raises NoWorkerError, and what `wire.folder` raises."""
     try:
         address = wire.folder() / wire.SOCKET
     except GoneError as problem:
@@ -169,7 +169,7 @@ def greet(hello: dict[str, Any]) -> Wire:
         if wire.peer(connection) != os.getuid():
             raise NoWorkerError("the one that is there is another user's")
         reached = Wire(connection)
-        reached.send(**hello)
+        reached.send(do=what, environment=wire.environment(), replace=replace)
         answer = reached.receive()
         if "worker" not in answer:
             raise NoWorkerError(f"the one that is there refuses: {answer.get('refused')}")
@@ -196,7 +196,7 @@ def stop() -> None:
 
 def _asked(what: str) -> dict[str, Any]:
     """The worker's last word, before it hangs up."""
-    reached, said = greet({"do": what}), dict[str, Any]()
+    reached, said = greet(what), dict[str, Any]()
     with closing(reached), suppress(GoneError):
         while True:
             said = reached.receive()
@@ -247,7 +247,6 @@ def _raised(about: dict[str, Any]) -> Exception:
     if name := about.get("unexpected"):
         problem = type(name, (Exception,), {})(about["message"])
     else:
-        problem = LlmcliError(about["message"], about["hint"])
-        problem.status = ExitStatus(about["status"])
+        problem = LlmcliError(about["message"], about["hint"], ExitStatus(about["status"]))
     problem.add_note(f"in the worker:\n{about['trace']}")
     return problem

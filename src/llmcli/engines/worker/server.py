@@ -1,7 +1,6 @@
 """The worker's side: a thread for each call, models that stay warm between them, and the end when nobody has called
 for a while."""
 
-import ctypes
 import fcntl
 import math
 import os
@@ -15,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llmcli import console
+from llmcli import console, heap
 from llmcli.engines.local import LocalEngine
 from llmcli.engines.model import Model
 from llmcli.engines.runner import BatchRunner
@@ -44,7 +43,7 @@ def serve(seconds: float | None) -> None:
     Raises LlmcliError where a worker is running already, or the folder for its socket cannot be had.
     """
     _allow_many_connections()
-    _share_memory()
+    heap.share()  # only one thread computes at a time
     with Worker(math.inf if seconds is None else seconds) as worker:
         while not worker.is_over:
             worker.handle_request()
@@ -272,14 +271,6 @@ def _lock(path: Path) -> int:
                 os.close(descriptor)
                 raise LlmcliError("a worker is running already", hint="`llmcli stop` ends it") from None
             time.sleep(POLL / 10)
-
-
-def _share_memory() -> None:
-    """Have glibc give all threads one heap: of the many that there would be, each would keep what its largest job took,
-    and only one thread computes at a time."""
-    arena_max = -8  # malloc.h
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(arena_max, 1)
 
 
 def _allow_many_connections() -> None:

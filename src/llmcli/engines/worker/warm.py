@@ -1,17 +1,15 @@
 """The models that a worker keeps warm, and which of them gives way."""
 
-import ctypes
 import gc
 import math
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
-from llmcli import console
+from llmcli import console, heap
 from llmcli.errors import TooBig
 
 
@@ -103,8 +101,7 @@ class WarmModels:
         gc.unfreeze()  # what was loaded to stay is rubbish now
         gc.collect()
         gc.freeze()
-        with suppress(OSError, AttributeError):  # another C library than glibc
-            ctypes.CDLL(None).malloc_trim(0)
+        heap.give_back()
         return True
 
 
