@@ -4,8 +4,9 @@ import pytest
 from transformers import GenerationConfig
 
 from llmcli import generation
+from llmcli.config import size_in_bytes
 from llmcli.errors import UsageError
-from llmcli.options import key_value, size_in_bytes
+from llmcli.options import key_value
 from llmcli.tasks.generated import SAMPLING
 
 DEFAULTS = SAMPLING | {"max_new_tokens": 128}

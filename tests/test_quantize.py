@@ -180,3 +180,14 @@ def test_the_default_model_says_what_it_said(llmcli, smollm2, scheme):
     ran = llmcli(*args, "--temperature", 0, "--max-new-tokens", 5)
     assert ran.exit_status == 0
     assert "is Paris" in ran.stdout
+
+
+@pytest.mark.parametrize("options", [["--dtype", "bfloat16"], ["--quantize", "int8"]], ids=" ".join)
+def test_a_layer_whose_weights_the_model_multiplies_itself_stays_as_it_is(llmcli, tiny, tmp_path, options):
+    from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, time_step_rank=16, pad_token_id=1)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
+    ran = llmcli("generate", "the fox", "-m", tmp_path, "--max-new-tokens", 3, "--json", *options)
+    assert (ran.exit_status, ran.records[0]["usage"]["completion_tokens"]) == (0, 3)

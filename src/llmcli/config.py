@@ -88,6 +88,16 @@ def seconds(duration: str) -> float:
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
+def size_in_bytes(text: str) -> int:
+    """`8GB`, `500MB`, `2GiB` -> bytes."""
+    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    units |= {f"{unit}I": 1024**power for power, unit in enumerate(("K", "M", "G", "T"), start=1)}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip(), re.IGNORECASE)
+    if not match or match[2].upper() not in units:
+        raise UsageError(f"not a size: {text!r}", hint="write it like 8GB, 500MB or 2GiB")
+    return int(float(match[1]) * units[match[2].upper()])
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The file's tables. Raises UsageError that names the file and the place."""
     try:

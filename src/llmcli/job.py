@@ -89,9 +89,10 @@ class Record:
 class Result:
     """What became of a record: `output` are the fields that the task adds, `text` is the answer as
     text mode prints it. A failed record has a `failure` instead; one that came with an error of an earlier run,
-    neither."""
+    neither. One that a filter `dropped` is not written."""
 
     record: Record
     output: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
     failure: Failure | None = None
+    dropped: bool = False

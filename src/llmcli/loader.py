@@ -70,6 +70,17 @@ def load(folder: Path, placement: Placement, head: Any) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def tokenizer(folder: Path, placement: Placement) -> Any:
+    """The tokenizer alone. Raises ModelUnavailable."""
+    quiet_libraries()
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, **_common(placement))
+    except Exception as problem:
+        raise _translated(problem, folder) from problem
+
+
 def read_config(folder: Path, placement: Placement) -> Any:
     """The model's configuration. Raises ModelUnavailable."""
     import transformers

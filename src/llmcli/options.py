@@ -16,6 +16,7 @@ from llmcli.job import Job, Placement
 from llmcli.output import Format, Target
 from llmcli.records import Form
 
+SAMPLING = ("temperature", "top_p", "top_k")
 Model = Annotated[
     str | None,
     typer.Option(
@@ -35,6 +36,15 @@ Offline = Annotated[bool, typer.Option("--offline", help="No network at all (als
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Accept pickled weights, which can run code when opened.")
 ]
+
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+Temperature = Annotated[
+    float | None, typer.Option(metavar="X", min=0, help="Sampling temperature; 0 is greedy and exact.")
+]
+TopP = Annotated[float | None, typer.Option(metavar="X", min=0, max=1, help="Nucleus sampling.")]
+TopK = Annotated[int | None, typer.Option(metavar="N", min=0, help="Sample among the k likeliest tokens.")]
 
 
 @dataclass
@@ -144,9 +154,7 @@ class ModelOptions:
     ] = None
     offline: Offline = False
     allow_pickle: AllowPickle = False
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False
+    trust_remote_code: TrustRemoteCode = False
 
     def name(self, task: str, **languages: str | None) -> str:
         """The model asked for, or the task's default: of several the first that is cached, else the first that can be
@@ -162,7 +170,7 @@ class ModelOptions:
             device=config.checked_device(self.device or settings.device),
             dtype=self.dtype or settings.dtype,
             quantize=self.quantize,
-            max_memory=size_in_bytes(self.max_memory) if self.max_memory else None,
+            max_memory=config.size_in_bytes(self.max_memory) if self.max_memory else None,
             offload_folder=str(self.offload_folder) if self.offload_folder else None,
             offline=self.offline or settings.offline,
             allow_pickle=self.allow_pickle,
@@ -198,10 +206,8 @@ class CommonGenerationOptions:
         ),
     ] = None
     min_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=0, help="Fewest tokens to generate.")] = None
-    temperature: Annotated[
-        float | None, typer.Option(metavar="X", min=0, help="Sampling temperature; 0 is greedy and exact.")
-    ] = None
-    top_p: Annotated[float | None, typer.Option(metavar="X", min=0, max=1, help="Nucleus sampling.")] = None
+    temperature: Temperature = None
+    top_p: TopP = None
     repetition_penalty: Annotated[float | None, typer.Option(metavar="X", help="Above 1 discourages repetition.")] = (
         None
     )
@@ -232,19 +238,14 @@ class CommonGenerationOptions:
             raise UsageError("--stop: an empty text is everywhere")
         if self.stop:
             explicit["stop_strings"] = self.stop
-        explicit |= dict(map(key_value, self.option))
-        if explicit.get("temperature") == 0:
-            for name in ("temperature", "top_p", "top_k"):
-                explicit.pop(name, None)
-            explicit["do_sample"] = False
-        return explicit
+        return greedy(explicit | dict(map(key_value, self.option)))
 
 
 @dataclass
 class GenerationOptions(CommonGenerationOptions):
     """Generation"""
 
-    top_k: Annotated[int | None, typer.Option(metavar="N", min=0, help="Sample among the k likeliest tokens.")] = None
+    top_k: TopK = None
 
 
 @dataclass
@@ -300,11 +301,8 @@ def key_value(item: str) -> tuple[str, Any]:
         return key, {"True": True, "False": False, "None": None}.get(text, text)
 
 
-def size_in_bytes(text: str) -> int:
-    """`8GB`, `500MB`, `2GiB` -> bytes."""
-    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-    units |= {f"{unit}I": 1024**power for power, unit in enumerate(("K", "M", "G", "T"), start=1)}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip(), re.IGNORECASE)
-    if not match or match[2].upper() not in units:
-        raise UsageError(f"not a size: {text!r}", hint="write it like 8GB, 500MB or 2GiB")
-    return int(float(match[1]) * units[match[2].upper()])
+def greedy(given: Mapping[str, Any]) -> dict[str, Any]:
+    """GenerationConfig fields as they were given, where a temperature of 0 means not to sample."""
+    if given.get("temperature") != 0:
+        return dict(given)
+    return {name: value for name, value in given.items() if name not in SAMPLING} | {"do_sample": False}

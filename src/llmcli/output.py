@@ -5,7 +5,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -35,6 +35,8 @@ class Target:
 
     format: Format = Format.TEXT
     path: Path | None = None
+    finish: Callable[[Result], Result] | None = None  # gives a result its text, or drops it
+    filters: bool = False  # whether results may be dropped
     resume: str | None = None  # a fingerprint of the input: go on where the file at `path` ends
     retry: bool = False  # run again what failed before: in the input, and in the file that goes on
     stop_on_error: bool = False
@@ -139,6 +141,8 @@ class Output(AbstractContextManager["Output"]):
 
     def line(self, result: Result) -> str:
         """What `write` writes for that result, line end included."""
+        if result.dropped:
+            return ""
         if self.format is Format.JSON:
             return to_json(self._fields(result)) + "\n"
         if self.format is Format.CSV:
@@ -185,6 +189,19 @@ def to_json(value: Any) -> str:
     return JSON.encode(value)
 
 
+def is_terminal() -> bool:
+    """Whether a person reads what goes to stdout."""
+    return bool(sys.stdout) and sys.stdout.isatty()
+
+
+def save(path: Path, text: str) -> None:
+    """A file that may be there already. Raises UsageError where it cannot be written."""
+    try:
+        path.write_text(text, encoding="utf-8", newline="\n")
+    except OSError as problem:
+        raise UsageError(f"{path}: {reason(problem)}") from problem
+
+
 def print_lines(lines: Iterable[str]) -> None:
     """What commands about models and the environment have to say."""
     sink = Sink()
@@ -194,7 +211,7 @@ def print_lines(lines: Iterable[str]) -> None:
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Aligned columns for people, tab-separated values for a pipe."""
-    if not (sys.stdout and sys.stdout.isatty()):
+    if not is_terminal():
         print_lines("\t".join(row) for row in rows)
         return
     from rich.console import Console

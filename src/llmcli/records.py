@@ -99,7 +99,7 @@ def questions(
     Raises what `sources` raises; UsageError where question or context can come from nowhere.
     """
     given = {roles["question"]: question, roles["context"]: context}
-    given = {name: _argument(text) for name, text in given.items() if text is not None}
+    given = {name: argument(text) for name, text in given.items() if text is not None}
     if form in (Form.JSONL, Form.CSV):
         found = read(sources([], files), form)
         return (
@@ -135,7 +135,8 @@ def peeked(records: Iterator[Record]) -> tuple[Iterator[Record], Record | None]:
     return (itertools.chain([first], records), first) if first else (records, None)
 
 
-def _argument(text: str) -> str:
+def argument(text: str) -> str:
+    """A text of the command line as it is. Raises UsageError where it is not UTF-8."""
     try:
         return _utf8(text.encode("utf-8", "surrogateescape"))
     except RecordError as problem:

@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,11 @@ class Journal(AbstractContextManager["Journal"]):
 
     def tally(self) -> Tally:
         """What of it stays as it is."""
+        written = sum(start < end for start, end in pairwise([self._header, *self._ends]))
         if self._retry:
-            return Tally(self.done - len(self._errors))
+            return Tally(self.done - len(self._errors), written=written)
         failed = sum(error == "failed" for error in self._errors.values())
-        return Tally(self.done, failed, len(self._errors) - failed)
+        return Tally(self.done, failed, len(self._errors) - failed, written)
 
     @property
     def is_whole(self) -> bool:

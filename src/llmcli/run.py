@@ -16,7 +16,8 @@ from llmcli.tally import Progress, Tally, summary
 def run(job: Job, records: Iterable[Record], target: Target) -> ExitStatus:
     """Write every result as soon as its turn is done, and every failure to stderr.
 
-    Returns FAILED for a single input that failed, PARTIAL for some of many, OK otherwise.
+    Returns FAILED for a single input that failed, or where nothing passed a filter; PARTIAL for some of many that
+    failed; OK otherwise.
     """
     if ranks.own():
         from llmcli.engines.shared import serve
@@ -31,7 +32,7 @@ def run(job: Job, records: Iterable[Record], target: Target) -> ExitStatus:
         if journal and journal.is_whole:
             console.notice(f"{target.path} is whole: nothing to do")
             list(_engine(job).run(job, ()))  # other processes wait to be told
-            return _ended(tally)
+            return _ended(tally, target)
         progress = Progress(tally)
         records = progress.reading(records)
         if journal:
@@ -44,6 +45,8 @@ def run(job: Job, records: Iterable[Record], target: Target) -> ExitStatus:
             write = partial(journal.write, output) if journal else output.write
             on_text, on_done = output.piece if output.streams else None, progress.done.add if shows else None
             for result in _engine(job).run(job, records, on_text, on_done):
+                if target.finish:
+                    result = target.finish(result)
                 write(result)
                 tally.add(result)
                 _say(result)
@@ -55,7 +58,7 @@ def run(job: Job, records: Iterable[Record], target: Target) -> ExitStatus:
             console.notice(
                 f"{tally.passed} of {tally.records} records came with an `error` and were passed on as they are"
             )
-        return _ended(tally)
+        return _ended(tally, target)
 
 
 def _engine(job: Job) -> Any:
@@ -73,7 +76,8 @@ def _names(job: Job, format: Format) -> list[str]:
         raise UsageError("-n above 1 does not go with --lines", hint="--json gives all of them: generated_texts")
     several = several or (job.parameters.get("top_k") or 1) > 1
     outputs = tasks.find(job.task).outputs
-    return [*dict.fromkeys([*outputs, *[f"{outputs[0]}s"] * several, *["truncated"] * job.truncate])]
+    extra = ["token_logprobs"] * bool(job.parameters.get("token_logprobs"))
+    return [*dict.fromkeys([*outputs, *[f"{outputs[0]}s"] * several, *["truncated"] * job.truncate, *extra])]
 
 
 def _say(result: Result) -> None:
@@ -83,9 +87,11 @@ def _say(result: Result) -> None:
         console.error(f"{result.record.where}{result.failure.message}")
 
 
-def _ended(tally: Tally) -> ExitStatus:
+def _ended(tally: Tally, target: Target) -> ExitStatus:
     """The status of a whole run; of many records, how many failed is said."""
     status = ExitStatus.of(tally.failed, tally.records)
     if status is ExitStatus.PARTIAL:
         console.error(f"{tally.failed} of {tally.records} records failed")
+    if not status and target.filters and not tally.written:
+        return ExitStatus.FAILED  # as grep
     return status

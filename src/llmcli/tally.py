@@ -20,12 +20,14 @@ class Tally:
     records: int = 0
     failed: int = 0
     passed: int = 0  # came with the error of an earlier run
+    written: int = 0  # were not dropped
     tokens: Counter[str] = field(default_factory=Counter)
 
     def add(self, result: Result) -> None:
         self.records += 1
         self.failed += result.failure is not None
         self.passed += result.record.has_failed_before
+        self.written += not result.dropped
         for name, count in result.output.get("usage", {}).items():  # Counter.update takes four times as long
             self.tokens[name] += count
 

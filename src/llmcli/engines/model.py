@@ -60,8 +60,12 @@ class Model:
     @lazy
     def pipeline(self) -> Any:
         """Raises ModelUnavailable; UsageError for a device that is not here."""
-        key = (self.folder, self.changed, self.kind, replace(self._job.placement, offline=False))
-        return self._loaded.get(self._job.model, key, self._load)
+        from llmcli import pipelines
+
+        with long_lived_objects():
+            head = pipelines.implementation(self.kind).auto_class  # kinds that have the same share one model
+        key = (self.folder, self.changed, head, replace(self._job.placement, offline=False))
+        return pipelines.seen_as(self.kind, self._loaded.get(self._job.model, key, self._load))
 
     def _load(self) -> Any:
         from llmcli import pipelines
@@ -92,9 +96,13 @@ def _able_kind(job: Job, folder: Path) -> str:
     verdict = pipelines.judge(folder, job.placement, {kind for ways in others.values() for kind in ways})
     able = [name for name, ways in others.items() if any(verdict[kind] is None for kind in ways)]
     raise ModelUnavailable(
-        f"{job.model} cannot {job.task}: {' and '.join(map(str, reasons.values()))}",
-        hint=f"it can {', '.join(able)}" if able else "llmcli has no task for it",
+        f"{job.model} cannot {_said(job.task)}: {' and '.join(map(str, reasons.values()))}",
+        hint=f"it can {', '.join(map(_said, able))}" if able else "llmcli has no task for it",
     )
+
+
+def _said(task: str) -> str:
+    return task.replace("_", " ")  # as the command is called
 
 
 @contextmanager

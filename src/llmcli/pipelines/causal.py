@@ -7,26 +7,24 @@ from typing import Any
 
 import torch
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
     DynamicCache,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
 from transformers.pipelines import PIPELINE_REGISTRY
-from transformers.pipelines.base import Pipeline
 
 from llmcli.errors import RecordError, UsageError
 from llmcli.pipelines import answers, lengths, rows
 from llmcli.pipelines.answers import Decode
 from llmcli.pipelines.cache import growing
+from llmcli.pipelines.head import CausalHead
 
 PREFILL = 4096  # tokens that a processor reads at once: more would not stay in its caches
 Prompt = str | list[dict[str, Any]]
 
 
-class CausalPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # transformers has no types
+class CausalPipeline(CausalHead):
     """What the steps hand to each other, for a batch of B prompts, the longest of P tokens, with N
     sequences of at most T new tokens each. `transformers.pipeline("llmcli-causal", ...)` makes one too.
 
@@ -35,32 +33,9 @@ class CausalPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # trans
     postprocess  {"generated_text", "finish_reason", "usage"} of one prompt
     """
 
-    auto_class = "AutoModelForCausalLM"
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.tokenizer.padding_side = "left"  # a causal model continues what stands at the right end
-
-    @staticmethod
-    def check(config: Any) -> str | None:
-        """Why a model of that configuration cannot be used. AutoModelForCausalLM does take encoders, and the decoders
-        of encoder-decoder models, to train them further: as they are, they talk nonsense."""
-        is_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or ())
-        is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
-        is_causal = is_own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-        usable = is_causal and not is_encoder and not getattr(config, "is_encoder_decoder", False)
-        return None if usable else "do not continue text"
-
     def _sanitize_parameters(self, generation_config: Any = None, truncate: int | None = None) -> tuple[Any, Any, Any]:
         config = {} if generation_config is None else {"generation_config": generation_config}
         return {"truncate": truncate}, config, config
-
-    @functools.cached_property
-    def context(self) -> int | None:
-        """Tokens that prompt and answer may take together."""
-        config = self.model.config.get_text_config()
-        length: int | None = getattr(config, "max_position_embeddings", None)
-        return length if length and length > 0 else None
 
     def room(self, inputs: Mapping[str, Any]) -> int | None:
         """Tokens that the context leaves for the answer."""

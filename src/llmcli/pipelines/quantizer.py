@@ -1,7 +1,10 @@
 """Weight-only quantization as a method of transformers' own: a folder that `save_pretrained` wrote after `quantize`
 is one that `from_pretrained` loads. And bfloat16 layers repacked for oneDNN."""
 
+import re
+import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +96,8 @@ def quantize(model: Any, scheme: str) -> bool:
     with torch.no_grad():
         for name, module in list(model.named_modules()):
             kind = "int8" if module is head else scheme
-            if LAYERS[kind].takes(module) and not any(part in skipped for part in name.split(".")):
+            may = not any(part in skipped for part in name.split(".")) and not _reads_weight(model, name)
+            if may and LAYERS[kind].takes(module):
                 layers[name] = kind
                 _replace(model, name, LAYERS[kind].of(module))
     model.to(torch.bfloat16)
@@ -115,8 +119,22 @@ def pack(model: Any) -> None:
         return
     with torch.no_grad():
         for name, module in list(model.named_modules()):
-            if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
+            is_plain = type(module) is nn.Linear and module.weight.dtype == torch.bfloat16
+            if is_plain and not _reads_weight(model, name):
                 model.set_submodule(name, PackedLinear(module.weight, module.bias))
+
+
+def _reads_weight(model: Any, name: str) -> bool:
+    """Whether the model's own code takes the weights out of that layer, as Mamba's does, to multiply them itself."""
+    parent, _, child = name.rpartition(".")
+    source = _source(type(model.get_submodule(parent)).__module__)
+    return bool(re.search(rf"\.{child}\.weight\b(?!\.(?:dtype|device))", source))
+
+
+@cache
+def _source(module: str) -> str:
+    file = getattr(sys.modules[module], "__file__", None)
+    return Path(file).read_text(encoding="utf-8") if file and file.endswith(".py") else ""
 
 
 def _replace(model: Any, name: str, layer: nn.Module) -> None:

@@ -1,0 +1,223 @@
+"""llmcli inspect: see inside a model: its tokens, its next token, its attention."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmcli import config, console, engines, loader, registry, store
+from llmcli.errors import LlmcliError, UsageError
+from llmcli.grammar import Command, spread
+from llmcli.job import Job, Placement, Record
+from llmcli.options import (
+    AllowPickle,
+    Json,
+    ModelOptions,
+    Offline,
+    Quiet,
+    Temperature,
+    TopK,
+    TopP,
+    TrustRemoteCode,
+    Verbose,
+    greedy,
+)
+from llmcli.output import is_terminal, print_lines, save, to_json
+from llmcli.pipelines.spelling import tokens_of
+from llmcli.records import Form, argument, read, sources
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+app = typer.Typer(help="See inside a model: tokens, next, attention.", no_args_is_help=True, rich_markup_mode=None)
+Text = Annotated[str | None, typer.Argument(metavar="[TEXT]", show_default=False)]
+WIDE = 100  # columns of a picture that could have any width
+
+
+@dataclass
+class PictureOptions:
+    """Output"""
+
+    json: Json = False
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Draw it into a file, NAME.svg.")] = None
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Draw it into a page, NAME.html.")] = None
+    quiet: Quiet = False
+    verbose: Verbose = False
+
+    def put(
+        self,
+        objects: Sequence[Any],
+        rows: Sequence[Sequence[str]],
+        draw: Callable[[int | None, bool], "RenderableType"],
+        title: str,
+    ) -> None:
+        """`draw(columns, in_colours)` into files or on a terminal; elsewhere `rows` of tab-separated values, or the
+        `objects` as JSON Lines. Raises UsageError for a file that cannot be written."""
+        for path, kind in ((self.svg, "svg"), (self.html, "html")):
+            if path and path.suffix != f".{kind}":  # what is there under that name is replaced: let it be a picture
+                raise UsageError(f"--{kind} {path}: a picture's name ends in .{kind}")
+            if path:
+                from llmcli import svg
+
+                save(path, getattr(svg, kind)(draw(None, True), title))
+        if self.json:
+            print_lines(map(to_json, objects))
+        elif self.svg or self.html:
+            return
+        elif is_terminal():
+            from llmcli import pictures
+
+            screen = pictures.screen()
+            print_lines([pictures.drawn(draw(screen.width, pictures.has_colours(screen)), screen)])
+        else:
+            print_lines("\t".join(row) for row in rows)
+
+
+@dataclass
+class TokenizerOptions:
+    """Model"""
+
+    models: Annotated[
+        list[str],
+        typer.Option("--model", "-m", metavar="NAME", help="Alias, folder, .gguf file or hub id; repeatable."),
+    ] = field(default_factory=list)
+    offline: Offline = False
+    allow_pickle: AllowPickle = False
+    trust_remote_code: TrustRemoteCode = False
+
+    def placement(self) -> Placement:
+        """What of it a tokenizer needs."""
+        return Placement(
+            offline=self.offline or config.settings().offline,
+            allow_pickle=self.allow_pickle,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+@app.command(cls=Command)
+@spread
+def tokens(text: Text = None, *, model: TokenizerOptions, output: PictureOptions) -> None:
+    """Show the tokens that a text is for a model: pieces, ids, special tokens. -m again sets models side by side.
+
+    \b
+    llmcli inspect tokens "Antidisestablishmentarianism"
+    llmcli inspect tokens "你好，世界" -m smollm2 -m gemma3-270m
+    """
+    text, placement = _given(text), model.placement()
+    found = {}
+    for name in model.models or [store.choose(registry.default_names("inspect"), placement)]:
+        spec = registry.resolve(name)
+        folder = store.pull(spec, offline=placement.offline, allow_pickle=placement.allow_pickle)
+        found[name] = tokens_of(loader.tokenizer(folder, placement), text)
+
+    def draw(width: int | None, in_colours: bool) -> "RenderableType":
+        from llmcli import pictures
+
+        return pictures.pieces(found, width or len(found) * WIDE)
+
+    rows = [
+        (name, str(i), str(token["id"]), to_json(token["token"]))
+        for name, tokens in found.items()
+        for i, token in enumerate(tokens)
+    ]
+    objects = [{"text": text, "tokens": tokens, "model": name} for name, tokens in found.items()]
+    output.put(objects, rows, draw, f"Tokens of {text!r}")
+
+
+@app.command("next", cls=Command)
+@spread
+def next_token(
+    text: Text = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", metavar="N", min=1, help="How many tokens to show.")] = 10,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    *,
+    model: ModelOptions,
+    output: PictureOptions,
+) -> None:
+    """Show which tokens are likeliest to follow a text: for the model, and as `generate` would draw them.
+
+    \b
+    llmcli inspect next "The capital of France is"
+    llmcli inspect next "Once upon a" --temperature 2 --limit 20
+    """
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    text, asked = _given(text), greedy({name: value for name, value in given.items() if value is not None})
+    found = _asked(_job("inspect_next", model, {"limit": limit}, asked), text)
+    tokens, how = found["next"], ", ".join(f"{name} {value:g}" for name, value in found["sampling"].items())
+
+    def draw(width: int | None, in_colours: bool) -> "RenderableType":
+        from llmcli import pictures
+
+        return pictures.chances(tokens, how, width or WIDE)
+
+    rows = [
+        (f"{token['probability']:.4f}", f"{token['sampling_probability']:.4f}", to_json(token["token"]))
+        for token in tokens
+    ]
+    output.put([found], rows, draw, f"What follows {text!r}")
+
+
+@app.command(cls=Command)
+@spread
+def attention(
+    text: Text = None,
+    layer: Annotated[int | None, typer.Option(metavar="N", min=0, help="One layer, from 0; else the mean.")] = None,
+    head: Annotated[int | None, typer.Option(metavar="N", min=0, help="One head, from 0; else the mean.")] = None,
+    *,
+    model: ModelOptions,
+    output: PictureOptions,
+) -> None:
+    """Show how much each token of a text attends to each: softmax(QKᵀ/√d), a row for each that attends.
+
+    \b
+    llmcli inspect attention "The cat sat on the mat because it was tired"
+    llmcli inspect attention "She gave him her book" --layer 5 --head 2 --svg attention.svg
+    """
+    text = _given(text)
+    found = _asked(_job("inspect_attention", model, {"layer": layer, "head": head}), text)
+    tokens, weights = found["tokens"], found["attention"]
+
+    def draw(width: int | None, in_colours: bool) -> "RenderableType":
+        from llmcli import pictures
+
+        count = pictures.fitting(tokens, width) if width else len(tokens)
+        if count < len(tokens):
+            console.notice(f"the screen holds the first {count} of {len(tokens)} tokens: --svg NAME.svg draws all")
+        return pictures.matrix(tokens[:count], [row[:count] for row in weights[:count]], colours=in_colours)
+
+    rows = [(to_json(token), *(f"{weight:.4f}" for weight in row)) for token, row in zip(tokens, weights, strict=True)]
+    output.put([found], rows, draw, f"Attention in {text!r}")
+
+
+def _given(text: str | None) -> str:
+    """TEXT, or what is piped in. Raises UsageError where there is neither; LlmcliError for what is no text."""
+    if text is not None:
+        return argument(text)
+    (record,) = read(sources([], []), Form.WHOLE)
+    if record.failure:
+        raise LlmcliError(record.failure.message)
+    found: str = record.fields["text"]
+    return found
+
+
+def _job(task: str, model: ModelOptions, parameters: dict[str, Any], generation: dict[str, Any] | None = None) -> Job:
+    return Job(
+        task=task,
+        model=model.name("inspect"),
+        generation=generation or {},
+        parameters=parameters,
+        placement=model.placement(),
+        keep_alive=model.kept(),
+    )
+
+
+def _asked(job: Job, text: str) -> dict[str, Any]:
+    """What becomes of that text. Raises LlmcliError."""
+    (result,) = engines.of(job).run(job, [Record({"text": text})])
+    if result.failure:
+        raise LlmcliError(result.failure.message)
+    return {"text": text, **result.output, "model": job.model}

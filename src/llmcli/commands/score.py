@@ -1,0 +1,105 @@
+"""llmcli score: how likely a model finds a text."""
+
+import math
+from dataclasses import replace
+from typing import Annotated, Any
+
+import typer
+
+from llmcli.errors import ExitStatus, UsageError
+from llmcli.grammar import spread
+from llmcli.job import Job, Result
+from llmcli.options import InputOptions, ModelOptions, OutputOptions
+from llmcli.output import Format, is_terminal, to_json
+from llmcli.records import Form, read, sources
+from llmcli.run import run
+
+BRIEF = 60  # characters of a text that is no line of a file
+
+
+@spread
+def score(
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT", default_factory=list, show_default=False)],
+    condition: Annotated[
+        str | None, typer.Option(metavar="FIELD", help="Score the text behind what this field of the record says.")
+    ] = None,
+    max_perplexity: Annotated[
+        float | None, typer.Option(metavar="X", min=1, help="Only records whose perplexity is at most this.")
+    ] = None,
+    min_perplexity: Annotated[
+        float | None, typer.Option(metavar="X", min=1, help="Only records whose perplexity is at least this.")
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Tokens from window to window over a long text (default: half of one)."),
+    ] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Show how likely each token is.")] = False,
+    *,
+    input: InputOptions,
+    model: ModelOptions,
+    output: OutputOptions,
+) -> ExitStatus:
+    """Print each text's perplexity, and the text: the lower, the likelier.
+
+    --json gives all: log-probability (natural logarithm), perplexity, bits per byte, tokens. With --max-perplexity or
+    --min-perplexity the records that pass are printed as they are, and without one, the exit code is 1, as grep's.
+
+    \b
+    llmcli score "The cat sat on the mat." "The cat mat on sat the."
+    llmcli score --lines -f corpus.txt | sort -n
+    llmcli score --lines --max-perplexity 200 < corpus.txt > clean.txt
+    llmcli score --jsonl --field answer --condition question < pairs.jsonl
+    llmcli score --tokens "The cat sat on the moon."
+    """
+    form, roles = input.form(), input.roles("text")
+    target = output.target(form, texts, input.files)
+    is_text = target.format not in (Format.JSON, Format.CSV)
+    filters = max_perplexity is not None or min_perplexity is not None
+    if condition is not None and form not in (Form.JSONL, Form.CSV):
+        raise UsageError("--condition names a field of the records", hint="which have fields with --jsonl or --csv")
+    if tokens and is_text and (form is not Form.WHOLE or filters):
+        raise UsageError("--tokens shows whole texts", hint="--json gives the tokens of records: token_logprobs")
+
+    def finish(result: Result) -> Result:
+        if result.record.has_failed_before:
+            return result
+        if result.failure:
+            return replace(result, dropped=filters and is_text)
+        perplexity = result.output["perplexity"]
+        passes = not filters or (
+            perplexity is not None and (min_perplexity or 0) <= perplexity <= (max_perplexity or math.inf)
+        )
+        text = result.record.fields[roles["text"]]
+        if form is Form.WHOLE and not filters:
+            text = result.record.file or " ".join(text.split())[:BRIEF]
+        if tokens and is_text:
+            text = _heat(text, result.output.get("token_logprobs", []))
+        return replace(result, text=text if filters else f"{_number(perplexity)}\t{text}", dropped=not passes)
+
+    parameters: dict[str, Any] = {"fields": roles, "condition": condition, "stride": stride, "token_logprobs": tokens}
+    parameters |= {"max_perplexity": max_perplexity, "min_perplexity": min_perplexity}
+    job = Job(
+        task="score",
+        model=model.name("score"),
+        parameters=parameters,
+        placement=model.placement(),
+        batch_size=model.batch(),
+        keep_alive=model.kept(),
+    )
+    return run(job, read(sources(texts, input.files), form), replace(target, finish=finish, filters=filters))
+
+
+def _heat(text: str, tokens: list[dict[str, Any]]) -> str:
+    """The tokens, coloured by how likely they are; without colours, a line each behind the text."""
+    if not is_terminal():
+        return "\n".join([text, *(f"{_number(token['logprob'])}\t{to_json(token['token'])}" for token in tokens)])
+    from llmcli import pictures
+
+    screen = pictures.screen()
+    if pictures.has_colours(screen):
+        return pictures.drawn(pictures.heat(tokens), screen)
+    return f"{text}\n{pictures.drawn(pictures.likelihoods(tokens), screen)}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,0 +1,33 @@
+"""inspect next: which tokens may follow a text."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmcli.job import Job
+from llmcli.tasks import Answer, Ask, Steps, Task, Way
+from llmcli.tasks.fields import text_field
+from llmcli.tasks.generated import SAMPLING
+
+
+def prepare(job: Job, fields: Mapping[str, Any]) -> str:
+    """The text, which may be empty: then it is the first token that is asked for."""
+    return text_field(fields, "text")
+
+
+def steps(job: Job, text: str, model: Any) -> Steps:
+    """The likeliest of all."""
+    (output,) = yield Ask([text])
+    chances, after = output["probability"], output["sampling_probability"]
+    found = [
+        {
+            "token": model.pipeline.spelled(token, output["input_ids"]),
+            "id": token,
+            "probability": float(chances[token]),
+            "sampling_probability": float(after[token]),
+        }
+        for token in (-chances).argsort(kind="stable")[: job.parameters["limit"]].tolist()
+    ]
+    return Answer({"next": found, "sampling": output["sampling"]}, "")
+
+
+TASK = Task(prepare, ("next", "sampling"), {}, {"next_token": Way(steps, SAMPLING | {"max_new_tokens": 1})})
