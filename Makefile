@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast lint bench clean
+.PHONY: demo test test-fast lint docs bench clean
 
 demo: .venv/ready  ## fetch the default model and tell a story
 	$(BIN)/llmcli generate "Once upon a time"
@@ -16,6 +16,10 @@ lint: .venv/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: .venv/ready  ## the command reference, and what the pages' commands print
+	$(BIN)/python tests/reference.py
+	$(BIN)/python tests/pages.py $(wildcard *.md docs/*.md)
 
 bench: .venv/ready  ## ratios against peers, measured in one run
 	$(BIN)/python benchmarks/run.py

@@ -12,6 +12,7 @@ import batch
 import decode
 import overhead
 import prefix
+import score
 import startup
 import worker
 
@@ -45,6 +46,13 @@ processes, from the first import to the last line, median of {batch.RUNS}. The l
 reads weights of four bits.""",
         "| what | tokens/s | llmcli's gain |\n|---|---|---|",
         batch.main,
+    ),
+    "score": (
+        "Scores",
+        f"""{score.LINES:,} lines of 3 to 15 words, SmolLM2, bfloat16; {score.PART:,} of them where they go one at a
+time. Lines a second of whole processes, less what they take for a single line; medians of {score.RUNS}, in turn.""",
+        "| what | lines/s | llmcli's gain |\n|---|---|---|",
+        score.main,
     ),
     "prefix": (
         "A shared beginning",

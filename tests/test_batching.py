@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llmcli.engines.batching import BatchSize, common, neighbours
+from llmcli.engines.batching import BatchSize, alike, common, neighbours
 from llmcli.engines.memory import Memory, Reading
 
 
@@ -104,3 +104,10 @@ def test_batches_are_as_great_as_memory_allows(llmcli, tiny, monkeypatch, size):
     assert sum(sizes) == 75
     if size < 16:
         assert max(sizes) > size // 2
+
+
+def test_batches_of_so_many_tokens_are_of_like_length():
+    lengths = [10, 50, 11, 9, 200, 12, 10]
+    assert sorted(alike(lengths, 44)) == [0, 2, 3, 6]
+    assert alike([200, 10, 11], 100) == [0]  # one goes, however long
+    assert sorted(alike([1] * 5, 3)) == [0, 1, 2]

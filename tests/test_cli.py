@@ -1,5 +1,6 @@
 """The command line as a whole: help, exit codes, what is imported when."""
 
+import os
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 
 COMMANDS = [
     [], ["generate"], ["chat"], ["embed"], ["search"], ["env"], ["models"], ["models", "list"], ["models", "show"],
-    ["models", "pull"],
+    ["models", "pull"], ["score"], ["inspect"], ["inspect", "next"], ["inspect", "tokens"],
     ["models", "rm"], ["models", "path"],
 ]  # fmt: skip
 HEAVY = ("torch", "transformers", "huggingface_hub", "numpy", "accelerate", "tokenizers")
@@ -78,6 +79,8 @@ def test_version(llmcli):
         (["generate", "x", "--device", "gpu"], "unknown device 'gpu'"),
         (["generate", "x", "--seed", "-1"], "--seed"),
         (["chat", "--json"], "no input"),
+        (["chat", "how", "are", "you"], "A text of several words goes into quotes."),
+        (["inspect", "next", "once", "upon", "a", "time"], "A text of several words goes into quotes."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -99,3 +102,51 @@ def test_an_unforeseen_error_is_one_line_and_v_tells_all(llmcli, monkeypatch):
     assert ran.stderr.splitlines()[0] == "llmcli: unexpected RuntimeError: boom"
     assert "report it" in ran.stderr
     assert "Traceback" in llmcli("generate", "x", "-v").stderr
+
+
+def test_what_may_have_been_meant(llmcli, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("the quick")
+    ran = llmcli("score", "notes.txt", "-m", tiny)
+    assert ran.stderr == "llmcli: 'notes.txt' is a text here: -f notes.txt reads the file\n"
+    ran = llmcli("score", "once", "upon", "time", "-m", tiny, is_terminal=True)
+    assert "llmcli: these are 3 texts of a word each: quotes make one of them\n" in ran.stderr
+    assert len(ran.stdout.splitlines()) == 3
+    assert llmcli("score", "once", "upon", "time", "-m", tiny).stderr == ""
+    assert "quotes" not in llmcli("score", "好天气", "狗", "太阳", "x" * 5000, "-m", tiny, is_terminal=True).stderr
+    assert "quotes" not in llmcli("models", "show", "smollm2", "x").stderr
+
+
+COMPLETIONS = [
+    ("llmcli generate -m smo", {"smollm2", "smollm2-360m", "smollm2-1.7b"}),
+    ("llmcli models pull min", {"minilm"}),
+    ("llmcli inspect tokens x -m gem", {"gemma3-270m"}),
+    ("llmcli translate --to z", {"zh"}),
+    ("llmcli generate --preset po", {"poem"}),
+    ("llmcli generate --device cu", {"cuda"}),
+    ("llmcli score --max-p", {"--max-perplexity"}),
+    ("llmcli inspect ", {"tokens", "next", "attention"}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("typed", "offered"), COMPLETIONS)
+def test_a_shell_completes_and_imports_nothing_heavy(typed, offered):
+    code = (
+        "import sys; from llmcli.cli import main; main();"
+        f"print(*[name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+    )
+    asked = {"_LLMCLI_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split(" ")) - 1)}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True)
+    assert set(done.stdout.split()) >= offered
+    assert all(word.lower().startswith(typed.split(" ")[-1].lower()) for word in done.stdout.split())
+    assert done.stderr == "\n"
+
+
+def test_a_broken_file_of_ones_own_offers_nothing(tmp_path, monkeypatch):
+    from llmcli import completion, registry
+
+    (tmp_path / "models.toml").write_text("[x\n")
+    monkeypatch.setenv("LLMCLI_CONFIG", str(tmp_path / "config.toml"))
+    registry.models.cache_clear()
+    assert completion.models("") == []

@@ -1,20 +1,22 @@
-"""docs/adding-a-task.md is followed to the letter, in a copy of the package; and what README.md shows is so."""
+"""docs/adding-a-task.md is followed to the letter, in a copy of the package; and what all pages show is so."""
 
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import pages
 import pytest
+import reference
+import sandbox
+from test_endpoint import Server
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "adding-a-task.md").read_text(encoding="utf-8")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BATCH = (ROOT / "docs" / "batch.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^`(src/\S+)`\n\n```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
 
 
@@ -66,41 +68,139 @@ def test_an_entry_of_ones_own_is_a_model(llmcli, tmp_path, monkeypatch):
     assert (ran.exit_status, ran.records[0]["from"], ran.records[0]["model"]) == (0, "en", "en-fr")
 
 
-def shown(page):
-    """The command lines in a page's blocks of code: the words after `llmcli`, and the lines printed below."""
-    for block in re.findall(r"^```(?:console|sh)\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
-        line, printed = None, []
-        for text in [*block.splitlines(), "$"]:
-            if text.startswith(("$", "llmcli ")) or " | llmcli " in text:
-                if line:
-                    yield line, "".join(printed)
-                line, printed = text if "llmcli" in text else None, []
-            else:
-                printed.append(f"{text}\n")
+# The command lines of all pages
 
 
-def words(line):
-    """What one `llmcli` of a shell line gets as its arguments, less a redirection."""
-    found = list(shlex.shlex(line[line.index("llmcli ") :], posix=True, punctuation_chars="<>|"))
-    return found[1 : next((i for i, word in enumerate(found) if word in ("<", ">", "|")), None)]
+SHOWN = [block for path in pages.pages() for block in pages.blocks(path)]
+TOOLS = {"jq", "parallel"}  # that a reader may not have
 
 
-def test_every_option_that_is_shown_is_in_the_help_of_its_command(llmcli):
-    lines = [words(line) for page in (README, BATCH) for line, _ in shown(page)]
-    assert {line[0] for line in lines} >= {"chat", "generate", "models", "qa", "search", "summarize", "translate"}
-    for command, *rest in lines:
-        help = llmcli(command, "--help")
-        assert help.exit_status == 0, command
-        for option in (word for word in rest if re.match("--?[a-z]", word)):
-            assert re.search(rf"(?<![\w-]){option}(?![\w-])", help.stdout), (command, option)
+def skip_without_tools(block):
+    lines = " ".join(command.line for command in block.commands)
+    missing = [tool for tool in TOOLS if re.search(rf"\b{tool} ", lines) and not shutil.which(tool)]
+    if missing:
+        pytest.skip(f"{missing[0]} is not installed")
+
+
+@pytest.fixture(scope="module")
+def with_real_models(smollm2):
+    with tempfile.TemporaryDirectory(prefix="llmcli") as scratch, sandbox.real(Path(scratch)) as (folder, environment):
+        for name in ("gemma3-270m", "minilm"):
+            subprocess.run(["llmcli", "models", "pull", name], env=environment, check=True, capture_output=True)
+        yield folder, environment
+
+
+@pytest.fixture(scope="module")
+def calm(chatty, tmp_path_factory):
+    """The tiny chat model, less sure of its nonsense: a perplexity of some hundreds."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(chatty, tmp_path_factory.mktemp("models") / "calm")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] *= 0.1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_tiny_models(calm, encoder):
+    server = Server()
+    with (
+        tempfile.TemporaryDirectory(prefix="llmcli") as scratch,
+        sandbox.tiny(Path(scratch), calm, encoder, f"127.0.0.1:{server.server_port}") as (folder, environment),
+    ):
+        yield folder, environment
+    server.shutdown()
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """Of a folder, for one block to do what it likes in."""
+    return lambda folder: shutil.copytree(folder, tmp_path / "here")
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [block for block in SHOWN if block.console], ids=str)
+def test_what_a_page_prints_is_what_is_printed(block, with_real_models, copy):
+    skip_without_tools(block)
+    folder, environment = with_real_models
+    ran = pages.follow(block.commands, copy(folder), environment)
+    asks = [command.line == "echo $?" for command in block.commands[1:]] + [False]
+    for command, each, is_asked in zip(block.commands, ran, asks, strict=True):
+        assert each.status == 0 or is_asked, (command.line, each)
+        if not block.varies:
+            assert pages.agrees(command.shown, each.lines), (command.line, command.shown, each.lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [block for block in SHOWN if not block.console], ids=str)
+def test_what_a_page_has_one_run_runs(block, with_tiny_models, copy):
+    skip_without_tools(block)
+    folder, environment = with_tiny_models
+    (ran,) = pages.follow(block.commands, copy(folder), environment)
+    assert ran.status == 0, ran
+
+
+def examples():
+    """(command, line) of the examples in the help of every command."""
+    for command in reference.commands():
+        for line in reference.help(command).partition("\nOptions:\n")[0].splitlines():
+            found = re.fullmatch(r" *((?:\S+ .*\| )?llmcli .*?)(?:  +.*)?", line)
+            if found and "Usage:" not in line:
+                yield pytest.param(found[1], id=found[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [*examples()])
+def test_what_a_help_has_one_run_runs(line, with_tiny_models, copy):
+    folder, environment = with_tiny_models
+    (ran,) = pages.follow([pages.Command(f"(set -o pipefail; {line})")], copy(folder), environment)
+    assert ran.status == 0, ran
+
+
+def test_every_command_has_an_example():
+    groups = {(), ("models",), ("inspect",)}
+    for command in {*reference.commands()} - groups:
+        assert f"\n  llmcli {' '.join(command)}" in reference.help(command), command
+
+
+def test_the_reference_is_what_the_commands_say():
+    assert (ROOT / "docs" / "reference.md").read_text(encoding="utf-8") == reference.page(), "`make docs` writes it"
+
+
+def test_chinese_pages_show_what_the_others_show():
+    for chinese in sorted(ROOT.rglob("*.zh.md")):
+        if ".venv" in chinese.parts:
+            continue
+        ours, theirs = (
+            [
+                (block.varies, [(command.line, command.shown) for command in block.commands])
+                for block in pages.blocks(path)
+            ]
+            for path in (chinese, chinese.with_name(chinese.name.replace(".zh.", ".")))
+        )
+        assert ours == theirs
+
+
+def test_links_lead_somewhere():
+    for path in pages.pages():
+        for link in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+            assert not link or link.startswith("https://") or (path.parent / link).exists(), (path.name, link)
 
 
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("line", "printed"),
-    [each for each in shown(README) if each[0].startswith(("$ llmcli chat", "$ llmcli translate", "$ llmcli qa"))],
+    ("name", "args"),
+    [
+        ("next", ["next", "The capital of France is"]),
+        ("attention", ["attention", "The cat sat on the mat because it was tired"]),
+    ],
 )
-def test_what_the_readme_prints_is_what_is_printed(llmcli, real_cache, line, printed):
-    ran = llmcli(*words(line), "--dtype", "float32")
-    assert (ran.stdout, ran.exit_status) == (printed, 0)
+def test_pictures_are_what_the_tool_draws(llmcli, real_cache, smollm2, tmp_path, name, args):
+    assert llmcli("inspect", *args, "--dtype", "float32", "--svg", tmp_path / "drawn.svg").exit_status == 0
+    drawn, shown = (
+        path.read_text(encoding="utf-8") for path in (tmp_path / "drawn.svg", ROOT / f"docs/pictures/{name}.svg")
+    )
+    assert re.sub("#[0-9a-f]{6}", "", drawn) == re.sub("#[0-9a-f]{6}", "", shown)  # colours may differ by a shade

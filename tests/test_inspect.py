@@ -264,7 +264,7 @@ def test_tokens_of_real_models_side_by_side(llmcli, real_cache, coloured, monkey
     args = ("inspect", "tokens", "Hi 你好 🦊", "-m", "smollm2", "-m", "gemma3-270m", "-m", "minilm")
     smollm2, gemma, minilm = llmcli(*args, "--json").records
     assert [token["token"] for token in gemma["tokens"]] == ["<bos>", "Hi", " 你", "好", " ", "🦊"]
-    assert [token["token"] for token in minilm["tokens"]][0::3] == ["[CLS]", "[UNK]"] or minilm["tokens"][0]["special"]
+    assert [token["token"] for token in minilm["tokens"]][0::3] == ["[CLS]", "[UNK]"]
     assert [token["token"] for token in smollm2["tokens"]][:3] == ["Hi", " ", "\\xe4\\xbd"]
     shown = plain(llmcli(*args, is_terminal=True).stdout).splitlines()
     assert re.fullmatch(r" +smollm2 +\d+  gemma3-270m +6  minilm +\d+ *", shown[0])
@@ -314,6 +314,24 @@ def test_a_matrix_has_its_labels_on_the_diagonal(inspect, coloured, monkeypatch)
     ]
 
 
+def test_tokens_are_no_markup(inspect, coloured, tmp_path, monkeypatch):
+    text = "the [/INST] [i] :smile: [bold]x"
+    for no_color in ("", "1"):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        for what in ("tokens", "attention"):
+            shown = plain(
+                inspect(what, text, "--svg", tmp_path / "a.svg").stderr + inspect(what, text, is_terminal=True).stdout
+            )
+            assert "[" in shown
+            assert "/" in shown
+    from llmcli import pictures
+
+    tokens = [{"token": "[/INST]", "logprob": -1.0, "probability": 0.5, "sampling_probability": 0.5}]
+    screen = pictures.screen()
+    for picture in (pictures.likelihoods(tokens, 80), pictures.chances(tokens, "x", 80)):
+        assert "[/INST]" in pictures.drawn(picture, screen)
+
+
 def test_files_that_need_nothing_beside_them(inspect, tmp_path):
     import xml.etree.ElementTree as ElementTree
 
@@ -346,6 +364,7 @@ def test_wide_characters_fill_two_columns(inspect, tmp_path):
     [
         (("next", "x", "--svg", "notes.md"), "a picture's name ends in .svg"),
         (("next", "x", "--html", "/nowhere/x.html"), "no such file"),
+        (("next", "x", "--svg", "x.svg", "--html", "x.htm"), "a picture's name ends in .html"),
         (("next", "x", "-n", "0"), "--limit"),
         (("tokens",), "no input"),
         (("attention", "x", "--head", "-1"), "--head"),

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from llmcli import config, pipelines
 from llmcli.job import Placement
+from llmcli.pipelines import quantizer
 from llmcli.pipelines.linears import GROUP, Int4Linear, Int8Linear, PackedLinear
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -180,6 +181,17 @@ def test_the_default_model_says_what_it_said(llmcli, smollm2, scheme):
     ran = llmcli(*args, "--temperature", 0, "--max-new-tokens", 5)
     assert ran.exit_status == 0
     assert "is Paris" in ran.stdout
+
+
+def test_layers_that_only_their_own_forward_reads_are_replaced():
+    """T5 names each of its layers' weights where it makes them at random."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=64, d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=1)
+    model = T5ForConditionalGeneration(config)
+    assert quantizer.quantize(model, "int8")
+    left = {name.rpartition(".")[2] for name, module in model.named_modules() if type(module) is nn.Linear}
+    assert left == {"wo"}  # which transformers keeps in float32
 
 
 @pytest.mark.parametrize("options", [["--dtype", "bfloat16"], ["--quantize", "int8"]], ids=" ".join)

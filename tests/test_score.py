@@ -60,8 +60,17 @@ def encode(folder, text):
     return AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
 
 
+def bytes_after_first(folder, text):
+    """Of the tokens that count: without those of the first, which stands for its own letters."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    first = tokenizer(text)["input_ids"][0]
+    return len(text.encode()) - (0 if first in tokenizer.all_special_ids else len(tokenizer.decode([first]).encode()))
+
+
 def check(record, expected, tokens, size):
-    """The fields of a result, by the log-probabilities of the tokens that count."""
+    """The fields of a result, by the log-probabilities of the tokens that count, and their bytes."""
     assert record["logprob"] == pytest.approx(math.fsum(expected), rel=1e-3)
     assert record["perplexity"] == pytest.approx(math.exp(-math.fsum(expected) / len(expected)), rel=1e-3)
     assert record["bits_per_byte"] == pytest.approx(-math.fsum(expected) / math.log(2) / size, rel=1e-3)
@@ -74,7 +83,7 @@ def test_it_equals_float64_whatever_the_batch_size(score, tiny, batch_size):
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     for text, record in zip(texts, score("--jsonl", "--batch-size", batch_size, stdin=lines).records, strict=True):
         ids = encode(tiny, text)
-        check(record, logprobs(tiny, ids), len(ids), len(text.encode()))
+        check(record, logprobs(tiny, ids), len(ids), bytes_after_first(tiny, text))
 
 
 @pytest.mark.parametrize("stride", [1, 7, 32, 63, None])
@@ -84,7 +93,7 @@ def test_a_long_text_goes_through_a_sliding_window(score, tiny, stride, batch_si
     ids = encode(tiny, text)
     assert len(ids) > 2 * 64
     (record,) = score(text, "--json", "--batch-size", batch_size, *(["--stride", stride] if stride else [])).records
-    check(record, logprobs(tiny, ids, window=64, stride=stride or 32), len(ids), len(text))
+    check(record, logprobs(tiny, ids, window=64, stride=stride or 32), len(ids), bytes_after_first(tiny, text))
 
 
 def test_parts_of_a_batch_that_is_too_large_at_once(score, tiny, monkeypatch):
@@ -94,11 +103,12 @@ def test_parts_of_a_batch_that_is_too_large_at_once(score, tiny, monkeypatch):
     texts = [" ".join(WORDS[:n]) for n in (3, 9, 15)]
     for text, record in zip(texts, score(*texts, "--json").records, strict=True):
         ids = encode(tiny, text)
-        check(record, logprobs(tiny, ids), len(ids), len(text))
+        check(record, logprobs(tiny, ids), len(ids), bytes_after_first(tiny, text))
 
 
+@pytest.mark.parametrize("logits", [2**27, 5000], ids=["whole", "parts"])
 @pytest.mark.parametrize("kind", ["gpt2", "gemma3", "mamba"])
-def test_other_causal_models(llmcli, tiny, tmp_path, kind):
+def test_other_causal_models(llmcli, tiny, tmp_path, monkeypatch, kind, logits):
     import torch
     from transformers import (
         AutoTokenizer,
@@ -127,11 +137,14 @@ def test_other_causal_models(llmcli, tiny, tmp_path, kind):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(tmp_path)
+    from llmcli.pipelines import scoring
+
+    monkeypatch.setattr(scoring, "LOGITS", logits)
     texts = [" ".join(WORDS), "the quick"]
-    ran = llmcli("score", *texts, "--json", "-m", tmp_path, "--dtype", "float32")
+    ran = llmcli("score", *texts, "--json", "-m", tmp_path, "--dtype", "float32", "--stride", 40)
     for text, record in zip(texts, ran.records, strict=True):
         ids = encode(tmp_path, text)
-        check(record, logprobs(tmp_path, ids), len(ids), len(text))
+        check(record, logprobs(tmp_path, ids), len(ids), bytes_after_first(tmp_path, text))
 
 
 def test_special_tokens_are_the_tokenizers_own(llmcli, tiny, tmp_path):
@@ -160,7 +173,7 @@ def test_a_condition_stands_before_and_does_not_count(score, tiny):
     for (q, a), record in zip(pairs, ran.records, strict=True):
         ids, known = encode(tiny, q + a), len(encode(tiny, q))
         expected = logprobs(tiny, ids, window=64, stride=32, first=max(known, 1))
-        check(record, expected, len(ids) - known, len(a))
+        check(record, expected, len(ids) - known, len(a) if q else bytes_after_first(tiny, a))
         assert (record["q"], record["a"]) == (q, a)
 
 
@@ -172,6 +185,7 @@ def test_tokens_of_the_text_alone_with_their_probabilities(score, tiny):
     assert [each["logprob"] for each in record["token_logprobs"]] == pytest.approx(expected, rel=1e-3)
     (record,) = score("the fox é", "--json", "--tokens").records
     first, *others = record["token_logprobs"]
+    assert score("", "--json", "--tokens").records[0]["token_logprobs"] == []
     assert first["logprob"] is None
     assert math.fsum(each["logprob"] for each in others) == pytest.approx(record["logprob"])
     assert "".join(each["token"] for each in record["token_logprobs"]) == "the fox \\xc3\\xa9"
@@ -256,6 +270,21 @@ def test_a_filtered_run_resumes(score, scored, tmp_path):
     assert [score(*nothing).exit_status for _ in range(2)] == [1, 1]
 
 
+def test_a_heat_map_shows_whole_characters():
+    from llmcli import pictures
+
+    tokens = [("a", None), (" \\xf0\\x9f", -7.0), ("\\xa6", -1.0), ("\\x8a", -0.1), ("é\n", -0.01), ("\\xe4", -9.0)]
+    text = pictures.heat([{"token": token, "logprob": logprob} for token, logprob in tokens])
+    assert text.plain == "a 🦊é\n\N{REPLACEMENT CHARACTER}"
+    broken = pictures.heat([{"token": "\\xe9", "logprob": None}, {"token": " b", "logprob": -9.0}])
+    assert (broken.plain, len(broken.spans)) == ("\N{REPLACEMENT CHARACTER} b", 1)
+    assert "".join(text.plain[span.start : span.end] for span in text.spans) == " 🦊"
+    assert {span.style.bgcolor.triplet for span in text.spans} == {(204, 76, 2)}
+    table = pictures.likelihoods([{"token": "x" * 80, "logprob": -0.1}], 40)
+    shown = pictures.drawn(table, pictures.Console(width=40)).splitlines()
+    assert all(pictures.cell_len(line) <= 40 for line in shown)
+
+
 def test_a_heat_map_on_a_terminal(score, monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLORTERM", "truecolor")
@@ -270,6 +299,38 @@ def test_a_heat_map_on_a_terminal(score, monkeypatch):
         assert "·fox" in plain
     value, *rows = score("the fox", "--tokens").stdout.splitlines()
     assert [row.split("\t")[1] for row in rows] == ['"the"', '" fox"']
+
+
+def test_a_file_gets_no_colours(score, tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    score("the fox", "--tokens", "--output", tmp_path / "out.txt", is_terminal=True)
+    assert (tmp_path / "out.txt").read_text().splitlines()[1:][1].endswith('\t" fox"')
+    assert "\x1b" not in (tmp_path / "out.txt").read_text()
+
+
+def test_a_filtered_table_keeps_its_header_when_failures_are_tried_again(score, tmp_path, monkeypatch):
+    from llmcli.pipelines import scoring
+
+    source, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text("text,id\nthe quick,1\nbrown fox,2\nthen a,3\n")
+    args = ("--csv", "-f", source, "--output", out, "--resume", "--batch-size", 1)
+    perplexities = {name: float(score(name).stdout.split("\t")[0]) for name in ("the quick", "brown fox", "then a")}
+    bound = perplexities["the quick"] * 1.01
+    right = scoring.ScoringPipeline.postprocess
+
+    def broken(self, windows, **settings):
+        if len(windows[0]["ids"]) and self.tokenizer.decode(windows[0]["ids"].tolist()) == "brown fox":
+            raise MemoryError
+        return right(self, windows, **settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring.ScoringPipeline, "postprocess", broken)
+        assert score(*args, "--min-perplexity", bound).exit_status == 3
+    whole = score("--csv", "-f", source, "--min-perplexity", bound)
+    assert score(*args, "--min-perplexity", bound, "--retry-errors").exit_status == 0
+    assert [row.split(",")[:2] for row in out.read_text().splitlines()] == [
+        row.split(",")[:2] for row in whole.stdout.splitlines()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -323,4 +384,4 @@ def test_ten_thousand_tokens_of_the_real_model(llmcli, smollm2, tmp_path):
     assert abs(len(ids) - 10_000) < 20
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
     ran = llmcli("score", "--json", "-m", model, "--dtype", "float32", "--stride", 768, "-f", tmp_path / "long.txt")
-    check(ran.records[0], logprobs(model, ids, window=1024, stride=768), len(ids), len(text.encode()))
+    check(ran.records[0], logprobs(model, ids, window=1024, stride=768), len(ids), bytes_after_first(model, text))

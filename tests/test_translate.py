@@ -180,7 +180,7 @@ def test_a_model_of_another_kind_is_told_apart(llmcli, encoder):
     ran = llmcli("translate", "the fox", "--from", "en", "--to", "fr", "-m", encoder)
     assert ran.exit_status == 4
     assert "cannot translate" in ran.stderr
-    assert "it can embed, search" in ran.stderr
+    assert "it can embed, inspect attention, search" in ran.stderr
     ran = llmcli("generate", "the fox", "-m", MARIAN)
     assert (ran.exit_status, "it can summarize, translate" in ran.stderr) == (4, True)
 

@@ -22,6 +22,14 @@ from llmcli.errors import ExitStatus
 class Command(TyperCommand):
     """A command whose plain-text help keeps its options in their groups."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        fail = ctx.fail
+        has_text = any(getattr(param, "metavar", None) in ("TEXT", "QUESTION") for param in self.get_params(ctx))
+        quotes = "\nA text of several words goes into quotes." if has_text else ""
+        ctx.fail = lambda message: fail(f"{message}{quotes if 'extra argument' in message else ''}")
+        rest: list[str] = super().parse_args(ctx, args)
+        return rest
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):

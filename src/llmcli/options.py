@@ -10,17 +10,21 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from llmcli import config, console, registry, store
+from llmcli import completion, config, console, registry, store
 from llmcli.errors import UsageError
 from llmcli.job import Job, Placement
 from llmcli.output import Format, Target
 from llmcli.records import Form
 
-SAMPLING = ("temperature", "top_p", "top_k")
+WARPERS = ("temperature", "top_p", "top_k")  # as transformers calls what makes sampling of greedy decoding
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", metavar="NAME", help="Registry alias, folder, .gguf file, or hub id org/name[@revision]."
+        "--model",
+        "-m",
+        metavar="NAME",
+        autocompletion=completion.models,
+        help="Registry alias, folder, .gguf file, or hub id org/name[@revision].",
     ),
 ]
 Prompt = Annotated[
@@ -133,7 +137,12 @@ class ModelOptions:
 
     model: Model = None
     device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda[:N], mps or xpu (also LLMCLI_DEVICE).")
+        str | None,
+        typer.Option(
+            metavar="DEVICE",
+            autocompletion=completion.devices,
+            help="auto, cpu, cuda[:N], mps or xpu (also LLMCLI_DEVICE).",
+        ),
     ] = None
     dtype: Annotated[config.DType | None, typer.Option(help="Precision of the weights (also LLMCLI_DTYPE).")] = None
     quantize: Annotated[
@@ -305,4 +314,4 @@ def greedy(given: Mapping[str, Any]) -> dict[str, Any]:
     """GenerationConfig fields as they were given, where a temperature of 0 means not to sample."""
     if given.get("temperature") != 0:
         return dict(given)
-    return {name: value for name, value in given.items() if name not in SAMPLING} | {"do_sample": False}
+    return {name: value for name, value in given.items() if name not in WARPERS} | {"do_sample": False}

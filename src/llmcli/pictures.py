@@ -1,6 +1,8 @@
 """Tokens, probabilities and attention as rich draws them. It imports rich: import it where a picture is drawn."""
 
+import codecs
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,8 @@ SURPRISE: Sequence[Rgb] = ((255, 247, 188), (254, 196, 79), (236, 112, 20), (204
 VIRIDIS: Sequence[Rgb] = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 SHADES = " ░▒▓█"  # on a screen without colours
 SEEN = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
+BYTE = re.compile(r"\\x([89a-f][0-9a-f])")  # as `spelling` writes a part of a character
+SURROGATES, ESCAPED = 0xDC00, "surrogateescape"  # how Python keeps such a part in a text
 WIDEST = 24  # columns that a token may take
 BAR = 30
 CELL = 2  # columns of a weight
@@ -25,7 +29,7 @@ CELL = 2  # columns of a weight
 
 def screen() -> Console:
     """stdout, which knows its width and colours."""
-    return Console(highlight=False)
+    return Console(highlight=False, markup=False, emoji=False)  # tokens are no mark-up, whatever they say
 
 
 def drawn(picture: RenderableType, console: Console) -> str:
@@ -47,21 +51,27 @@ def seen(text: str, most: int = WIDEST) -> str:
 
 
 def heat(tokens: Tokens) -> Text:
-    """A text whose tokens are the darker, the less likely each was; of its first, the model says nothing."""
-    text = Text()
+    """A text whose tokens are the darker, the less likely each was; of its first, the model says nothing. A character
+    that several tokens make has the colour of the least likely."""
+    text, surprise, decoder = Text(), 0.0, codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
-        surprise = min(-(token["logprob"] or 0) / math.log(1000), 1)
-        style = Style(color="black", bgcolor=_colour(SURPRISE, surprise)) if surprise > 0.1 else Style()
-        text.append(token["token"], style)
-    return text
+        own = min(-(token["logprob"] or 0) / math.log(1000), 1)
+        surprise = max(surprise, own)
+        data = BYTE.sub(lambda found: chr(SURROGATES + int(found[1], 16)), token["token"]).encode(errors=ESCAPED)
+        if shown := decoder.decode(data):
+            text.append(shown, Style(color="black", bgcolor=_colour(SURPRISE, surprise)) if surprise > 0.1 else Style())
+            surprise = own if decoder.getstate()[0] else 0.0
+    return text.append(decoder.decode(b"", final=True))
 
 
-def likelihoods(tokens: Tokens) -> Table:
+def likelihoods(tokens: Tokens, width: int) -> Table:
     """The same on a screen without colours: a token a line, its probability, and a bar."""
+    shown = [seen(token["token"], width // 4) for token in tokens]
+    bar = max(1, min(BAR, width - max(map(cell_len, [*shown, "TOKEN"])) - len("PROBABILITY") - 3 * 2))
     table = _table("<TOKEN", ">PROBABILITY", "<")
-    for token in tokens:
+    for text, token in zip(shown, tokens, strict=True):
         chance = None if token["logprob"] is None else math.exp(token["logprob"])
-        table.add_row(seen(token["token"]), _share(chance), Bar(1, 0, chance or 0, width=BAR))
+        table.add_row(text, _share(chance), Bar(1, 0, chance or 0, width=bar))
     return table
 
 

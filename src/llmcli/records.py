@@ -9,12 +9,13 @@ import os
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
 
-from llmcli import ranks
+from llmcli import console, ranks
 from llmcli.errors import RecordError, UsageError, reason
 from llmcli.job import Failure, Record
 
@@ -45,10 +46,23 @@ def sources(texts: Sequence[str], files: Sequence[str]) -> list[tuple[str | None
         if not ranks.own() and (sys.stdin is None or sys.stdin.isatty()):
             raise UsageError("no input", hint="give a TEXT, -f FILE, or pipe something in; -f - reads the terminal")
         return [(None, _stdin())]
+    _look_again(texts)
     arguments: list[tuple[str | None, Stream]] = [
         (None, io.BytesIO(text.encode("utf-8", "surrogateescape"))) for text in texts
     ]
     return arguments + [(name, _open(name)) for name in files]
+
+
+def _look_again(texts: Sequence[str]) -> None:
+    """Say what may have been meant by arguments that are no texts, or parts of one."""
+    if ranks.own():
+        return
+    for text in texts:
+        with suppress(OSError, ValueError):  # too long to be a name
+            if Path(text).is_file():
+                console.notice(f"{text!r} is a text here: -f {text} reads the file")
+    if len(texts) > 2 and console.is_watched() and all(text.isascii() and text.split() == [text] for text in texts):
+        console.notice(f"these are {len(texts)} texts of a word each: quotes make one of them")
 
 
 def read(streams: Iterable[tuple[str | None, Stream]], form: Form) -> Iterator[Record]:

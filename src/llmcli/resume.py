@@ -73,10 +73,15 @@ class Journal(AbstractContextManager["Journal"]):
     def tally(self) -> Tally:
         """What of it stays as it is."""
         written = sum(start < end for start, end in pairwise([self._header, *self._ends]))
-        if self._retry:
-            return Tally(self.done - len(self._errors), written=written)
+        if self._retry:  # those that failed are yet to be counted, and have lines but in text mode
+            return Tally(self.done - len(self._errors), written=max(0, written - len(self._errors)))
         failed = sum(error == "failed" for error in self._errors.values())
         return Tally(self.done, failed, len(self._errors) - failed, written)
+
+    @property
+    def _is_empty(self) -> bool:
+        """Whether no result has left anything in the output."""
+        return not self._ends or self._ends[-1] == 0
 
     @property
     def is_whole(self) -> bool:
@@ -164,7 +169,8 @@ class Journal(AbstractContextManager["Journal"]):
         """What the log says is so: the same when it is written as when it is read again."""
         match entry:
             case {"record": number, "size": size, "end": end, "input": check, "error": error}:
-                self._header = self._header if number else end - size
+                if size and self._is_empty:
+                    self._header = end - size
                 self._ends.append(end)
                 self._checks.append(check)
                 self._note(number, error)
@@ -192,7 +198,7 @@ class Journal(AbstractContextManager["Journal"]):
             with self.path.open("rb") as old, self._new.open("wb") as new:
                 new.write(old.read(self._header))
                 for number, end in enumerate(self._ends):
-                    line = old.read(end - old.tell())
+                    line = old.read(max(0, end - old.tell()))  # what was dropped before a header ends before it
                     new.write(self._retried.get(number, line))
             self._new.chmod(self.path.stat().st_mode)
         except OSError as problem:
@@ -207,9 +213,9 @@ class Journal(AbstractContextManager["Journal"]):
         ends, start, shift = array("Q"), self._header, 0
         for number, end in enumerate(self._ends):
             if number in self._retried:
-                shift += len(self._retried[number]) - (end - start)
+                shift += len(self._retried[number]) - max(0, end - start)
             ends.append(end + shift)
-            start = end
+            start = max(start, end)
         return ends
 
     def _replace(self) -> None:

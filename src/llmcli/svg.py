@@ -41,7 +41,10 @@ body {{ margin: 2em; background: #ffffff }}
 def svg(picture: RenderableType, title: str) -> str:
     """The picture as wide as it needs. What fills so many columns of a terminal fills as many here, whatever the
     fonts."""
-    console = Console(width=10_000, force_terminal=True, color_system="truecolor", no_color=False, legacy_windows=False)
+    console = Console(
+        width=10_000, force_terminal=True, color_system="truecolor", no_color=False, legacy_windows=False, markup=False,
+        emoji=False,
+    )  # fmt: skip
     wide = Measurement.get(console, console.options, picture).maximum
     lines = console.render_lines(picture, console.options.update(width=wide), pad=False)
     shapes = [shape for y, line in enumerate(lines) for shape in _line(line, y)]

@@ -15,7 +15,11 @@ PACKAGES = ("transformers", "torch", "accelerate", "huggingface_hub", "tokenizer
 
 @spread
 def env(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Show versions, devices, paths: for a bug report."""
+    """Show versions, devices, paths: for a bug report.
+
+    \b
+    llmcli env
+    """
     about: dict[str, Any] = {"llmcli": __version__, "python": f"{platform.python_version()} ({sys.executable})"}
     about["platform"] = platform.platform()
     about |= {name: version(name) for name in PACKAGES}

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from llmcli import completion
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.grammar import spread
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
@@ -18,7 +19,13 @@ def generate(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", default_factory=list, show_default=False)],
     prompt: Prompt = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", metavar="NAME", help="Fiction: story, screenplay, poem, dialogue.")
+        str | None,
+        typer.Option(
+            "--preset",
+            metavar="NAME",
+            autocompletion=completion.presets,
+            help="Fiction: story, screenplay, poem, dialogue.",
+        ),
     ] = None,
     full_text: Annotated[bool, typer.Option(help="Print the prompt too, in text mode.")] = True,
     *,

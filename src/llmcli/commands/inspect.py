@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmcli import config, console, engines, loader, registry, store
+from llmcli import completion, config, console, engines, loader, registry, store
 from llmcli.errors import LlmcliError, UsageError
 from llmcli.grammar import Command, spread
 from llmcli.job import Job, Placement, Record
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 app = typer.Typer(help="See inside a model: tokens, next, attention.", no_args_is_help=True, rich_markup_mode=None)
-Text = Annotated[str | None, typer.Argument(metavar="[TEXT]", show_default=False)]
+Text = Annotated[str | None, typer.Argument(metavar="TEXT", show_default=False)]
 WIDE = 100  # columns of a picture that could have any width
 
 
@@ -46,6 +46,11 @@ class PictureOptions:
     quiet: Quiet = False
     verbose: Verbose = False
 
+    def __post_init__(self) -> None:
+        for path, kind in ((self.svg, "svg"), (self.html, "html")):
+            if path and path.suffix != f".{kind}":  # what is there under that name is replaced: let it be a picture
+                raise UsageError(f"--{kind} {path}: a picture's name ends in .{kind}")
+
     def put(
         self,
         objects: Sequence[Any],
@@ -56,8 +61,6 @@ class PictureOptions:
         """`draw(columns, in_colours)` into files or on a terminal; elsewhere `rows` of tab-separated values, or the
         `objects` as JSON Lines. Raises UsageError for a file that cannot be written."""
         for path, kind in ((self.svg, "svg"), (self.html, "html")):
-            if path and path.suffix != f".{kind}":  # what is there under that name is replaced: let it be a picture
-                raise UsageError(f"--{kind} {path}: a picture's name ends in .{kind}")
             if path:
                 from llmcli import svg
 
@@ -81,7 +84,13 @@ class TokenizerOptions:
 
     models: Annotated[
         list[str],
-        typer.Option("--model", "-m", metavar="NAME", help="Alias, folder, .gguf file or hub id; repeatable."),
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            autocompletion=completion.models,
+            help="Alias, folder, .gguf file or hub id; repeatable.",
+        ),
     ] = field(default_factory=list)
     offline: Offline = False
     allow_pickle: AllowPickle = False
@@ -99,7 +108,7 @@ class TokenizerOptions:
 @app.command(cls=Command)
 @spread
 def tokens(text: Text = None, *, model: TokenizerOptions, output: PictureOptions) -> None:
-    """Show the tokens that a text is for a model: pieces, ids, special tokens. -m again sets models side by side.
+    """Show a text's tokens: pieces, ids, special ones. -m again sets models side by side.
 
     \b
     llmcli inspect tokens "Antidisestablishmentarianism"
@@ -138,7 +147,7 @@ def next_token(
     model: ModelOptions,
     output: PictureOptions,
 ) -> None:
-    """Show which tokens are likeliest to follow a text: for the model, and as `generate` would draw them.
+    """Show which tokens may follow a text: as the model has them, and as they are drawn.
 
     \b
     llmcli inspect next "The capital of France is"
@@ -171,11 +180,13 @@ def attention(
     model: ModelOptions,
     output: PictureOptions,
 ) -> None:
-    """Show how much each token of a text attends to each: softmax(QKᵀ/√d), a row for each that attends.
+    """Show how much each token of a text attends to each.
+
+    The weights are softmax(QKᵀ/√d); a row for each token that attends, a column for each that is attended to.
 
     \b
     llmcli inspect attention "The cat sat on the mat because it was tired"
-    llmcli inspect attention "She gave him her book" --layer 5 --head 2 --svg attention.svg
+    llmcli inspect attention "She gave him her book" --layer 1 --head 2 --svg attention.svg
     """
     text = _given(text)
     found = _asked(_job("inspect_attention", model, {"layer": layer, "head": head}), text)

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmcli import registry, store
+from llmcli import completion, registry, store
 from llmcli.config import settings
 from llmcli.errors import ModelUnavailable
 from llmcli.grammar import Command, spread
@@ -13,13 +13,18 @@ from llmcli.output import megabytes, print_lines, print_table, to_json
 from llmcli.registry import FolderSource, GgufSource, HubSource, ModelSpec, WheelSource
 
 app = typer.Typer(help="Models: list, show, pull, rm, path.", no_args_is_help=True, rich_markup_mode=None)
-Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False)]
+Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False, autocompletion=completion.models)]
 
 
 @app.command("list", cls=Command)
 @spread
 def list_models(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """List the models that have a short name."""
+    """List the models that have a short name.
+
+    \b
+    llmcli models list
+    llmcli models list --json
+    """
     rows = [_about(spec) for spec in registry.models().values()]
     if json:
         print_lines(map(to_json, rows))
@@ -37,7 +42,11 @@ def list_models(json: Json = False, quiet: Quiet = False, verbose: Verbose = Fal
 @app.command(cls=Command)
 @spread
 def show(name: Name, json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Show all that is known of one model."""
+    """Show all that is known of one model.
+
+    \b
+    llmcli models show smollm2
+    """
     about = _about(registry.resolve(name))
     if json:
         print_lines([to_json(about)])
@@ -56,7 +65,11 @@ def pull(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Fetch a model now, or a newer revision of it, and print its folder."""
+    """Fetch a model now, or a newer revision of it, and print its folder.
+
+    \b
+    llmcli models pull qwen3-4b
+    """
     spec = registry.resolve(name)
     offline = offline or settings().offline
     print_lines([str(store.pull(spec, offline=offline, allow_pickle=allow_pickle, refresh=True))])
@@ -65,7 +78,11 @@ def pull(
 @app.command(cls=Command)
 @spread
 def rm(name: Name, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Delete a model from the cache."""
+    """Delete a model from the cache.
+
+    \b
+    llmcli models rm smollm2-360m
+    """
     if not store.remove(registry.resolve(name)):
         raise ModelUnavailable(f"{name} is not cached")
 
@@ -73,7 +90,11 @@ def rm(name: Name, quiet: Quiet = False, verbose: Verbose = False) -> None:
 @app.command(cls=Command)
 @spread
 def path(name: Name, allow_pickle: AllowPickle = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Print the folder of ready weights; exit 4 when they are not there."""
+    """Print the folder of ready weights; exit 4 when they are not there.
+
+    \b
+    llmcli models path smollm2
+    """
     if not (folder := store.find(registry.resolve(name), allow_pickle=allow_pickle)):
         raise ModelUnavailable(f"{name} is not cached", hint=f"`llmcli models pull {name}` fetches it")
     print_lines([str(folder)])

@@ -9,7 +9,11 @@ from llmcli.output import megabytes, print_lines, print_table, to_json
 
 @spread
 def ps(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Show the worker's models, their memory, and for how long they have been idle."""
+    """Show what the worker keeps warm: models, memory, idle times.
+
+    \b
+    llmcli ps
+    """
     try:
         status = client.status()
     except client.NoWorkerError:

@@ -14,6 +14,7 @@ from llmcli.output import Format, is_terminal, to_json
 from llmcli.records import Form, read, sources
 from llmcli.run import run
 
+TOKENS = "token_logprobs"
 BRIEF = 60  # characters of a text that is no line of a file
 
 
@@ -39,7 +40,7 @@ def score(
     model: ModelOptions,
     output: OutputOptions,
 ) -> ExitStatus:
-    """Print each text's perplexity, and the text: the lower, the likelier.
+    """Print each text's perplexity, and the text. Lower is likelier.
 
     --json gives all: log-probability (natural logarithm), perplexity, bits per byte, tokens. With --max-perplexity or
     --min-perplexity the records that pass are printed as they are, and without one, the exit code is 1, as grep's.
@@ -47,7 +48,7 @@ def score(
     \b
     llmcli score "The cat sat on the mat." "The cat mat on sat the."
     llmcli score --lines -f corpus.txt | sort -n
-    llmcli score --lines --max-perplexity 200 < corpus.txt > clean.txt
+    llmcli score --lines --max-perplexity 1000 < corpus.txt > clean.txt
     llmcli score --jsonl --field answer --condition question < pairs.jsonl
     llmcli score --tokens "The cat sat on the moon."
     """
@@ -65,6 +66,8 @@ def score(
             return result
         if result.failure:
             return replace(result, dropped=filters and is_text)
+        if tokens:  # an empty text has none
+            result = replace(result, output={**result.output, TOKENS: result.output.get("token_logprobs", [])})
         perplexity = result.output["perplexity"]
         passes = not filters or (
             perplexity is not None and (min_perplexity or 0) <= perplexity <= (max_perplexity or math.inf)
@@ -73,10 +76,10 @@ def score(
         if form is Form.WHOLE and not filters:
             text = result.record.file or " ".join(text.split())[:BRIEF]
         if tokens and is_text:
-            text = _heat(text, result.output.get("token_logprobs", []))
+            text = _heat(text, result.output[TOKENS], for_people=is_terminal() and not output.output)
         return replace(result, text=text if filters else f"{_number(perplexity)}\t{text}", dropped=not passes)
 
-    parameters: dict[str, Any] = {"fields": roles, "condition": condition, "stride": stride, "token_logprobs": tokens}
+    parameters: dict[str, Any] = {"fields": roles, "condition": condition, "stride": stride, TOKENS: tokens}
     parameters |= {"max_perplexity": max_perplexity, "min_perplexity": min_perplexity}
     job = Job(
         task="score",
@@ -89,16 +92,16 @@ def score(
     return run(job, read(sources(texts, input.files), form), replace(target, finish=finish, filters=filters))
 
 
-def _heat(text: str, tokens: list[dict[str, Any]]) -> str:
+def _heat(text: str, tokens: list[dict[str, Any]], *, for_people: bool) -> str:
     """The tokens, coloured by how likely they are; without colours, a line each behind the text."""
-    if not is_terminal():
+    if not for_people:
         return "\n".join([text, *(f"{_number(token['logprob'])}\t{to_json(token['token'])}" for token in tokens)])
     from llmcli import pictures
 
     screen = pictures.screen()
     if pictures.has_colours(screen):
         return pictures.drawn(pictures.heat(tokens), screen)
-    return f"{text}\n{pictures.drawn(pictures.likelihoods(tokens), screen)}"
+    return f"{text}\n{pictures.drawn(pictures.likelihoods(tokens, screen.width), screen)}"
 
 
 def _number(value: float | None) -> str:

@@ -8,7 +8,11 @@ from llmcli.options import Quiet, Verbose
 
 @spread
 def stop(quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """End the worker, and what it is doing."""
+    """End the worker, and what it is doing.
+
+    \b
+    llmcli stop
+    """
     try:
         client.stop()
     except client.NoWorkerError:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from llmcli import languages
+from llmcli import completion, languages
 from llmcli.errors import ExitStatus
 from llmcli.grammar import spread
 from llmcli.job import Job
@@ -17,9 +17,20 @@ from llmcli.tasks.fields import template
 @spread
 def translate(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", default_factory=list, show_default=False)],
-    to: Annotated[str, typer.Option("--to", metavar="LANG", help="Into this language: fr, zh-Hans, french.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", metavar="LANG", autocompletion=completion.languages, help="Into this language: fr, zh-Hans, french."
+        ),
+    ],
     from_: Annotated[
-        str | None, typer.Option("--from", metavar="LANG", help="From this language (default: detected).")
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="LANG",
+            autocompletion=completion.languages,
+            help="From this one (default: detected).",
+        ),
     ] = None,
     prompt: Prompt = None,
     *,

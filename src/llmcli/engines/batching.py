@@ -6,6 +6,8 @@ from itertools import pairwise
 FIRST = 16
 MOST = {"cpu": 64}  # more gains nothing there
 MOST_ELSEWHERE = 256
+UNIT = {"cpu": 16}  # tokens of a row, where batches are measured in tokens
+UNIT_ELSEWHERE = 64
 LOSS = 0.7  # how slow a greater batch may seem: the next rows may just be longer, and attention slower for that
 
 
@@ -16,6 +18,20 @@ def neighbours(lengths: Sequence[int], size: int) -> list[int]:
     batches = -(-len(order) // size)
     ends = [i * len(order) // batches for i in range(batches + 1)]
     return next(batch for a, b in pairwise(ends) if 0 in (batch := order[a:b]))
+
+
+def alike(lengths: Sequence[int], tokens: int) -> list[int]:
+    """The same by tokens: as many rows of about the first one's length as have so many with their padding; one at
+    least."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * lengths[i] > tokens:
+            if 0 in batch:
+                break
+            batch = []
+        batch.append(i)
+    return batch
 
 
 class BatchSize:

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from llmcli import console
-from llmcli.engines.batching import BatchSize, common, neighbours
+from llmcli.engines.batching import UNIT, UNIT_ELSEWHERE, BatchSize, alike, common, neighbours
 from llmcli.engines.memory import Memory, reader
 from llmcli.engines.request import OnText, Request, failing, is_out_of_memory
 from llmcli.errors import LlmcliError, UsageError
@@ -36,6 +36,9 @@ class BatchRunner:
     def __init__(self, job: Job, way: Way, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.size = BatchSize(job.batch_size, pipeline.device.type)
+        # Where all tokens are read at once, a batch is so many tokens, and `size` counts rows of this length.
+        by_rows = job.batch_size or way.defaults is not None
+        self.unit = None if by_rows else UNIT.get(pipeline.device.type, UNIT_ELSEWHERE)
         self.memory = Memory(reader(pipeline.device.type))
         self.answer = 0  # tokens that an answer may have
         self.truncate: Any = job.truncate
@@ -78,10 +81,14 @@ class BatchRunner:
         """The first, and as many like it as there is memory for."""
         lengths, size = [row.length for row in rows], self.size.now
         while True:
-            chosen = [rows[i] for i in neighbours(lengths, size)]
+            chosen = [rows[i] for i in (alike(lengths, size * self.unit) if self.unit else neighbours(lengths, size))]
             if len(chosen) == 1 or self.memory.fits(self._tokens(chosen)):
                 return chosen
-            size = len(chosen) // 2
+            size = self._size(chosen) // 2
+
+    def _size(self, rows: Sequence[Row]) -> int:
+        """Of a batch, as `size` counts it."""
+        return self._tokens(rows) // self.unit if self.unit else len(rows)
 
     def _tokens(self, rows: Sequence[Row]) -> int:
         """As a batch, with padding and answers."""
@@ -112,12 +119,13 @@ class BatchRunner:
         """One forward pass for all; in halves where memory does not suffice, one for each where it fails otherwise."""
         if len(rows) == 1:
             with failing(rows[0].request):
-                self._forward(rows, on_text)
+                speed = self._forward(rows, on_text)
+                if self.unit:  # a single long row may be all that fits
+                    self._learn(rows, speed)
             return
         out_of_memory = False
         try:
-            self.size.learn(len(rows), self._forward(rows))
-            self.memory.learn(self._tokens(rows))
+            self._learn(rows, self._forward(rows))
             return
         except LlmcliError:
             raise
@@ -126,13 +134,18 @@ class BatchRunner:
         # Out here the exception holds no memory of the failed pass any more.
         if out_of_memory:
             self.size.halve()
-            console.notice(f"memory ran out with {len(rows)} records a batch: going on with {self.size.now}")
+            now = f"{self.size.now * self.unit} tokens" if self.unit else self.size.now
+            console.notice(f"memory ran out with {len(rows)} records a batch: going on with {now}")
             middle = len(rows) // 2
             self._batch(rows[:middle])
             self._batch(rows[middle:])
         else:
             for row in rows:
                 self._batch([row])
+
+    def _learn(self, rows: Sequence[Row], speed: float) -> None:
+        self.size.learn(self._size(rows), speed)
+        self.memory.learn(self._tokens(rows))
 
     def _forward(self, rows: Sequence[Row], on_text: OnText | None = None) -> float:
         """Run them; how fast it went, in tokens a second, padding included."""

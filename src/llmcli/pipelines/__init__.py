@@ -1,4 +1,5 @@
-"""transformers pipelines of our own, one per kind of head: the file's name is the kind, `llmcli-KIND` its id."""
+"""transformers pipelines of our own, one for each kind of thing that is asked of a head: the file's name is the
+kind, `llmcli-KIND` its id."""
 
 import importlib
 from collections.abc import Iterable

@@ -128,7 +128,7 @@ def _reads_weight(model: Any, name: str) -> bool:
     """Whether the model's own code takes the weights out of that layer, as Mamba's does, to multiply them itself."""
     parent, _, child = name.rpartition(".")
     source = _source(type(model.get_submodule(parent)).__module__)
-    return bool(re.search(rf"\.{child}\.weight\b(?!\.(?:dtype|device))", source))
+    return bool(re.search(rf"\bself\.{child}\.weight\b(?!\.(?:dtype|device))", source))
 
 
 @cache

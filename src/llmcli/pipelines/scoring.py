@@ -6,15 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from llmcli.errors import RecordError, UsageError
 from llmcli.pipelines import rows
 from llmcli.pipelines.cache import growing
 from llmcli.pipelines.head import CausalHead
-from llmcli.pipelines.spelling import spelled
+from llmcli.pipelines.spelling import size_of, spelled
 
-LOGITS = 2**27  # numbers that a model may give at once: 0.5 GB in float32
+LOGITS = 2**27  # numbers that a model with a cache may give at once: 0.5 GB in float32
+SLICE = 2**22  # of these that are looked at together: a processor's caches hold no more
 
 
 class ScoringPipeline(CausalHead):
@@ -22,13 +25,14 @@ class ScoringPipeline(CausalHead):
 
     preprocess   for each window input_ids, P of them; targets, the token that follows each; scored, which of these are
                  scored here; ids, all tokens of the text; begin, the first that is the text's own and not its
-                 condition's; size, of the text in bytes
+                 condition's; size, in bytes, of what is scored of the text
     _forward     logprobs, natural logarithms, float32 (B, P); what preprocess gave, in lists of B
     postprocess  {"logprob", "perplexity", "bits_per_byte", "tokens"} of one text; "token_logprobs" where asked for
 
     A text that is longer than the model's context is read through windows that begin every `stride` tokens; each token
     is scored in the first that holds it. (The sliding window of "Perplexity of fixed-length models" in transformers'
-    documentation.) Bits per byte: L. Gao et al., The Pile, arXiv 2101.00027, section 3.1.
+    documentation.) Bits per byte: L. Gao et al., The Pile, arXiv 2101.00027, section 3.1; of the bytes of those tokens
+    that are scored.
     """
 
     def _sanitize_parameters(self, stride: int | None = None, token_logprobs: bool = False) -> tuple[Any, Any, Any]:
@@ -46,12 +50,13 @@ class ScoringPipeline(CausalHead):
         if not ids:
             raise RecordError("no_tokens", "the text has no tokens")
         size = self.context or max(len(ids), 2)
-        if stride and stride >= size:
+        if stride and self.context and stride >= size:
             raise UsageError(
                 f"--stride {stride}: windows of this model have {size} tokens",
                 hint="a smaller one has them overlap, so that each token has some before it",
             )
-        common = {"ids": rows.row(ids), "begin": begin, "size": len(text.encode())}
+        size_scored = len(text.encode()) - (0 if begin else size_of(self.tokenizer, ids[0]))
+        common = {"ids": rows.row(ids), "begin": begin, "size": size_scored}
         for start, end, known in windows(len(ids), max(begin, 1), size, stride or size // 2):
             window = ids[start:end]  # what would follow its last token is not asked
             read, targets = window[:-1] or window, window[1:] or window
@@ -68,8 +73,8 @@ class ScoringPipeline(CausalHead):
         """Of each target, float32 (B, P), given what stands before it."""
         config, length = self.model.config.get_text_config(), ids.shape[1]
         width = max(1, LOGITS // (len(ids) * config.vocab_size))
-        cache = growing(self.model, self.model.generation_config) if width < length else None
-        if not cache:
+        cache = self._cache() if width < length else None
+        if cache is None:
             logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             return _of_targets(logits, targets)
         found = []
@@ -78,6 +83,14 @@ class ScoringPipeline(CausalHead):
             output = self.model(input_ids=ids[:, own], attention_mask=mask[:, : own.stop], past_key_values=cache)
             found.append(_of_targets(output.logits, targets[:, own]))
         return torch.cat(found, dim=1)
+
+    def _cache(self) -> Any:
+        """For a window that is read in parts; None where the model keeps anything else than keys and values."""
+        model = self.model
+        if found := growing(model, model.generation_config):
+            return found
+        found = DynamicCache(config=model.config.get_text_config(decoder=True))
+        return found if found.layers and all(isinstance(layer, DynamicLayer) for layer in found.layers) else None
 
     def postprocess(self, windows: Sequence[Mapping[str, Any]], token_logprobs: bool = False) -> dict[str, Any]:
         """The fields of a result. Raises RecordError where the model's numbers are none."""
@@ -93,7 +106,7 @@ class ScoringPipeline(CausalHead):
         fields = {
             "logprob": _rounded(logprob),
             "perplexity": _rounded(perplexity),
-            "bits_per_byte": _rounded(-logprob / math.log(2) / size if scored else None),
+            "bits_per_byte": _rounded(-logprob / math.log(2) / size if scored and size > 0 else None),
             "tokens": len(ids) - begin,
         }
         if token_logprobs:
@@ -123,10 +136,12 @@ def windows(length: int, first: int, size: int, stride: int) -> Iterator[tuple[i
 
 
 def _of_targets(logits: Any, targets: Any) -> Any:
-    losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-    return -losses.view(targets.shape)
+    size = max(1, SLICE // logits.shape[-1])
+    parts = zip(logits.flatten(0, 1).split(size), targets.flatten().split(size), strict=True)
+    losses = [torch.nn.functional.cross_entropy(some.float(), of, reduction="none") for some, of in parts]
+    return -torch.cat(losses).view(targets.shape)
 
 
 def _rounded(value: float | None) -> float | None:
-    """To what float32 is good for: the digits behind vary with the batch."""
+    """To the digits that float32 is good for."""
     return None if value is None else float(f"{value:.6g}")

@@ -13,6 +13,7 @@ def spelled(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text of each token. Joined they are the text again, but for two kinds: special tokens go by their names, and
     parts of a character are bytes, `\\xe4`."""
     special, texts, begin = set(tokenizer.all_special_ids), list[str](), 0
+    of_bytes = _is_of_bytes(tokenizer)
     for i, token in enumerate(ids):
         piece = tokenizer.convert_ids_to_tokens(token)
         if token in special:
@@ -23,7 +24,7 @@ def spelled(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         known = _decode(tokenizer, tail)
         text = _decode(tokenizer, [*tail, token]).removeprefix(known.rstrip(PENDING))
         if PENDING in text or known.endswith(PENDING):
-            text = "".join(_shown(byte) for byte in _bytes(piece)) or text
+            text = "".join(_shown(byte) for byte in _bytes(piece, of_bytes)) or text
         texts.append(text)
     return texts
 
@@ -43,12 +44,25 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
     return text
 
 
-def _bytes(piece: str) -> bytes:
+def size_of(tokenizer: Any, token: int) -> int:
+    """Bytes of a text that a token at its beginning stands for; a special one for none."""
+    if token in tokenizer.all_special_ids:
+        return 0
+    data = _bytes(tokenizer.convert_ids_to_tokens(token), _is_of_bytes(tokenizer))
+    return len(data or _decode(tokenizer, [token]).encode())
+
+
+def _is_of_bytes(tokenizer: Any) -> bool:
+    """Whether its vocabulary is written in GPT-2's alphabet."""
+    return "ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
+
+
+def _bytes(piece: str, of_bytes: bool) -> bytes:
     """Of a token that is a byte, `<0xE4>`, or is written in GPT-2's alphabet of 256 characters; else nothing."""
     if found := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
         return bytes.fromhex(found[1])
     known = _alphabet()
-    return bytes(known[each] for each in piece) if all(each in known for each in piece) else b""
+    return bytes(known[each] for each in piece) if of_bytes and all(each in known for each in piece) else b""
 
 
 @cache

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmcli.job import Job
-from llmcli.tasks import Answer, Ask, Steps, Task, Way
+from llmcli.tasks import Task, Way, as_it_is
 from llmcli.tasks.fields import prompt_text
 
 
@@ -13,11 +13,5 @@ def prepare(job: Job, fields: Mapping[str, Any]) -> str | None:
     return prompt_text(job, fields) or None
 
 
-def steps(job: Job, text: str, model: object) -> Steps:
-    """The vector, under `embedding`."""
-    (output,) = yield Ask([text])
-    return Answer(output, "")
-
-
 EMPTY = {"embedding": None, "usage": {"prompt_tokens": 0}}
-TASK = Task(prepare, ("embedding", "usage"), EMPTY, {"embedding": Way(steps)})
+TASK = Task(prepare, ("embedding", "usage"), EMPTY, {"embedding": Way(as_it_is)})

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmcli.job import Job
-from llmcli.tasks import Answer, Ask, Steps, Task, Way
+from llmcli.tasks import Task, Way, as_it_is
 from llmcli.tasks.fields import text_field
 
 
@@ -13,15 +13,9 @@ def prepare(job: Job, fields: Mapping[str, Any]) -> str:
     return text_field(fields, "text")
 
 
-def steps(job: Job, text: str, model: object) -> Steps:
-    """As the pipeline gives it."""
-    (output,) = yield Ask([text])
-    return Answer(output, "")
-
-
 def parameters(job: Job, pipeline: object) -> Mapping[str, Any]:
     """Those of the pipeline."""
     return {name: job.parameters[name] for name in ("layer", "head")}
 
 
-TASK = Task(prepare, ("tokens", "attention", "layers", "heads"), {}, {"attention": Way(steps, settings=parameters)})
+TASK = Task(prepare, ("tokens", "attention", "layers", "heads"), {}, {"attention": Way(as_it_is, settings=parameters)})

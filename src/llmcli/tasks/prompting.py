@@ -87,17 +87,22 @@ def settings(job: Job, pipeline: Any) -> Mapping[str, Any]:
     return of(job, pipeline).settings
 
 
+def presets() -> dict[str, Any]:
+    """The tables of presets.toml, the user's own over the package's."""
+    own_file = config.config_file().with_name("presets.toml")
+    return config.read_toml(HERE / "presets.toml") | (config.read_toml(own_file) if own_file.exists() else {})
+
+
 def preset(name: str | None) -> Mapping[str, Any]:
     """That table of presets.toml as `options`, and a `frame`: the job's parameters prompt and begins. Empty for None.
     Raises UsageError that lists the presets there are."""
     if name is None:
         return {}
-    own_file = config.config_file().with_name("presets.toml")
-    found = config.read_toml(HERE / "presets.toml") | (config.read_toml(own_file) if own_file.exists() else {})
+    found = presets()
     if name not in found:
         hint = "presets: " + ", ".join(found)
         raise UsageError(f"unknown preset {name!r}{config.did_you_mean(name, found)}", hint=hint)
-    where = f"{own_file}: [{name}]"
+    where = f"{config.config_file().with_name('presets.toml')}: [{name}]"
     _check_table(found[name], {"description": str, "prompt": str, "begins": str, "options": dict}, where)
     if "prompt" not in found[name]:
         raise UsageError(f"{where}: needs a prompt", hint='like prompt = "A fable about {text}."')

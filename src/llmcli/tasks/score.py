@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmcli.job import Job
-from llmcli.tasks import Answer, Ask, Steps, Task, Way
+from llmcli.tasks import Task, Way, as_it_is
 from llmcli.tasks.fields import text_field
 
 
@@ -18,12 +18,6 @@ def prepare(job: Job, fields: Mapping[str, Any]) -> dict[str, str] | None:
     return asked if asked["text"] else None
 
 
-def steps(job: Job, asked: Mapping[str, str], model: object) -> Steps:
-    """As the pipeline gives it; how it is shown is the command's to say."""
-    (output,) = yield Ask([asked])
-    return Answer(output, "")
-
-
 def parameters(job: Job, pipeline: object) -> Mapping[str, Any]:
     """Those of the pipeline."""
     return {name: job.parameters.get(name) for name in ("stride", "token_logprobs")}
@@ -31,4 +25,4 @@ def parameters(job: Job, pipeline: object) -> Mapping[str, Any]:
 
 OUTPUTS = ("logprob", "perplexity", "bits_per_byte", "tokens")
 EMPTY = {"logprob": 0.0, "perplexity": None, "bits_per_byte": None, "tokens": 0}
-TASK = Task(prepare, OUTPUTS, EMPTY, {"scoring": Way(steps, settings=parameters)})
+TASK = Task(prepare, OUTPUTS, EMPTY, {"scoring": Way(as_it_is, settings=parameters)})

@@ -1,0 +1,26 @@
+"""What a shell offers for a value that is being typed. It asks at each press of the key: nothing heavy is imported."""
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+from llmcli import registry
+from llmcli.errors import LlmcliError
+from llmcli.tasks import prompting, translate
+
+
+def _offered(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Of the names, those that begin with what stands there. Where a file of the user's is broken, none: the command
+    itself will say so."""
+
+    def complete(incomplete: str) -> list[str]:
+        with suppress(LlmcliError):
+            return [name for name in names() if name.startswith(incomplete)]
+        return []
+
+    return complete
+
+
+models = _offered(lambda: [name for name in registry.models() if "{" not in name])
+languages = _offered(lambda: sorted({tag for sentence in translate.examples() for tag in sentence}))
+presets = _offered(prompting.presets)
+devices = _offered(lambda: ("auto", "cpu", "cuda", "mps", "xpu"))
