@@ -276,6 +276,7 @@ def test_a_heat_map_shows_whole_characters():
     tokens = [("a", None), (" \\xf0\\x9f", -7.0), ("\\xa6", -1.0), ("\\x8a", -0.1), ("é\n", -0.01), ("\\xe4", -9.0)]
     text = pictures.heat([{"token": token, "logprob": logprob} for token, logprob in tokens])
     assert text.plain == "a 🦊é\n\N{REPLACEMENT CHARACTER}"
+    assert pictures.heat([{"token": "a\x1b[31m\n", "logprob": None}]).plain == "a\\x1b[31m\n"
     broken = pictures.heat([{"token": "\\xe9", "logprob": None}, {"token": " b", "logprob": -9.0}])
     assert (broken.plain, len(broken.spans)) == ("\N{REPLACEMENT CHARACTER} b", 1)
     assert "".join(text.plain[span.start : span.end] for span in text.spans) == " 🦊"

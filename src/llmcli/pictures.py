@@ -45,8 +45,7 @@ def has_colours(console: Console) -> bool:
 
 def seen(text: str, most: int = WIDEST) -> str:
     """A token with its white space made visible, cut to `most` columns."""
-    text = text.translate(SEEN)
-    text = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+    text = _harmless(text.translate(SEEN))
     return text if cell_len(text) <= most else set_cell_size(text, most - 1).rstrip() + "…"
 
 
@@ -59,7 +58,8 @@ def heat(tokens: Tokens) -> Text:
         surprise = max(surprise, own)
         data = BYTE.sub(lambda found: chr(SURROGATES + int(found[1], 16)), token["token"]).encode(errors=ESCAPED)
         if shown := decoder.decode(data):
-            text.append(shown, Style(color="black", bgcolor=_colour(SURPRISE, surprise)) if surprise > 0.1 else Style())
+            style = Style(color="black", bgcolor=_colour(SURPRISE, surprise)) if surprise > 0.1 else Style()
+            text.append(_harmless(shown), style)
             surprise = own if decoder.getstate()[0] else 0.0
     return text.append(decoder.decode(b"", final=True))
 
@@ -124,6 +124,11 @@ def fitting(tokens: Sequence[str], width: int) -> int:
             break
         count += 1
     return count
+
+
+def _harmless(text: str) -> str:
+    """Without what would move a terminal's cursor, but for line ends and tabs."""
+    return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
 
 
 def _side_by_side(models: Mapping[str, Tokens]) -> Table:
