@@ -5,8 +5,9 @@ import json
 import pytest
 
 from llmcli.errors import UsageError
+from llmcli.forms import Form
 from llmcli.job import Failure
-from llmcli.records import Form, prompts, read, sources
+from llmcli.records import prompts, read, sources
 
 DATA = {
     Form.WHOLE: (b"one\ntwo\n", [{"text": "one\ntwo"}]),

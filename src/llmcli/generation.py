@@ -15,6 +15,13 @@ OLD_MAX_LENGTH = 20  # what transformers 4 wrote into a generation config that h
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
 
 
+def greedy(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's options, where a temperature of 0 means not to sample."""
+    if given.get("temperature") != 0:
+        return dict(given)
+    return {name: value for name, value in given.items() if name not in SAMPLING} | {"do_sample": False}
+
+
 def check(explicit: Mapping[str, Any], defaults: Mapping[str, Any], *, counts_prompt: bool = True) -> None:
     """Let transformers judge the user's options, before any model is loaded. Raises UsageError."""
     from transformers import GenerationConfig

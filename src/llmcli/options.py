@@ -10,13 +10,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from llmcli import completion, config, console, registry, store
+from llmcli import completion, config, console, generation, registry, store
 from llmcli.errors import UsageError
+from llmcli.forms import Form
 from llmcli.job import Job, Placement
 from llmcli.output import Format, Target
-from llmcli.records import Form
 
-WARPERS = ("temperature", "top_p", "top_k")  # as transformers calls what makes sampling of greedy decoding
 Model = Annotated[
     str | None,
     typer.Option(
@@ -247,7 +246,7 @@ class CommonGenerationOptions:
             raise UsageError("--stop: an empty text is everywhere")
         if self.stop:
             explicit["stop_strings"] = self.stop
-        return greedy(explicit | dict(map(key_value, self.option)))
+        return generation.greedy(explicit | dict(map(key_value, self.option)))
 
 
 @dataclass
@@ -308,10 +307,3 @@ def key_value(item: str) -> tuple[str, Any]:
         return key, json.loads(text)
     except json.JSONDecodeError:
         return key, {"True": True, "False": False, "None": None}.get(text, text)
-
-
-def greedy(given: Mapping[str, Any]) -> dict[str, Any]:
-    """GenerationConfig fields as they were given, where a temperature of 0 means not to sample."""
-    if given.get("temperature") != 0:
-        return dict(given)
-    return {name: value for name, value in given.items() if name not in WARPERS} | {"do_sample": False}

@@ -1,38 +1,20 @@
 """Arguments, files and stdin -> Records. The one place that reads input."""
 
-import csv
 import io
 import itertools
-import json
-import math
 import os
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
 from typing import Any, cast
 
 from llmcli import console, ranks
 from llmcli.errors import RecordError, UsageError, reason
-from llmcli.job import Failure, Record
-
-Stream = io.BufferedIOBase
-BOM = "\ufeff"
-CHUNK = 1 << 16
-DEEPEST = 500  # levels of JSON: Python's own limit, 1,000, counts whoever calls too
-
-
-class Form(Enum):
-    """What one record is."""
-
-    WHOLE = "whole"  # the whole argument, file or stdin
-    LINES = "lines"
-    NULL = "null"
-    JSONL = "jsonl"
-    CSV = "csv"
+from llmcli.forms import BOM, READERS, Form, Stream, utf8, without_line_end
+from llmcli.job import Record
 
 
 def sources(texts: Sequence[str], files: Sequence[str]) -> list[tuple[str | None, Stream]]:
@@ -67,14 +49,13 @@ def _look_again(texts: Sequence[str]) -> None:
 
 def read(streams: Iterable[tuple[str | None, Stream]], form: Form) -> Iterator[Record]:
     """Every record of the streams, in order. One that cannot be parsed comes as a Record with a `failure`."""
-    readers = {Form.WHOLE: _whole, Form.LINES: _lines, Form.NULL: _null, Form.JSONL: _jsonl, Form.CSV: _csv}
     streams = list(streams)
     size = 0 if form is Form.NULL else _size(stream for _, stream in streams)  # NUL-ended texts are read in chunks
     done = 0
     for name, stream in streams:
         try:
             with stream:
-                for record in readers[form](stream, name):
+                for record in READERS[form](stream, name):
                     yield replace(record, share=min(1, (done + stream.tell()) / size)) if size else record
                 done += stream.tell() if size else 0
         except OSError as problem:
@@ -152,7 +133,7 @@ def peeked(records: Iterator[Record]) -> tuple[Iterator[Record], Record | None]:
 def argument(text: str) -> str:
     """A text of the command line as it is. Raises UsageError where it is not UTF-8."""
     try:
-        return _utf8(text.encode("utf-8", "surrogateescape"))
+        return utf8(text.encode("utf-8", "surrogateescape"))
     except RecordError as problem:
         raise UsageError(problem.message) from None
 
@@ -160,7 +141,7 @@ def argument(text: str) -> str:
 def _part(name: str | None, stream: Stream) -> str:
     with stream:
         try:
-            return _utf8(_without_line_end(stream.read())).removeprefix(BOM)
+            return utf8(without_line_end(stream.read())).removeprefix(BOM)
         except RecordError as problem:
             raise RecordError(problem.kind, f"{name}: {problem.message}" if name else problem.message) from None
 
@@ -196,134 +177,3 @@ def _size(streams: Iterable[Stream]) -> int:
     except OSError:  # a text that is no file
         return 0
     return sum(each.st_size for each in found) if all(stat.S_ISREG(each.st_mode) for each in found) else 0
-
-
-def _whole(stream: Stream, name: str | None) -> Iterator[Record]:
-    yield _record(stream.read(), name)
-
-
-def _lines(stream: Stream, name: str | None) -> Iterator[Record]:
-    for number, line in enumerate(stream, start=1):
-        yield _record(line, name, number)
-
-
-def _null(stream: Stream, name: str | None) -> Iterator[Record]:
-    rest, number = b"", 0
-    while chunk := stream.read1(CHUNK):
-        *whole, rest = (rest + chunk).split(b"\0")
-        for data in whole:
-            number += 1
-            yield _record(data, name, number, line_end=False)
-    if rest:
-        yield _record(rest, name, number + 1, line_end=False)
-
-
-def _record(data: bytes, name: str | None, number: int | None = None, *, line_end: bool = True) -> Record:
-    try:
-        text = _utf8(_without_line_end(data) if line_end else data)
-    except RecordError as problem:
-        return _failed(name, number, problem)
-    return Record({"text": text if number and number > 1 else text.removeprefix(BOM)}, name, number)
-
-
-def _jsonl(stream: Stream, name: str | None) -> Iterator[Record]:
-    for number, line in enumerate(stream, start=1):
-        try:
-            text = _utf8(_without_line_end(line))
-            yield Record(_object(text.removeprefix(BOM)), name, number)  # files put together have it on any line
-        except RecordError as problem:
-            yield _failed(name, number, problem)
-
-
-def _object(text: str) -> dict[str, Any]:
-    if not text.strip():
-        raise RecordError("invalid_json", "blank line")
-    try:
-        value = JSON.decode(text)
-    except json.JSONDecodeError as problem:
-        there = f": {text[problem.pos]!r}" if problem.pos < len(text) else ""
-        message = f"not JSON: {problem.msg.removesuffix(' at')} at character {problem.pos}{there}"
-        raise RecordError("invalid_json", message) from None
-    except (ValueError, RecursionError) as problem:
-        raise RecordError("invalid_json", f"not JSON: {problem}") from None
-    if not isinstance(value, dict):
-        names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-        raise RecordError("invalid_json", f"not a JSON object but {names.get(type(value), 'a number')}")
-    if _is_deep(value):
-        raise RecordError("invalid_json", f"nested more than {DEEPEST} levels deep")
-    return value
-
-
-def _is_deep(value: Any) -> bool:
-    """Whether it may be too deep to be written again."""
-    level = [value]
-    for _ in range(DEEPEST):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        if not level:
-            return False
-    return True
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name[:20]} is no number")
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    return value if math.isfinite(value) else cast(float, _no_number(digits))
-
-
-JSON = json.JSONDecoder(parse_constant=_no_number, parse_float=_finite)
-
-
-def _csv(stream: Stream, name: str | None) -> Iterator[Record]:
-    csv.field_size_limit(2**31 - 1)  # the most that every platform takes
-    # Undecodable bytes travel as surrogates, so that they are reported with their row.
-    lines = (line.decode("utf-8", "surrogateescape") for line in stream)
-    rows = csv.reader((line if number else line.removeprefix(BOM) for number, line in enumerate(lines)), strict=True)
-    header: list[str] = []
-    while True:
-        row, failure = [], None
-        try:
-            row = next(rows)
-            for cell in row:
-                _utf8(cell.encode("utf-8", "surrogateescape"))
-        except StopIteration:
-            return
-        except csv.Error as problem:
-            failure = Failure("invalid_csv", f"not CSV: {problem}")
-        except RecordError as problem:
-            failure = Failure(problem.kind, problem.message)
-        if not header and failure:
-            raise UsageError(f"{name or 'stdin'}: the header is {failure.message}")
-        if not header:
-            header = row
-        elif row or failure:
-            if not failure and len(row) != len(header):
-                beyond = f"; beyond it: {', '.join(row[len(header) :])}" if len(row) > len(header) else ""
-                failure = Failure("invalid_csv", f"{len(row)} fields where the header has {len(header)}{beyond}")
-            fields = dict.fromkeys(header, "") | dict(zip(header, row, strict=False))
-            yield Record(fields, name, rows.line_num, failure)
-
-
-def _failed(name: str | None, number: int | None, problem: RecordError) -> Record:
-    fields = {} if number is None else {"line": number}
-    return Record(fields, name, number, Failure(problem.kind, problem.message))
-
-
-def _without_line_end(data: bytes) -> bytes:
-    """The text without its last line end, as `$(...)` gives it in a shell."""
-    return data[:-1].removesuffix(b"\r") if data.endswith(b"\n") else data
-
-
-def _utf8(data: bytes) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as problem:
-        byte = data[problem.start]
-        raise RecordError("invalid_utf8", f"not UTF-8: byte 0x{byte:02x} at offset {problem.start}") from None

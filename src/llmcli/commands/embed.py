@@ -6,11 +6,12 @@ from typing import Annotated
 import typer
 
 from llmcli.errors import ExitStatus
+from llmcli.forms import Form
 from llmcli.grammar import spread
 from llmcli.job import Job
 from llmcli.options import InputOptions, ModelOptions, OutputOptions
 from llmcli.output import Format
-from llmcli.records import Form, read, sources
+from llmcli.records import read, sources
 from llmcli.run import run
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmcli import completion, config, console, engines, loader, registry, store
+from llmcli import completion, config, console, engines, generation, loader, registry, store
 from llmcli.errors import LlmcliError, UsageError
+from llmcli.forms import Form
 from llmcli.grammar import Command, spread
 from llmcli.job import Job, Placement, Record
 from llmcli.options import (
@@ -22,11 +23,10 @@ from llmcli.options import (
     TopP,
     TrustRemoteCode,
     Verbose,
-    greedy,
 )
 from llmcli.output import is_terminal, print_lines, save, to_json
 from llmcli.pipelines.spelling import tokens_of
-from llmcli.records import Form, argument, read, sources
+from llmcli.records import argument, read, sources
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -154,7 +154,7 @@ def next_token(
     llmcli inspect next "Once upon a" --temperature 2 --limit 20
     """
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    text, asked = _given(text), greedy({name: value for name, value in given.items() if value is not None})
+    text, asked = _given(text), generation.greedy({name: value for name, value in given.items() if value is not None})
     found = _asked(_job("inspect_next", model, {"limit": limit}, asked), text)
     tokens, how = found["next"], ", ".join(f"{name} {value:g}" for name, value in found["sampling"].items())
 

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 import typer
 
 from llmcli.errors import ExitStatus, UsageError
+from llmcli.forms import Form
 from llmcli.grammar import spread
 from llmcli.job import Job, Result
 from llmcli.options import InputOptions, ModelOptions, OutputOptions
 from llmcli.output import Format, is_terminal, to_json
-from llmcli.records import Form, read, sources
+from llmcli.records import read, sources
 from llmcli.run import run
 
 TOKENS = "token_logprobs"

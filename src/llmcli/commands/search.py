@@ -7,11 +7,12 @@ import typer
 
 from llmcli import console, engines, ranks
 from llmcli.errors import ExitStatus, LlmcliError, UsageError
+from llmcli.forms import Form
 from llmcli.grammar import spread
 from llmcli.job import Job, Record, Result
 from llmcli.options import ModelOptions, OutputOptions
 from llmcli.output import Format, Output
-from llmcli.records import Form, read, sources
+from llmcli.records import read, sources
 from llmcli.tally import Tally, summary
 
 BATCH_SIZE = 32
