@@ -18,6 +18,7 @@ Tokens = Sequence[Mapping[str, Any]]
 Rgb = tuple[int, int, int]
 SURPRISE: Sequence[Rgb] = ((255, 247, 188), (254, 196, 79), (236, 112, 20), (204, 76, 2))  # ColorBrewer's YlOrBr
 VIRIDIS: Sequence[Rgb] = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+GREEN, VIOLET = "#2a9d8f", "#b05cc6"  # to be seen on white and on black
 SHADES = " ░▒▓█"  # on a screen without colours
 SEEN = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
 BYTE = re.compile(r"\\x([89a-f][0-9a-f])")  # as `spelling` writes a part of a character
@@ -94,8 +95,8 @@ def chances(tokens: Tokens, sampling: str, width: int) -> Group:
     for text, token in zip(shown, tokens, strict=True):
         chance, after = token["probability"], token["sampling_probability"]
         table.add_row(
-            text, Bar(1, 0, chance, width=bar, color="cyan"), _share(chance),
-            Bar(1, 0, after, width=bar, color="magenta"), _share(after),
+            text, Bar(1, 0, chance, width=bar, color=GREEN), _share(chance),
+            Bar(1, 0, after, width=bar, color=VIOLET), _share(after),
         )  # fmt: skip
     return Group(table, Text(f"Drawn at {sampling}", Style(dim=True)))
 
@@ -136,7 +137,7 @@ def _side_by_side(models: Mapping[str, Tokens]) -> Table:
     for i in range(max(map(len, models.values()))):
         cells: list[RenderableType] = [Text(str(i), Style(dim=True))]
         for tokens in models.values():
-            style = Style(bold=True, color="magenta") if i < len(tokens) and tokens[i]["special"] else Style()
+            style = Style(bold=True, color=VIOLET) if i < len(tokens) and tokens[i]["special"] else Style()
             cells += [Text(seen(tokens[i]["token"]), style), str(tokens[i]["id"])] if i < len(tokens) else ["", ""]
         table.add_row(*cells)
     return table
