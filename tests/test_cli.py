@@ -79,8 +79,11 @@ def test_version(llmcli):
         (["generate", "x", "--device", "gpu"], "unknown device 'gpu'"),
         (["generate", "x", "--seed", "-1"], "--seed"),
         (["chat", "--json"], "no input"),
-        (["chat", "how", "are", "you"], "A text of several words goes into quotes."),
-        (["inspect", "next", "once", "upon", "a", "time"], "A text of several words goes into quotes."),
+        (["chat", "how", "are", "you"], "A text of several words goes into quotes; a file is named with -f."),
+        (
+            ["inspect", "next", "once", "upon", "a", "time"],
+            "A text of several words goes into quotes; a file is named with -f.",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -108,6 +108,14 @@ def test_attention_is_softmax_of_q_and_k(inspect, tiny):
     assert "".join(record["tokens"]) == TEXT
 
 
+def test_a_long_text_is_told_by_its_end(inspect, tmp_path):
+    (tmp_path / "long.txt").write_text("the quick brown fox " * 40)
+    ran = inspect("next", "-f", tmp_path / "long.txt", "--json")
+    assert (ran.exit_status, "tokens of its beginning are left out" in ran.stderr) == (0, True)
+    assert inspect("next", "x", "-f", tmp_path / "long.txt").exit_status == 2
+    assert "is a text here: -f" in inspect("tokens", tmp_path / "long.txt").stderr
+
+
 def test_attention_of_gpt2(llmcli, tiny, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -173,7 +181,7 @@ def test_what_has_no_such_attention(inspect, llmcli, tiny, tmp_path):
     ran = llmcli("inspect", "attention", TEXT, "-m", folder)
     assert (ran.exit_status, "mamba models do not tell their attention" in ran.stderr) == (4, True)
     ran = llmcli("inspect", "attention", TEXT, "-m", "tests/golden/marian")
-    assert (ran.exit_status, "cannot inspect attention: marian models have an encoder" in ran.stderr) == (4, True)
+    assert (ran.exit_status, "marian models have an encoder and a decoder" in ran.stderr) == (4, True)
 
 
 # next
@@ -306,12 +314,16 @@ def test_no_screen_is_too_narrow(inspect, coloured, monkeypatch, width, args):
 def test_a_matrix_has_its_labels_on_the_diagonal(inspect, coloured, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     ran = inspect("attention", "the fox", is_terminal=True)
-    header, *lines = plain(ran.stdout).splitlines()
-    assert header == " 0 1"
+    header, *lines, of, scale = plain(ran.stdout).splitlines()
+    assert (header, of) == (" 0 1", "mean of 2 layers, mean of 4 heads")
+    assert scale == "0   ░░▒▒▓▓██ 1: a row looks at columns"
     assert [re.sub("[░▒▓█ ]{2}", "#", line.rstrip(), count=i + 1) for i, line in enumerate(lines)] == [
         "# 0 the",
         "## 1 ·fox",
     ]
+    ran = inspect("attention", "the fox " * 9, "--layer", 1, "--head", 0, is_terminal=True)
+    many, *_, of, _ = plain(ran.stdout).splitlines()
+    assert (many.split()[-2:], of) == (["16", "18"], "layer 1, head 0")
 
 
 def test_tokens_are_no_markup(inspect, coloured, tmp_path, monkeypatch):
@@ -338,7 +350,8 @@ def test_files_that_need_nothing_beside_them(inspect, tmp_path):
     for args in (("tokens", "the <fox> & 你好"), ("next", TEXT), ("attention", TEXT)):
         svg, html = tmp_path / f"{args[0]}.svg", tmp_path / f"{args[0]}.html"
         ran = inspect(*args, "--svg", svg, "--html", html)
-        assert (ran.stdout, ran.stderr, ran.exit_status) == ("", "", 0)
+        assert (ran.stdout, ran.exit_status) == ("", 0)
+        assert ran.stderr == f"llmcli: {svg} is drawn\nllmcli: {html} is drawn\n"
         picture = svg.read_text(encoding="utf-8")
         ElementTree.fromstring(picture)
         assert picture in html.read_text(encoding="utf-8")

@@ -201,7 +201,7 @@ def test_one_token_and_none(score):
 def test_text_mode_is_a_number_and_a_name(score, tmp_path):
     (tmp_path / "fox.txt").write_text("the quick\nbrown fox\n")
     perplexity = score("the fox", "--json").records[0]["perplexity"]
-    assert score("the fox").stdout == f"{perplexity:.2f}\tthe fox\n"
+    assert score("the fox").stdout == f"{perplexity:.0f}\tthe fox\n"
     assert score("the").stdout == "-\tthe\n"
     value, name = score("-f", tmp_path / "fox.txt").stdout.rstrip("\n").split("\t")
     assert (float(value) > 1, name) == (True, str(tmp_path / "fox.txt"))
@@ -240,7 +240,9 @@ def test_a_filter_keeps_order_and_fields(score, scored):
 
 def test_a_filter_that_passes_nothing_is_1_as_grep(score):
     ran = score("--lines", "--max-perplexity", 1, stdin=b"the quick\nbrown fox\n\nthe\n")
-    assert (ran.stdout, ran.stderr, ran.exit_status) == ("", "", 1)
+    assert (ran.stdout, ran.exit_status) == ("", 1)
+    assert ran.stderr == "llmcli: records of fewer than two tokens pass no filter: 2\n"
+    assert score("--lines", "--max-perplexity", 1, stdin=b"the quick\n").stderr == ""
 
 
 def test_what_fails_is_never_filtered_from_records(score):

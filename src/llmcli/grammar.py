@@ -25,7 +25,7 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         fail = ctx.fail
         has_text = any(getattr(param, "metavar", None) in ("TEXT", "QUESTION") for param in self.get_params(ctx))
-        quotes = "\nA text of several words goes into quotes." if has_text else ""
+        quotes = "\nA text of several words goes into quotes; a file is named with -f." if has_text else ""
         ctx.fail = lambda message: fail(f"{message}{quotes if 'extra argument' in message else ''}")
         rest: list[str] = super().parse_args(ctx, args)
         return rest

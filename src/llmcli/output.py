@@ -225,6 +225,13 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     Console().print(table)
 
 
+def share(chance: float | None) -> str:
+    """A probability in six columns at most: `0.0123`, `4e-06`; `-` where it is not known."""
+    if chance is None:
+        return "-"
+    return f"{chance:.4f}" if chance >= 0.00005 else f"{chance:.0e}" if chance else "0"
+
+
 def megabytes(size: int | None) -> str:
     """`269 MB` for so many bytes; `-` where they are not known."""
     return f"{size / 1e6:.0f} MB" if size else "-"

@@ -14,10 +14,13 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from llmcli.output import share
+
 Tokens = Sequence[Mapping[str, Any]]
 Rgb = tuple[int, int, int]
 SURPRISE: Sequence[Rgb] = ((255, 247, 188), (254, 196, 79), (236, 112, 20), (204, 76, 2))  # ColorBrewer's YlOrBr
 VIRIDIS: Sequence[Rgb] = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+DIM = Style(dim=True)
 GREEN, VIOLET = "#2a9d8f", "#b05cc6"  # to be seen on white and on black
 SHADES = " ░▒▓█"  # on a screen without colours
 SEEN = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
@@ -72,8 +75,13 @@ def likelihoods(tokens: Tokens, width: int) -> Table:
     table = _table("<TOKEN", ">PROBABILITY", "<")
     for text, token in zip(shown, tokens, strict=True):
         chance = None if token["logprob"] is None else math.exp(token["logprob"])
-        table.add_row(text, _share(chance), Bar(1, 0, chance or 0, width=bar))
+        table.add_row(text, share(chance), Bar(1, 0, chance or 0, width=bar))
     return table
+
+
+def titled(title: str, picture: RenderableType) -> Group:
+    """With a line above it, cut to 80 characters."""
+    return Group(Text(_harmless(title)[:80], Style(bold=True)), picture)
 
 
 def pieces(models: Mapping[str, Tokens], width: int) -> Group:
@@ -95,25 +103,28 @@ def chances(tokens: Tokens, sampling: str, width: int) -> Group:
     for text, token in zip(shown, tokens, strict=True):
         chance, after = token["probability"], token["sampling_probability"]
         table.add_row(
-            text, Bar(1, 0, chance, width=bar, color=GREEN), _share(chance),
-            Bar(1, 0, after, width=bar, color=VIOLET), _share(after),
+            text, Bar(1, 0, chance, width=bar, color=GREEN), share(chance),
+            Bar(1, 0, after, width=bar, color=VIOLET), share(after),
         )  # fmt: skip
-    return Group(table, Text(f"Drawn at {sampling}", Style(dim=True)))
+    return Group(table, Text(f"Drawn at {sampling}", DIM))
 
 
-def matrix(tokens: Sequence[str], weights: Sequence[Sequence[float]], *, colours: bool) -> Text:
+def matrix(tokens: Sequence[str], weights: Sequence[Sequence[float]], of: str, *, colours: bool) -> Text:
     """How much each token, a row, attends to each, a column: brighter is more. A row's label stands behind its last
-    column, which in a causal model is the row's own."""
+    column, which in a causal model is the row's own. `of` says which layers and heads these are."""
     is_causal = not any(any(row[i + 1 :]) for i, row in enumerate(weights))
-    text = Text().append("".join(f"{i % 100:>{CELL}}" for i in range(len(tokens))), Style(dim=True))
+    step = 1 if len(tokens) <= 10 else 2  # numbers of two digits would touch
+    numbers = [f"{i % 100:>{CELL}}" if i % step == 0 else " " * CELL for i in range(len(tokens))]
+    text = Text().append("".join(numbers).rstrip(), DIM)
     for i, (token, row) in enumerate(zip(tokens, weights, strict=True)):
         text.append("\n")
         for weight in row[: i + 1] if is_causal else row:
-            light = math.sqrt(weight)  # most weights are small
-            shade = " " if colours else SHADES[min(int(light * len(SHADES)), len(SHADES) - 1)]
-            text.append(shade * CELL, Style(bgcolor=_colour(VIRIDIS, light)) if colours else Style())
-        text.append(f" {i} ", Style(dim=True)).append(seen(token))
-    return text
+            text.append(*_shade(weight, colours))
+        text.append(f" {i} ", DIM).append(seen(token))
+    text.append(f"\n{of}\n0 ", DIM)
+    for weight in (0, 0.05, 0.2, 0.5, 1):
+        text.append(*_shade(weight, colours))
+    return text.append(" 1: a row looks at columns", DIM)
 
 
 def fitting(tokens: Sequence[str], width: int) -> int:
@@ -132,10 +143,18 @@ def _harmless(text: str) -> str:
     return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
 
 
+def _shade(weight: float, colours: bool) -> tuple[str, Style]:
+    """A cell; the square root, for most weights are small."""
+    light = math.sqrt(weight)
+    if colours:
+        return " " * CELL, Style(bgcolor=_colour(VIRIDIS, light))
+    return SHADES[min(int(light * len(SHADES)), len(SHADES) - 1)] * CELL, Style()
+
+
 def _side_by_side(models: Mapping[str, Tokens]) -> Table:
     table = _table(">", *(heading for name, tokens in models.items() for heading in (f"<{name}", f">{len(tokens)}")))
     for i in range(max(map(len, models.values()))):
-        cells: list[RenderableType] = [Text(str(i), Style(dim=True))]
+        cells: list[RenderableType] = [Text(str(i), DIM)]
         for tokens in models.values():
             style = Style(bold=True, color=VIOLET) if i < len(tokens) and tokens[i]["special"] else Style()
             cells += [Text(seen(tokens[i]["token"]), style), str(tokens[i]["id"])] if i < len(tokens) else ["", ""]
@@ -155,10 +174,6 @@ def _table(*headings: str) -> Table:
     for heading in headings:
         table.add_column(heading[1:], justify="left" if heading[0] == "<" else "right", no_wrap=True)
     return table
-
-
-def _share(chance: float | None) -> str:
-    return "-" if chance is None else f"{chance:.4f}"
 
 
 def _colour(scale: Sequence[Rgb], at: float) -> Color:

@@ -28,14 +28,14 @@ def sources(texts: Sequence[str], files: Sequence[str]) -> list[tuple[str | None
         if not ranks.own() and (sys.stdin is None or sys.stdin.isatty()):
             raise UsageError("no input", hint="give a TEXT, -f FILE, or pipe something in; -f - reads the terminal")
         return [(None, _stdin())]
-    _look_again(texts)
+    look_again(texts)
     arguments: list[tuple[str | None, Stream]] = [
         (None, io.BytesIO(text.encode("utf-8", "surrogateescape"))) for text in texts
     ]
     return arguments + [(name, _open(name)) for name in files]
 
 
-def _look_again(texts: Sequence[str]) -> None:
+def look_again(texts: Sequence[str]) -> None:
     """Say what may have been meant by arguments that are no texts, or parts of one."""
     if ranks.own():
         return

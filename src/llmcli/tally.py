@@ -91,6 +91,7 @@ def summary(model: str, tally: Tally) -> Iterator[None]:
             "records": tally.records,
             "failed": tally.failed,
             "passed": tally.passed,
+            "written": tally.written,
             "seconds": round(seconds, 3),
             "records_per_second": round((tally.records - before) / seconds, 3),
             "prompt_tokens": prompt,

@@ -24,15 +24,16 @@ from llmcli.options import (
     TrustRemoteCode,
     Verbose,
 )
-from llmcli.output import is_terminal, print_lines, save, to_json
+from llmcli.output import is_terminal, print_lines, save, share, to_json
 from llmcli.pipelines.spelling import tokens_of
-from llmcli.records import argument, read, sources
+from llmcli.records import argument, look_again, read, sources
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 app = typer.Typer(help="See inside a model: tokens, next, attention.", no_args_is_help=True, rich_markup_mode=None)
 Text = Annotated[str | None, typer.Argument(metavar="TEXT", show_default=False)]
+File = Annotated[str | None, typer.Option("--file", "-f", metavar="PATH", help="The text is in this file; - is stdin.")]
 WIDE = 100  # columns of a picture that could have any width
 
 
@@ -65,6 +66,7 @@ class PictureOptions:
                 from llmcli import svg
 
                 save(path, getattr(svg, kind)(draw(None, True), title))
+                console.notice(f"{path} is drawn")
         if self.json:
             print_lines(map(to_json, objects))
         elif self.svg or self.html:
@@ -107,14 +109,14 @@ class TokenizerOptions:
 
 @app.command(cls=Command)
 @spread
-def tokens(text: Text = None, *, model: TokenizerOptions, output: PictureOptions) -> None:
+def tokens(text: Text = None, file: File = None, *, model: TokenizerOptions, output: PictureOptions) -> None:
     """Show a text's tokens: pieces, ids, special ones. -m again sets models side by side.
 
     \b
     llmcli inspect tokens "Antidisestablishmentarianism"
     llmcli inspect tokens "你好，世界" -m smollm2 -m gemma3-270m
     """
-    text, placement = _given(text), model.placement()
+    text, placement = _given(text, file), model.placement()
     found = {}
     for name in model.models or [store.choose(registry.default_names("inspect"), placement)]:
         spec = registry.resolve(name)
@@ -139,6 +141,7 @@ def tokens(text: Text = None, *, model: TokenizerOptions, output: PictureOptions
 @spread
 def next_token(
     text: Text = None,
+    file: File = None,
     limit: Annotated[int, typer.Option("--limit", "-n", metavar="N", min=1, help="How many tokens to show.")] = 10,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -154,18 +157,21 @@ def next_token(
     llmcli inspect next "Once upon a" --temperature 2 --limit 20
     """
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    text, asked = _given(text), generation.greedy({name: value for name, value in given.items() if value is not None})
+    text, asked = (
+        _given(text, file),
+        generation.greedy({name: value for name, value in given.items() if value is not None}),
+    )
     found = _asked(_job("inspect_next", model, {"limit": limit}, asked), text)
     tokens, how = found["next"], ", ".join(f"{name} {value:g}" for name, value in found["sampling"].items())
 
     def draw(width: int | None, in_colours: bool) -> "RenderableType":
         from llmcli import pictures
 
-        return pictures.chances(tokens, how, width or WIDE)
+        picture = pictures.chances(tokens, how, width or WIDE)
+        return picture if width else pictures.titled(f"{found['model']}, after {text!r}", picture)
 
     rows = [
-        (f"{token['probability']:.4f}", f"{token['sampling_probability']:.4f}", to_json(token["token"]))
-        for token in tokens
+        (share(token["probability"]), share(token["sampling_probability"]), to_json(token["token"])) for token in tokens
     ]
     output.put([found], rows, draw, f"What follows {text!r}")
 
@@ -174,6 +180,7 @@ def next_token(
 @spread
 def attention(
     text: Text = None,
+    file: File = None,
     layer: Annotated[int | None, typer.Option(metavar="N", min=0, help="One layer, from 0; else the mean.")] = None,
     head: Annotated[int | None, typer.Option(metavar="N", min=0, help="One head, from 0; else the mean.")] = None,
     *,
@@ -188,9 +195,11 @@ def attention(
     llmcli inspect attention "The cat sat on the mat because it was tired"
     llmcli inspect attention "She gave him her book" --layer 1 --head 2 --svg attention.svg
     """
-    text = _given(text)
+    text = _given(text, file)
     found = _asked(_job("inspect_attention", model, {"layer": layer, "head": head}), text)
     tokens, weights = found["tokens"], found["attention"]
+    of_layers = f"mean of {found['layers']} layers" if layer is None else f"layer {layer}"
+    of = f"{of_layers}, " + (f"mean of {found['heads']} heads" if head is None else f"head {head}")
 
     def draw(width: int | None, in_colours: bool) -> "RenderableType":
         from llmcli import pictures
@@ -198,17 +207,23 @@ def attention(
         count = pictures.fitting(tokens, width) if width else len(tokens)
         if count < len(tokens):
             console.notice(f"the screen holds the first {count} of {len(tokens)} tokens: --svg NAME.svg draws all")
-        return pictures.matrix(tokens[:count], [row[:count] for row in weights[:count]], colours=in_colours)
+        some = [row[:count] for row in weights[:count]]
+        picture = pictures.matrix(tokens[:count], some, of, colours=in_colours)
+        return picture if width else pictures.titled(found["model"], picture)
 
-    rows = [(to_json(token), *(f"{weight:.4f}" for weight in row)) for token, row in zip(tokens, weights, strict=True)]
+    rows = [(to_json(token), *map(share, row)) for token, row in zip(tokens, weights, strict=True)]
     output.put([found], rows, draw, f"Attention in {text!r}")
 
 
-def _given(text: str | None) -> str:
-    """TEXT, or what is piped in. Raises UsageError where there is neither; LlmcliError for what is no text."""
+def _given(text: str | None, file: str | None) -> str:
+    """TEXT as it is, or what the file or stdin says. Raises UsageError where there is nothing, or too much; LlmcliError
+    for what is no text."""
+    if text is not None and file is not None:
+        raise UsageError("TEXT and -f exclude each other")
     if text is not None:
+        look_again([text])
         return argument(text)
-    (record,) = read(sources([], []), Form.WHOLE)
+    (record,) = read(sources([], [] if file is None else [file]), Form.WHOLE)
     if record.failure:
         raise LlmcliError(record.failure.message)
     found: str = record.fields["text"]
@@ -223,6 +238,7 @@ def _job(task: str, model: ModelOptions, parameters: dict[str, Any], generation:
         parameters=parameters,
         placement=model.placement(),
         keep_alive=model.kept(),
+        truncate=task == "inspect_next",  # what follows a text is told by its end
     )
 
 
@@ -231,4 +247,6 @@ def _asked(job: Job, text: str) -> dict[str, Any]:
     (result,) = engines.of(job).run(job, [Record({"text": text})])
     if result.failure:
         raise LlmcliError(result.failure.message)
+    if cut := result.output.get("truncated"):
+        console.notice(f"the text is longer than the model takes: {cut} tokens of its beginning are left out")
     return {"text": text, **result.output, "model": job.model}

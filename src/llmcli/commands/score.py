@@ -6,12 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
+from llmcli import console
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.forms import Form
 from llmcli.grammar import spread
 from llmcli.job import Job, Result
 from llmcli.options import InputOptions, ModelOptions, OutputOptions
-from llmcli.output import Format, is_terminal, to_json
+from llmcli.output import Format, is_terminal, share, to_json
 from llmcli.records import read, sources
 from llmcli.run import run
 
@@ -23,7 +24,8 @@ BRIEF = 60  # characters of a text that is no line of a file
 def score(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", default_factory=list, show_default=False)],
     condition: Annotated[
-        str | None, typer.Option(metavar="FIELD", help="Score the text behind what this field of the record says.")
+        str | None,
+        typer.Option(metavar="FIELD", help="Score the text behind this field's, joined as they are."),
     ] = None,
     max_perplexity: Annotated[
         float | None, typer.Option(metavar="X", min=1, help="Only records whose perplexity is at most this.")
@@ -43,8 +45,12 @@ def score(
 ) -> ExitStatus:
     """Print each text's perplexity, and the text. Lower is likelier.
 
-    --json gives all: log-probability (natural logarithm), perplexity, bits per byte, tokens. With --max-perplexity or
-    --min-perplexity the records that pass are printed as they are, and without one, the exit code is 1, as grep's.
+    --json gives all: logprob (natural logarithm), perplexity, bits per byte, tokens. The first token has nothing before
+    it and is not scored; what has no other has no perplexity, shown as -, and passes no filter.
+
+    With --max-perplexity or --min-perplexity, text mode prints the texts that pass, and no numbers. Where none does,
+    the exit code is 1, as grep's. In bfloat16 a score varies by a percent or two with its batch: --dtype float32 is
+    exact.
 
     \b
     llmcli score "The cat sat on the mat." "The cat mat on sat the."
@@ -62,7 +68,10 @@ def score(
     if tokens and is_text and (form is not Form.WHOLE or filters):
         raise UsageError("--tokens shows whole texts", hint="--json gives the tokens of records: token_logprobs")
 
+    unscored = 0
+
     def finish(result: Result) -> Result:
+        nonlocal unscored
         if result.record.has_failed_before:
             return result
         if result.failure:
@@ -70,6 +79,7 @@ def score(
         if tokens:  # an empty text has none
             result = replace(result, output={**result.output, TOKENS: result.output.get("token_logprobs", [])})
         perplexity = result.output["perplexity"]
+        unscored += filters and perplexity is None
         passes = not filters or (
             perplexity is not None and (min_perplexity or 0) <= perplexity <= (max_perplexity or math.inf)
         )
@@ -78,7 +88,7 @@ def score(
             text = result.record.file or " ".join(text.split())[:BRIEF]
         if tokens and is_text:
             text = _heat(text, result.output[TOKENS], for_people=is_terminal() and not output.output)
-        return replace(result, text=text if filters else f"{_number(perplexity)}\t{text}", dropped=not passes)
+        return replace(result, text=text if filters else f"{_shown(perplexity)}\t{text}", dropped=not passes)
 
     parameters: dict[str, Any] = {"fields": roles, "condition": condition, "stride": stride, TOKENS: tokens}
     parameters |= {"max_perplexity": max_perplexity, "min_perplexity": min_perplexity}
@@ -90,13 +100,18 @@ def score(
         batch_size=model.batch(),
         keep_alive=model.kept(),
     )
-    return run(job, read(sources(texts, input.files), form), replace(target, finish=finish, filters=filters))
+    status = run(job, read(sources(texts, input.files), form), replace(target, finish=finish, filters=filters))
+    if unscored:
+        console.notice(f"records of fewer than two tokens pass no filter: {unscored}")
+    return status
 
 
 def _heat(text: str, tokens: list[dict[str, Any]], *, for_people: bool) -> str:
     """The tokens, coloured by how likely they are; without colours, a line each behind the text."""
     if not for_people:
-        return "\n".join([text, *(f"{_number(token['logprob'])}\t{to_json(token['token'])}" for token in tokens)])
+        chances = [None if token["logprob"] is None else math.exp(token["logprob"]) for token in tokens]
+        rows = zip(map(share, chances), tokens, strict=True)
+        return "\n".join([text, *(f"{chance}\t{to_json(token['token'])}" for chance, token in rows)])
     from llmcli import pictures
 
     screen = pictures.screen()
@@ -105,5 +120,8 @@ def _heat(text: str, tokens: list[dict[str, Any]], *, for_people: bool) -> str:
     return f"{text}\n{pictures.drawn(pictures.likelihoods(tokens, screen.width), screen)}"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _shown(perplexity: float | None) -> str:
+    """With as many digits as mean something."""
+    if perplexity is None:
+        return "-"
+    return f"{perplexity:.{2 if perplexity < 100 else 1 if perplexity < 1000 else 0}f}"

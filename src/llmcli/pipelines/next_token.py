@@ -18,7 +18,8 @@ class NextTokenPipeline(CausalPipeline):
     preprocess   as of CausalPipeline
     _forward     probability, the softmax of the model's logits, and sampling_probability, that of what `generate` makes
                  of these before it draws a token, 1 for a single one where it is greedy: float32 (B, V)
-    postprocess  both, (V,); of one text its input_ids, and as `sampling` the settings by which a token is drawn
+    postprocess  both, (V,); of one text its input_ids, and as `sampling` the settings by which a token is drawn;
+                 truncated, where tokens were cut
     """
 
     def spelled(self, token: int, before: Sequence[int]) -> str:
@@ -50,7 +51,8 @@ class NextTokenPipeline(CausalPipeline):
         sampling = (
             {name: value for name, value in settings.items() if value} if config.do_sample else {"temperature": 0}
         )
-        return {**both, "input_ids": output["input_ids"].tolist(), "sampling": sampling}
+        cut = {"truncated": output["cut"]} if output["cut"] else {}
+        return {**both, "input_ids": output["input_ids"].tolist(), "sampling": sampling, **cut}
 
 
 PIPELINE_REGISTRY.register_pipeline("llmcli-next_token", pipeline_class=NextTokenPipeline)

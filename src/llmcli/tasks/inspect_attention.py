@@ -18,4 +18,6 @@ def parameters(job: Job, pipeline: object) -> Mapping[str, Any]:
     return {name: job.parameters[name] for name in ("layer", "head")}
 
 
-TASK = Task(prepare, ("tokens", "attention", "layers", "heads"), {}, {"attention": Way(as_it_is, settings=parameters)})
+OUTPUTS = ("tokens", "attention", "layers", "heads")
+WAY = Way(as_it_is, settings=parameters)
+TASK = Task(prepare, OUTPUTS, {}, {"causal_attention": WAY, "attention": WAY})

@@ -27,7 +27,8 @@ def steps(job: Job, text: str, model: Any) -> Steps:
         }
         for token in (-chances).argsort(kind="stable")[: job.parameters["limit"]].tolist()
     ]
-    return Answer({"next": found, "sampling": output["sampling"]}, "")
+    about = {name: output[name] for name in ("sampling", "truncated") if name in output}
+    return Answer({"next": found, **about}, "")
 
 
 TASK = Task(prepare, ("next", "sampling"), {}, {"next_token": Way(steps, SAMPLING | {"max_new_tokens": 1})})
