@@ -49,7 +49,7 @@ def score(
     it and is not scored; what has no other has no perplexity, shown as -, and passes no filter.
 
     With --max-perplexity or --min-perplexity, text mode prints the texts that pass, and no numbers. Where none does,
-    the exit code is 1, as grep's. In bfloat16 a score varies by a percent or two with its batch: --dtype float32 is
+    the exit code is 1, as grep's. In bfloat16 a score varies by a few percent with its batch: --dtype float32 is
     exact.
 
     \b
