@@ -326,6 +326,19 @@ def test_a_matrix_has_its_labels_on_the_diagonal(inspect, coloured, monkeypatch)
     assert (many.split()[-2:], of) == (["16", "18"], "layer 1, head 0")
 
 
+@pytest.mark.parametrize("width", [40, 41, 60, 80])
+@pytest.mark.parametrize("token", [")", "x" * 40, "你好你好你好你好"])
+def test_numbers_are_never_cut(width, token):
+    from llmcli import pictures
+
+    tokens = [{"token": token, "logprob": -2.0, "probability": 0.1234, "sampling_probability": 4e-06}]
+    screen = pictures.Console(width=width)
+    shown = pictures.drawn(pictures.chances(tokens, "x", width), screen)
+    assert ("0.1234" in shown, "4e-06" in shown) == (True, True)
+    shown = pictures.drawn(pictures.likelihoods(tokens, width), screen)
+    assert ("0.1353" in shown, "PROBABILITY" in shown) == (True, True)
+
+
 def test_tokens_are_no_markup(inspect, coloured, tmp_path, monkeypatch):
     text = "the [/INST] [i] :smile: [bold]x"
     for no_color in ("", "1"):

@@ -98,7 +98,7 @@ def pieces(models: Mapping[str, Tokens], width: int) -> Group:
 def chances(tokens: Tokens, sampling: str, width: int) -> Group:
     """The likeliest next tokens: for the model, and as they are drawn; `sampling` says how."""
     shown = [seen(token["token"], width // 4) for token in tokens]
-    bar = max(1, (width - max(map(cell_len, shown), default=0) - 2 * 6 - 4 * 2) // 2)
+    bar = max(1, (width - max(map(cell_len, [*shown, "NEXT"])) - 2 * 6 - 4 * 2) // 2)
     table = _table("<NEXT", "<MODEL", ">", "<DRAWN", ">")
     for text, token in zip(shown, tokens, strict=True):
         chance, after = token["probability"], token["sampling_probability"]
