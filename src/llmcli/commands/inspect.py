@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmcli import completion, config, console, engines, generation, loader, registry, store
+from llmcli.engines.model import long_lived_objects
 from llmcli.errors import LlmcliError, UsageError
 from llmcli.forms import Form
 from llmcli.grammar import Command, spread
@@ -121,7 +122,9 @@ def tokens(text: Text = None, file: File = None, *, model: TokenizerOptions, out
     for name in model.models or [store.choose(registry.default_names("inspect"), placement)]:
         spec = registry.resolve(name)
         folder = store.pull(spec, offline=placement.offline, allow_pickle=placement.allow_pickle)
-        found[name] = tokens_of(loader.tokenizer(folder, placement), text)
+        with long_lived_objects():
+            tokenizer = loader.tokenizer(folder, placement)
+        found[name] = tokens_of(tokenizer, text)
 
     def draw(width: int | None, in_colours: bool) -> "RenderableType":
         from llmcli import pictures
