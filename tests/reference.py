@@ -1,6 +1,7 @@
 """docs/reference.md, from the commands themselves: `python tests/reference.py` writes it."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ What `llmcli COMMAND --help` says, of all commands. Written by `make docs`.
 """
 
 
+@cache
 def help(command: tuple[str, ...]) -> str:
     """Of `llmcli COMMAND`, at 80 columns."""
     return CliRunner().invoke(app, [*command, "--help"], prog_name="llmcli", env={"COLUMNS": "80"}).output

@@ -16,7 +16,6 @@ STORY = "The harbour clock was repaired in 1951 by an apprentice. He found a bir
 CLOCK = "docs/examples/clock.txt"
 TEXTS = {
     CLOCK: (ROOT / CLOCK).read_text(encoding="utf-8"),
-    "opening.txt": "The lighthouse had been dark for a year when",
     "openings.txt": "The sky is\nOnce upon a time\nWater boils at\n",
     "report.txt": STORY * 3,
     "manual.txt": "To undo a commit, use git revert.\n\nTo stop the pump, press the red button twice.\n",
@@ -26,7 +25,6 @@ TEXTS = {
     "sentences.txt": "The clock was repaired.\nThe sky is blue.\n",
     "corpus.txt": "The sky is blue.\nblue the sky is is\nShe opened the door and went in.\n",
     "history.txt": "ls -l\nsudo systemctl restart NetworkManager\ngit log\n",
-    "models.txt": "smollm2\ngemma3-270m\n",
     "reviews.csv": 'id,review\n1,"I loved it, all of it."\n2,Never again.\n',
     "notes/monday.txt": STORY,
     "notes/a b.txt": "The pump was stopped.\nIt was started again.\n",

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from llmcli.engines.batching import BatchSize, alike, common, neighbours
+from llmcli.engines.batching import BatchSize, alike, neighbours
 from llmcli.engines.memory import Memory, Reading
+from llmcli.prefix import common
 
 
 def test_the_oldest_row_and_those_nearest_to_it_in_length():

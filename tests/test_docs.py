@@ -143,7 +143,7 @@ def test_what_a_page_has_one_run_runs(block, with_tiny_models, copy):
 
 
 def examples():
-    """(command, line) of the examples in the help of every command."""
+    """The examples in the help of every command."""
     for command in reference.commands():
         for line in reference.help(command).partition("\nOptions:\n")[0].splitlines():
             found = re.fullmatch(r" *((?:\S+ .*\| )?llmcli .*?)(?:  +.*)?", line)

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 from llmcli import registry
 from llmcli.errors import LlmcliError
-from llmcli.tasks import prompting, translate
+from llmcli.tasks import prompting
 
 
 def _offered(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
@@ -20,7 +20,14 @@ def _offered(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
     return complete
 
 
+def _languages() -> list[str]:
+    """Common ones: those that there are example sentences in."""
+    from llmcli.tasks import translate
+
+    return sorted({tag for sentence in translate.examples() for tag in sentence})
+
+
 models = _offered(lambda: [name for name in registry.models() if "{" not in name])
-languages = _offered(lambda: sorted({tag for sentence in translate.examples() for tag in sentence}))
+languages = _offered(_languages)
 presets = _offered(prompting.presets)
 devices = _offered(lambda: ("auto", "cpu", "cuda", "mps", "xpu"))

@@ -129,13 +129,12 @@ def matrix(tokens: Sequence[str], weights: Sequence[Sequence[float]], of: str, *
 
 def fitting(tokens: Sequence[str], width: int) -> int:
     """How many of the first tokens a matrix can have that is so wide."""
-    count = 0
-    while count < len(tokens):
-        labels = max(cell_len(f" {i} {seen(tokens[i])}") for i in range(count + 1))
-        if CELL * (count + 1) + labels > width:
-            break
-        count += 1
-    return count
+    labels = 0
+    for i, token in enumerate(tokens):
+        labels = max(labels, cell_len(f" {i} {seen(token)}"))
+        if CELL * (i + 1) + labels > width:
+            return i
+    return len(tokens)
 
 
 def _harmless(text: str) -> str:

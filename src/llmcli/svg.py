@@ -62,22 +62,28 @@ def html(picture: RenderableType, title: str) -> str:
 def _line(segments: list[Segment], y: int) -> Iterator[str]:
     left, top = float(MARGIN), MARGIN + y * HEIGHT
     for text, style, _ in segments:
-        if style and style.bgcolor and not style.bgcolor.is_default:
-            yield _block(left, top, cell_len(text) * WIDTH, HEIGHT, style.bgcolor)
+        colour, paper = (_hex(each) for each in (style.color, style.bgcolor)) if style else (None, None)
+        if paper:
+            yield _block(left, top, cell_len(text) * WIDTH, HEIGHT, paper)
         for run, is_bar in _runs(text):
             wide = cell_len(run) * WIDTH
-            if style and style.color and is_bar:  # as glyphs, they would not meet
+            if colour and is_bar:  # as glyphs, they would not meet
                 part = sum(map(EIGHTHS.index, run)) / 8
-                yield _block(left, top + 3, part * WIDTH, HEIGHT - 6, style.color)
+                yield _block(left, top + 3, part * WIDTH, HEIGHT - 6, colour)
             elif run.strip():
                 place = f'x="{left:g}" y="{top + 0.75 * HEIGHT:g}" textLength="{wide:g}"'
                 yield f'<text {place} lengthAdjust="spacingAndGlyphs"{_look(style)}>{escape(run)}</text>'
             left += wide
 
 
-def _block(left: float, top: float, wide: float, high: float, colour: Color) -> str:
+def _hex(colour: Color | None) -> str | None:
+    """None for the terminal's own."""
+    return colour.get_truecolor().hex if colour and not colour.is_default else None
+
+
+def _block(left: float, top: float, wide: float, high: float, colour: str) -> str:
     place = f'x="{left:g}" y="{top:g}" width="{wide:g}" height="{high:g}"'
-    return f'<rect {place} fill="{colour.get_truecolor().hex}" shape-rendering="crispEdges"/>'
+    return f'<rect {place} fill="{colour}" shape-rendering="crispEdges"/>'
 
 
 def _runs(text: str) -> Iterator[tuple[str, bool]]:
@@ -98,7 +104,7 @@ def _look(style: Any) -> str:
     if not style:
         return ""
     looks = {
-        "fill": style.color and not style.color.is_default and style.color.get_truecolor().hex,
+        "fill": _hex(style.color),
         "font-weight": style.bold and "bold",
         "opacity": style.dim and "0.6",
     }

@@ -49,8 +49,9 @@ class PictureOptions:
     verbose: Verbose = False
 
     def __post_init__(self) -> None:
-        for path, kind in ((self.svg, "svg"), (self.html, "html")):
-            if path and path.suffix != f".{kind}":  # what is there under that name is replaced: let it be a picture
+        self.files = {kind: path for kind, path in (("svg", self.svg), ("html", self.html)) if path}
+        for kind, path in self.files.items():
+            if path.suffix != f".{kind}":  # what is there under that name is replaced: let it be a picture
                 raise UsageError(f"--{kind} {path}: a picture's name ends in .{kind}")
 
     def put(
@@ -62,15 +63,14 @@ class PictureOptions:
     ) -> None:
         """`draw(columns, in_colours)` into files or on a terminal; elsewhere `rows` of tab-separated values, or the
         `objects` as JSON Lines. Raises UsageError for a file that cannot be written."""
-        for path, kind in ((self.svg, "svg"), (self.html, "html")):
-            if path:
-                from llmcli import svg
+        for kind, path in self.files.items():
+            from llmcli import svg
 
-                save(path, getattr(svg, kind)(draw(None, True), title))
-                console.notice(f"{path} is drawn")
+            save(path, getattr(svg, kind)(draw(None, True), title))
+            console.notice(f"{path} is drawn")
         if self.json:
             print_lines(map(to_json, objects))
-        elif self.svg or self.html:
+        elif self.files:
             return
         elif is_terminal():
             from llmcli import pictures
@@ -160,11 +160,10 @@ def next_token(
     llmcli inspect next "Once upon a" --temperature 2 --limit 20
     """
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    text, asked = (
-        _given(text, file),
-        generation.greedy({name: value for name, value in given.items() if value is not None}),
-    )
-    found = _asked(_job("inspect_next", model, {"limit": limit}, asked), text)
+    asked = generation.greedy({name: value for name, value in given.items() if value is not None})
+    text = _given(text, file)
+    # What follows a text is told by its end: one that is too long loses its beginning.
+    found = _asked(_job("inspect_next", model, {"limit": limit}, generation=asked, truncate=True), text)
     tokens, how = found["next"], ", ".join(f"{name} {value:g}" for name, value in found["sampling"].items())
 
     def draw(width: int | None, in_colours: bool) -> "RenderableType":
@@ -233,15 +232,14 @@ def _given(text: str | None, file: str | None) -> str:
     return found
 
 
-def _job(task: str, model: ModelOptions, parameters: dict[str, Any], generation: dict[str, Any] | None = None) -> Job:
+def _job(task: str, model: ModelOptions, parameters: dict[str, Any], **more: Any) -> Job:
     return Job(
         task=task,
         model=model.name("inspect"),
-        generation=generation or {},
         parameters=parameters,
         placement=model.placement(),
         keep_alive=model.kept(),
-        truncate=task == "inspect_next",  # what follows a text is told by its end
+        **more,
     )
 
 

@@ -66,7 +66,7 @@ def score(
     if condition is not None and form not in (Form.JSONL, Form.CSV):
         raise UsageError("--condition names a field of the records", hint="which have fields with --jsonl or --csv")
     if tokens and is_text and (form is not Form.WHOLE or filters):
-        raise UsageError("--tokens shows whole texts", hint="--json gives the tokens of records: token_logprobs")
+        raise UsageError("--tokens shows whole texts", hint=f"--json gives the tokens of records: {TOKENS}")
 
     unscored = 0
 
@@ -77,7 +77,7 @@ def score(
         if result.failure:
             return replace(result, dropped=filters and is_text)
         if tokens:  # an empty text has none
-            result = replace(result, output={**result.output, TOKENS: result.output.get("token_logprobs", [])})
+            result = replace(result, output={**result.output, TOKENS: result.output.get(TOKENS, [])})
         perplexity = result.output["perplexity"]
         unscored += filters and perplexity is None
         passes = not filters or (

@@ -9,11 +9,12 @@ from functools import cached_property
 from typing import Any
 
 from llmcli import console
-from llmcli.engines.batching import UNIT, UNIT_ELSEWHERE, BatchSize, alike, common, neighbours
+from llmcli.engines.batching import UNIT, UNIT_ELSEWHERE, BatchSize, alike, neighbours
 from llmcli.engines.memory import Memory, reader
 from llmcli.engines.request import OnText, Request, failing, is_out_of_memory
 from llmcli.errors import LlmcliError, UsageError
 from llmcli.job import Job
+from llmcli.prefix import common
 from llmcli.tasks import Way
 
 LEAST_SHARED = 16  # tokens that all prompts begin with, for which it pays to keep their keys and values

@@ -47,10 +47,9 @@ class NextTokenPipeline(CausalPipeline):
         """Of one text."""
         both = {name: output[name][0] for name in ("probability", "sampling_probability")}
         config = generation_config or self.model.generation_config
-        settings = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
-        sampling = (
-            {name: value for name, value in settings.items() if value} if config.do_sample else {"temperature": 0}
-        )
+        sampling: dict[str, Any] = {"temperature": 0}
+        if config.do_sample:
+            sampling = {name: value for name in ("temperature", "top_k", "top_p") if (value := getattr(config, name))}
         cut = {"truncated": output["cut"]} if output["cut"] else {}
         return {**both, "input_ids": output["input_ids"].tolist(), "sampling": sampling, **cut}
 

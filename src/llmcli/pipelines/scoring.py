@@ -1,6 +1,5 @@
 """Texts -> how likely a causal language model finds them. A transformers.Pipeline."""
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from llmcli.pipelines import rows
 from llmcli.pipelines.cache import growing
 from llmcli.pipelines.head import CausalHead
 from llmcli.pipelines.spelling import size_of, spelled
+from llmcli.prefix import common
 
 LOGITS = 2**27  # numbers that a model with a cache may give at once: 0.5 GB in float32
 SLICE = 2**22  # of these that are looked at together: a processor's caches hold no more
@@ -46,7 +46,7 @@ class ScoringPipeline(CausalHead):
         text, condition = asked["text"], asked["condition"]
         ids = self.tokenizer(condition + text)["input_ids"]
         before = self.tokenizer(condition)["input_ids"] if condition else []
-        begin = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, before, strict=False)))
+        begin = len(common([ids, before]))
         if not ids:
             raise RecordError("no_tokens", "the text has no tokens")
         size = self.context or max(len(ids), 2)
@@ -56,12 +56,12 @@ class ScoringPipeline(CausalHead):
                 hint="a smaller one has them overlap, so that each token has some before it",
             )
         size_scored = len(text.encode()) - (0 if begin else size_of(self.tokenizer, ids[0]))
-        common = {"ids": rows.row(ids), "begin": begin, "size": size_scored}
+        about = {"ids": rows.row(ids), "begin": begin, "size": size_scored}
         for start, end, known in windows(len(ids), max(begin, 1), size, stride or size // 2):
             window = ids[start:end]  # what would follow its last token is not asked
             read, targets = window[:-1] or window, window[1:] or window
             scored = slice(known - start - 1, end - start - 1)
-            yield {"input_ids": rows.row(read), "targets": rows.row(targets), "scored": scored, **common}
+            yield {"input_ids": rows.row(read), "targets": rows.row(targets), "scored": scored, **about}
 
     def _forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
         batch, pad = rows.listed(inputs), self.tokenizer.pad_token_id
