@@ -209,7 +209,9 @@ def test_an_interrupted_run_leaves_the_screen_in_order_and_its_stats(tiny, lines
     assert max(map(len, frames)) <= 38
     assert re.search(r"\d+ of ~\d{4} records", frames[-1] or frames[-2])
     about = summary(lasting)
-    assert about["records"] == len((tmp_path / "out").read_text().splitlines()) > 0
+    written = len((tmp_path / "out").read_text().splitlines())
+    assert written - 1 <= about["records"] <= written  # the signal may come between a result and its count
+    assert about["records"] > 0
     assert screen.rindex(b"\x1b[?25h") < screen.rindex(b"{")  # the cursor is back
 
 
