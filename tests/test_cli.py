@@ -84,6 +84,8 @@ def test_version(llmcli):
             ["inspect", "next", "once", "upon", "a", "time"],
             "A text of several words goes into quotes; a file is named with -f.",
         ),
+        (["score", "-1 degrees"], "A text that begins with - goes behind --: llmcli score -- TEXT"),
+        (["inspect", "next", "--the end"], "A text that begins with - goes behind --: llmcli inspect next -- TEXT"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -118,6 +120,7 @@ def test_what_may_have_been_meant(llmcli, tiny, tmp_path, monkeypatch):
     assert llmcli("score", "once", "upon", "time", "-m", tiny).stderr == ""
     assert "quotes" not in llmcli("score", "好天气", "狗", "太阳", "x" * 5000, "-m", tiny, is_terminal=True).stderr
     assert "quotes" not in llmcli("models", "show", "smollm2", "x").stderr
+    assert "behind" not in llmcli("score", "--modle=a b", "x").stderr
 
 
 COMPLETIONS = [

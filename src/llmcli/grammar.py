@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, get_args, get_origin
 
@@ -17,6 +18,8 @@ import typer
 from typer.core import TyperCommand
 
 from llmcli.errors import ExitStatus
+
+DASHED = re.compile(r"--?[^\s=]*\s|-\d")  # rather a text than an option
 
 
 class Command(TyperCommand):
@@ -27,7 +30,14 @@ class Command(TyperCommand):
         has_text = any(getattr(param, "metavar", None) in ("TEXT", "QUESTION") for param in self.get_params(ctx))
         quotes = "\nA text of several words goes into quotes; a file is named with -f." if has_text else ""
         ctx.fail = lambda message: fail(f"{message}{quotes if 'extra argument' in message else ''}")
-        rest: list[str] = super().parse_args(ctx, args)
+        texts = [word for word in args if has_text and DASHED.match(word)]
+        try:
+            rest: list[str] = super().parse_args(ctx, args)
+        except Exception as problem:
+            unknown: Any = problem  # option: a class that typer keeps to itself
+            if any(text.startswith(getattr(unknown, "option_name", "\n")) for text in texts):
+                unknown.message += f"\nA text that begins with - goes behind --: {ctx.command_path} -- TEXT"
+            raise
         return rest
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
