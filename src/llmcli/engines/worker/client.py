@@ -146,13 +146,14 @@ def reach(what: str, seconds: float | None) -> Wire:
         if seconds is None:
             raise
     process, deadline = _started(seconds), time.monotonic() + START
-    while True:
-        try:
-            return greet(what, replace=True)
-        except NoWorkerError as problem:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise NoWorkerError(_last_words() or problem.message) from problem
-            time.sleep(POLL)
+    with console.working("starting a worker"):
+        while True:
+            try:
+                return greet(what, replace=True)
+            except NoWorkerError as problem:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise NoWorkerError(_last_words() or problem.message) from problem
+                time.sleep(POLL)
 
 
 def greet(what: str, *, replace: bool = False) -> Wire:
