@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all it starts, would ignore it
 # The cache that the suite shares with the user for the default model; tests of the cache itself make their own.
 REAL_CACHE = os.environ.get("LLMCLI_CACHE")
 WORDS = (
