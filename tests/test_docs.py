@@ -119,6 +119,22 @@ def copy(tmp_path):
     return lambda folder: shutil.copytree(folder, tmp_path / "here")
 
 
+@pytest.mark.parametrize(
+    ("shown", "printed", "is_so"),
+    [
+        (["327325.0 for -12.6987"], ["327337.0 for -12.6988"], True),  # as far as float32 goes
+        (["0.0430"], ["0.0433"], False),
+        (["1.5 and 2.5"], ["1.5 and 2.8"], False),
+        (["1938"], ["1939"], False),
+        (["Paris 0.5"], ["London 0.5"], False),
+        (["a", "...", "d"], ["a", "b", "c", "d"], True),
+        (["a"], ["a", "b"], False),
+    ],
+)
+def test_when_a_page_tells_the_truth(shown, printed, is_so):
+    assert pages.agrees(shown, printed) is is_so
+
+
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [block for block in SHOWN if block.console], ids=str)

@@ -173,12 +173,12 @@ def test_one_that_says_hello_and_no_more(at, call):
     wait_until(lambda: jobs() == 0)
 
 
-def test_one_that_stops_reading(place, call, chatty):
+def test_one_that_stops_reading(place, call, chatty, tmp_path):
     """It holds up nobody but itself."""
     call()
-    long = start("generate", "-m", chatty, "--lines", "--max-new-tokens", 100, "--temperature", 0)
-    long.stdin.write(b"the quick brown fox and the lazy dog\n" * 3000)
-    long.stdin.close()
+    lines = tmp_path / "in"
+    lines.write_bytes(b"the quick brown fox and the lazy dog\n" * 3000)
+    long = start("generate", "-m", chatty, "--lines", "-f", lines, "--max-new-tokens", 100, "--temperature", 0)
     wait_until(lambda: jobs() == 1)
     os.kill(long.pid, signal.SIGSTOP)
     for _ in range(3):
