@@ -125,11 +125,12 @@ def agrees(shown: list[str], printed: list[str]) -> bool:
 
 def _is_same(shown: str, printed: str) -> bool:
     """Letter by letter; but the last digits of what was computed in float32 differ from run to run."""
-    pairs = zip(FRACTION.findall(shown), FRACTION.findall(printed), strict=False)
-    near = (
-        math.isclose(float(a), float(b), rel_tol=2e-4, abs_tol=1.01 * 0.1 ** len(a.partition(".")[2])) for a, b in pairs
+    if FRACTION.split(shown) != FRACTION.split(printed):
+        return False
+    return all(
+        math.isclose(float(a), float(b), rel_tol=2e-4, abs_tol=1.01 * 0.1 ** len(a.partition(".")[2]))
+        for a, b in zip(FRACTION.findall(shown), FRACTION.findall(printed), strict=True)
     )
-    return FRACTION.sub("#", shown) == FRACTION.sub("#", printed) and all(near)
 
 
 def write(path: Path, folder: Path, environment: dict[str, str]) -> None:
