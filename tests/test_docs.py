@@ -86,7 +86,7 @@ def skip_without_tools(block):
 def with_real_models(smollm2):
     with tempfile.TemporaryDirectory(prefix="llmcli") as scratch, sandbox.real(Path(scratch)) as (folder, environment):
         for name in ("gemma3-270m", "minilm"):
-            subprocess.run(["llmcli", "models", "pull", name], env=environment, check=True, capture_output=True)
+            subprocess.run(["llmcli", "models", "pull", name], env=environment, check=True)
         yield folder, environment
 
 

