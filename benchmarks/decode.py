@@ -31,9 +31,10 @@ LOAD = """
 import json, sys, time
 from pathlib import Path
 import psutil, torch, transformers
-from llmcli import loader, pipelines
+from llmcli import pipelines
+from llmcli.models import loading
 from llmcli.job import Placement
-loader.quiet_libraries()
+loading.quiet_libraries()
 pipelines.implementation("causal")
 start = time.perf_counter()
 model = pipelines.load("causal", Path(sys.argv[1]), Placement(dtype=sys.argv[2], quantize=sys.argv[3])).model
@@ -48,12 +49,12 @@ def models(folder: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from llmcli import pipelines
-    from llmcli.job import Placement
+    from llmcli.job import LoadOptions
 
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     plain.generation_config.max_length = None
     ours = {
-        name: pipelines.load("causal", folder, Placement(dtype="bfloat16", quantize=scheme))
+        name: pipelines.load("causal", folder, LoadOptions(dtype="bfloat16", quantize=scheme))
         for name, scheme in (("packed", "none"), ("int8", "int8"), ("int4", "int4"))
     }
     return {"plain": plain, **ours}
@@ -70,7 +71,7 @@ def plain(model: Any, ids: Any) -> Callable[[], None]:
 
 def ours(pipeline: Any) -> Callable[[], None]:
     """What the engine does for one record."""
-    from llmcli import generation
+    from llmcli.models import generation
 
     config = generation.merge(
         pipeline.model.generation_config,

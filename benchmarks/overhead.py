@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from llmcli import loader
+from llmcli.models import loading
 from llmcli.cli import main
 
 is_free, folder, args = sys.argv[1] == "free", sys.argv[2], sys.argv[3:]
@@ -50,7 +50,7 @@ def load(*_):
     return Model(config).eval(), Tokenizer() if is_free else AutoTokenizer.from_pretrained(folder)
 
 
-loader.load = load
+loading.load = load
 status = main(args)
 with open("/proc/self/status") as about:
     print(next(line for line in about if line.startswith("VmHWM")).split()[1], file=sys.stderr)

@@ -10,14 +10,14 @@ from measure import smollm2
 from torch.profiler import ProfilerActivity, profile
 
 from llmcli import pipelines
-from llmcli.job import Placement
+from llmcli.job import LoadOptions
 
 MOST = 12  # operations shown
 
 
 def main() -> None:
     scheme = sys.argv[1] if len(sys.argv) > 1 else "none"
-    pipeline = pipelines.load("causal", Path(smollm2()), Placement(dtype="bfloat16", quantize=scheme))
+    pipeline = pipelines.load("causal", Path(smollm2()), LoadOptions(dtype="bfloat16", quantize=scheme))
     decode.TOKENS = 100
     run = decode.ours(pipeline)
     run()

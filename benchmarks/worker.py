@@ -17,7 +17,7 @@ from startup import BARE_TYPER
 
 from llmcli import engines
 from llmcli.engines.worker import client
-from llmcli.job import Job, Placement, Record
+from llmcli.job import Job, LoadOptions, Record
 
 CALL = [LLMCLI, "generate", "Once upon a time", "--temperature", "0", "--dtype", "bfloat16", "--max-new-tokens"]
 RUNS, WARM_LOOP, COLD_LOOP, CLIENTS, JOBS = 5, 100, 4, 8, 1000
@@ -59,7 +59,7 @@ def growth() -> float:
     repeats, after = [7, 40, 3, 90, 15], {}
     for done in range(1, JOBS + 1):
         generation = {"max_new_tokens": 4, "do_sample": False}
-        job = Job("generate", "smollm2", generation, placement=Placement(dtype="bfloat16"))
+        job = Job("generate", "smollm2", generation, load_options=LoadOptions(dtype="bfloat16"))
         text = f"{done} " + "the harbour in winter " * repeats[done % len(repeats)]
         (result,) = engines.of(job).run(job, [Record({"text": text})])
         assert not result.failure, result.failure

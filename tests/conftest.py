@@ -55,7 +55,8 @@ class Ran:
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A configuration, a cache and a hub cache of the test's own; and no settings from outside."""
-    from llmcli import config, console, registry
+    from llmcli import config, console
+    from llmcli.models import registry
     from llmcli.tasks import prompting, translate
 
     for name in [name for name in os.environ if name.startswith(("LLMCLI_", "HF_"))]:

@@ -41,7 +41,7 @@ class Hub:
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
-    failing: dict[str, int] = field(default_factory=dict)  # part of a path -> the status it is answered with
+    capture_errors: dict[str, int] = field(default_factory=dict)  # part of a path -> the status it is answered with
     seconds: dict[str, float] = field(default_factory=dict)  # file name -> how long its download takes
     breaking: list[str] = field(default_factory=list)  # files whose next download breaks off in the middle
     silent: bool = False  # takes a request and never answers
@@ -110,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None: ...
 
     def _route(self, path: str) -> None:
-        for part, status in self.hub.failing.items():
+        for part, status in self.hub.capture_errors.items():
             if part in path:
                 return self._refuse(status, "", "something is wrong")
         token = self.headers["Authorization"]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llmcli.engines.batching import BatchSize, alike, neighbours
-from llmcli.engines.memory import Memory, Reading
+from llmcli.engines.memory import MemoryEstimator, MemoryUsage
 from llmcli.prefix import common
 
 
@@ -73,14 +73,14 @@ def test_equal_records_of_a_greedy_job_run_once(llmcli, tiny, monkeypatch):
 
 
 def test_a_batch_for_which_memory_does_not_suffice_is_not_tried():
-    now = Reading(taken=1000, peak=1000, free=10_000)
-    memory = Memory(lambda: now)
+    now = MemoryUsage(taken=1000, peak=1000, free=10_000)
+    memory = MemoryEstimator(lambda: now)
     assert memory.fits(10**9)  # nothing is known yet
-    now = Reading(taken=1500, peak=3000, free=9500)
+    now = MemoryUsage(taken=1500, peak=3000, free=9500)
     memory.learn(100)  # 20 bytes a token
     assert memory.fits(400)
     assert not memory.fits(401)
-    now = Reading(taken=1500, peak=9000, free=1000)
+    now = MemoryUsage(taken=1500, peak=9000, free=1000)
     memory.learn(500)  # 16 a token, which is less
     assert memory.fits(60)
     assert not memory.fits(61)
@@ -97,7 +97,7 @@ def test_batches_are_as_great_as_memory_allows(llmcli, tiny, monkeypatch, size):
         return whole(self, rows, **settings)
 
     monkeypatch.setattr(CausalPipeline, "_forward", forward)
-    monkeypatch.setattr(Memory, "fits", lambda self, tokens: tokens <= size * (2 + 4))
+    monkeypatch.setattr(MemoryEstimator, "fits", lambda self, tokens: tokens <= size * (2 + 4))
     texts = "the fox\n" * 75
     ran = llmcli("generate", "-m", tiny, "--lines", "--max-new-tokens", 4, "-o", "do_sample=true", stdin=texts.encode())
     assert ran.exit_status == 0

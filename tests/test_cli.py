@@ -150,7 +150,8 @@ def test_a_shell_completes_and_imports_nothing_heavy(typed, offered):
 
 
 def test_a_broken_file_of_ones_own_offers_nothing(tmp_path, monkeypatch):
-    from llmcli import completion, registry
+    from llmcli.models import registry
+    from llmcli.options import completion
 
     (tmp_path / "models.toml").write_text("[x\n")
     monkeypatch.setenv("LLMCLI_CONFIG", str(tmp_path / "config.toml"))

@@ -55,7 +55,7 @@ def test_the_page_gives_two_commands(copied, chatty, tmp_path):
 
 
 def test_an_entry_of_ones_own_is_a_model(llmcli, tmp_path, monkeypatch):
-    from llmcli import registry
+    from llmcli.models import registry
 
     config = tmp_path / "own" / "config.toml"
     config.parent.mkdir()

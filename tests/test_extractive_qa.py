@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from llmcli import pipelines
-from llmcli.errors import ModelUnavailable, RecordError, UsageError
-from llmcli.job import Placement
+from llmcli.errors import ModelUnavailableError, RecordError, UsageError
+from llmcli.job import LoadOptions
 
 GOLDEN = Path(__file__).parent / "golden"  # models with random weights, and what transformers 4.57.6 made of them
 GOLD = json.loads((GOLDEN / "gold.json").read_text(encoding="utf-8"))
@@ -23,12 +23,12 @@ CHINESE = "三位石匠和一位画家修复了圆顶，近两百位邻居给他
 
 @pytest.fixture(scope="module", params=GROUPS)
 def qa(request):
-    return pipelines.load("extractive_qa", GOLDEN / request.param, Placement(device="cpu", dtype="float32"))
+    return pipelines.load("extractive_qa", GOLDEN / request.param, LoadOptions(device="cpu", dtype="float32"))
 
 
 @pytest.fixture(scope="module")
 def bert():
-    return pipelines.load("extractive_qa", GOLDEN / "bert-qa", Placement(device="cpu", dtype="float32"))
+    return pipelines.load("extractive_qa", GOLDEN / "bert-qa", LoadOptions(device="cpu", dtype="float32"))
 
 
 def asked(context, question="Who restored it?"):
@@ -242,18 +242,18 @@ def test_unknown_settings(bert):
 
 
 def test_bfloat16_answers_too():
-    qa = pipelines.load("extractive_qa", GOLDEN / "bert-qa", Placement(device="cpu", dtype="bfloat16"))
+    qa = pipelines.load("extractive_qa", GOLDEN / "bert-qa", LoadOptions(device="cpu", dtype="bfloat16"))
     assert qa(asked(CHINESE))["answer"] in CHINESE
 
 
 def test_a_tokenizer_without_offsets(bert):
     slow = AutoTokenizer.from_pretrained(GOLDEN / "marian")
-    with pytest.raises(ModelUnavailable, match="where in a text its tokens stand"):
+    with pytest.raises(ModelUnavailableError, match="where in a text its tokens stand"):
         type(bert)(model=bert.model, tokenizer=slow)
 
 
 def test_a_model_without_the_head(encoder):
-    (reason,) = pipelines.judge(encoder, Placement(), ["extractive_qa"]).values()
+    (reason,) = pipelines.check_compatibility(encoder, LoadOptions(), ["extractive_qa"]).values()
     assert reason == "bert models of this kind have no question-answering head"
     for name in GROUPS:
-        assert pipelines.judge(GOLDEN / name, Placement(), ["extractive_qa"]) == {"extractive_qa": None}
+        assert pipelines.check_compatibility(GOLDEN / name, LoadOptions(), ["extractive_qa"]) == {"extractive_qa": None}

@@ -273,7 +273,7 @@ def test_the_library_is_checked_before_the_model_is_sought(llmcli):
 
 
 def test_a_terminal_sees_the_text_in_pieces(llmcli, tiny, monkeypatch):
-    from llmcli.output import Output
+    from llmcli.io.output import Output
 
     pieces = []
     piece = Output.piece
@@ -315,10 +315,10 @@ def test_a_csv_whose_first_row_is_bad_has_all_its_columns(generate, first):
 
 
 def test_null_ends_a_record_and_nothing_else(tmp_path):
+    from llmcli.io.output import Output, OutputFormat
     from llmcli.job import Record, Result
-    from llmcli.output import Format, Output
 
-    with Output(Format.NULL, path=tmp_path / "out", model="m") as output:
+    with Output(OutputFormat.NULL, path=tmp_path / "out", model="m") as output:
         output.write(Result(Record({}), text="what a model\0says"))
     assert (tmp_path / "out").read_bytes() == b"what a model says\0"
 

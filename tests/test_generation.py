@@ -3,9 +3,9 @@
 import pytest
 from transformers import GenerationConfig
 
-from llmcli import generation
 from llmcli.config import size_in_bytes
 from llmcli.errors import UsageError
+from llmcli.models import generation
 from llmcli.options import key_value
 from llmcli.tasks.generated import SAMPLING
 

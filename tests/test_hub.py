@@ -213,7 +213,7 @@ def test_gated_needs_terms_accepted(hub: Hub, run: Run) -> None:
 
 def test_files_that_the_token_may_not_read(hub: Hub, run: Run) -> None:
     hub.add("org/name", MODEL)
-    hub.failing["/resolve/"] = 403
+    hub.capture_errors["/resolve/"] = 403
     refused(
         run("models", "pull", "-q", "org/name", HF_TOKEN=hub.token),
         "refuses access to org/name: something is wrong\n.*HF_TOKEN",
@@ -229,7 +229,7 @@ def test_unknown_revision(hub: Hub, run: Run) -> None:
 @pytest.mark.parametrize(("part", "status"), [("/api/models/org/name", 500), ("/resolve/", 501), ("/tree/", 501)])
 def test_broken_hub(hub: Hub, run: Run, part: str, status: int) -> None:
     hub.add("org/name", MODEL)
-    hub.failing[part] = status
+    hub.capture_errors[part] = status
     refused(run("models", "pull", "-q", "org/name"), "org/name.*\n.*again later")
     refused(run("models", "path", "org/name"), "not cached")
 
@@ -315,7 +315,7 @@ def test_failed_pull_of_a_newer_revision_keeps_the_older(hub: Hub, run: Run) -> 
     hub.add("org/name", MODEL)
     folder = pulled(run("models", "pull", "org/name"))
     hub.add("org/name", {name: data + b" " for name, data in MODEL.items()})
-    hub.failing["/model.safetensors"] = 403
+    hub.capture_errors["/model.safetensors"] = 403
     refused(run("models", "pull", "-q", "org/name"), "org/name")
     assert pulled(run("models", "path", "org/name")) == folder
     assert contents(folder) == MODEL

@@ -329,13 +329,13 @@ def test_a_matrix_has_its_labels_on_the_diagonal(inspect, coloured, monkeypatch)
 @pytest.mark.parametrize("width", [40, 41, 60, 80])
 @pytest.mark.parametrize("token", [")", "x" * 40, "你好你好你好你好"])
 def test_numbers_are_never_cut(width, token):
-    from llmcli import pictures
+    from llmcli.draw import figures
 
     tokens = [{"token": token, "logprob": -2.0, "probability": 0.1234, "sampling_probability": 4e-06}]
-    screen = pictures.Console(width=width)
-    shown = pictures.drawn(pictures.chances(tokens, "x", width), screen)
+    screen = figures.Console(width=width)
+    shown = figures.drawn(figures.chances(tokens, "x", width), screen)
     assert ("0.1234" in shown, "4e-06" in shown) == (True, True)
-    shown = pictures.drawn(pictures.likelihoods(tokens, width), screen)
+    shown = figures.drawn(figures.likelihoods(tokens, width), screen)
     assert ("0.1353" in shown, "PROBABILITY" in shown) == (True, True)
 
 
@@ -349,12 +349,12 @@ def test_tokens_are_no_markup(inspect, coloured, tmp_path, monkeypatch):
             )
             assert "[" in shown
             assert "/" in shown
-    from llmcli import pictures
+    from llmcli.draw import figures
 
     tokens = [{"token": "[/INST]", "logprob": -1.0, "probability": 0.5, "sampling_probability": 0.5}]
-    screen = pictures.screen()
-    for picture in (pictures.likelihoods(tokens, 80), pictures.chances(tokens, "x", 80)):
-        assert "[/INST]" in pictures.drawn(picture, screen)
+    screen = figures.screen()
+    for picture in (figures.likelihoods(tokens, 80), figures.chances(tokens, "x", 80)):
+        assert "[/INST]" in figures.drawn(picture, screen)
 
 
 def test_files_that_need_nothing_beside_them(inspect, tmp_path):
@@ -378,9 +378,9 @@ def test_wide_characters_fill_two_columns(inspect, tmp_path):
     texts = re.findall(r'<text x="([\d.]+)".*textLength="([\d.]+)".*>(.*)</text>', (tmp_path / "a.svg").read_text())
     widths = {text: float(width) / 8.4 for _, width, text in texts}
     assert widths["\\xe4"] == pytest.approx(4)
-    import llmcli.svg
+    import llmcli.draw.svg
 
-    wide = re.findall(r'x="([\d.]+)".*textLength="([\d.]+)".*>(.*)</text>', llmcli.svg.svg("ab你好c", "x"))
+    wide = re.findall(r'x="([\d.]+)".*textLength="([\d.]+)".*>(.*)</text>', llmcli.draw.svg.svg("ab你好c", "x"))
     assert [(float(width) / 8.4, text) for _, width, text in wide] == [(2, "ab"), (4, "你好"), (1, "c")]
     assert [(float(x) - 14) / 8.4 for x, _, _ in wide] == pytest.approx([0, 2, 6])
 
@@ -414,13 +414,13 @@ def test_a_model_of_another_kind(llmcli, encoder):
 
 def test_attention_leaves_the_model_as_it_was(llmcli, encoder):
     from llmcli import pipelines
-    from llmcli.job import Placement
+    from llmcli.job import LoadOptions
 
-    pipeline = pipelines.load("attention", encoder, Placement(dtype="float32"))
+    pipeline = pipelines.load("attention", encoder, LoadOptions(dtype="float32"))
     usual = pipeline.model.config._attn_implementation
     pipeline(TEXT)
     assert pipeline.model.config._attn_implementation == usual != "eager"
-    embedding = pipelines.seen_as("embedding", pipeline)
+    embedding = pipelines.wrap_as("embedding", pipeline)
     assert embedding.model is pipeline.model
     assert len(embedding(TEXT)["embedding"]) == 32
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from llmcli.errors import RecordError, UsageError
-from llmcli.languages import codes, detect, guess, match, name, nearest, parse, sentences
+from llmcli.text.languages import codes, detect, guess, match, name, nearest, parse, sentences
 
 NLLB = ["ar", "ca", "da", "de", "en", "es", "fr", "ko", "nb", "nn", "pt", "sr", "sv", "zh-Hans", "zh-Hant"]
 
@@ -252,8 +252,7 @@ def test_nothing_of_a_text_is_lost_between_its_sentences(tag):
 
 
 def test_importing_it_imports_nothing_heavy():
-    script = (
-        "import sys, llmcli.languages; print({'langcodes', 'language_data', 'numpy', 'sentencex'} & {*sys.modules})"
-    )
+    heavy = "{'langcodes', 'language_data', 'numpy', 'sentencex'}"
+    script = f"import sys, llmcli.text.languages; print({heavy} & {{*sys.modules}})"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert ran.stdout == "set()\n"

@@ -4,8 +4,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from llmcli.pipelines import implementation
-from llmcli.pipelines.answers import Deltas
-from llmcli.stops import first_stop, stop_prefix
+from llmcli.pipelines.answers import DeltaStreamer
+from llmcli.text.stops import first_stop, stop_prefix
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def stream(pieces: list[str], stops: list[str]) -> list[str]:
     import torch
 
     sent: list[str] = []
-    deltas = Deltas(lambda ids: "".join(pieces[i] for i in ids), stops, sent.append)
+    deltas = DeltaStreamer(lambda ids: "".join(pieces[i] for i in ids), stops, sent.append)
     deltas.put(torch.tensor([[0, 1]]))  # the prompt
     for token in range(len(pieces)):
         deltas.put(torch.tensor([token]))

@@ -12,9 +12,10 @@ import termios
 
 import pytest
 
-from llmcli import console, tally
+from llmcli import console
+from llmcli.io import progress as progress_module
+from llmcli.io.progress import Progress, Tally
 from llmcli.job import Failure, Record, Result
-from llmcli.tally import Progress, Tally
 
 GREEDY = ("--temperature", 0, "--batch-size", 1, "--max-new-tokens", 8)
 LONG_NAME = "a field with a name that is longer than many a terminal is wide, which is no reason to break it"
@@ -116,7 +117,7 @@ def test_rich_is_not_imported_where_nobody_is_watching(tiny, lines):
 
 def test_the_rate_knows_nothing_of_loading_and_of_an_earlier_run(monkeypatch):
     now = 0.0
-    monkeypatch.setattr(tally.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(progress_module.time, "perf_counter", lambda: now)
     progress = Progress(Tally(records=100, failed=2))
     records = [Record({}, share=i / 1000) for i in range(1, 201)]
     result = Result(records[0], {"usage": {"prompt_tokens": 5, "completion_tokens": 8}})

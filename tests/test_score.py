@@ -273,19 +273,19 @@ def test_a_filtered_run_resumes(score, scored, tmp_path):
 
 
 def test_a_heat_map_shows_whole_characters():
-    from llmcli import pictures
+    from llmcli.draw import figures
 
     tokens = [("a", None), (" \\xf0\\x9f", -7.0), ("\\xa6", -1.0), ("\\x8a", -0.1), ("é\n", -0.01), ("\\xe4", -9.0)]
-    text = pictures.heat([{"token": token, "logprob": logprob} for token, logprob in tokens])
+    text = figures.heat([{"token": token, "logprob": logprob} for token, logprob in tokens])
     assert text.plain == "a 🦊é\n\N{REPLACEMENT CHARACTER}"
-    assert pictures.heat([{"token": "a\x1b[31m\n", "logprob": None}]).plain == "a\\x1b[31m\n"
-    broken = pictures.heat([{"token": "\\xe9", "logprob": None}, {"token": " b", "logprob": -9.0}])
+    assert figures.heat([{"token": "a\x1b[31m\n", "logprob": None}]).plain == "a\\x1b[31m\n"
+    broken = figures.heat([{"token": "\\xe9", "logprob": None}, {"token": " b", "logprob": -9.0}])
     assert (broken.plain, len(broken.spans)) == ("\N{REPLACEMENT CHARACTER} b", 1)
     assert "".join(text.plain[span.start : span.end] for span in text.spans) == " 🦊"
     assert {span.style.bgcolor.triplet for span in text.spans} == {(204, 76, 2)}
-    table = pictures.likelihoods([{"token": "x" * 80, "logprob": -0.1}], 40)
-    shown = pictures.drawn(table, pictures.Console(width=40)).splitlines()
-    assert all(pictures.cell_len(line) <= 40 for line in shown)
+    table = figures.likelihoods([{"token": "x" * 80, "logprob": -0.1}], 40)
+    shown = figures.drawn(table, figures.Console(width=40)).splitlines()
+    assert all(figures.cell_len(line) <= 40 for line in shown)
 
 
 def test_a_heat_map_on_a_terminal(score, monkeypatch):

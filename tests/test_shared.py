@@ -105,7 +105,7 @@ def test_what_goes_wrong_in_another_process_is_said_once(command, lines, tmp_pat
         "from llmcli import cli, loader\n"
         "from llmcli.errors import ModelUnavailable\n"
         "def load(*_): raise ModelUnavailable('the disk is gone', hint='find it')\n"
-        "if os.environ['RANK'] == '1': loader.load = load\n"
+        "if os.environ['RANK'] == '1': loading.load = load\n"
         "sys.exit(cli.main())\n"
     )
     program = tmp_path / "program.py"

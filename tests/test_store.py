@@ -21,7 +21,7 @@ import psutil
 import pytest
 from weights import make_gguf, make_wheel, publish, register
 
-from llmcli.store import wheel
+from llmcli.models.store import wheel
 
 CLOSED_PORT = "http://127.0.0.1:9/simple"
 PROMPT = "the quick brown"

@@ -65,7 +65,7 @@ def test_condensed_texts_have_a_sentence_of_each_part(encoder, chatty, home, mon
     from llmcli import config
     from llmcli.engines.local import LocalEngine
     from llmcli.job import Job
-    from llmcli.tasks import Answer, Task, Way
+    from llmcli.tasks import Strategy, Task, TaskResult
     from llmcli.tasks.condense import condensed
 
     (home / "config" / "llmcli").mkdir(parents=True)
@@ -75,11 +75,11 @@ def test_condensed_texts_have_a_sentence_of_each_part(encoder, chatty, home, mon
 
     def steps(job, prepared, model):
         text = yield from condensed(job, parts, lambda text: len(text.split()), 40)
-        return Answer({}, text)
+        return TaskResult({}, text)
 
     from llmcli import tasks
 
-    task = Task(lambda job, fields: fields, (), {}, {"causal": Way(steps)})
+    task = Task(lambda job, fields: fields, (), {}, {"causal": Strategy(steps)})
     monkeypatch.setattr(tasks, "find", lambda name, find=tasks.find: task if name == "test" else find(name))
     from llmcli.job import Record
 

@@ -15,10 +15,10 @@ from processes import check_line_by_line, is_running, start, wait_until
 from workers import LONG, end, jobs, settle
 
 from llmcli import engines
-from llmcli.engines.worker import client, wire
-from llmcli.engines.worker.turns import Baton, Turns
-from llmcli.engines.worker.warm import Borrowed, WarmModels
-from llmcli.errors import ModelUnavailable, TooBig
+from llmcli.engines.worker import client, protocol
+from llmcli.engines.worker.device_lock import DeviceLock, FairLock
+from llmcli.engines.worker.model_cache import LRUModelCache, ModelLease
+from llmcli.errors import ModelTooLargeError, ModelUnavailableError
 from llmcli.job import Job, Record
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,7 @@ def warm(desk, monkeypatch):
     """Calls go to a worker that stays from test to test."""
     settle(desk, monkeypatch)
     monkeypatch.setenv("LLMCLI_KEEP_ALIVE", "10m")
-    with suppress(client.NoWorkerError):
+    with suppress(client.WorkerUnavailableError):
         wait_until(lambda: jobs() == 0)  # of the test before
 
 
@@ -272,26 +272,26 @@ def test_one_of_another_environment_is_not_used_and_makes_place_for_one_that_is_
 
 @pytest.mark.parametrize("what", ["models.toml", "config.toml"])
 def test_a_changed_configuration_is_another_environment(place, what):
-    before = wire.environment()
+    before = protocol.environment()
     (place / "config" / "llmcli").mkdir(parents=True)
     (place / "config" / "llmcli" / what).write_text("")
-    assert wire.environment() != before
+    assert protocol.environment() != before
 
 
 def test_the_least_recently_used_gives_way_where_memory_is_short():
-    models, loads, room = WarmModels(100), [], 2
+    models, loads, room = LRUModelCache(100), [], 2
 
     def load(name):
         def now():
             if len(models) == room:
-                raise TooBig("the model needs more")
+                raise ModelTooLargeError("the model needs more")
             loads.append(name)
             return name
 
         return now
 
     def use(name):
-        borrowed = Borrowed(models)
+        borrowed = ModelLease(models)
         borrowed.get(name, name, load(name))
         return borrowed
 
@@ -299,7 +299,7 @@ def test_the_least_recently_used_gives_way_where_memory_is_short():
         use(name).give_back(None)
     assert loads == ["a", "b", "c"]  # b gave way to c
     held = [use("a"), use("c")]
-    with pytest.raises(ModelUnavailable):
+    with pytest.raises(ModelUnavailableError):
         use("d")
     held[1].give_back(None)
     use("d")
@@ -307,8 +307,8 @@ def test_the_least_recently_used_gives_way_where_memory_is_short():
 
 
 def test_turns_nest_and_who_waits_longest_is_next():
-    baton = Baton()
-    mine, other = Turns(baton), Turns(baton)
+    baton = FairLock()
+    mine, other = DeviceLock(baton), DeviceLock(baton)
     order = []
     with mine:
         with mine:

@@ -16,9 +16,9 @@ import pytest
 from processes import start, wait_until
 from workers import LONG, jobs
 
-from llmcli.engines.worker import client, wire
+from llmcli.engines.worker import client, protocol
+from llmcli.engines.worker.protocol import ConnectionClosedError
 from llmcli.engines.worker.server import LARGEST_HELLO
-from llmcli.engines.worker.wire import GoneError
 from llmcli.errors import LlmcliError
 
 pytestmark = pytest.mark.slow
@@ -167,7 +167,7 @@ def test_a_thousand_that_say_nothing(at, call):
 def test_one_that_says_hello_and_no_more(at, call):
     call()
     mine = connected(at)
-    mine.sendall(json.dumps({"do": "run", "environment": wire.environment()}).encode() + b"\n")
+    mine.sendall(json.dumps({"do": "run", "environment": protocol.environment()}).encode() + b"\n")
     assert json.loads(mine.recv(1000)) == {"worker": client.status()["process"]}
     assert jobs() == 1
     wait_until(lambda: jobs() == 0)
@@ -242,7 +242,7 @@ def test_a_job_that_is_none(place, call, job):
     call()
     reached = client.greet("run")
     reached.send(**job)
-    with suppress(GoneError):  # it may have hung up already
+    with suppress(ConnectionClosedError):  # it may have hung up already
         reached.send(record=[{"text": "dog"}, None])
         reached.send(end=True)
     assert "error" in reached.receive()
@@ -268,14 +268,14 @@ def test_a_message_beyond_the_limit(at, call, chatty):
     reached = client.greet("run")
     reached.send(job={"task": "generate", "model": str(chatty), "placement": {}})
     with pytest.raises((BrokenPipeError, ConnectionResetError)):
-        reached.socket.sendall(b"x" * (2 * wire.LARGEST))
+        reached.socket.sendall(b"x" * (2 * protocol.LARGEST))
     wait_until(lambda: jobs() == 0)
     assert call().returncode == 0
 
 
 def test_a_record_beyond_the_limit_fails_and_the_others_go_on(place, process, chatty, monkeypatch):
     process("generate", "dog", "-m", chatty, "--max-new-tokens", 2, "--keep-alive", "10m")
-    lines = [json.dumps({"text": text}) for text in ("dog", "x" * wire.LARGEST, "fox")]
+    lines = [json.dumps({"text": text}) for text in ("dog", "x" * protocol.LARGEST, "fox")]
     args = ["generate", "--jsonl", "-m", chatty, "--max-new-tokens", 2]
     ran = process(*args, input="\n".join(lines).encode())
     assert ran.returncode == 3

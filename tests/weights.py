@@ -7,7 +7,8 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llmcli import config, registry
+from llmcli import config
+from llmcli.models import registry
 
 NAMES = {  # transformers' names -> llama.cpp's
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",

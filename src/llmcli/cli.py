@@ -11,8 +11,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from llmcli import __version__, commands, console
-from llmcli.errors import ExitStatus, LlmcliError, ReaderGone, Terminated
-from llmcli.grammar import Command
+from llmcli.errors import ExitStatus, LlmcliError, OutputClosedError, TerminatedError
+from llmcli.options.expand import Command
 
 app = typer.Typer(
     name="llmcli",
@@ -53,8 +53,8 @@ def run() -> NoReturn:
             sys.stdout.flush()
     except BrokenPipeError:
         pass
-    except OSError as problem:
-        console.error(f"stdout: {problem.strerror}")
+    except OSError as exc:
+        console.error(f"stdout: {exc.strerror}")
         status = ExitStatus.FAILED
     os._exit(status)
 
@@ -67,24 +67,24 @@ def main(args: list[str] | None = None) -> int:
         app(args, prog_name="llmcli")
     except SystemExit as exit:
         return exit.code if isinstance(exit.code, int) else ExitStatus.OK
-    except ReaderGone as gone:
+    except OutputClosedError as gone:
         return gone.status
-    except LlmcliError as problem:
-        console.error(problem.message, problem.hint, problem)
-        return problem.status
+    except LlmcliError as exc:
+        console.error(exc.message, exc.hint, exc)
+        return exc.status
     except KeyboardInterrupt:
         return ExitStatus.INTERRUPTED
-    except Terminated:
+    except TerminatedError:
         return ExitStatus.TERMINATED
-    except OSError as problem:
-        console.error(f"{problem.filename or 'stdout'}: {problem.strerror or problem}", None, problem)
+    except OSError as exc:
+        console.error(f"{exc.filename or 'stdout'}: {exc.strerror or exc}", None, exc)
         return ExitStatus.FAILED
-    except Exception as problem:
+    except Exception as exc:
         hint = None if console.verbose else "this is a bug in llmcli: run it again with -v, and please report it"
-        console.error(f"unexpected {type(problem).__name__}: {problem}", hint, problem)
+        console.error(f"unexpected {type(exc).__name__}: {exc}", hint, exc)
         return ExitStatus.FAILED
     return ExitStatus.OK
 
 
 def _terminate(signum: int, frame: Any) -> None:
-    raise Terminated
+    raise TerminatedError

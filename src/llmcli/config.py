@@ -27,6 +27,16 @@ class Settings:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # task -> model, or models in order
 
 
+def world_size() -> int:
+    """Return the number of processes of this run, as torchrun and accelerate launch start them."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def rank() -> int:
+    """Return the number of this process. Rank 0 reads the input and writes the results."""
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
+
+
 def cache_dir() -> Path:
     """Where models made ready by llmcli live; `LLMCLI_CACHE`, or the platform's cache folder."""
     if path := os.environ.get("LLMCLI_CACHE"):
@@ -102,8 +112,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The file's tables. Raises UsageError that names the file and the place."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
-        raise UsageError(f"{path}: {problem}") from problem
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        raise UsageError(f"{path}: {exc}") from exc
 
 
 def check_keys(table: Mapping[str, Any], allowed: Iterable[str], where: str) -> None:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Literal
 
-from llmcli import ranks
+from llmcli import config
 
 Relay = Callable[[Literal["notice", "working"], str], None]
 
@@ -60,7 +60,7 @@ def error(message: str, hint: str | None = None, cause: BaseException | None = N
 
 
 def _say(message: str) -> None:
-    who = f"llmcli: process {ranks.own()}: " if ranks.own() else "llmcli: "
+    who = f"llmcli: process {config.rank()}: " if config.rank() else "llmcli: "
     say(who + message.replace("\n", " "))
 
 

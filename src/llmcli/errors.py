@@ -40,13 +40,13 @@ class UsageError(LlmcliError):
     status = ExitStatus.USAGE
 
 
-class ModelUnavailable(LlmcliError):
+class ModelUnavailableError(LlmcliError):
     """The model cannot be had, or cannot be run here."""
 
     status = ExitStatus.UNAVAILABLE
 
 
-class TooBig(ModelUnavailable):
+class ModelTooLargeError(ModelUnavailableError):
     """The model does not fit in the memory there is now."""
 
 
@@ -58,16 +58,16 @@ class RecordError(LlmcliError):
         self.kind = kind
 
 
-class ReaderGone(LlmcliError):
+class OutputClosedError(LlmcliError):
     """Whoever read our standard output has stopped, as `head` does. Not a failure."""
 
     status = ExitStatus.OK
 
 
-def reason(problem: OSError) -> str:
+def reason(exc: OSError) -> str:
     """`no such file or directory`: what the system says, for the end of a sentence."""
-    return (problem.strerror or str(problem)).lower()
+    return (exc.strerror or str(exc)).lower()
 
 
-class Terminated(BaseException):
+class TerminatedError(BaseException):
     """SIGTERM arrived. Like KeyboardInterrupt, not an Exception: nothing may swallow it."""

@@ -6,7 +6,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class LoadOptions:
     """Where and how the model is loaded."""
 
     device: str = "auto"
@@ -31,7 +31,7 @@ class Job:
     model: str
     generation: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    placement: Placement = Placement()
+    load_options: LoadOptions = LoadOptions()
     batch_size: int | None = None  # None: the engine chooses
     seed: int | None = None
     truncate: bool = False
@@ -42,7 +42,7 @@ class Job:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Job":
         """The job that `dataclasses.asdict` made this of."""
-        return cls(**{**fields, "placement": Placement(**fields["placement"])})
+        return cls(**{**fields, "load_options": LoadOptions(**fields["load_options"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +74,13 @@ class Record:
         return f"{self.file}:{self.line}: " if self.line else f"{self.file}: "
 
     @property
-    def has_failed_before(self) -> bool:
+    def has_error(self) -> bool:
         """Whether it comes with the error of an earlier run."""
         return bool(self.fields.get("error"))
 
-    def without_error(self) -> "Record":
+    def drop_error(self) -> "Record":
         """As it was before it failed."""
-        if not self.has_failed_before:
+        if not self.has_error:
             return self
         return replace(self, fields={name: value for name, value in self.fields.items() if name != "error"})
 

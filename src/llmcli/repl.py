@@ -7,8 +7,8 @@ from pathlib import Path
 from llmcli import config, console, engines
 from llmcli.engines.engine import Engine
 from llmcli.errors import ExitStatus
+from llmcli.io.output import Output, OutputFormat
 from llmcli.job import Job, Record
-from llmcli.output import Format, Output
 from llmcli.tasks.chat import Message
 
 COMMANDS = {
@@ -67,7 +67,7 @@ def converse(job: Job) -> ExitStatus:
 def _turn(engine: Engine, job: Job, messages: list[Message]) -> list[Message]:
     """Answer the last message; returns the conversation with the answer, as far as it came."""
     said: list[str] = []
-    with Output(Format.TEXT, model=job.model) as output:
+    with Output(OutputFormat.TEXT, model=job.model) as output:
 
         def on_text(piece: str) -> None:
             said.append(piece)

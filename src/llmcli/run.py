@@ -5,22 +5,22 @@ from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
-from llmcli import console, engines, ranks, tasks
+from llmcli import config, console, engines, tasks
 from llmcli.errors import ExitStatus, UsageError
+from llmcli.io.output import Output, OutputFormat, OutputSpec
+from llmcli.io.progress import Progress, Tally, summary
+from llmcli.io.resume import Journal
 from llmcli.job import Job, Record, Result
-from llmcli.output import Format, Output, Target
-from llmcli.resume import Journal
-from llmcli.tally import Progress, Tally, summary
 
 
-def run(job: Job, records: Iterable[Record], target: Target) -> ExitStatus:
+def run(job: Job, records: Iterable[Record], target: OutputSpec) -> ExitStatus:
     """Write every result as soon as its turn is done, and every failure to stderr.
 
     Returns FAILED for a single input that failed, or where nothing passed a filter; PARTIAL for some of many that
     failed; OK otherwise.
     """
-    if ranks.own():
-        from llmcli.engines.shared import serve
+    if config.rank():
+        from llmcli.engines.distributed import serve
 
         return serve(engines.of(job))
     names = _names(job, target.format)
@@ -29,7 +29,7 @@ def run(job: Job, records: Iterable[Record], target: Target) -> ExitStatus:
         tally = journal.tally() if journal else Tally()
         if target.stats:
             stack.enter_context(summary(job.model, tally))
-        if journal and journal.is_whole:
+        if journal and journal.is_complete:
             console.notice(f"{target.path} is whole: nothing to do")
             list(_engine(job).run(job, ()))  # other processes wait to be told
             return _ended(tally, target)
@@ -38,13 +38,13 @@ def run(job: Job, records: Iterable[Record], target: Target) -> ExitStatus:
         if journal:
             records = journal.remaining(records)
         if target.retry:
-            records = map(Record.without_error, records)
+            records = map(Record.drop_error, records)
         output = Output(target.format, path=target.path, names=names, model=job.model, append=journal is not None)
         shows = console.is_watched() and not output.is_watched
         with output, console.showing(progress.line) if shows else nullcontext():
             write = partial(journal.write, output) if journal else output.write
-            on_text, on_done = output.piece if output.streams else None, progress.done.add if shows else None
-            for result in _engine(job).run(job, records, on_text, on_done):
+            on_text, on_result = output.piece if output.streams else None, progress.done.add if shows else None
+            for result in _engine(job).run(job, records, on_text, on_result):
                 if target.finish:
                     result = target.finish(result)
                 write(result)
@@ -53,7 +53,7 @@ def run(job: Job, records: Iterable[Record], target: Target) -> ExitStatus:
                 if result.failure and target.stop_on_error:
                     return ExitStatus.FAILED
         if journal:
-            journal.note_whole()
+            journal.mark_complete()
         if tally.passed:
             console.notice(
                 f"{tally.passed} of {tally.records} records came with an `error` and were passed on as they are"
@@ -62,17 +62,17 @@ def run(job: Job, records: Iterable[Record], target: Target) -> ExitStatus:
 
 
 def _engine(job: Job) -> Any:
-    if ranks.count() == 1:
+    if config.world_size() == 1:
         return engines.of(job)
-    from llmcli.engines.shared import SharedEngine
+    from llmcli.engines.distributed import DistributedEngine
 
-    return SharedEngine(engines.of(job))
+    return DistributedEngine(engines.of(job))
 
 
-def _names(job: Job, format: Format) -> list[str]:
+def _names(job: Job, format: OutputFormat) -> list[str]:
     """The fields that the task adds to a record."""
     several = (job.generation.get("num_return_sequences") or 1) > 1
-    if several and format is Format.LINES:
+    if several and format is OutputFormat.LINES:
         raise UsageError("-n above 1 does not go with --lines", hint="--json gives all of them: generated_texts")
     several = several or (job.parameters.get("top_k") or 1) > 1
     outputs = tasks.find(job.task).outputs
@@ -87,7 +87,7 @@ def _say(result: Result) -> None:
         console.error(f"{result.record.where}{result.failure.message}")
 
 
-def _ended(tally: Tally, target: Target) -> ExitStatus:
+def _ended(tally: Tally, target: OutputSpec) -> ExitStatus:
     """The status of a whole run; of many records, how many failed is said."""
     status = ExitStatus.of(tally.failed, tally.records)
     if status is ExitStatus.PARTIAL:

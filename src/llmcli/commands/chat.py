@@ -6,15 +6,15 @@ from typing import Annotated
 import typer
 
 from llmcli.errors import ExitStatus
-from llmcli.grammar import spread
+from llmcli.io.output import OutputSpec
+from llmcli.io.records import prompts
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
-from llmcli.output import Target
-from llmcli.records import prompts
+from llmcli.options.expand import expand_options
 from llmcli.run import run
 from llmcli.tasks.fields import template
 
 
-@spread
+@expand_options
 def chat(
     text: Annotated[str | None, typer.Argument(metavar="TEXT", show_default=False)] = None,
     prompt: Prompt = None,
@@ -37,7 +37,7 @@ def chat(
     target = output.target(form, [text] if text is not None else [], input.files)
     parameters = {"fields": input.roles("text", "messages"), "system": system} | template(prompt)
     job = model.job("chat", generation, parameters)
-    is_plain = target == Target() and not prompt
+    is_plain = target == OutputSpec() and not prompt
     if text is None and not input.files and is_plain and sys.stdin and sys.stdin.isatty():
         from llmcli.repl import converse
 

@@ -6,16 +6,16 @@ from typing import Annotated
 import typer
 
 from llmcli.errors import ExitStatus
-from llmcli.forms import Form
-from llmcli.grammar import spread
+from llmcli.io.formats import InputFormat
+from llmcli.io.output import OutputFormat
+from llmcli.io.records import read, sources
 from llmcli.job import Job
 from llmcli.options import InputOptions, ModelOptions, OutputOptions
-from llmcli.output import Format
-from llmcli.records import read, sources
+from llmcli.options.expand import expand_options
 from llmcli.run import run
 
 
-@spread
+@expand_options
 def embed(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", default_factory=list, show_default=False)],
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut the end of a text that is too long.")] = False,
@@ -34,13 +34,13 @@ def embed(
     """
     form = input.form()
     target = output.target(form, texts, input.files)
-    if form is not Form.CSV:
-        target = replace(target, format=Format.JSON)
+    if form is not InputFormat.CSV:
+        target = replace(target, format=OutputFormat.JSON)
     job = Job(
         task="embed",
         model=model.name("embed"),
         parameters={"fields": input.roles("text")},
-        placement=model.placement(),
+        load_options=model.load_options(),
         batch_size=model.batch(),
         keep_alive=model.kept(),
         truncate=truncate,

@@ -5,15 +5,16 @@ import sys
 from importlib.metadata import version
 from typing import Any
 
-from llmcli import __version__, config, registry, store
-from llmcli.grammar import spread
+from llmcli import __version__, config
+from llmcli.io.output import print_lines, to_json
+from llmcli.models import registry, store
 from llmcli.options import Json, Quiet, Verbose
-from llmcli.output import print_lines, to_json
+from llmcli.options.expand import expand_options
 
 PACKAGES = ("transformers", "torch", "accelerate", "huggingface_hub", "tokenizers", "safetensors", "typer", "rich")
 
 
-@spread
+@expand_options
 def env(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Show versions, devices, paths: for a bug report.
 
@@ -38,15 +39,15 @@ def _devices() -> dict[str, Any]:
     import psutil
     import torch
 
-    from llmcli import loader
+    from llmcli.models import loading
 
-    device = loader.choose_device("auto")
+    device = loading.choose_device("auto")
     names = [f"cpu ({torch.get_num_threads()} threads)"]
     if device != "cpu":
         names += [f"{device}:{i}" for i in range(torch.accelerator.device_count())]
     return {
         "devices": names,
-        "default": f"{device}, {str(loader.choose_dtype('auto', device)).removeprefix('torch.')}",
+        "default": f"{device}, {str(loading.choose_dtype('auto', device)).removeprefix('torch.')}",
         "memory": f"{psutil.virtual_memory().available / 1e9:.1f} GB available",
     }
 

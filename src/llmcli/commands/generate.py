@@ -4,17 +4,16 @@ from typing import Annotated
 
 import typer
 
-from llmcli import completion
 from llmcli.errors import ExitStatus, UsageError
-from llmcli.grammar import spread
-from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
-from llmcli.records import prompts
+from llmcli.io.records import prompts
+from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, completion
+from llmcli.options.expand import expand_options
 from llmcli.run import run
 from llmcli.tasks import prompting
 from llmcli.tasks.fields import template
 
 
-@spread
+@expand_options
 def generate(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", default_factory=list, show_default=False)],
     prompt: Prompt = None,

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmcli import completion, config, console, engines, generation, loader, registry, store
+from llmcli import config, console, engines
 from llmcli.engines.model import long_lived_objects
 from llmcli.errors import LlmcliError, UsageError
-from llmcli.forms import Form
-from llmcli.grammar import Command, spread
-from llmcli.job import Job, Placement, Record
+from llmcli.io.formats import InputFormat
+from llmcli.io.output import is_terminal, print_lines, save, share, to_json
+from llmcli.io.records import argument, read, sources, warn_if_likely_mistake
+from llmcli.job import Job, LoadOptions, Record
+from llmcli.models import generation, loading, registry, store
 from llmcli.options import (
     AllowPickle,
     Json,
@@ -24,10 +26,10 @@ from llmcli.options import (
     TopP,
     TrustRemoteCode,
     Verbose,
+    completion,
 )
-from llmcli.output import is_terminal, print_lines, save, share, to_json
+from llmcli.options.expand import Command, expand_options
 from llmcli.pipelines.spelling import tokens_of
-from llmcli.records import argument, look_again, read, sources
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -64,7 +66,7 @@ class PictureOptions:
         """`draw(columns, in_colours)` into files or on a terminal; elsewhere `rows` of tab-separated values, or the
         `objects` as JSON Lines. Raises UsageError for a file that cannot be written."""
         for kind, path in self.files.items():
-            from llmcli import svg
+            from llmcli.draw import svg
 
             save(path, getattr(svg, kind)(draw(None, True), title))
             console.notice(f"{path} is drawn")
@@ -73,10 +75,10 @@ class PictureOptions:
         elif self.files:
             return
         elif is_terminal():
-            from llmcli import pictures
+            from llmcli.draw import figures
 
-            screen = pictures.screen()
-            print_lines([pictures.drawn(draw(screen.width, pictures.has_colours(screen)), screen)])
+            screen = figures.screen()
+            print_lines([figures.drawn(draw(screen.width, figures.has_colours(screen)), screen)])
         else:
             print_lines("\t".join(row) for row in rows)
 
@@ -99,9 +101,9 @@ class TokenizerOptions:
     allow_pickle: AllowPickle = False
     trust_remote_code: TrustRemoteCode = False
 
-    def placement(self) -> Placement:
+    def load_options(self) -> LoadOptions:
         """What of it a tokenizer needs."""
-        return Placement(
+        return LoadOptions(
             offline=self.offline or config.settings().offline,
             allow_pickle=self.allow_pickle,
             trust_remote_code=self.trust_remote_code,
@@ -109,7 +111,7 @@ class TokenizerOptions:
 
 
 @app.command(cls=Command)
-@spread
+@expand_options
 def tokens(text: Text = None, file: File = None, *, model: TokenizerOptions, output: PictureOptions) -> None:
     """Show a text's tokens: pieces, ids, special ones. -m again sets models side by side.
 
@@ -117,19 +119,19 @@ def tokens(text: Text = None, file: File = None, *, model: TokenizerOptions, out
     llmcli inspect tokens "Antidisestablishmentarianism"
     llmcli inspect tokens "你好，世界" -m smollm2 -m gemma3-270m
     """
-    text, placement = _given(text, file), model.placement()
+    text, load_options = _given(text, file), model.load_options()
     found = {}
-    for name in model.models or [store.choose(registry.default_names("inspect"), placement)]:
+    for name in model.models or [store.choose(registry.default_names("inspect"), load_options)]:
         spec = registry.resolve(name)
-        folder = store.pull(spec, offline=placement.offline, allow_pickle=placement.allow_pickle)
+        folder = store.pull(spec, offline=load_options.offline, allow_pickle=load_options.allow_pickle)
         with long_lived_objects():
-            tokenizer = loader.tokenizer(folder, placement)
+            tokenizer = loading.tokenizer(folder, load_options)
         found[name] = tokens_of(tokenizer, text)
 
     def draw(width: int | None, in_colours: bool) -> "RenderableType":
-        from llmcli import pictures
+        from llmcli.draw import figures
 
-        return pictures.pieces(found, width or len(found) * WIDE)
+        return figures.pieces(found, width or len(found) * WIDE)
 
     rows = [
         (name, str(i), str(token["id"]), to_json(token["token"]))
@@ -141,7 +143,7 @@ def tokens(text: Text = None, file: File = None, *, model: TokenizerOptions, out
 
 
 @app.command("next", cls=Command)
-@spread
+@expand_options
 def next_token(
     text: Text = None,
     file: File = None,
@@ -167,10 +169,10 @@ def next_token(
     tokens, how = found["next"], ", ".join(f"{name} {value:g}" for name, value in found["sampling"].items())
 
     def draw(width: int | None, in_colours: bool) -> "RenderableType":
-        from llmcli import pictures
+        from llmcli.draw import figures
 
-        picture = pictures.chances(tokens, how, width or WIDE)
-        return picture if width else pictures.titled(f"{found['model']}, after {text!r}", picture)
+        picture = figures.chances(tokens, how, width or WIDE)
+        return picture if width else figures.titled(f"{found['model']}, after {text!r}", picture)
 
     rows = [
         (share(token["probability"]), share(token["sampling_probability"]), to_json(token["token"])) for token in tokens
@@ -179,7 +181,7 @@ def next_token(
 
 
 @app.command(cls=Command)
-@spread
+@expand_options
 def attention(
     text: Text = None,
     file: File = None,
@@ -204,14 +206,14 @@ def attention(
     of = f"{of_layers}, " + (f"mean of {found['heads']} heads" if head is None else f"head {head}")
 
     def draw(width: int | None, in_colours: bool) -> "RenderableType":
-        from llmcli import pictures
+        from llmcli.draw import figures
 
-        count = pictures.fitting(tokens, width) if width else len(tokens)
+        count = figures.fitting(tokens, width) if width else len(tokens)
         if count < len(tokens):
             console.notice(f"the screen holds the first {count} of {len(tokens)} tokens: --svg NAME.svg draws all")
         some = [row[:count] for row in weights[:count]]
-        picture = pictures.matrix(tokens[:count], some, of, colours=in_colours)
-        return picture if width else pictures.titled(found["model"], picture)
+        picture = figures.matrix(tokens[:count], some, of, colours=in_colours)
+        return picture if width else figures.titled(found["model"], picture)
 
     rows = [(to_json(token), *map(share, row)) for token, row in zip(tokens, weights, strict=True)]
     output.put([found], rows, draw, f"Attention in {text!r}")
@@ -223,9 +225,9 @@ def _given(text: str | None, file: str | None) -> str:
     if text is not None and file is not None:
         raise UsageError("TEXT and -f exclude each other")
     if text is not None:
-        look_again([text])
+        warn_if_likely_mistake([text])
         return argument(text)
-    (record,) = read(sources([], [] if file is None else [file]), Form.WHOLE)
+    (record,) = read(sources([], [] if file is None else [file]), InputFormat.WHOLE)
     if record.failure:
         raise LlmcliError(record.failure.message)
     found: str = record.fields["text"]
@@ -237,7 +239,7 @@ def _job(task: str, model: ModelOptions, parameters: dict[str, Any], **more: Any
         task=task,
         model=model.name("inspect"),
         parameters=parameters,
-        placement=model.placement(),
+        load_options=model.load_options(),
         keep_alive=model.kept(),
         **more,
     )

@@ -4,20 +4,20 @@ from typing import Annotated, Any
 
 import typer
 
-from llmcli import completion, registry, store
 from llmcli.config import settings
-from llmcli.errors import ModelUnavailable
-from llmcli.grammar import Command, spread
-from llmcli.options import AllowPickle, Json, Offline, Quiet, Verbose
-from llmcli.output import megabytes, print_lines, print_table, to_json
-from llmcli.registry import FolderSource, GgufSource, HubSource, ModelSpec, WheelSource
+from llmcli.errors import ModelUnavailableError
+from llmcli.io.output import megabytes, print_lines, print_table, to_json
+from llmcli.models import registry, store
+from llmcli.models.registry import FolderSource, GgufSource, HubSource, ModelSpec, WheelSource
+from llmcli.options import AllowPickle, Json, Offline, Quiet, Verbose, completion
+from llmcli.options.expand import Command, expand_options
 
 app = typer.Typer(help="Models: list, show, pull, rm, path.", no_args_is_help=True, rich_markup_mode=None)
 Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False, autocompletion=completion.models)]
 
 
 @app.command("list", cls=Command)
-@spread
+@expand_options
 def list_models(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """List the models that have a short name.
 
@@ -40,7 +40,7 @@ def list_models(json: Json = False, quiet: Quiet = False, verbose: Verbose = Fal
 
 
 @app.command(cls=Command)
-@spread
+@expand_options
 def show(name: Name, json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Show all that is known of one model.
 
@@ -57,7 +57,7 @@ def show(name: Name, json: Json = False, quiet: Quiet = False, verbose: Verbose 
 
 
 @app.command(cls=Command)
-@spread
+@expand_options
 def pull(
     name: Name,
     offline: Offline = False,
@@ -76,7 +76,7 @@ def pull(
 
 
 @app.command(cls=Command)
-@spread
+@expand_options
 def rm(name: Name, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Delete a model from the cache.
 
@@ -84,11 +84,11 @@ def rm(name: Name, quiet: Quiet = False, verbose: Verbose = False) -> None:
     llmcli models rm smollm2-360m
     """
     if not store.remove(registry.resolve(name)):
-        raise ModelUnavailable(f"{name} is not cached")
+        raise ModelUnavailableError(f"{name} is not cached")
 
 
 @app.command(cls=Command)
-@spread
+@expand_options
 def path(name: Name, allow_pickle: AllowPickle = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Print the folder of ready weights; exit 4 when they are not there.
 
@@ -96,7 +96,7 @@ def path(name: Name, allow_pickle: AllowPickle = False, quiet: Quiet = False, ve
     llmcli models path smollm2
     """
     if not (folder := store.find(registry.resolve(name), allow_pickle=allow_pickle)):
-        raise ModelUnavailable(f"{name} is not cached", hint=f"`llmcli models pull {name}` fetches it")
+        raise ModelUnavailableError(f"{name} is not cached", hint=f"`llmcli models pull {name}` fetches it")
     print_lines([str(folder)])
 
 

@@ -2,12 +2,12 @@
 
 from llmcli import console
 from llmcli.engines.worker import client
-from llmcli.grammar import spread
+from llmcli.io.output import megabytes, print_lines, print_table, to_json
 from llmcli.options import Json, Quiet, Verbose
-from llmcli.output import megabytes, print_lines, print_table, to_json
+from llmcli.options.expand import expand_options
 
 
-@spread
+@expand_options
 def ps(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Show what the worker keeps warm: models, memory, idle times.
 
@@ -16,7 +16,7 @@ def ps(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> No
     """
     try:
         status = client.status()
-    except client.NoWorkerError:
+    except client.WorkerUnavailableError:
         console.notice("no worker is running: --keep-alive 10m starts one, and so does `llmcli serve`")
         return
     if json:

@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from llmcli.errors import ExitStatus
-from llmcli.grammar import spread
+from llmcli.io.records import questions
 from llmcli.options import CommonGenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
-from llmcli.records import questions
+from llmcli.options.expand import expand_options
 from llmcli.run import run
 from llmcli.tasks.fields import template
 
@@ -30,7 +30,7 @@ class AnswerOptions:
     ] = False
 
 
-@spread
+@expand_options
 def qa(
     question: Annotated[str | None, typer.Argument(metavar="QUESTION", show_default=False)] = None,
     context: Annotated[

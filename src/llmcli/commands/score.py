@@ -8,19 +8,19 @@ import typer
 
 from llmcli import console
 from llmcli.errors import ExitStatus, UsageError
-from llmcli.forms import Form
-from llmcli.grammar import spread
+from llmcli.io.formats import InputFormat
+from llmcli.io.output import OutputFormat, is_terminal, share, to_json
+from llmcli.io.records import read, sources
 from llmcli.job import Job, Result
 from llmcli.options import InputOptions, ModelOptions, OutputOptions
-from llmcli.output import Format, is_terminal, share, to_json
-from llmcli.records import read, sources
+from llmcli.options.expand import expand_options
 from llmcli.run import run
 
 TOKENS = "token_logprobs"
 BRIEF = 60  # characters of a text that is no line of a file
 
 
-@spread
+@expand_options
 def score(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", default_factory=list, show_default=False)],
     condition: Annotated[
@@ -61,18 +61,18 @@ def score(
     """
     form, roles = input.form(), input.roles("text")
     target = output.target(form, texts, input.files)
-    is_text = target.format not in (Format.JSON, Format.CSV)
+    is_text = target.format not in (OutputFormat.JSON, OutputFormat.CSV)
     filters = max_perplexity is not None or min_perplexity is not None
-    if condition is not None and form not in (Form.JSONL, Form.CSV):
+    if condition is not None and form not in (InputFormat.JSONL, InputFormat.CSV):
         raise UsageError("--condition names a field of the records", hint="which have fields with --jsonl or --csv")
-    if tokens and is_text and (form is not Form.WHOLE or filters):
+    if tokens and is_text and (form is not InputFormat.WHOLE or filters):
         raise UsageError("--tokens shows whole texts", hint=f"--json gives the tokens of records: {TOKENS}")
 
     unscored = 0
 
     def finish(result: Result) -> Result:
         nonlocal unscored
-        if result.record.has_failed_before:
+        if result.record.has_error:
             return result
         if result.failure:
             return replace(result, dropped=filters and is_text)
@@ -84,7 +84,7 @@ def score(
             perplexity is not None and (min_perplexity or 0) <= perplexity <= (max_perplexity or math.inf)
         )
         text = result.record.fields[roles["text"]]
-        if form is Form.WHOLE and not filters:
+        if form is InputFormat.WHOLE and not filters:
             text = result.record.file or " ".join(text.split())[:BRIEF]
         if tokens and is_text:
             text = _heat(text, result.output[TOKENS], for_people=is_terminal() and not output.output)
@@ -96,7 +96,7 @@ def score(
         task="score",
         model=model.name("score"),
         parameters=parameters,
-        placement=model.placement(),
+        load_options=model.load_options(),
         batch_size=model.batch(),
         keep_alive=model.kept(),
     )
@@ -112,12 +112,12 @@ def _heat(text: str, tokens: list[dict[str, Any]], *, for_people: bool) -> str:
         chances = [None if token["logprob"] is None else math.exp(token["logprob"]) for token in tokens]
         rows = zip(map(share, chances), tokens, strict=True)
         return "\n".join([text, *(f"{chance}\t{to_json(token['token'])}" for chance, token in rows)])
-    from llmcli import pictures
+    from llmcli.draw import figures
 
-    screen = pictures.screen()
-    if pictures.has_colours(screen):
-        return pictures.drawn(pictures.heat(tokens), screen)
-    return f"{text}\n{pictures.drawn(pictures.likelihoods(tokens, screen.width), screen)}"
+    screen = figures.screen()
+    if figures.has_colours(screen):
+        return figures.drawn(figures.heat(tokens), screen)
+    return f"{text}\n{figures.drawn(figures.likelihoods(tokens, screen.width), screen)}"
 
 
 def _shown(perplexity: float | None) -> str:

@@ -5,20 +5,20 @@ from typing import Annotated
 
 import typer
 
-from llmcli import console, engines, ranks
+from llmcli import config, console, engines
 from llmcli.errors import ExitStatus, LlmcliError, UsageError
-from llmcli.forms import Form
-from llmcli.grammar import spread
+from llmcli.io.formats import InputFormat
+from llmcli.io.output import Output, OutputFormat
+from llmcli.io.progress import Tally, summary
+from llmcli.io.records import read, sources
 from llmcli.job import Job, Record, Result
 from llmcli.options import ModelOptions, OutputOptions
-from llmcli.output import Format, Output
-from llmcli.records import read, sources
-from llmcli.tally import Tally, summary
+from llmcli.options.expand import expand_options
 
 BATCH_SIZE = 32
 
 
-@spread
+@expand_options
 def search(
     query: Annotated[str, typer.Argument(metavar="QUERY", show_default=False)],
     files: Annotated[list[str], typer.Argument(metavar="FILE", default_factory=list, show_default=False)],
@@ -38,11 +38,11 @@ def search(
     """
     if not query.strip():
         raise UsageError("the query is empty")
-    if ranks.count() > 1:
+    if config.world_size() > 1:
         raise UsageError("search runs in one process")
     if output.resume or output.retry_errors:
         raise UsageError("search does not go with --resume and --retry-errors: it ends with all passages or none")
-    found = list(read(sources([], files), Form.WHOLE if files else Form.LINES))
+    found = list(read(sources([], files), InputFormat.WHOLE if files else InputFormat.LINES))
     name, tally = model.name("search"), Tally()
     with summary(name, tally) if output.stats else nullcontext():
         for record in found:
@@ -55,7 +55,7 @@ def search(
             task="search",
             model=name,
             parameters={"limit": limit},
-            placement=model.placement(),
+            load_options=model.load_options(),
             batch_size=model.batch() or BATCH_SIZE,
             keep_alive=model.kept(),
         )
@@ -63,7 +63,7 @@ def search(
         (result,) = engines.of(job).run(job, [Record({"query": query, "texts": texts})])
         if result.failure:
             raise LlmcliError(result.failure.message)
-        with Output(Format.JSON if output.json else Format.TEXT, path=output.output, model=name) as out:
+        with Output(OutputFormat.JSON if output.json else OutputFormat.TEXT, path=output.output, model=name) as out:
             for match in result.output["matches"]:
                 place = f"{match['file']}:{match['line']}" if match["file"] else str(match["line"])
                 text = f"{place}: {' '.join(match['text'].split())} ({match['score']:.3f})"

@@ -5,11 +5,11 @@ from typing import Annotated
 import typer
 
 from llmcli import config
-from llmcli.grammar import spread
 from llmcli.options import Quiet, Verbose
+from llmcli.options.expand import expand_options
 
 
-@spread
+@expand_options
 def serve(
     keep_alive: Annotated[
         str | None, typer.Option(metavar="DURATION", help="End when nothing was asked for so long (default: never).")

@@ -2,11 +2,11 @@
 
 from llmcli import console
 from llmcli.engines.worker import client
-from llmcli.grammar import spread
 from llmcli.options import Quiet, Verbose
+from llmcli.options.expand import expand_options
 
 
-@spread
+@expand_options
 def stop(quiet: Quiet = False, verbose: Verbose = False) -> None:
     """End the worker, and what it is doing.
 
@@ -15,5 +15,5 @@ def stop(quiet: Quiet = False, verbose: Verbose = False) -> None:
     """
     try:
         client.stop()
-    except client.NoWorkerError:
+    except client.WorkerUnavailableError:
         console.notice("no worker is running")

@@ -5,14 +5,14 @@ from typing import Annotated
 import typer
 
 from llmcli.errors import ExitStatus
-from llmcli.grammar import spread
+from llmcli.io.records import read, sources
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
-from llmcli.records import read, sources
+from llmcli.options.expand import expand_options
 from llmcli.run import run
 from llmcli.tasks.fields import template
 
 
-@spread
+@expand_options
 def summarize(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", default_factory=list, show_default=False)],
     prompt: Prompt = None,

@@ -4,17 +4,17 @@ from typing import Annotated
 
 import typer
 
-from llmcli import completion, languages
 from llmcli.errors import ExitStatus
-from llmcli.grammar import spread
+from llmcli.io.records import peek_first, read, sources
 from llmcli.job import Job
-from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
-from llmcli.records import peeked, read, sources
+from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, completion
+from llmcli.options.expand import expand_options
 from llmcli.run import run
 from llmcli.tasks.fields import template
+from llmcli.text import languages
 
 
-@spread
+@expand_options
 def translate(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", default_factory=list, show_default=False)],
     to: Annotated[
@@ -55,7 +55,7 @@ def translate(
     records = read(sources(texts, input.files), form)
     guess = source
     if model.model is None and not model.endpoint:
-        records, first = peeked(records)
+        records, first = peek_first(records)
         text = first.fields.get(roles["text"]) if first else None
         if not first:
             return run(Job("translate", ""), records, target_options)

@@ -8,7 +8,7 @@ whenever the engine works on that record alone and no other waits for its turn. 
 gets every Result as soon as it is there, which may be before its turn.
 """
 
-from llmcli import ranks
+from llmcli import config
 from llmcli.engines.engine import Engine
 from llmcli.job import Job
 
@@ -19,7 +19,7 @@ def of(job: Job) -> Engine:
         from llmcli.engines.endpoint import EndpointEngine
 
         return EndpointEngine()
-    if job.keep_alive != 0 and ranks.count() == 1:
+    if job.keep_alive != 0 and config.world_size() == 1:
         from llmcli.engines.worker.client import WorkerEngine
 
         return WorkerEngine()

@@ -9,12 +9,12 @@ from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
-from llmcli import stops
-from llmcli.engines.engine import SteppingEngine
-from llmcli.engines.request import OnText, Request, failing
-from llmcli.errors import ModelUnavailable, RecordError, UsageError
+from llmcli.engines.engine import TaskEngine
+from llmcli.engines.request import OnText, Request, capture_errors
+from llmcli.errors import ModelUnavailableError, RecordError, UsageError
 from llmcli.job import Job
-from llmcli.tasks import Way
+from llmcli.tasks import Strategy
+from llmcli.text import stops
 
 RETRIES = 10  # with pauses of 0.5 to 8 seconds, or as long as the server says: about a minute
 TIMEOUT = 600  # seconds for an answer
@@ -29,7 +29,7 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # asking for one asks for
 STANDARD = ("max_tokens", "stop", "n", "temperature", "top_p", "seed")  # others are extensions of one server or another
 
 
-class EndpointEngine(SteppingEngine):
+class EndpointEngine(TaskEngine):
     """Sends what steps ask for to the job's server; nothing of it runs here."""
 
     def check(self, job: Job) -> None:
@@ -42,11 +42,11 @@ class EndpointEngine(SteppingEngine):
         assert job.endpoint
         return RemoteModel(job.model, server(job.endpoint))
 
-    def runner(self, job: Job, way: Way, model: "RemoteModel") -> "EndpointRunner":
+    def runner(self, job: Job, way: Strategy, model: "RemoteModel") -> "EndpointRunner":
         model.context  # noqa: B018  # asks the server, which should be there
         return EndpointRunner(job, way, model)
 
-    def other(self) -> SteppingEngine:
+    def other(self) -> TaskEngine:
         from llmcli.engines.local import LocalEngine
 
         return LocalEngine()
@@ -84,7 +84,7 @@ class RemoteModel:
 class EndpointRunner:
     """A job's requests, `concurrency` at a time. Text goes to /completions, messages to /chat/completions."""
 
-    def __init__(self, job: Job, way: Way, model: RemoteModel) -> None:
+    def __init__(self, job: Job, way: Strategy, model: RemoteModel) -> None:
         self.waiting: set[Request] = set()
         self._model = model
         self._options = options(job, way, model)
@@ -101,7 +101,7 @@ class EndpointRunner:
         """All that wait are sent, as far as there are connections; some are over, or none for a while."""
         queued, self._queued = self._queued, []
         if on_text and len(queued) == 1 and self._options.keys().isdisjoint({"n", "stop"}):
-            with failing(queued[0]):
+            with capture_errors(queued[0]):
                 queued[0].output = self._streamed(queued[0].input, on_text)
             self.waiting.discard(queued[0])
             return
@@ -115,7 +115,7 @@ class EndpointRunner:
         while not self._over.empty():
             found.append(self._over.get())
         for request, future in found:
-            with failing(request):
+            with capture_errors(request):
                 request.output = future.result()
             self.waiting.discard(request)
 
@@ -163,25 +163,25 @@ class EndpointRunner:
 
         try:
             yield
-        except openai.APIStatusError as problem:
-            code, why = problem.status_code, f"the server says {problem.status_code}: {_sentence(problem)}"
+        except openai.APIStatusError as exc:
+            code, why = exc.status_code, f"the server says {exc.status_code}: {_sentence(exc)}"
             is_ill = code >= 500 or code in (408, 409, 429)
             if code in (401, 403):
-                raise ModelUnavailable(why, hint="the key comes from LLMCLI_API_KEY") from problem
+                raise ModelUnavailableError(why, hint="the key comes from LLMCLI_API_KEY") from exc
             if code == 404:
-                raise ModelUnavailable(
+                raise ModelUnavailableError(
                     why, hint="check -m NAME; without /v1/completions, use `llmcli chat`"
-                ) from problem
-            raise RecordError("server_error" if is_ill else "refused", why) from problem
-        except openai.APIConnectionError as problem:
+                ) from exc
+            raise RecordError("server_error" if is_ill else "refused", why) from exc
+        except openai.APIConnectionError as exc:
             models(self._model.client)  # raises where the server is gone, and not this request alone
-            why = "did not answer in time" if isinstance(problem, openai.APITimeoutError) else "cut the connection"
-            raise RecordError("no_answer", f"the server {why}, {RETRIES + 1} times") from problem
-        except (openai.OpenAIError, ValueError) as problem:
-            raise RecordError("bad_response", f"the server's answer makes no sense: {problem}") from problem
+            why = "did not answer in time" if isinstance(exc, openai.APITimeoutError) else "cut the connection"
+            raise RecordError("no_answer", f"the server {why}, {RETRIES + 1} times") from exc
+        except (openai.OpenAIError, ValueError) as exc:
+            raise RecordError("bad_response", f"the server's answer makes no sense: {exc}") from exc
 
 
-def options(job: Job, way: Way, model: RemoteModel) -> dict[str, Any]:
+def options(job: Job, way: Strategy, model: RemoteModel) -> dict[str, Any]:
     """The protocol's names for what the user gave, over what the task says. How to sample is the server's to say, where
     neither does."""
     task = {**(way.defaults or {}), **way.settings(job, model)}
@@ -204,8 +204,8 @@ def server(endpoint: str) -> Any:
         raise UsageError(f"--endpoint takes a URL, not {endpoint!r}", hint="like http://localhost:8000/v1")
     try:
         import openai
-    except ImportError as problem:
-        raise UsageError("--endpoint needs the openai package", hint="run `pip install 'llmcli[openai]'`") from problem
+    except ImportError as exc:
+        raise UsageError("--endpoint needs the openai package", hint="run `pip install 'llmcli[openai]'`") from exc
     theirs = os.environ.get("OPENAI_API_KEY") if url.scheme == "https" else None  # not to be sent in the clear
     return openai.OpenAI(
         base_url=endpoint if url.path.strip("/") else f"{endpoint.rstrip('/')}/v1",
@@ -221,8 +221,8 @@ def models(client: Any) -> list[Any]:
 
     try:
         return list(client.with_options(max_retries=2).models.list())
-    except openai.APIConnectionError as problem:
-        raise ModelUnavailable(f"{client.base_url} cannot be reached", hint="is the server running?") from problem
+    except openai.APIConnectionError as exc:
+        raise ModelUnavailableError(f"{client.base_url} cannot be reached", hint="is the server running?") from exc
     except (openai.OpenAIError, ValueError):
         return []  # not every server tells
 
@@ -243,9 +243,9 @@ def _ended(reason: str | None, usage: Any) -> dict[str, Any]:
     }
 
 
-def _sentence(problem: Any) -> str:
+def _sentence(exc: Any) -> str:
     """What the server says, without the JSON around it."""
-    body = problem.body
+    body = exc.body
     while isinstance(body, dict):
         body = next((body[key] for key in ("error", "message", "detail") if key in body), str(body))
-    return " ".join(str(body or problem.message).split())[:500]
+    return " ".join(str(body or exc.message).split())[:500]

@@ -14,9 +14,9 @@ from llmcli.engines.request import OnText, Request, Runner, failure
 from llmcli.errors import RecordError
 from llmcli.job import Failure, Job, Record, Result
 from llmcli.lazy import lazy
-from llmcli.tasks import Ask, Steps, Way
+from llmcli.tasks import ModelCall, Strategy, TaskGenerator
 
-OnDone = Callable[[Result], None]
+OnResult = Callable[[Result], None]
 WINDOW = 512  # records under way at most: a batch is chosen among their rows
 
 
@@ -26,16 +26,16 @@ class Work:
 
     record: Record
     prepared: Any = None
-    steps: Steps | None = None
-    ask: Ask | None = None
+    steps: TaskGenerator | None = None
+    ask: ModelCall | None = None
     requests: list[Request] = field(default_factory=list)
     result: Result | None = None
-    on_done: OnDone | None = None
+    on_result: OnResult | None = None
 
     def finish(self, result: Result) -> None:
         self.result = result
-        if self.on_done:
-            self.on_done(result)
+        if self.on_result:
+            self.on_result(result)
 
     def fail(self, why: Failure) -> None:
         self.finish(Result(self.record, failure=why))
@@ -48,8 +48,8 @@ class Work:
             self.requests = [Request(each) for each in self.ask.inputs]
         except StopIteration as end:
             self.finish(Result(self.record, end.value.output, end.value.text))
-        except RecordError as problem:
-            self.fail(failure(problem))
+        except RecordError as exc:
+            self.fail(failure(exc))
 
     @property
     def has_outputs(self) -> bool:
@@ -73,13 +73,13 @@ class Engine(Protocol):
     """The contract that this package's own page tells."""
 
     def run(
-        self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_done: OnDone | None = None
+        self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_result: OnResult | None = None
     ) -> Iterator[Result]: ...
 
     def load(self, job: Job) -> None: ...
 
 
-class SteppingEngine(ABC):
+class TaskEngine(ABC):
     """Where models are, and how they run. What only one job may do at a time it does while it holds `exclusive`."""
 
     exclusive: AbstractContextManager[Any] = nullcontext()
@@ -93,11 +93,11 @@ class SteppingEngine(ABC):
         """The job's model as its steps see it, not yet loaded. Its `kind` is the task's way that it goes."""
 
     @abstractmethod
-    def runner(self, job: Job, way: Way, model: Any) -> Runner:
+    def runner(self, job: Job, way: Strategy, model: Any) -> Runner:
         """Raises ModelUnavailable and UsageError."""
 
     @abstractmethod
-    def other(self) -> "SteppingEngine":
+    def other(self) -> "TaskEngine":
         """For what steps ask of another task."""
 
     def load(self, job: Job) -> None:
@@ -105,7 +105,7 @@ class SteppingEngine(ABC):
         Turn(self, job).runner  # noqa: B018
 
     def run(
-        self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_done: OnDone | None = None
+        self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_result: OnResult | None = None
     ) -> Generator[Result, None, None]:
         """Results in the order of the records. The model is loaded when the first record needs it.
 
@@ -120,7 +120,7 @@ class SteppingEngine(ABC):
                 room = WINDOW - len(works)
                 if not (waits and works):
                     new = ahead.take(room, least=room if waits else not works)
-                    begun = [_begun(job, record, on_done) for record in new]
+                    begun = [_begun(job, record, on_result) for record in new]
                     works += begun
                     if any(work.result is None for work in begun):
                         turn = turn or Turn(self, job)
@@ -137,15 +137,15 @@ class SteppingEngine(ABC):
 class Turn:
     """One job on its model. Raises UsageError where the job's options make no sense, before any model is sought."""
 
-    def __init__(self, engine: SteppingEngine, job: Job) -> None:
+    def __init__(self, engine: TaskEngine, job: Job) -> None:
         engine.check(job)
         self.engine, self.job = engine, job
         self.model = engine.model(job)
         self.works: list[Work] = []
 
     @lazy
-    def way(self) -> Way:
-        return tasks.find(self.job.task).ways[self.model.kind]
+    def way(self) -> Strategy:
+        return tasks.find(self.job.task).strategies[self.model.kind]
 
     @lazy
     def runner(self) -> Runner:
@@ -191,25 +191,25 @@ class Turn:
             request.output, request.failure = result.output, result.failure
 
 
-def _begun(job: Job, record: Record, on_done: OnDone | None) -> Work:
+def _begun(job: Job, record: Record, on_result: OnResult | None) -> Work:
     """The record as its task reads it; with its result already, where no model is needed for that."""
-    task, work = tasks.find(job.task), Work(record, on_done=on_done)
+    task, work = tasks.find(job.task), Work(record, on_result=on_result)
     if record.failure:
         work.fail(record.failure)
-    elif record.has_failed_before:
+    elif record.has_error:
         work.finish(Result(record))
     else:
         try:
             work.prepared = task.prepare(job, record.fields)
-        except RecordError as problem:
-            work.fail(failure(problem))
+        except RecordError as exc:
+            work.fail(failure(exc))
         else:
             if work.prepared is None:
                 work.finish(Result(record, task.empty))
     return work
 
 
-def _shown(ask: Ask, on_text: OnText | None) -> OnText | None:
+def _shown(ask: ModelCall, on_text: OnText | None) -> OnText | None:
     """Where the answer goes while it comes, after the text that stands before it."""
     if on_text is None or ask.shown is None:
         return None

@@ -8,7 +8,7 @@ SHARE = 0.8  # of what is free, that a batch may take
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class MemoryUsage:
     """Bytes: taken now, taken at most until now, and free for more."""
 
     taken: int
@@ -16,11 +16,11 @@ class Reading:
     free: int
 
 
-class Memory:
+class MemoryEstimator:
     """`fits` says whether a batch of so many tokens, padding and answers included, finds room; it always does until
     one has run."""
 
-    def __init__(self, read: Callable[[], Reading]) -> None:
+    def __init__(self, read: Callable[[], MemoryUsage]) -> None:
         self._read = read
         self._before = read()
         self._each = 0.0  # bytes a token
@@ -36,12 +36,12 @@ class Memory:
         return tokens * self._each <= SHARE * (now.free + now.taken - self._before.taken)
 
 
-def reader(device: str) -> Callable[[], Reading]:
+def reader(device: str) -> Callable[[], MemoryUsage]:
     """Reads the memory of that device."""
     return _of_accelerator if device == "cuda" else _of_machine
 
 
-def _of_machine() -> Reading:
+def _of_machine() -> MemoryUsage:
     import resource
 
     import psutil
@@ -50,11 +50,11 @@ def _of_machine() -> Reading:
     shared = getattr(found, "shared", 0)  # files, as weights are: they come in while the first batch runs
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     # What the largest batch took stays with the process, and counts as taken: it is there for the next.
-    return Reading(found.rss - shared, peak - shared, psutil.virtual_memory().available)
+    return MemoryUsage(found.rss - shared, peak - shared, psutil.virtual_memory().available)
 
 
-def _of_accelerator() -> Reading:
+def _of_accelerator() -> MemoryUsage:
     import torch
 
     taken, held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    return Reading(taken, torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[0] + held - taken)
+    return MemoryUsage(taken, torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[0] + held - taken)

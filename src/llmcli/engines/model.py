@@ -8,20 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmcli import console, registry, store, tasks
-from llmcli.errors import ModelUnavailable, TooBig
+from llmcli import console, tasks
+from llmcli.errors import ModelTooLargeError, ModelUnavailableError
 from llmcli.job import Job
 from llmcli.lazy import lazy
+from llmcli.models import registry, store
 
 
-class Loaded(Protocol):
+class ModelCache(Protocol):
     """Pipelines that are kept, by a key of what they were loaded from and how."""
 
     def get(self, name: str, key: Any, load: Callable[[], Any]) -> Any:
         """The one under that key, loaded now if need be. `name` is what people call the model."""
 
 
-class Kept:
+class InMemoryModelCache:
     """Pipelines that stay to the end."""
 
     def __init__(self) -> None:
@@ -36,15 +37,15 @@ class Kept:
 class Model:
     """A job's model as its steps see it: the folder of its weights, and a pipeline, loaded when first asked for."""
 
-    def __init__(self, job: Job, loaded: Loaded) -> None:
+    def __init__(self, job: Job, loaded: ModelCache) -> None:
         self._job, self._loaded = job, loaded
 
     @lazy
     def folder(self) -> Path:
         """Raises ModelUnavailable."""
-        placement = self._job.placement
+        load_options = self._job.load_options
         spec = registry.resolve(self._job.model)
-        return store.pull(spec, offline=placement.offline, allow_pickle=placement.allow_pickle)
+        return store.pull(spec, offline=load_options.offline, allow_pickle=load_options.allow_pickle)
 
     @lazy
     def changed(self) -> int:
@@ -54,8 +55,8 @@ class Model:
     @lazy
     def kind(self) -> str:
         """Which of the task's ways it goes. Raises ModelUnavailable where it can go none."""
-        ways = list(tasks.find(self._job.task).ways)
-        return ways[0] if len(ways) == 1 else self._able_kind
+        strategies = list(tasks.find(self._job.task).strategies)
+        return strategies[0] if len(strategies) == 1 else self._able_kind
 
     @lazy
     def pipeline(self) -> Any:
@@ -64,8 +65,8 @@ class Model:
 
         with long_lived_objects():
             head = pipelines.implementation(self.kind).auto_class  # kinds that have the same share one model
-        key = (self.folder, self.changed, head, replace(self._job.placement, offline=False))
-        return pipelines.seen_as(self.kind, self._loaded.get(self._job.model, key, self._load))
+        key = (self.folder, self.changed, head, replace(self._job.load_options, offline=False))
+        return pipelines.wrap_as(self.kind, self._loaded.get(self._job.model, key, self._load))
 
     def _load(self) -> Any:
         from llmcli import pipelines
@@ -73,9 +74,11 @@ class Model:
         folder, kind = self.folder, self._able_kind
         with long_lived_objects(), console.working(f"loading {self._job.model}"):
             try:
-                return pipelines.load(kind, folder, self._job.placement)
-            except MemoryError as problem:
-                raise TooBig(f"{self._job.model} does not fit in memory", hint="take a smaller model") from problem
+                return pipelines.load(kind, folder, self._job.load_options)
+            except MemoryError as exc:
+                raise ModelTooLargeError(
+                    f"{self._job.model} does not fit in memory", hint="take a smaller model"
+                ) from exc
 
     @lazy
     def _able_kind(self) -> str:
@@ -87,15 +90,17 @@ def _able_kind(job: Job, folder: Path) -> str:
     """The first kind, of those that the task takes, that the model can be."""
     from llmcli import pipelines
 
-    ways = tasks.find(job.task).ways
-    reasons = pipelines.judge(folder, job.placement, ways)
+    strategies = tasks.find(job.task).strategies
+    reasons = pipelines.check_compatibility(folder, job.load_options, strategies)
     for kind, reason in reasons.items():
         if reason is None:
             return kind
-    others = {name: tasks.find(name).ways for name in tasks.names()}
-    verdict = pipelines.judge(folder, job.placement, {kind for ways in others.values() for kind in ways})
-    able = [name for name, ways in others.items() if any(verdict[kind] is None for kind in ways)]
-    raise ModelUnavailable(
+    others = {name: tasks.find(name).strategies for name in tasks.names()}
+    verdict = pipelines.check_compatibility(
+        folder, job.load_options, {kind for strategies in others.values() for kind in strategies}
+    )
+    able = [name for name, strategies in others.items() if any(verdict[kind] is None for kind in strategies)]
+    raise ModelUnavailableError(
         f"{job.model} cannot {_said(job.task)}: {' and '.join(map(str, reasons.values()))}",
         hint=f"it can {', '.join(map(_said, able))}" if able else "llmcli has no task for it",
     )

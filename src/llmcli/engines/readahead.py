@@ -32,14 +32,14 @@ class ReadAhead(AbstractContextManager["ReadAhead[T]"], Generic[T]):
             if waits := len(taken) < least:
                 self._room.set()
             try:
-                item, problem, is_last = self._queue.get(block=waits)
+                item, exc, is_last = self._queue.get(block=waits)
             except queue.Empty:
                 break
-            if is_last and problem and taken:
-                self._queue.put((item, problem, is_last))
+            if is_last and exc and taken:
+                self._queue.put((item, exc, is_last))
                 break
-            if problem:
-                raise problem
+            if exc:
+                raise exc
             if is_last:
                 self.ended = True
             else:
@@ -52,7 +52,7 @@ class ReadAhead(AbstractContextManager["ReadAhead[T]"], Generic[T]):
         self._room.set()
 
     def _read(self) -> None:
-        problem: BaseException | None = None
+        exc: BaseException | None = None
         try:
             for item in self._iterator:
                 self._queue.put((item, None, False))
@@ -61,8 +61,8 @@ class ReadAhead(AbstractContextManager["ReadAhead[T]"], Generic[T]):
                 if self._stopped:
                     return
         except BaseException as caught:  # handed to the reading side, whatever it is
-            problem = caught
-        self._queue.put((None, problem, True))
+            exc = caught
+        self._queue.put((None, exc, True))
 
     def _wait(self) -> None:
         """Until some are taken."""

@@ -43,7 +43,7 @@ class Runner(Protocol):
         """Some of them. `on_text` gets the text of a single one as it comes."""
 
 
-class failing:  # reads as what it does
+class capture_errors:  # reads as what it does
     """Whatever goes wrong in here is this request's failure; but not what is wrong with the job."""
 
     def __init__(self, request: Request) -> None:
@@ -52,30 +52,30 @@ class failing:  # reads as what it does
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> bool:
-        if isinstance(problem, RecordError):
-            self._request.failure = failure(problem)
-        elif problem is None or isinstance(problem, LlmcliError) or not isinstance(problem, Exception):
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> bool:
+        if isinstance(exc, RecordError):
+            self._request.failure = failure(exc)
+        elif exc is None or isinstance(exc, LlmcliError) or not isinstance(exc, Exception):
             return False
-        elif is_out_of_memory(problem):
+        elif is_out_of_memory(exc):
             self._request.failure = Failure("out_of_memory", "the model has not memory enough for it")
         else:
-            why = str(problem).strip() or "no reason given"
-            self._request.failure = Failure("failed", f"{type(problem).__name__}: {why}")
+            why = str(exc).strip() or "no reason given"
+            self._request.failure = Failure("failed", f"{type(exc).__name__}: {why}")
         return True
 
 
-def failure(problem: RecordError) -> Failure:
+def failure(exc: RecordError) -> Failure:
     """In one sentence."""
-    return Failure(problem.kind, f"{problem.message}: {problem.hint}" if problem.hint else problem.message)
+    return Failure(exc.kind, f"{exc.message}: {exc.hint}" if exc.hint else exc.message)
 
 
-def is_out_of_memory(problem: Exception) -> bool:
+def is_out_of_memory(exc: Exception) -> bool:
     """torch's OutOfMemoryError of a GPU, Python's own, and what torch says on a CPU."""
-    said = str(problem)
+    said = str(exc)
     return (
-        isinstance(problem, MemoryError)
-        or type(problem).__name__ == "OutOfMemoryError"
+        isinstance(exc, MemoryError)
+        or type(exc).__name__ == "OutOfMemoryError"
         or "not enough memory" in said
         or "can't allocate memory" in said
     )

@@ -10,12 +10,12 @@ from typing import Any
 
 from llmcli import console
 from llmcli.engines.batching import UNIT, UNIT_ELSEWHERE, BatchSize, alike, neighbours
-from llmcli.engines.memory import Memory, reader
-from llmcli.engines.request import OnText, Request, failing, is_out_of_memory
+from llmcli.engines.memory import MemoryEstimator, reader
+from llmcli.engines.request import OnText, Request, capture_errors, is_out_of_memory
 from llmcli.errors import LlmcliError, UsageError
 from llmcli.job import Job
 from llmcli.prefix import common
-from llmcli.tasks import Way
+from llmcli.tasks import Strategy
 
 LEAST_SHARED = 16  # tokens that all prompts begin with, for which it pays to keep their keys and values
 
@@ -34,13 +34,13 @@ class Row:
 class BatchRunner:
     """One job on one loaded pipeline: `add` requests, then `step` until none is `waiting`."""
 
-    def __init__(self, job: Job, way: Way, pipeline: Any) -> None:
+    def __init__(self, job: Job, way: Strategy, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.size = BatchSize(job.batch_size, pipeline.device.type)
         # Where all tokens are read at once, a batch is so many tokens, and `size` counts rows of this length.
         by_rows = job.batch_size or way.defaults is not None
         self.unit = None if by_rows else UNIT.get(pipeline.device.type, UNIT_ELSEWHERE)
-        self.memory = Memory(reader(pipeline.device.type))
+        self.memory = MemoryEstimator(reader(pipeline.device.type))
         self.answer = 0  # tokens that an answer may have
         self.truncate: Any = job.truncate
         self.parameters = dict(way.settings(job, pipeline))
@@ -57,7 +57,7 @@ class BatchRunner:
             if not self.repeats and (leader := self._leaders.get(request.key)):
                 leader.followers.append(request)
                 continue
-            with failing(request):
+            with capture_errors(request):
                 made = self.pipeline.preprocess(request.input, **before)
                 rows = [*made] if self._takes_rows else [made]
                 request.rows = len(rows)
@@ -105,7 +105,7 @@ class BatchRunner:
         """The output of all rows together."""
         _, after = self._settings
         if not request.failure:
-            with failing(request):
+            with capture_errors(request):
                 rows = [request.done[i] for i in range(request.rows)]
                 request.output = self.pipeline.postprocess(rows if self._takes_rows else rows[0], **after)
         request.done = {}
@@ -119,7 +119,7 @@ class BatchRunner:
     def _batch(self, rows: Sequence[Row], on_text: OnText | None = None) -> None:
         """One forward pass for all; in halves where memory does not suffice, one for each where it fails otherwise."""
         if len(rows) == 1:
-            with failing(rows[0].request):
+            with capture_errors(rows[0].request):
                 speed = self._forward(rows, on_text)
                 if self.unit:  # a single long row may be all that fits
                     self._learn(rows, speed)
@@ -130,8 +130,8 @@ class BatchRunner:
             return
         except LlmcliError:
             raise
-        except Exception as problem:  # one record must not take the others with it
-            out_of_memory = is_out_of_memory(problem)
+        except Exception as exc:  # one record must not take the others with it
+            out_of_memory = is_out_of_memory(exc)
         # Out here the exception holds no memory of the failed pass any more.
         if out_of_memory:
             self.size.halve()
@@ -167,11 +167,11 @@ class BatchRunner:
 class GeneratingRunner(BatchRunner):
     """A job that generates text: as the merged GenerationConfig says, and within the model's context."""
 
-    def __init__(self, job: Job, way: Way, pipeline: Any) -> None:
+    def __init__(self, job: Job, way: Strategy, pipeline: Any) -> None:
         super().__init__(job, way, pipeline)
         from transformers import set_seed
 
-        from llmcli import generation
+        from llmcli.models import generation
 
         assert way.defaults is not None
         if unknown := [name for name in self.parameters if not hasattr(pipeline.model.generation_config, name)]:
@@ -197,17 +197,17 @@ class GeneratingRunner(BatchRunner):
 
     def _forward(self, rows: Sequence[Row], on_text: OnText | None = None) -> float:
         """Run them; how fast new tokens came. What the prompts took says nothing of the batch's size."""
-        from llmcli.pipelines.answers import Clock
+        from llmcli.pipelines.answers import TokenTimer
 
-        config, clock, settings = self.config, Clock(self.on_token), dict[str, Any]()
+        config, clock, settings = self.config, TokenTimer(self.on_token), dict[str, Any]()
         if rows[0].room is not None:  # the answer must stop where the model's context ends
             config = copy.deepcopy(config)
             config.max_new_tokens, config.max_length = rows[0].room, None
         if on_text and self._is_single:
-            from llmcli.pipelines.answers import Deltas
+            from llmcli.pipelines.answers import DeltaStreamer
 
             decode = self.pipeline.decoder(rows[0].inputs)
-            settings["streamer"] = Deltas(decode, self.config.stop_strings or (), on_text)
+            settings["streamer"] = DeltaStreamer(decode, self.config.stop_strings or (), on_text)
         if len(rows) > 1 and self._shares and (shared := self._prefix(rows)):
             settings["prefix"] = shared
         inputs = self._collated(rows)

@@ -6,40 +6,40 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llmcli import loader
-from llmcli.job import Placement
+from llmcli.job import LoadOptions
+from llmcli.models import loading
 
 
-def load(kind: str, folder: Path, placement: Placement) -> Any:
-    """A ready transformers.Pipeline. Raises what `loader.load` raises; UsageError where --quantize does not go with the
-    device or the model."""
+def load(kind: str, folder: Path, load_options: LoadOptions) -> Any:
+    """A ready transformers.Pipeline. Raises what `loading.load` raises; UsageError where --quantize does not go with
+    the device or the model."""
     head = implementation(kind)
     from llmcli.pipelines import quantizer
 
-    if placement.quantize != "none":
-        folder = quantizer.quantized(folder, placement, head)
-    model, tokenizer = loader.load(folder, placement, head)
-    if model.device.type == "cpu" and not placement.offload_folder:
+    if load_options.quantize != "none":
+        folder = quantizer.quantized(folder, load_options, head)
+    model, tokenizer = loading.load(folder, load_options, head)
+    if model.device.type == "cpu" and not load_options.offload_folder:
         quantizer.pack(model)
     return _made(kind, model, tokenizer)
 
 
-def seen_as(kind: str, pipeline: Any) -> Any:
+def wrap_as(kind: str, pipeline: Any) -> Any:
     """A pipeline of that kind on the model of another."""
     return pipeline if type(pipeline) is implementation(kind) else _made(kind, pipeline.model, pipeline.tokenizer)
 
 
-def judge(folder: Path, placement: Placement, kinds: Iterable[str]) -> dict[str, str | None]:
+def check_compatibility(folder: Path, load_options: LoadOptions, kinds: Iterable[str]) -> dict[str, str | None]:
     """For each kind, why the model in that folder cannot be one of it; None where it can. Raises ModelUnavailable."""
-    loader.quiet_libraries()
-    config = loader.read_config(folder, placement)
+    loading.quiet_libraries()
+    config = loading.read_config(folder, load_options)
     reasons = {kind: implementation(kind).check(config) for kind in kinds}
     return {kind: reason and f"{config.model_type} models {reason}" for kind, reason in reasons.items()}
 
 
 def implementation(kind: str) -> Any:
     """The pipeline's class; its module registers it with transformers."""
-    loader.quiet_libraries()
+    loading.quiet_libraries()
     importlib.import_module(f"llmcli.pipelines.{kind}")
     from transformers.pipelines import PIPELINE_REGISTRY
 

@@ -10,7 +10,7 @@ import torch
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from llmcli.stops import first_stop, stop_prefix
+from llmcli.text.stops import first_stop, stop_prefix
 
 Decode = Callable[[list[int]], str]
 
@@ -43,7 +43,7 @@ def _answer(ids: list[int], decode: Decode, config: Any) -> tuple[str, str, int]
     return text, "stop" if end else "length", end or len(ids)
 
 
-class StopTexts(StoppingCriteria):  # type: ignore[misc]
+class NewTextStopCriteria(StoppingCriteria):  # type: ignore[misc]
     """Ends each row of a batch where a stop text stands in its new text. `start` is the prompts' padded length;
     there may be several rows, sequences or beams, for each of the `decoders`."""
 
@@ -59,7 +59,7 @@ class StopTexts(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor(stopped, device=input_ids.device)
 
 
-class Clock(StoppingCriteria):  # type: ignore[misc]
+class TokenTimer(StoppingCriteria):  # type: ignore[misc]
     """Stops nothing; knows when each token came, and calls `on_token` then, which may raise."""
 
     def __init__(self, on_token: Callable[[], None] | None = None) -> None:
@@ -78,7 +78,7 @@ class Clock(StoppingCriteria):  # type: ignore[misc]
         return 1 / statistics.median(b - a for a, b in pairwise(self.times)) if len(self.times) > 1 else 0.0
 
 
-class Deltas(BaseStreamer):  # type: ignore[misc]
+class DeltaStreamer(BaseStreamer):  # type: ignore[misc]
     """Passes text on as it is generated, only what no later token can change.
 
     Held back: the bytes of an unfinished character, and an ending that may become a stop text.

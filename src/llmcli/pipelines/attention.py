@@ -6,9 +6,9 @@ import torch
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 
-from llmcli.errors import ModelUnavailable, RecordError, UsageError
+from llmcli.errors import ModelUnavailableError, RecordError, UsageError
 from llmcli.pipelines import rows
-from llmcli.pipelines.spelling import spelled
+from llmcli.pipelines.spelling import token_texts
 
 MOST = 512  # tokens: the weights of all heads grow with their square
 
@@ -52,7 +52,7 @@ class AttentionPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # tr
             self.model.set_attn_implementation(usual)
         found = getattr(output, "attentions", None)
         if not found or any(layer is None for layer in found):
-            raise ModelUnavailable(f"{self.model.config.model_type} models do not tell their attention")
+            raise ModelUnavailableError(f"{self.model.config.model_type} models do not tell their attention")
         return {"attentions": torch.stack(list(found), 1).float().numpy(force=True), **inputs}
 
     def postprocess(self, output: dict[str, Any], layer: int | None = None, head: int | None = None) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class AttentionPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # tr
                 raise UsageError(f"--{name} {asked}: this model has {there}, from 0 to {there - 1}")
         weights = weights.mean(0) if layer is None else weights[layer]
         weights = weights.mean(0) if head is None else weights[head]
-        texts = spelled(self.tokenizer, output["input_ids"].tolist())
+        texts = token_texts(self.tokenizer, output["input_ids"].tolist())
         return {"tokens": texts, "attention": weights.tolist(), "layers": layers, "heads": heads}
 
 

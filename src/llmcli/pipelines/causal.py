@@ -85,8 +85,8 @@ class CausalPipeline(CausalHead):
             raise UsageError("this model has no chat template", hint="use `llmcli generate`, or a chat model: -m NAME")
         try:
             return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **settings)
-        except Exception as problem:  # whatever a template, which is a program, raises
-            raise RecordError("bad_messages", f"the chat template refuses the messages: {problem}") from problem
+        except Exception as exc:  # whatever a template, which is a program, raises
+            raise RecordError("bad_messages", f"the chat template refuses the messages: {exc}") from exc
 
     def prefill(self, ids: list[int]) -> Any:
         """Keys and values of what many prompts begin with, as a cache of one row; None where the model keeps anything
@@ -124,7 +124,7 @@ class CausalPipeline(CausalHead):
             config.prefill_chunk_size = config.prefill_chunk_size or max(16, PREFILL // len(ids))
         # transformers' own stop strings are found in the prompt's end and in special tokens too
         stops, config.stop_strings = config.stop_strings, None
-        found = [answers.StopTexts(self._decoders(batch), stops, ids.shape[1])] if stops else []
+        found = [answers.NewTextStopCriteria(self._decoders(batch), stops, ids.shape[1])] if stops else []
         sequences = self.model.generate(
             input_ids=ids,
             attention_mask=mask,

@@ -7,8 +7,8 @@ import torch
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 
-from llmcli import encoder
 from llmcli.errors import RecordError
+from llmcli.models import sentence_encoder
 from llmcli.pipelines import lengths, rows
 
 
@@ -28,8 +28,8 @@ class EmbeddingPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # tr
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         folder = Path(self.model.name_or_path)
-        self.takes_first_token = encoder.pooling(folder) == "cls_token"
-        self.context = encoder.window(folder)
+        self.takes_first_token = sentence_encoder.pooling(folder) == "cls_token"
+        self.context = sentence_encoder.window(folder)
 
     @staticmethod
     def check(config: Any) -> str | None:

@@ -7,7 +7,7 @@ import numpy as np
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import ChunkPipeline
 
-from llmcli.errors import ModelUnavailable, RecordError, UsageError
+from llmcli.errors import ModelUnavailableError, RecordError, UsageError
 from llmcli.pipelines import rows
 
 NO_ANSWER = {"answer": None, "score": 0.0, "start": None, "end": None}
@@ -31,7 +31,7 @@ class ExtractiveQaPipeline(rows.RowPipeline, ChunkPipeline):  # type: ignore[mis
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         if not self.tokenizer.is_fast:
-            raise ModelUnavailable(
+            raise ModelUnavailableError(
                 f"{self.model.name_or_path}: the tokenizer does not tell where in a text its tokens stand",
                 hint="take a model that has a tokenizer.json",
             )

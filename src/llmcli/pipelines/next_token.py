@@ -9,7 +9,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from llmcli.pipelines import rows
 from llmcli.pipelines.causal import CausalPipeline
-from llmcli.pipelines.spelling import BEFORE, spelled
+from llmcli.pipelines.spelling import BEFORE, token_texts
 
 
 class NextTokenPipeline(CausalPipeline):
@@ -22,9 +22,9 @@ class NextTokenPipeline(CausalPipeline):
                  truncated, where tokens were cut
     """
 
-    def spelled(self, token: int, before: Sequence[int]) -> str:
+    def token_texts(self, token: int, before: Sequence[int]) -> str:
         """What a token stands for behind others."""
-        return spelled(self.tokenizer, [*before[-BEFORE:], token])[-1]
+        return token_texts(self.tokenizer, [*before[-BEFORE:], token])[-1]
 
     def _forward(  # type: ignore[override]  # nothing is streamed
         self, inputs: dict[str, Any], generation_config: Any = None, **_: Any

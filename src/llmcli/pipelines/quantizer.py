@@ -13,11 +13,12 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmcli import console, loader
-from llmcli.errors import ModelUnavailable, UsageError
-from llmcli.job import Placement
+from llmcli import console
+from llmcli.errors import ModelUnavailableError, UsageError
+from llmcli.job import LoadOptions
+from llmcli.models import loading
+from llmcli.models.store import quantized as copies
 from llmcli.pipelines.linears import Int4Linear, Int8Linear, PackedLinear, QuantizedLinear
-from llmcli.store import quantized as copies
 
 METHOD = "llmcli-weight-only"
 LAYERS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
@@ -44,7 +45,9 @@ class WeightOnlyQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ha
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         config = self.quantization_config
         if config.processor != processor():
-            raise ModelUnavailable(f"the quantized weights are for {config.processor}, this processor is {processor()}")
+            raise ModelUnavailableError(
+                f"the quantized weights are for {config.processor}, this processor is {processor()}"
+            )
         for name, scheme in config.layers.items():
             _replace(model, name, LAYERS[scheme].blank(model.get_submodule(name)))
 
@@ -54,20 +57,22 @@ class WeightOnlyQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers ha
                 module.align()
 
 
-def quantized(folder: Path, placement: Placement, head: Any) -> Path:
+def quantized(folder: Path, load_options: LoadOptions, head: Any) -> Path:
     """A folder with the same model, quantized as `placement` says, made if there is none. Raises UsageError where the
-    options or the model do not allow it, and what `loader.load` raises."""
-    scheme, device = placement.quantize, loader.choose_device(placement.device)
+    options or the model do not allow it, and what `loading.load` raises."""
+    scheme, device = load_options.quantize, loading.choose_device(load_options.device)
     if device != "cpu":
         raise UsageError(
             f"--quantize {scheme} is for the CPU, and the model would go to {device}",
             hint="--device cpu; or leave it out, and a model that is too big for the GPU: --offload-folder PATH",
         )
-    if placement.dtype not in ("auto", "bfloat16"):
-        raise UsageError(f"--quantize {scheme} multiplies in bfloat16, not {placement.dtype}", hint="leave --dtype out")
-    if placement.offload_folder:
+    if load_options.dtype not in ("auto", "bfloat16"):
+        raise UsageError(
+            f"--quantize {scheme} multiplies in bfloat16, not {load_options.dtype}", hint="leave --dtype out"
+        )
+    if load_options.offload_folder:
         raise UsageError("--quantize and --offload-folder exclude each other")
-    about = loader.read_config(folder, placement)
+    about = loading.read_config(folder, load_options)
     if getattr(about, "quantization_config", None):
         raise UsageError(f"{folder} is quantized already", hint="leave --quantize out")
 
@@ -75,7 +80,7 @@ def quantized(folder: Path, placement: Placement, head: Any) -> Path:
         console.notice(f"quantizing the weights to {scheme}, once")
         # from what the weights are, not from what rounding to bfloat16 leaves of them
         dtype = str(about.dtype or "float32").removeprefix("torch.")
-        model, _ = loader.load(folder, replace(placement, dtype=dtype), head)
+        model, _ = loading.load(folder, replace(load_options, dtype=dtype), head)
         if not quantize(model, scheme):
             raise UsageError(f"{folder} has no layer that can be {scheme}", hint="leave --quantize out")
         model.save_pretrained(target)

@@ -13,7 +13,7 @@ from llmcli.errors import RecordError, UsageError
 from llmcli.pipelines import rows
 from llmcli.pipelines.cache import growing
 from llmcli.pipelines.head import CausalHead
-from llmcli.pipelines.spelling import size_of, spelled
+from llmcli.pipelines.spelling import size_of, token_texts
 from llmcli.prefix import common
 
 LOGITS = 2**27  # numbers that a model with a cache may give at once: 0.5 GB in float32
@@ -111,7 +111,7 @@ class ScoringPipeline(CausalHead):
         }
         if token_logprobs:
             own = ids[begin:].tolist()
-            texts, logprobs = spelled(self.tokenizer, own), [None] * (len(own) - len(scored)) + scored
+            texts, logprobs = token_texts(self.tokenizer, own), [None] * (len(own) - len(scored)) + scored
             fields["token_logprobs"] = [
                 {"token": text, "id": token, "logprob": _rounded(each)}
                 for text, token, each in zip(texts, own, logprobs, strict=True)

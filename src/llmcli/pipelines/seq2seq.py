@@ -89,7 +89,7 @@ class Seq2SeqPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # tran
         config = copy.copy(generation_config or self.model.generation_config)
         ids, mask = rows.padded(rows.listed(inputs)["input_ids"], self.tokenizer.pad_token_id, self.device)
         stops, config.stop_strings = config.stop_strings, None
-        found = [answers.StopTexts([self._decode], stops, 1)] if stops else []
+        found = [answers.NewTextStopCriteria([self._decode], stops, 1)] if stops else []
         sequences = self.model.generate(
             input_ids=ids,
             attention_mask=mask,

@@ -9,7 +9,7 @@ BEFORE = 4  # tokens that are decoded with one, for what it says may depend on t
 PENDING = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of a part of a character
 
 
-def spelled(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text of each token. Joined they are the text again, but for two kinds: special tokens go by their names, and
     parts of a character are bytes, `\\xe4`."""
     special, texts, begin = set(tokenizer.all_special_ids), list[str](), 0
@@ -35,7 +35,7 @@ def tokens_of(tokenizer: Any, text: str) -> list[dict[str, Any]]:
     pieces = tokenizer.convert_ids_to_tokens(ids)
     return [
         {"token": token, "id": each, "piece": piece, "special": each in special}
-        for token, each, piece in zip(spelled(tokenizer, ids), ids, pieces, strict=True)
+        for token, each, piece in zip(token_texts(tokenizer, ids), ids, pieces, strict=True)
     ]
 
 

@@ -15,7 +15,7 @@ Output = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class ModelCall:
     """What a record's steps want to be run next: inputs for the model's pipeline or, where a `job` of
     another task is named, fields of records for that. One output comes back for each.
 
@@ -30,28 +30,28 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class TaskResult:
     """What the steps end with: the fields of the result, and what text mode prints."""
 
     output: Output
     text: str
 
 
-Steps = Generator[Ask, list[Any], Answer]
+TaskGenerator = Generator[ModelCall, list[Any], TaskResult]
 
 
-def as_it_is(job: Job, prepared: Any, model: Any) -> Steps:
+def passthrough(job: Job, prepared: Any, model: Any) -> TaskGenerator:
     """Steps of a task whose result is what the pipeline makes of the record."""
-    (output,) = yield Ask([prepared])
-    return Answer(output, "")
+    (output,) = yield ModelCall([prepared])
+    return TaskResult(output, "")
 
 
-def no_settings(job: Job, model: Any) -> Output:
+def no_parameters(job: Job, model: Any) -> Output:
     return {}
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class Strategy:
     """How a task is done by one kind of head.
 
     `steps(job, prepared, model)` is a generator: it yields what is to be run, gets the outputs, and returns the
@@ -60,9 +60,9 @@ class Way:
     over the model's own and under the user's. `defaults` stand under both; None: this way does not generate.
     """
 
-    steps: Callable[[Job, Any, Any], Steps]
+    steps: Callable[[Job, Any, Any], TaskGenerator]
     defaults: Output | None = None
-    settings: Callable[[Job, Any], Output] = no_settings
+    settings: Callable[[Job, Any], Output] = no_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Task:
     prepare: Callable[[Job, Mapping[str, Any]], Any]
     outputs: tuple[str, ...]
     empty: Output
-    ways: Mapping[str, Way]
+    strategies: Mapping[str, Strategy]
 
 
 def find(name: str) -> Task:

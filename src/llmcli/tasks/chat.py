@@ -5,7 +5,7 @@ from typing import Any
 
 from llmcli.errors import RecordError
 from llmcli.job import Job
-from llmcli.tasks import Steps, Task, Way
+from llmcli.tasks import Strategy, Task, TaskGenerator
 from llmcli.tasks.fields import prompt_text, text_field
 from llmcli.tasks.generate import EMPTY, OUTPUTS
 from llmcli.tasks.generated import SAMPLING, generated
@@ -29,7 +29,7 @@ def prepare(job: Job, fields: Mapping[str, Any]) -> list[Message] | None:
     return messages
 
 
-def steps(job: Job, messages: list[Message], model: Any) -> Steps:
+def steps(job: Job, messages: list[Message], model: Any) -> TaskGenerator:
     """The conversation as it is."""
     return (yield from generated(messages, ""))
 
@@ -45,4 +45,4 @@ def _checked(messages: Any, name: str) -> list[Message]:
     return messages
 
 
-TASK = Task(prepare, OUTPUTS, EMPTY, {"causal": Way(steps, SAMPLING | {"max_new_tokens": 512})})
+TASK = Task(prepare, OUTPUTS, EMPTY, {"causal": Strategy(steps, SAMPLING | {"max_new_tokens": 512})})

@@ -3,15 +3,18 @@
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from llmcli import languages, registry
 from llmcli.job import Job
-from llmcli.tasks import Ask
+from llmcli.models import registry
+from llmcli.tasks import ModelCall
+from llmcli.text import languages
 
 SENTENCES = 10  # of all parts, or one of each where they are more
 LENGTHS = range(40, 400)  # characters of a sentence that can stand alone
 
 
-def condensed(job: Job, parts: Sequence[str], count: Callable[[str], int], most: int) -> Generator[Ask, list[Any], str]:
+def condensed(
+    job: Job, parts: Sequence[str], count: Callable[[str], int], most: int
+) -> Generator[ModelCall, list[Any], str]:
     """The sentences of each part that are nearest to the middle of its part's and of the whole text's meaning, in
     their order; at most `most` tokens in all, of which each part has its share.
 
@@ -24,8 +27,10 @@ def condensed(job: Job, parts: Sequence[str], count: Callable[[str], int], most:
     texts = [sentence for some in sentences for sentence in some]
     if not texts:
         return ""
-    embed = Job("embed", registry.default_names("embed")[0], placement=job.placement, batch_size=32, truncate=True)
-    outputs = yield Ask([{"text": text} for text in texts], job=embed)
+    embed = Job(
+        "embed", registry.default_names("embed")[0], load_options=job.load_options, batch_size=32, truncate=True
+    )
+    outputs = yield ModelCall([{"text": text} for text in texts], job=embed)
     vectors = np.array([output["embedding"] for output in outputs])
     each = max(1, SENTENCES // len(parts))
     chosen: list[str] = []

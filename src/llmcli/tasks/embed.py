@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmcli.job import Job
-from llmcli.tasks import Task, Way, as_it_is
+from llmcli.tasks import Strategy, Task, passthrough
 from llmcli.tasks.fields import prompt_text
 
 
@@ -14,4 +14,4 @@ def prepare(job: Job, fields: Mapping[str, Any]) -> str | None:
 
 
 EMPTY = {"embedding": None, "usage": {"prompt_tokens": 0}}
-TASK = Task(prepare, ("embedding", "usage"), EMPTY, {"embedding": Way(as_it_is)})
+TASK = Task(prepare, ("embedding", "usage"), EMPTY, {"embedding": Strategy(passthrough)})

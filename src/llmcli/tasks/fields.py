@@ -18,8 +18,8 @@ def text_field(fields: Mapping[str, Any], name: str) -> str:
         raise RecordError("wrong_type", f"field {name!r} is not a text")
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError as problem:
-        raise RecordError("invalid_text", f"field {name!r}: lone surrogate at character {problem.start}") from None
+    except UnicodeEncodeError as exc:
+        raise RecordError("invalid_text", f"field {name!r}: lone surrogate at character {exc.start}") from None
     return value
 
 
@@ -53,8 +53,8 @@ def check(template: str, where: str) -> None:
     """Raises UsageError for a template that could never be filled, which names where it stands."""
     try:
         parts = list(string.Formatter().parse(template))
-    except ValueError as problem:
-        raise UsageError(f"{where}: {problem}", hint="write {{ and }} for braces of the text itself") from problem
+    except ValueError as exc:
+        raise UsageError(f"{where}: {exc}", hint="write {{ and }} for braces of the text itself") from exc
     if not any(field for _, field, _, _ in parts):
         raise UsageError(f"{where} names no field of the record", hint='like "Classify this review: {text}"')
     for _, field, spec, conversion in parts:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmcli.job import Job
-from llmcli.tasks import Steps, Task, Way
+from llmcli.tasks import Strategy, Task, TaskGenerator
 from llmcli.tasks.fields import fill, prompt_text
-from llmcli.tasks.generated import NOTHING, SAMPLING, generated
+from llmcli.tasks.generated import EMPTY_USAGE, SAMPLING, generated
 
 
 def prepare(job: Job, fields: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -21,12 +21,12 @@ def prepare(job: Job, fields: Mapping[str, Any]) -> tuple[str, str] | None:
     return (prompt, shown) if prompt else None
 
 
-def steps(job: Job, prepared: tuple[str, str], model: Any) -> Steps:
+def steps(job: Job, prepared: tuple[str, str], model: Any) -> TaskGenerator:
     """The prompt as it is."""
     prompt, shown = prepared
     return (yield from generated(prompt, shown))
 
 
 OUTPUTS = ("generated_text", "finish_reason", "usage")
-EMPTY = {"generated_text": "", **NOTHING}
-TASK = Task(prepare, OUTPUTS, EMPTY, {"causal": Way(steps, SAMPLING | {"max_new_tokens": 128})})
+EMPTY = {"generated_text": "", **EMPTY_USAGE}
+TASK = Task(prepare, OUTPUTS, EMPTY, {"causal": Strategy(steps, SAMPLING | {"max_new_tokens": 128})})

@@ -3,29 +3,29 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llmcli.tasks import Answer, Ask, Steps
+from llmcli.tasks import ModelCall, TaskGenerator, TaskResult
 
-NOTHING = {"finish_reason": "stop", "usage": {"prompt_tokens": 0, "completion_tokens": 0}}
+EMPTY_USAGE = {"finish_reason": "stop", "usage": {"prompt_tokens": 0, "completion_tokens": 0}}
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0}
 SEQ2SEQ = {"num_beams": 4, "do_sample": False, "max_new_tokens": 256}  # as transformers 4's pipelines
 
 
-def generated(prompt: Any, shown: str) -> Steps:
+def generated(prompt: Any, shown: str) -> TaskGenerator:
     """The output for a prompt as it is; text mode prints `shown` before each answer."""
-    (output,) = yield Ask([prompt], shown=shown)
+    (output,) = yield ModelCall([prompt], shown=shown)
     answers = output.get("generated_texts", [output["generated_text"]])
-    return Answer(output, "\n".join(shown + answer for answer in answers))
+    return TaskResult(output, "\n".join(shown + answer for answer in answers))
 
 
 def joined(
     name: str, outputs: Sequence[Mapping[str, Any]], together: Callable[[Sequence[str]], str], about: Mapping[str, Any]
-) -> Answer:
+) -> TaskResult:
     """One result of the outputs for a record's parts, which `together` joins; with several sequences a part, the first
     of each make the first text, and so on, and `NAMEs` holds them all."""
     several = [output.get("generated_texts", [output["generated_text"]]) for output in outputs]
     texts = [together(some) for some in zip(*several, strict=True)] or [together([])]
     fields = {name: texts[0], **({f"{name}s": texts} if len(texts) > 1 else {}), **about}
-    return Answer(fields | tally(outputs), "\n".join(texts))
+    return TaskResult(fields | tally(outputs), "\n".join(texts))
 
 
 def tally(outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

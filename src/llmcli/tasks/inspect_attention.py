@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmcli.job import Job
-from llmcli.tasks import Task, Way, as_it_is
+from llmcli.tasks import Strategy, Task, passthrough
 from llmcli.tasks.fields import text_field
 
 
@@ -19,5 +19,5 @@ def parameters(job: Job, pipeline: object) -> Mapping[str, Any]:
 
 
 OUTPUTS = ("tokens", "attention", "layers", "heads")
-WAY = Way(as_it_is, settings=parameters)
+WAY = Strategy(passthrough, settings=parameters)
 TASK = Task(prepare, OUTPUTS, {}, {"causal_attention": WAY, "attention": WAY})

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmcli.job import Job
-from llmcli.tasks import Answer, Ask, Steps, Task, Way
+from llmcli.tasks import ModelCall, Strategy, Task, TaskGenerator, TaskResult
 from llmcli.tasks.fields import text_field
 from llmcli.tasks.generated import SAMPLING
 
@@ -14,13 +14,13 @@ def prepare(job: Job, fields: Mapping[str, Any]) -> str:
     return text_field(fields, "text")
 
 
-def steps(job: Job, text: str, model: Any) -> Steps:
+def steps(job: Job, text: str, model: Any) -> TaskGenerator:
     """The likeliest of all."""
-    (output,) = yield Ask([text])
+    (output,) = yield ModelCall([text])
     chances, after = output["probability"], output["sampling_probability"]
     found = [
         {
-            "token": model.pipeline.spelled(token, output["input_ids"]),
+            "token": model.pipeline.token_texts(token, output["input_ids"]),
             "id": token,
             "probability": float(chances[token]),
             "sampling_probability": float(after[token]),
@@ -28,7 +28,7 @@ def steps(job: Job, text: str, model: Any) -> Steps:
         for token in (-chances).argsort(kind="stable")[: job.parameters["limit"]].tolist()
     ]
     about = {name: output[name] for name in ("sampling", "truncated") if name in output}
-    return Answer({"next": found, **about}, "")
+    return TaskResult({"next": found, **about}, "")
 
 
-TASK = Task(prepare, ("next", "sampling"), {}, {"next_token": Way(steps, SAMPLING | {"max_new_tokens": 1})})
+TASK = Task(prepare, ("next", "sampling"), {}, {"next_token": Strategy(steps, SAMPLING | {"max_new_tokens": 1})})

@@ -6,9 +6,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llmcli import config, registry
+from llmcli import config
 from llmcli.errors import UsageError
 from llmcli.job import Job
+from llmcli.models import registry
 from llmcli.tasks.fields import check, fill
 
 HERE = Path(__file__).parent

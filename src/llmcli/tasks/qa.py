@@ -4,12 +4,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llmcli import pieces, registry
 from llmcli.errors import RecordError, UsageError
 from llmcli.job import Job
-from llmcli.tasks import Answer, Ask, Steps, Task, Way, prompting
+from llmcli.models import registry
+from llmcli.tasks import ModelCall, Strategy, Task, TaskGenerator, TaskResult, prompting
 from llmcli.tasks.fields import text_field
 from llmcli.tasks.generated import tally
+from llmcli.text import chunking
 
 WHOLE = 1000  # tokens of text that go into a prompt as they are; of a longer one, the passages nearest to the question
 PASSAGES = 3
@@ -33,7 +34,7 @@ def prepare(job: Job, fields: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**fields, "question": question, "documents": documents} if documents else None
 
 
-def extracted(job: Job, asked: Mapping[str, Any], model: Any) -> Steps:
+def extracted(job: Job, asked: Mapping[str, Any], model: Any) -> TaskGenerator:
     """By a question-answering head: the likeliest spans of all documents."""
     if "prompt" in job.parameters:
         raise UsageError(f"--prompt does not go with {job.model}: it cuts answers out, and is not prompted")
@@ -42,7 +43,7 @@ def extracted(job: Job, asked: Mapping[str, Any], model: Any) -> Steps:
         raise UsageError(f"{job.model} cuts its answer out of the text: {option} is for models that write one")
     top_k: int = job.parameters.get("top_k") or 1
     documents: Sequence[Document] = asked["documents"]
-    outputs = yield Ask([{"question": asked["question"], "context": each["text"]} for each in documents])
+    outputs = yield ModelCall([{"question": asked["question"], "context": each["text"]} for each in documents])
     found = [
         {**{key: answer[key] for key in NO_ANSWER}, **({"file": document["file"]} if document.get("file") else {})}
         for document, output in zip(documents, outputs, strict=True)
@@ -53,7 +54,7 @@ def extracted(job: Job, asked: Mapping[str, Any], model: Any) -> Steps:
         found = [answer for answer in found if answer["answer"]] + [min(nothing, key=lambda each: each["score"])]
     found = sorted(found, key=lambda answer: -answer["score"])[:top_k]
     several = {"answers": found} if top_k > 1 else {}
-    return Answer({**found[0], **several}, "\n".join(answer["answer"] or "" for answer in found))
+    return TaskResult({**found[0], **several}, "\n".join(answer["answer"] or "" for answer in found))
 
 
 def parameters(job: Job, pipeline: Any = None) -> Mapping[str, Any]:
@@ -61,7 +62,7 @@ def parameters(job: Job, pipeline: Any = None) -> Mapping[str, Any]:
     return {name: job.parameters[name] for name in CUTTING if job.parameters.get(name) is not None}
 
 
-def prompted(job: Job, asked: Mapping[str, Any], model: Any) -> Steps:
+def prompted(job: Job, asked: Mapping[str, Any], model: Any) -> TaskGenerator:
     """By a language model: an answer, and the `passage` that it came from, whose characters `start` and `end` tell."""
     if given := parameters(job):
         raise UsageError(
@@ -74,21 +75,21 @@ def prompted(job: Job, asked: Mapping[str, Any], model: Any) -> Steps:
     documents: Sequence[Document] = asked["documents"]
     if sum(pipeline.count(each["text"]) for each in documents) <= WHOLE:
         passages = [_passage(documents, i, at, at + len(text)) for i, each in enumerate(documents)
-                    for at, text in pieces.cut(each["text"], pipeline.count, WHOLE // 8)]  # fmt: skip
+                    for at, text in chunking.cut(each["text"], pipeline.count, WHOLE // 8)]  # fmt: skip
         context = "\n\n".join(each["text"] for each in documents)
     else:
         encoder = registry.default_names("search")[0]
-        search = Job("search", encoder, parameters={"limit": PASSAGES}, placement=job.placement)
-        ((nearest),) = yield Ask([{"query": asked["question"], "texts": documents}], job=search)
+        search = Job("search", encoder, parameters={"limit": PASSAGES}, load_options=job.load_options)
+        ((nearest),) = yield ModelCall([{"query": asked["question"], "texts": documents}], job=search)
         places = [(match["of"], match["start"], match["end"]) for match in nearest["matches"]]
         passages = [_passage(documents, *place) for place in sorted(places)]
         context = "\n\n".join(passage["passage"] for passage in passages)
-    (output,) = yield Ask([prompt({**asked, "context": context})], strip=True)
+    (output,) = yield ModelCall([prompt({**asked, "context": context})], strip=True)
     answer = output["generated_text"].strip()
     if not answer or _plain(answer) in map(_plain, prompt.unknown):
-        return Answer({**NO_ANSWER, "passage": None, **tally([output])}, "")
+        return TaskResult({**NO_ANSWER, "passage": None, **tally([output])}, "")
     source = max(passages, key=_likeness(answer, [passage["passage"] for passage in passages]))
-    return Answer({"answer": answer, "score": None, **source, **tally([output])}, answer)
+    return TaskResult({"answer": answer, "score": None, **source, **tally([output])}, answer)
 
 
 def _passage(documents: Sequence[Document], number: int, start: int, end: int) -> dict[str, Any]:
@@ -120,7 +121,7 @@ TASK = Task(
     ("answer", "score", "start", "end", "passage", "finish_reason", "usage"),
     NO_ANSWER,
     {
-        "extractive_qa": Way(extracted, settings=parameters),
-        "causal": Way(prompted, prompting.GREEDY, prompting.settings),
+        "extractive_qa": Strategy(extracted, settings=parameters),
+        "causal": Strategy(prompted, prompting.GREEDY, prompting.settings),
     },
 )

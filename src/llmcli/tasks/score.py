@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmcli.job import Job
-from llmcli.tasks import Task, Way, as_it_is
+from llmcli.tasks import Strategy, Task, passthrough
 from llmcli.tasks.fields import text_field
 
 
@@ -25,4 +25,4 @@ def parameters(job: Job, pipeline: object) -> Mapping[str, Any]:
 
 OUTPUTS = ("logprob", "perplexity", "bits_per_byte", "tokens")
 EMPTY = {"logprob": 0.0, "perplexity": None, "bits_per_byte": None, "tokens": 0}
-TASK = Task(prepare, OUTPUTS, EMPTY, {"scoring": Way(as_it_is, settings=parameters)})
+TASK = Task(prepare, OUTPUTS, EMPTY, {"scoring": Strategy(passthrough, settings=parameters)})

@@ -4,10 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmcli import console, encoder, pieces
+from llmcli import console
 from llmcli.job import Job
-from llmcli.tasks import Answer, Ask, Steps, Task, Way
-from llmcli.vectors import VectorCache
+from llmcli.models import sentence_encoder
+from llmcli.tasks import ModelCall, Strategy, Task, TaskGenerator, TaskResult
+from llmcli.text import chunking
+from llmcli.text.vector_cache import VectorCache
 
 PASSAGE = 128  # tokens at most: a paragraph, more or less
 KEEP_EVERY = 64  # passages embedded before their vectors are kept
@@ -21,14 +23,14 @@ def prepare(job: Job, fields: Mapping[str, Any]) -> Mapping[str, Any]:
     return fields
 
 
-def steps(job: Job, asked: Mapping[str, Any], model: Any) -> Steps:
+def steps(job: Job, asked: Mapping[str, Any], model: Any) -> TaskGenerator:
     """`matches`: the passages with the greatest cosine similarity to the query, the best first; equals in input order.
     The model is loaded only where a vector is missing."""
     import numpy as np
 
     query, passages = asked["query"], list(passages_of(asked["texts"], model.folder))
     if not passages:
-        return Answer({"matches": []}, "")
+        return TaskResult({"matches": []}, "")
     with VectorCache(_identity(model, job)) as cache:
         texts = {query, *(passage["text"] for passage in passages)}
         known = cache.find(texts)
@@ -36,7 +38,7 @@ def steps(job: Job, asked: Mapping[str, Any], model: Any) -> Steps:
         with console.working(f"embedding {len(missing)} passages"):
             for start in range(0, len(missing), KEEP_EVERY):
                 some = missing[start : start + KEEP_EVERY]
-                outputs = yield Ask(some)
+                outputs = yield ModelCall(some)
                 vectors = [np.array(output["embedding"], "<f4").tobytes() for output in outputs]
                 fresh = dict(zip(some, vectors, strict=True))
                 cache.add(fresh)
@@ -44,7 +46,7 @@ def steps(job: Job, asked: Mapping[str, Any], model: Any) -> Steps:
     matrix = np.frombuffer(b"".join(known[passage["text"]] for passage in passages), "<f4").reshape(len(passages), -1)
     scores = matrix @ np.frombuffer(known[query], "<f4")
     best = np.argsort(-scores, kind="stable")[: job.parameters.get("limit", LIMIT)]
-    return Answer({"matches": [{**passages[i], "score": float(scores[i])} for i in best]}, "")
+    return TaskResult({"matches": [{**passages[i], "score": float(scores[i])} for i in best]}, "")
 
 
 def passages_of(texts: Sequence[Text], folder: Path) -> Iterator[dict[str, Any]]:
@@ -56,11 +58,11 @@ def passages_of(texts: Sequence[Text], folder: Path) -> Iterator[dict[str, Any]]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    most = min(PASSAGE, encoder.window(folder) - tokenizer.num_special_tokens_to_add(is_pair=False))
+    most = min(PASSAGE, sentence_encoder.window(folder) - tokenizer.num_special_tokens_to_add(is_pair=False))
     for number, each in enumerate(texts):
         text, file, line, counted = each["text"], each.get("file"), each.get("line") or 1, 0
         is_markdown = (file or "").endswith((".md", ".markdown"))
-        for start, piece in pieces.cut(text, tokenizer, most, markdown=is_markdown):
+        for start, piece in chunking.cut(text, tokenizer, most, markdown=is_markdown):
             line += text.count("\n", counted, start)
             counted = start
             place = {"file": file, "line": line, "of": number, "start": start, "end": start + len(piece)}
@@ -69,7 +71,7 @@ def passages_of(texts: Sequence[Text], folder: Path) -> Iterator[dict[str, Any]]
 
 def _identity(model: Any, job: Job) -> str:
     """What the vectors depend on, beside the text: the weights and their precision."""
-    return f"{model.folder} {model.changed} {job.placement.dtype} {job.placement.quantize}"
+    return f"{model.folder} {model.changed} {job.load_options.dtype} {job.load_options.quantize}"
 
 
-TASK = Task(prepare, ("matches",), {"matches": []}, {"embedding": Way(steps)})
+TASK = Task(prepare, ("matches",), {"matches": []}, {"embedding": Strategy(steps)})

@@ -3,18 +3,18 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llmcli import languages, pieces
 from llmcli.errors import UsageError
 from llmcli.job import Job
-from llmcli.tasks import Ask, Steps, Task, Way, prompting
+from llmcli.tasks import ModelCall, Strategy, Task, TaskGenerator, prompting
 from llmcli.tasks.condense import condensed
-from llmcli.tasks.generated import NOTHING, SEQ2SEQ, joined
+from llmcli.tasks.generated import EMPTY_USAGE, SEQ2SEQ, joined
 from llmcli.tasks.translate import prepare
+from llmcli.text import chunking, languages
 
 WHOLE = 1000  # tokens that a model whose long texts are condensed reads as they are
 
 
-def steps(job: Job, fields: Mapping[str, Any], model: Any) -> Steps:
+def steps(job: Job, fields: Mapping[str, Any], model: Any) -> TaskGenerator:
     """By an encoder-decoder model."""
     if "prompt" in job.parameters:
         raise UsageError(f"--prompt does not go with {job.model}: it is made to summarize, and not prompted")
@@ -25,7 +25,7 @@ def steps(job: Job, fields: Mapping[str, Any], model: Any) -> Steps:
     return (yield from _summarized(job, fields["text"], room, room, pipeline.count, lambda text: prefix + text))
 
 
-def prompted(job: Job, fields: Mapping[str, Any], model: Any) -> Steps:
+def prompted(job: Job, fields: Mapping[str, Any], model: Any) -> TaskGenerator:
     """By a language model that is told to."""
     pipeline, prompt = model.pipeline, prompting.of(job, model.pipeline)
     most = job.generation.get("max_new_tokens") or prompt.settings["max_new_tokens"]
@@ -38,10 +38,10 @@ def prompted(job: Job, fields: Mapping[str, Any], model: Any) -> Steps:
 
     text = fields["text"]
     if prompt.condense and pipeline.count(text) > WHOLE and not job.truncate:
-        parts = [piece for _, piece in pieces.cut(text, pipeline.count, prompt.part or WHOLE)]
+        parts = [piece for _, piece in chunking.cut(text, pipeline.count, prompt.part or WHOLE)]
         central = yield from condensed(job, parts, pipeline.count, prompt.condense)
         if central:
-            outputs = yield Ask([ask(central)], strip=True)
+            outputs = yield ModelCall([ask(central)], strip=True)
             return joined(
                 "summary_text", outputs, lambda texts: _tidy(texts[0]), {"chunks": len(parts), "truncated": 0}
             )
@@ -62,13 +62,13 @@ def _specific(pipeline: Any) -> Mapping[str, Any]:
 
 def _summarized(
     job: Job, text: str, room: int | None, part: int | None, count: Callable[[str], int], ask: Callable[[str], Any]
-) -> Steps:
+) -> TaskGenerator:
     """`room` is how many tokens fit in one input, `part` how many a part of a longer text has."""
 
     def parts_of(text: str) -> list[str]:
         if room is None or count(text) <= room:
             return [text]
-        return [piece for _, piece in pieces.cut(text, count, min(room, part or room))]
+        return [piece for _, piece in chunking.cut(text, count, min(room, part or room))]
 
     parts = parts_of(text)
     cut = 0
@@ -76,12 +76,14 @@ def _summarized(
         cut = sum(map(count, parts[1:]))
         parts = parts[:1]
     chunks = len(parts)
-    outputs = done = yield Ask([ask(each) for each in parts], shown="" if chunks == 1 else None, strip=chunks > 1)
+    outputs = done = yield ModelCall([ask(each) for each in parts], shown="" if chunks == 1 else None, strip=chunks > 1)
     while len(outputs) > 1:
         parts = parts_of("\n\n".join(output["generated_text"] for output in outputs))
         if len(parts) >= len(outputs):  # summaries that are no shorter than the text: they stay as they are
             break
-        outputs = yield Ask([ask(each) for each in parts], shown="" if len(parts) == 1 else None, strip=len(parts) > 1)
+        outputs = yield ModelCall(
+            [ask(each) for each in parts], shown="" if len(parts) == 1 else None, strip=len(parts) > 1
+        )
         done = [*done, *outputs]
     last = len(outputs)
     about = {"chunks": chunks, "truncated": cut}
@@ -103,14 +105,14 @@ EMPTY = {
     "summary_text": "",
     "chunks": 0,
     "truncated": 0,
-    **NOTHING,
+    **EMPTY_USAGE,
 }
 TASK = Task(
     prepare,
     ("summary_text", "chunks", "truncated", "finish_reason", "usage"),
     EMPTY,
     {
-        "seq2seq": Way(steps, SEQ2SEQ, settings),
-        "causal": Way(prompted, prompting.GREEDY, prompting.settings),
+        "seq2seq": Strategy(steps, SEQ2SEQ, settings),
+        "causal": Strategy(prompted, prompting.GREEDY, prompting.settings),
     },
 )

@@ -8,12 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llmcli import config, languages, pieces
+from llmcli import config
 from llmcli.errors import UsageError
 from llmcli.job import Job
-from llmcli.tasks import Answer, Ask, Steps, Task, Way, prompting
+from llmcli.tasks import ModelCall, Strategy, Task, TaskGenerator, TaskResult, prompting
 from llmcli.tasks.fields import text_field
-from llmcli.tasks.generated import NOTHING, SEQ2SEQ, joined
+from llmcli.tasks.generated import EMPTY_USAGE, SEQ2SEQ, joined
+from llmcli.text import chunking, languages
 
 PAIR = re.compile(r"translation_(\w+)_to_(\w+)")  # T5's task_specific_params
 MARKERS = re.compile(r"\s*(?:(?:[-*+>|]|#+|\d+[.)])\s+)*")  # what begins a line of Markdown and is not language
@@ -38,7 +39,7 @@ def prepare(job: Job, fields: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**fields, "text": text} if text.strip() else None
 
 
-def steps(job: Job, fields: Mapping[str, Any], model: Any) -> Steps:
+def steps(job: Job, fields: Mapping[str, Any], model: Any) -> TaskGenerator:
     """By an encoder-decoder model: in one where the text fits, else by sentences."""
     if "prompt" in job.parameters:
         raise UsageError(f"--prompt does not go with {job.model}: it is made to translate, and not prompted")
@@ -64,7 +65,7 @@ def steps(job: Job, fields: Mapping[str, Any], model: Any) -> Steps:
     )
 
 
-def prompted(job: Job, fields: Mapping[str, Any], model: Any) -> Steps:
+def prompted(job: Job, fields: Mapping[str, Any], model: Any) -> TaskGenerator:
     """By a language model: with examples of the two languages where it is a base model, whose answer is a line."""
     if not any(map(str.isalpha, fields["text"])):
         return _unchanged(job, fields["text"])
@@ -83,10 +84,10 @@ def prompted(job: Job, fields: Mapping[str, Any], model: Any) -> Steps:
     return (yield from _translated(job, fields["text"], source, fits, ask, pipeline.count, lambda: longest, strip=True))
 
 
-def _unchanged(job: Job, text: str) -> Answer:
+def _unchanged(job: Job, text: str) -> TaskResult:
     """Numbers and signs are the same in every language."""
     about = {"from": job.parameters.get("from"), "to": job.parameters["to"]}
-    return Answer({"translation_text": text, **about, **NOTHING}, text)
+    return TaskResult({"translation_text": text, **about, **EMPTY_USAGE}, text)
 
 
 def settings(job: Job, pipeline: Any) -> Mapping[str, Any]:
@@ -104,14 +105,14 @@ def _translated(
     most: Callable[[], int],
     *,
     strip: bool = False,
-) -> Steps:
+) -> TaskGenerator:
     about = {"from": source, "to": job.parameters["to"]}
     if fits(text):
-        outputs = yield Ask([ask(text)], shown="", strip=strip)
+        outputs = yield ModelCall([ask(text)], shown="", strip=strip)
         return joined("translation_text", outputs, lambda texts: texts[0], about)
-    parts = list(_parts(text, source or "en", fits, lambda piece: pieces.cut(piece, count, most())))
+    parts = list(_parts(text, source or "en", fits, lambda piece: chunking.cut(piece, count, most())))
     wanted = [core for _, core, _ in parts if core]
-    outputs = yield Ask([ask(core) for core in wanted])
+    outputs = yield ModelCall([ask(core) for core in wanted])
 
     def together(texts: Sequence[str]) -> str:
         translated = iter(texts)
@@ -241,14 +242,14 @@ EMPTY = {
     "translation_text": "",
     "from": None,
     "to": None,
-    **NOTHING,
+    **EMPTY_USAGE,
 }
 TASK = Task(
     prepare,
     ("translation_text", "from", "to", "finish_reason", "usage"),
     EMPTY,
     {
-        "seq2seq": Way(steps, SEQ2SEQ, settings),
-        "causal": Way(prompted, prompting.GREEDY, prompting.settings),
+        "seq2seq": Strategy(steps, SEQ2SEQ, settings),
+        "causal": Strategy(prompted, prompting.GREEDY, prompting.settings),
     },
 )

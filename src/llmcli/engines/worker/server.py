@@ -14,17 +14,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llmcli import console, heap
+from llmcli import console
 from llmcli.engines.local import LocalEngine
 from llmcli.engines.model import Model
 from llmcli.engines.runner import BatchRunner
-from llmcli.engines.worker import wire
-from llmcli.engines.worker.turns import Baton, Turns
-from llmcli.engines.worker.warm import Borrowed, WarmModels
-from llmcli.engines.worker.wire import GoneError, MessageError, TooLargeError, Wire
+from llmcli.engines.worker import protocol
+from llmcli.engines.worker.device_lock import DeviceLock, FairLock
+from llmcli.engines.worker.model_cache import LRUModelCache, ModelLease
+from llmcli.engines.worker.protocol import Connection, ConnectionClosedError, MessageTooLargeError, ProtocolError
 from llmcli.errors import LlmcliError
 from llmcli.job import Failure, Job, Record
-from llmcli.tasks import Way
+from llmcli.models import malloc
+from llmcli.tasks import Strategy
 
 HELLO = 5.0  # seconds for a call to say what it wants
 LARGEST_HELLO = 4096  # bytes of that
@@ -33,7 +34,7 @@ PATIENCE = 5.0  # seconds for another worker to make place
 CALLS = 1024  # that may wait to be let in
 
 
-class Cancelled(BaseException):
+class JobCancelledError(BaseException):
     """The call has gone. Not an Exception: nothing may take it for a failed record."""
 
 
@@ -43,7 +44,7 @@ def serve(seconds: float | None) -> None:
     Raises LlmcliError where a worker is running already, or the folder for its socket cannot be had.
     """
     _allow_many_connections()
-    heap.share()  # only one thread computes at a time
+    malloc.share()  # only one thread computes at a time
     with Worker(math.inf if seconds is None else seconds) as worker:
         while not worker.is_over:
             worker.handle_request()
@@ -59,17 +60,17 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     timeout = POLL
 
     def __init__(self, seconds: float) -> None:
-        self.environment = wire.environment()
-        self.models = WarmModels(seconds)
-        self.baton = Baton()
+        self.environment = protocol.environment()
+        self.models = LRUModelCache(seconds)
+        self.baton = FairLock()
         self.jobs = 0
         self._seconds = seconds
         self._used = time.monotonic()
         self._changing = threading.RLock()
         self._is_stopped = False
-        folder = wire.folder(make=True)
+        folder = protocol.folder(make=True)
         self._lock_file: int | None = _lock(folder / "worker.lock")
-        self._path = folder / wire.SOCKET
+        self._path = folder / protocol.SOCKET
         self._path.unlink(missing_ok=True)  # a worker that was killed leaves it
         super().__init__(str(self._path), Call)
 
@@ -79,7 +80,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Only who this process belongs to."""
-        return wire.peer(request) == os.getuid()
+        return protocol.peer(request) == os.getuid()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Into the log: what a call can be told, it has been told."""
@@ -148,72 +149,72 @@ class Call(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         self.request.settimeout(HELLO)
-        self.wire = Wire(self.request)
-        with closing(self.wire), suppress(GoneError, Cancelled):
+        self.protocol = Connection(self.request)
+        with closing(self.protocol), suppress(ConnectionClosedError, JobCancelledError):
             try:
-                hello = self.wire.receive(LARGEST_HELLO)
-            except (MessageError, TooLargeError) as problem:
-                self.wire.send(refused=problem.message)
+                hello = self.protocol.receive(LARGEST_HELLO)
+            except (ProtocolError, MessageTooLargeError) as exc:
+                self.protocol.send(refused=exc.message)
             else:
                 self._answer(hello)
 
     def _answer(self, hello: dict[str, Any]) -> None:
         match hello.get("do"):
             case "status":
-                self.wire.send(worker=os.getpid())
-                self.wire.send(status=self.server.status())
+                self.protocol.send(worker=os.getpid())
+                self.protocol.send(status=self.server.status())
             case "stop":
-                self.wire.send(worker=os.getpid())
+                self.protocol.send(worker=os.getpid())
                 self.server.stop()
-                self.wire.receive()  # it is told by the end of the connection, with that of the process
+                self.protocol.receive()  # it is told by the end of the connection, with that of the process
             case "run" | "load" as what:
                 if hello.get("environment") != self.server.environment:
                     if hello.get("replace"):
                         self.server.retire()
-                    self.wire.send(refused="it is of another version, or another environment")
+                    self.protocol.send(refused="it is of another version, or another environment")
                 elif not self.server.begin_job():
-                    self.wire.send(refused="it is about to end")
+                    self.protocol.send(refused="it is about to end")
                 else:
                     try:
-                        self.wire.send(worker=os.getpid())
-                        first = self.wire.receive()
+                        self.protocol.send(worker=os.getpid())
+                        first = self.protocol.receive()
                         self.request.settimeout(None)
                         self._run(first, loads=what == "load")
                     finally:
                         self.server.end_job()
             case _:
-                self.wire.send(refused="not understood")
+                self.protocol.send(refused="not understood")
 
     def _run(self, first: dict[str, Any], *, loads: bool) -> None:
         """The job that is in the first message, to its end."""
-        turns, borrowed = Turns(self.server.baton), Borrowed(self.server.models)
+        turns, borrowed = DeviceLock(self.server.baton), ModelLease(self.server.models)
 
         def send(**message: Any) -> None:
             with turns.released():  # the call may be slow to read
-                self.wire.send(**message)
+                self.protocol.send(**message)
 
         job: Job | None = None
         try:
             job = Job.from_json(first["job"])
-            engine = WarmEngine(self.wire, turns, borrowed)
+            engine = WarmEngine(self.protocol, turns, borrowed)
             on_text = (lambda text: send(text=text)) if first.get("streams") else None
             with console.relayed(lambda kind, message: send(**{kind: message})):
                 if loads:
                     with turns:
                         engine.load(job)
                 else:
-                    with closing(engine.run(job, _records(self.wire), on_text)) as results:
+                    with closing(engine.run(job, _records(self.protocol), on_text)) as results:
                         for result in results:
                             failure = result.failure and asdict(result.failure)
                             send(result=[dict(result.output), result.text, failure])
             send(done=True)
-        except GoneError:
+        except ConnectionClosedError:
             raise
-        except LlmcliError as problem:
-            about = {"message": problem.message, "hint": problem.hint, "status": problem.status}
+        except LlmcliError as exc:
+            about = {"message": exc.message, "hint": exc.hint, "status": exc.status}
             send(error=about | {"trace": traceback.format_exc()})
-        except Exception as problem:
-            about = {"unexpected": type(problem).__name__, "message": str(problem)}
+        except Exception as exc:
+            about = {"unexpected": type(exc).__name__, "message": str(exc)}
             send(error=about | {"trace": traceback.format_exc()})
         finally:
             borrowed.give_back(job.keep_alive if job else None)
@@ -223,7 +224,7 @@ class WarmEngine(LocalEngine):
     """Runs a job in turns with others, on the models they share. Raises Cancelled, within a token, when its call has
     gone."""
 
-    def __init__(self, connection: Wire, turns: Turns, borrowed: Borrowed) -> None:
+    def __init__(self, connection: Connection, turns: DeviceLock, borrowed: ModelLease) -> None:
         super().__init__(borrowed)
         self.exclusive = self._turns = turns
         self._wire = connection
@@ -234,24 +235,24 @@ class WarmEngine(LocalEngine):
             model.folder  # noqa: B018
         return model
 
-    def runner(self, job: Job, way: Way, model: Model) -> BatchRunner:
+    def runner(self, job: Job, way: Strategy, model: Model) -> BatchRunner:
         runner = super().runner(job, way, model)
         runner.on_token = self._between
         return runner
 
     def _between(self) -> None:
         if self._wire.is_gone:
-            raise Cancelled
+            raise JobCancelledError
         self._turns.offer()
 
 
-def _records(connection: Wire) -> Iterator[Record]:
+def _records(connection: Connection) -> Iterator[Record]:
     """As they come. Raises Cancelled where they end before their end."""
     while True:
         try:
             message = connection.receive()
-        except GoneError:
-            raise Cancelled from None
+        except ConnectionClosedError:
+            raise JobCancelledError from None
         if "end" in message:
             return
         fields, failure = message["record"]

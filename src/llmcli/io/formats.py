@@ -17,7 +17,7 @@ CHUNK = 1 << 16
 DEEPEST = 500  # levels of JSON: Python's own limit, 1,000, counts whoever calls too
 
 
-class Form(Enum):
+class InputFormat(Enum):
     """What one record is."""
 
     WHOLE = "whole"  # the whole argument, file or stdin
@@ -50,8 +50,8 @@ def _null(stream: Stream, name: str | None) -> Iterator[Record]:
 def _record(data: bytes, name: str | None, number: int | None = None, *, line_end: bool = True) -> Record:
     try:
         text = utf8(without_line_end(data) if line_end else data)
-    except RecordError as problem:
-        return _failed(name, number, problem)
+    except RecordError as exc:
+        return _failed(name, number, exc)
     return Record({"text": text if number and number > 1 else text.removeprefix(BOM)}, name, number)
 
 
@@ -60,8 +60,8 @@ def _jsonl(stream: Stream, name: str | None) -> Iterator[Record]:
         try:
             text = utf8(without_line_end(line))
             yield Record(_object(text.removeprefix(BOM)), name, number)  # files put together have it on any line
-        except RecordError as problem:
-            yield _failed(name, number, problem)
+        except RecordError as exc:
+            yield _failed(name, number, exc)
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -69,12 +69,12 @@ def _object(text: str) -> dict[str, Any]:
         raise RecordError("invalid_json", "blank line")
     try:
         value = JSON.decode(text)
-    except json.JSONDecodeError as problem:
-        there = f": {text[problem.pos]!r}" if problem.pos < len(text) else ""
-        message = f"not JSON: {problem.msg.removesuffix(' at')} at character {problem.pos}{there}"
+    except json.JSONDecodeError as exc:
+        there = f": {text[exc.pos]!r}" if exc.pos < len(text) else ""
+        message = f"not JSON: {exc.msg.removesuffix(' at')} at character {exc.pos}{there}"
         raise RecordError("invalid_json", message) from None
-    except (ValueError, RecursionError) as problem:
-        raise RecordError("invalid_json", f"not JSON: {problem}") from None
+    except (ValueError, RecursionError) as exc:
+        raise RecordError("invalid_json", f"not JSON: {exc}") from None
     if not isinstance(value, dict):
         names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
         raise RecordError("invalid_json", f"not a JSON object but {names.get(type(value), 'a number')}")
@@ -124,10 +124,10 @@ def _csv(stream: Stream, name: str | None) -> Iterator[Record]:
                 utf8(cell.encode("utf-8", "surrogateescape"))
         except StopIteration:
             return
-        except csv.Error as problem:
-            failure = Failure("invalid_csv", f"not CSV: {problem}")
-        except RecordError as problem:
-            failure = Failure(problem.kind, problem.message)
+        except csv.Error as exc:
+            failure = Failure("invalid_csv", f"not CSV: {exc}")
+        except RecordError as exc:
+            failure = Failure(exc.kind, exc.message)
         if not header and failure:
             raise UsageError(f"{name or 'stdin'}: the header is {failure.message}")
         if not header:
@@ -140,9 +140,9 @@ def _csv(stream: Stream, name: str | None) -> Iterator[Record]:
             yield Record(fields, name, rows.line_num, failure)
 
 
-def _failed(name: str | None, number: int | None, problem: RecordError) -> Record:
+def _failed(name: str | None, number: int | None, exc: RecordError) -> Record:
     fields = {} if number is None else {"line": number}
-    return Record(fields, name, number, Failure(problem.kind, problem.message))
+    return Record(fields, name, number, Failure(exc.kind, exc.message))
 
 
 def without_line_end(data: bytes) -> bytes:
@@ -154,15 +154,15 @@ def utf8(data: bytes) -> str:
     """Raises RecordError that says where it is not."""
     try:
         return data.decode("utf-8")
-    except UnicodeDecodeError as problem:
-        byte = data[problem.start]
-        raise RecordError("invalid_utf8", f"not UTF-8: byte 0x{byte:02x} at offset {problem.start}") from None
+    except UnicodeDecodeError as exc:
+        byte = data[exc.start]
+        raise RecordError("invalid_utf8", f"not UTF-8: byte 0x{byte:02x} at offset {exc.start}") from None
 
 
-READERS: Mapping[Form, Callable[[Stream, str | None], Iterator[Record]]] = {
-    Form.WHOLE: _whole,
-    Form.LINES: _lines,
-    Form.NULL: _null,
-    Form.JSONL: _jsonl,
-    Form.CSV: _csv,
+READERS: Mapping[InputFormat, Callable[[Stream, str | None], Iterator[Record]]] = {
+    InputFormat.WHOLE: _whole,
+    InputFormat.LINES: _lines,
+    InputFormat.NULL: _null,
+    InputFormat.JSONL: _jsonl,
+    InputFormat.CSV: _csv,
 }

@@ -29,8 +29,8 @@ class VectorCache(AbstractContextManager["VectorCache"]):
             self._database = sqlite3.connect(self.path, timeout=30)
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute(SCHEMA)
-        except (sqlite3.Error, OSError) as problem:
-            raise self._unusable(problem) from problem
+        except (sqlite3.Error, OSError) as exc:
+            raise self._unusable(exc) from exc
 
     def find(self, texts: Iterable[str]) -> dict[str, bytes]:
         """Those of the texts that have a vector, with it."""
@@ -42,8 +42,8 @@ class VectorCache(AbstractContextManager["VectorCache"]):
             question = f"SELECT digest, vector FROM vectors WHERE model = ? AND digest IN ({marks})"
             try:
                 rows = self._database.execute(question, [self.model, *some]).fetchall()
-            except sqlite3.Error as problem:
-                raise self._unusable(problem) from problem
+            except sqlite3.Error as exc:
+                raise self._unusable(exc) from exc
             found.update({by_digest[digest]: vector for digest, vector in rows})
         return found
 
@@ -53,14 +53,14 @@ class VectorCache(AbstractContextManager["VectorCache"]):
         try:
             with self._database:
                 self._database.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
-        except sqlite3.Error as problem:
-            raise self._unusable(problem) from problem
+        except sqlite3.Error as exc:
+            raise self._unusable(exc) from exc
 
     def __exit__(self, *_: object) -> None:
         self._database.close()
 
-    def _unusable(self, problem: Exception) -> LlmcliError:
-        return LlmcliError(f"{self.path}: {problem}", hint="the vectors are kept there; it may be deleted at any time")
+    def _unusable(self, exc: Exception) -> LlmcliError:
+        return LlmcliError(f"{self.path}: {exc}", hint="the vectors are kept there; it may be deleted at any time")
 
 
 def _digest(text: str) -> bytes:

@@ -10,11 +10,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from llmcli import completion, config, console, generation, registry, store
+from llmcli import config, console
 from llmcli.errors import UsageError
-from llmcli.forms import Form
-from llmcli.job import Job, Placement
-from llmcli.output import Format, Target
+from llmcli.io.formats import InputFormat
+from llmcli.io.output import OutputFormat, OutputSpec
+from llmcli.job import Job, LoadOptions
+from llmcli.models import generation, registry, store
+from llmcli.options import completion
 
 Model = Annotated[
     str | None,
@@ -66,12 +68,12 @@ class InputOptions:
         typer.Option("--field", metavar="[ROLE=]NAME", help="Field that holds the text (default: text), repeatable."),
     ] = field(default_factory=list)
 
-    def form(self) -> Form:
+    def form(self) -> InputFormat:
         """Raises UsageError where two forms are asked for."""
-        chosen = [form for form in Form if getattr(self, form.value, False)]
+        chosen = [form for form in InputFormat if getattr(self, form.value, False)]
         if len(chosen) > 1:
             raise UsageError(f"--{chosen[0].value} and --{chosen[1].value} exclude each other")
-        return chosen[0] if chosen else Form.WHOLE
+        return chosen[0] if chosen else InputFormat.WHOLE
 
     def roles(self, *known: str) -> dict[str, str]:
         """Role -> field name, e.g. {"text": "review"}; the first known role is the default one."""
@@ -104,23 +106,28 @@ class OutputOptions:
     quiet: Quiet = False
     verbose: Verbose = False
 
-    def target(self, form: Form, texts: Sequence[str] = (), files: Sequence[str] = ()) -> Target:
+    def target(self, form: InputFormat, texts: Sequence[str] = (), files: Sequence[str] = ()) -> OutputSpec:
         """Given how records are read. `texts` and `files` are the input, for --resume to know it again. Raises
         UsageError."""
-        formats = {Form.JSONL: Format.JSON, Form.CSV: Format.CSV, Form.LINES: Format.LINES, Form.NULL: Format.NULL}
-        format = Format.JSON if self.json else formats.get(form, Format.TEXT)
+        formats = {
+            InputFormat.JSONL: OutputFormat.JSON,
+            InputFormat.CSV: OutputFormat.CSV,
+            InputFormat.LINES: OutputFormat.LINES,
+            InputFormat.NULL: OutputFormat.NULL,
+        }
+        format = OutputFormat.JSON if self.json else formats.get(form, OutputFormat.TEXT)
         resume = None
         if self.resume:
             if not self.output:
                 raise UsageError("--resume goes with --output PATH")
-            if format is Format.TEXT:
+            if format is OutputFormat.TEXT:
                 raise UsageError(
                     "--resume has to tell records apart", hint="with --json, or a record form like --jsonl"
                 )
-            from llmcli.resume import fingerprint
+            from llmcli.io.resume import fingerprint
 
             resume = fingerprint(list(texts), list(files))
-        return Target(
+        return OutputSpec(
             format=format,
             path=self.output,
             resume=resume,
@@ -169,12 +176,12 @@ class ModelOptions:
         pulled. `languages`, source and target, are part of some names. Raises ModelUnavailable."""
         if self.model is not None:
             return self.model
-        return store.choose(registry.default_names(task, **languages), self.placement())
+        return store.choose(registry.default_names(task, **languages), self.load_options())
 
-    def placement(self) -> Placement:
+    def load_options(self) -> LoadOptions:
         """The options laid over the environment and the configuration file."""
         settings = config.settings()
-        return Placement(
+        return LoadOptions(
             device=config.checked_device(self.device or settings.device),
             dtype=self.dtype or settings.dtype,
             quantize=self.quantize,
@@ -287,7 +294,7 @@ class ServedModelOptions(ModelOptions):
             model=self.name(task, **languages),
             generation={**(defaults or {}), **generation.generation()},
             parameters=parameters,
-            placement=self.placement(),
+            load_options=self.load_options(),
             batch_size=self.batch(),
             seed=generation.seed,
             truncate=generation.truncate,

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmcli.errors import ModelUnavailable
+from llmcli.errors import ModelUnavailableError
 
 
 def window(folder: Path) -> int:
@@ -23,13 +23,15 @@ def pooling(folder: Path) -> str:
     Raises ModelUnavailable for other ways, and for layers that follow.
     """
     modes = _read(folder / "1_Pooling" / "config.json")
-    ways: list[str] = [name.removeprefix("pooling_mode_") for name, is_on in modes.items() if is_on is True]
+    modes_on: list[str] = [name.removeprefix("pooling_mode_") for name, is_on in modes.items() if is_on is True]
     modules = _read(folder / "modules.json") or []
     layers = {str(module["type"]).rpartition(".")[2] for module in modules} - {"Transformer", "Pooling", "Normalize"}
-    if layers or (ways and ways not in (["mean_tokens"], ["cls_token"])):
-        what = ", ".join(sorted(layers) or ways)
-        raise ModelUnavailable(f"{folder}: vectors by {what} are not supported", hint="take another sentence encoder")
-    return ways[0] if ways else "mean_tokens"
+    if layers or (modes_on and modes_on not in (["mean_tokens"], ["cls_token"])):
+        what = ", ".join(sorted(layers) or modes_on)
+        raise ModelUnavailableError(
+            f"{folder}: vectors by {what} are not supported", hint="take another sentence encoder"
+        )
+    return modes_on[0] if modes_on else "mean_tokens"
 
 
 def _read(file: Path) -> Any:

@@ -39,8 +39,8 @@ def check(explicit: Mapping[str, Any], defaults: Mapping[str, Any], *, counts_pr
             raise UsageError(f"{name} has to be above 0, not {value!r}")
     try:
         merge(GenerationConfig(), explicit, defaults, counts_prompt=counts_prompt).validate()
-    except (ValueError, TypeError) as problem:
-        raise UsageError(str(problem).strip().splitlines()[0]) from problem
+    except (ValueError, TypeError) as exc:
+        raise UsageError(str(exc).strip().splitlines()[0]) from exc
 
 
 def merge(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llmcli import config, console
-from llmcli.errors import LlmcliError, ModelUnavailable
+from llmcli.errors import LlmcliError, ModelUnavailableError
 
 
 def staging(key: str) -> Path:
@@ -66,18 +66,18 @@ def writing() -> Iterator[None]:
         yield
     except LlmcliError:
         raise
-    except Exception as problem:
-        code = getattr(problem, "errno", None)
+    except Exception as exc:
+        code = getattr(exc, "errno", None)
         # safetensors and others wrap the system's error in their own types
-        if code in {errno.ENOSPC, errno.EDQUOT} or "No space left on device" in str(problem):
-            raise ModelUnavailable(
+        if code in {errno.ENOSPC, errno.EDQUOT} or "No space left on device" in str(exc):
+            raise ModelUnavailableError(
                 f"no space left on the disk of {config.cache_dir()}", hint="free some, or set LLMCLI_CACHE (HF_HOME)"
-            ) from problem
-        if isinstance(problem, OSError) and code:
-            raise ModelUnavailable(
-                f"cannot write to {problem.filename or config.cache_dir()}: {os.strerror(code).lower()}",
+            ) from exc
+        if isinstance(exc, OSError) and code:
+            raise ModelUnavailableError(
+                f"cannot write to {exc.filename or config.cache_dir()}: {os.strerror(code).lower()}",
                 hint="set LLMCLI_CACHE (HF_HOME)",
-            ) from problem
+            ) from exc
         raise
 
 

@@ -10,7 +10,7 @@ from functools import cache
 from queue import SimpleQueue
 from typing import Any
 
-from llmcli.engines.engine import WINDOW, Engine, OnDone
+from llmcli.engines.engine import WINDOW, Engine, OnResult
 from llmcli.engines.readahead import ReadAhead
 from llmcli.engines.request import OnText
 from llmcli.errors import ExitStatus, LlmcliError
@@ -19,26 +19,26 @@ from llmcli.job import Job, Record, Result
 FOREVER = timedelta(days=365)  # how long one process may wait for another
 
 
-class SharedEngine:
+class DistributedEngine:
     """The first process's; `engine` runs its own share."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def run(
-        self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_done: OnDone | None = None
+        self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_result: OnResult | None = None
     ) -> Iterator[Result]:
         """Results in the order of the records. Raises what `engine` raises, here or in another process; LlmcliError
         where that has ended."""
         others = [_Other(rank, job) for rank in range(1, _state().num_processes)]
-        own = self._engine.run(_placed(job), _own_share(records, others), on_done=on_done)
+        own = self._engine.run(_placed(job), _own_share(records, others), on_result=on_result)
         with ReadAhead(own, WINDOW) as results:  # a thread, so that it goes on while others are waited for
             while result := next(iter(results.take(1, least=1)), None):
                 yield result
                 for other in others:
                     if result := other.next():
-                        if on_done:
-                            on_done(result)
+                        if on_result:
+                            on_result(result)
                         yield result
             for other in others:
                 other.end()
@@ -73,7 +73,7 @@ class _Other:
         self._answers.take(1, least=1)
 
     def _deal(self) -> None:
-        with suppress(_GoneError):  # whoever waits for its answers will say so
+        with suppress(ProcessEndedError):  # whoever waits for its answers will say so
             while record := self._to_send.get():
                 _send(record, self._rank)
             _send(None, self._rank)
@@ -86,11 +86,11 @@ def serve(engine: Engine) -> ExitStatus:
         for result in engine.run(_placed(job), _received(0)):
             _send((result.output, result.text, result.failure), 0)
         _send(None, 0)
-    except _GoneError:
+    except ProcessEndedError:
         return ExitStatus.OK  # it knows why
-    except LlmcliError as problem:
-        _send(_Problem(problem.message, problem.hint, problem.status), 0)
-        return problem.status
+    except LlmcliError as exc:
+        _send(_Problem(exc.message, exc.hint, exc.status), 0)
+        return exc.status
     _leave()
     return ExitStatus.OK
 
@@ -116,15 +116,15 @@ def _state() -> Any:
 
 def _placed(job: Job) -> Job:
     """On this process's device, where each has one of its own."""
-    from llmcli.loader import choose_device
+    from llmcli.models.loading import choose_device
 
-    device = choose_device(job.placement.device)
-    if job.placement.device != "auto" or device == "cpu":
+    device = choose_device(job.load_options.device)
+    if job.load_options.device != "auto" or device == "cpu":
         return job
     import torch
 
     index = _state().local_process_index % torch.accelerator.device_count()
-    return replace(job, placement=replace(job.placement, device=f"{device}:{index}"))
+    return replace(job, load_options=replace(job.load_options, device=f"{device}:{index}"))
 
 
 def _leave() -> None:
@@ -142,7 +142,7 @@ class _Problem:
     status: ExitStatus
 
 
-class _GoneError(LlmcliError):
+class ProcessEndedError(LlmcliError):
     """Another process has ended before its work was done."""
 
 
@@ -152,8 +152,8 @@ def _send(value: Any, rank: int) -> None:
     _state()
     try:
         torch.distributed.send_object_list([value], dst=rank)
-    except RuntimeError as problem:
-        raise _GoneError(f"process {rank} has ended") from problem
+    except RuntimeError as exc:
+        raise ProcessEndedError(f"process {rank} has ended") from exc
 
 
 def _received(rank: int) -> Iterator[Any]:
@@ -165,8 +165,10 @@ def _received(rank: int) -> Iterator[Any]:
         box = [None]
         try:
             torch.distributed.recv_object_list(box, src=rank)
-        except RuntimeError as problem:
-            raise _GoneError(f"process {rank} has ended", hint="the same command, with --resume, goes on") from problem
+        except RuntimeError as exc:
+            raise ProcessEndedError(
+                f"process {rank} has ended", hint="the same command, with --resume, goes on"
+            ) from exc
         if isinstance(found := box[0], _Problem):
             raise LlmcliError(f"process {rank}: {found.message}", found.hint, found.status)
         if found is None:

@@ -92,14 +92,14 @@ def detect(text: str, among: Collection[str] = ()) -> str:
     families = {_family(tag) for tag, _ in guesses}
     others = [(tag, probability) for tag, probability in anything if _family(tag) not in families]
     if anything[0][1] == anything[1][1] or not any(map(str.isalpha, text)):
-        problem = "the language cannot be told from the text"
+        exc = "the language cannot be told from the text"
     elif sum(probability for _, probability in others) >= SURE:  # then the best of `among` is the best of a bad lot
-        problem = f"the language {_likely(others)}"
+        exc = f"the language {_likely(others)}"
     elif guesses[0][1] < SURE:
-        problem = f"the language {_likely(guesses)}"
+        exc = f"the language {_likely(guesses)}"
     else:
         return guesses[0][0]
-    raise RecordError("unsure_language", problem, hint="say it: --from LANG")
+    raise RecordError("unsure_language", exc, hint="say it: --from LANG")
 
 
 def likely(text: str) -> str | None:

@@ -5,7 +5,7 @@ from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 
 from llmcli import console
-from llmcli.errors import ModelUnavailable
+from llmcli.errors import ModelUnavailableError
 
 
 def convert(file: Path, folder: Path) -> None:
@@ -15,7 +15,7 @@ def convert(file: Path, folder: Path) -> None:
     transformers cannot read from GGUF.
     """
     console.notice(f"converting {file.name} to safetensors, once")
-    from llmcli.loader import quiet_libraries
+    from llmcli.models.loading import quiet_libraries
 
     quiet_libraries()
     import transformers
@@ -31,14 +31,14 @@ def convert(file: Path, folder: Path) -> None:
         with bar:
             tokenizer = AutoTokenizer.from_pretrained(**where)
             model, report = AutoModelForCausalLM.from_pretrained(**where, **plain, output_loading_info=True)
-    except MemoryError as problem:
-        raise ModelUnavailable(f"{file.name} does not fit in memory", hint="take a smaller model") from problem
-    except Exception as problem:
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        raise ModelUnavailable(
+    except MemoryError as exc:
+        raise ModelUnavailableError(f"{file.name} does not fit in memory", hint="take a smaller model") from exc
+    except Exception as exc:
+        reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
+        raise ModelUnavailableError(
             f"{file.name} cannot be read: {reason}", hint="the file is damaged, or of an architecture not supported"
-        ) from problem
+        ) from exc
     if missing := sorted(report["missing_keys"]):
-        raise ModelUnavailable(f"{file.name} is incomplete: it lacks {missing[0]}", hint="the file is damaged")
+        raise ModelUnavailableError(f"{file.name} is incomplete: it lacks {missing[0]}", hint="the file is damaged")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcli import config
-from llmcli.errors import ModelUnavailable, UsageError
+from llmcli.errors import ModelUnavailableError, UsageError
 
 HERE = Path(__file__).parent
 
@@ -78,8 +78,8 @@ def resolve(name: str) -> ModelSpec:
         return ModelSpec(name, source)
     if looks_like_path:
         what = "is neither a model folder nor a .gguf file" if path.exists() else "does not exist"
-        raise ModelUnavailable(f"model {name!r} {what}")
-    raise ModelUnavailable(
+        raise ModelUnavailableError(f"model {name!r} {what}")
+    raise ModelUnavailableError(
         f"unknown model {name!r}{config.did_you_mean(name, models())}",
         hint="`llmcli models list` shows the aliases; or give a folder, a .gguf file, or a hub id: org/name",
     )

@@ -33,8 +33,8 @@ class Command(TyperCommand):
         texts = [word for word in args if has_text and DASHED.match(word)]
         try:
             rest: list[str] = super().parse_args(ctx, args)
-        except Exception as problem:
-            unknown: Any = problem  # option: a class that typer keeps to itself
+        except Exception as exc:
+            unknown: Any = exc  # option: a class that typer keeps to itself
             if any(text.startswith(getattr(unknown, "option_name", "\n")) for text in texts):
                 unknown.message += f"\nA text that begins with - goes behind --: {ctx.command_path} -- TEXT"
             raise
@@ -52,7 +52,7 @@ class Command(TyperCommand):
                 formatter.write_dl(records)
 
 
-def spread(function: Callable[..., ExitStatus | None]) -> Callable[..., None]:
+def expand_options(function: Callable[..., ExitStatus | None]) -> Callable[..., None]:
     """Make a function a command: its groups are spread into options, and the status it returns becomes
     the exit code."""
     plain: list[inspect.Parameter] = []

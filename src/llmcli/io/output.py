@@ -12,14 +12,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from llmcli.errors import LlmcliError, ReaderGone, UsageError, reason
+from llmcli.errors import LlmcliError, OutputClosedError, UsageError, reason
 from llmcli.job import Result
 
 JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 WRAPPED = ("TASKS", "LICENSE")  # columns of a table that give way on a narrow screen
 
 
-class Format(Enum):
+class OutputFormat(Enum):
     """How a result is written."""
 
     TEXT = "text"
@@ -30,10 +30,10 @@ class Format(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class OutputSpec:
     """Where and how a run's results are written, and what becomes of failures."""
 
-    format: Format = Format.TEXT
+    format: OutputFormat = OutputFormat.TEXT
     path: Path | None = None
     finish: Callable[[Result], Result] | None = None  # gives a result its text, or drops it
     filters: bool = False  # whether results may be dropped
@@ -74,12 +74,12 @@ class Sink(AbstractContextManager["Sink"]):
         try:
             self._stream.write(data)
             self._stream.flush()
-        except OSError as problem:
+        except OSError as exc:
             if not self._path:  # what is left in the buffer goes nowhere: the last flush would fail again
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if isinstance(problem, BrokenPipeError):
-                raise ReaderGone("nobody reads stdout any more") from None
-            raise LlmcliError(f"cannot write to {self._path or 'stdout'}: {problem.strerror}") from problem
+            if isinstance(exc, BrokenPipeError):
+                raise OutputClosedError("nobody reads stdout any more") from None
+            raise LlmcliError(f"cannot write to {self._path or 'stdout'}: {exc.strerror}") from exc
         return len(data)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -99,7 +99,7 @@ class Output(AbstractContextManager["Output"]):
 
     def __init__(
         self,
-        format: Format,
+        format: OutputFormat,
         *,
         path: Path | None = None,
         names: Sequence[str] = (),
@@ -111,13 +111,13 @@ class Output(AbstractContextManager["Output"]):
         self.model = model
         self._sink = Sink(path, append=append)
         self.is_watched = not path and sys.stdout.isatty()
-        self._columns = _header(path) if path and append and format is Format.CSV else []
+        self._columns = _header(path) if path and append and format is OutputFormat.CSV else []
         self._written = 0  # characters of the next result's text that are out already
 
     @property
     def streams(self) -> bool:
         """Whether pieces of a text are of use before its end: a person is watching."""
-        return self.is_watched and self.format in (Format.TEXT, Format.LINES)
+        return self.is_watched and self.format in (OutputFormat.TEXT, OutputFormat.LINES)
 
     def piece(self, text: str) -> None:
         """The next characters of the text whose Result will follow."""
@@ -143,27 +143,27 @@ class Output(AbstractContextManager["Output"]):
         """What `write` writes for that result, line end included."""
         if result.dropped:
             return ""
-        if self.format is Format.JSON:
+        if self.format is OutputFormat.JSON:
             return to_json(self._fields(result)) + "\n"
-        if self.format is Format.CSV:
+        if self.format is OutputFormat.CSV:
             return self._cells(self._fields(result))
-        if result.failure and self.format is Format.TEXT and not self._written:
+        if result.failure and self.format is OutputFormat.TEXT and not self._written:
             return ""
-        return self._inline(result.text[self._written :]) + ("\0" if self.format is Format.NULL else "\n")
+        return self._inline(result.text[self._written :]) + ("\0" if self.format is OutputFormat.NULL else "\n")
 
     def __exit__(self, *exception: Any) -> None:
-        if self._written and exception[0] is not ReaderGone:  # a text that was cut short: end its line
+        if self._written and exception[0] is not OutputClosedError:  # a text that was cut short: end its line
             self._sink.put("\n")
         self._sink.__exit__(*exception)
 
     def _inline(self, text: str) -> str:
-        if self.format is Format.NULL:
+        if self.format is OutputFormat.NULL:
             return text.replace("\0", " ")
-        return text.replace("\r\n", " ").replace("\n", " ") if self.format is Format.LINES else text
+        return text.replace("\r\n", " ").replace("\n", " ") if self.format is OutputFormat.LINES else text
 
     def _fields(self, result: Result) -> dict[str, Any]:
         record = result.record
-        if record.has_failed_before:
+        if record.has_error:
             return dict(record.fields)
         fields = {**record.fields, **result.output}
         if result.failure:
@@ -198,8 +198,8 @@ def save(path: Path, text: str) -> None:
     """A file that may be there already. Raises UsageError where it cannot be written."""
     try:
         path.write_text(text, encoding="utf-8", newline="\n")
-    except OSError as problem:
-        raise UsageError(f"{path}: {reason(problem)}") from problem
+    except OSError as exc:
+        raise UsageError(f"{path}: {reason(exc)}") from exc
 
 
 def print_lines(lines: Iterable[str]) -> None:
@@ -248,8 +248,8 @@ def _create(path: Path, mode: Literal["ab", "xb"]) -> BinaryIO:
         return path.open(mode)
     except FileExistsError:
         raise UsageError(f"{path} exists", hint="go on with it: --resume; or name another file") from None
-    except OSError as problem:
-        raise UsageError(f"{path}: {reason(problem)}") from problem
+    except OSError as exc:
+        raise UsageError(f"{path}: {reason(exc)}") from exc
 
 
 def _row(cells: Sequence[Any]) -> str:

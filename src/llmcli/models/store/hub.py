@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from llmcli import console
-from llmcli.errors import ModelUnavailable
-from llmcli.registry import HubSource, ModelSpec
+from llmcli.errors import ModelUnavailableError
+from llmcli.models.registry import HubSource, ModelSpec
 
 CONFIGURATION = ["*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.py"]
 SAFETENSORS = "model.safetensors"  # or, in shards, model-00001-of-00002.safetensors and so on, with an index
@@ -23,9 +23,9 @@ def find(source: HubSource, *, allow_pickle: bool) -> Path | None:
             path = snapshot_download(source.repo, revision=source.revision, local_files_only=True, **_patterns(weights))
         except LocalEntryNotFoundError:
             continue
-        except HFValidationError as problem:
-            raise _translated(problem, source) from problem
-        if _is_whole(Path(path), weights):
+        except HFValidationError as exc:
+            raise _translated(exc, source) from exc
+        if _is_complete(Path(path), weights):
             return Path(path)
     return None
 
@@ -63,12 +63,12 @@ def fetch(spec: ModelSpec, source: HubSource, *, allow_pickle: bool) -> Path:
             hf_hub_download(source.repo, name, revision=info.sha)
         disable_progress_bars()
         snapshot_download(source.repo, revision=source.revision, **patterns)  # nothing is left but to note the revision
-    except (ModelUnavailable, MemoryError):
+    except (ModelUnavailableError, MemoryError):
         raise
-    except Exception as problem:
-        raise _translated(problem, source) from problem
+    except Exception as exc:
+        raise _translated(exc, source) from exc
     if not (path := find(source, allow_pickle=allow_pickle)):
-        raise ModelUnavailable(f"the hub did not give all of {source.repo}", hint="try again later")
+        raise ModelUnavailableError(f"the hub did not give all of {source.repo}", hint="try again later")
     return path
 
 
@@ -108,19 +108,19 @@ def _weights(repo: str, files: set[str], *, allow_pickle: bool) -> str:
     """Which weights to take. Raises ModelUnavailable where there are none that may be opened."""
     there = [weights for weights in (SAFETENSORS, PICKLED) if {weights, f"{weights}.index.json"} & files]
     if not there or "config.json" not in files:
-        raise ModelUnavailable(
+        raise ModelUnavailableError(
             f"{repo} holds no model that transformers can load",
             hint="it takes config.json and model.safetensors; a .gguf file is given by its path",
         )
     if there == [PICKLED] and not allow_pickle:
-        raise ModelUnavailable(
+        raise ModelUnavailableError(
             f"{repo} has only pickled weights, which can run code when opened",
             hint="--allow-pickle takes them, if you trust whoever made them",
         )
     return there[0]
 
 
-def _is_whole(snapshot: Path, weights: str) -> bool:
+def _is_complete(snapshot: Path, weights: str) -> bool:
     """huggingface_hub can tell only of snapshots that it fetched at once; a tool that takes file by file may
     have been interrupted."""
     files, index = ["config.json", weights], snapshot / f"{weights}.index.json"
@@ -129,39 +129,39 @@ def _is_whole(snapshot: Path, weights: str) -> bool:
     return all((snapshot / file).is_file() for file in set(files))
 
 
-def _translated(problem: Exception, source: HubSource) -> Exception:
+def _translated(exc: Exception, source: HubSource) -> Exception:
     """huggingface_hub's exception as one of ours; a full disk stays as it is."""
     from huggingface_hub import constants, errors
 
-    if isinstance(problem, errors.LocalEntryNotFoundError) and isinstance(problem.__cause__, Exception):
-        problem = problem.__cause__  # it adds no more than that the cache does not help
+    if isinstance(exc, errors.LocalEntryNotFoundError) and isinstance(exc.__cause__, Exception):
+        exc = exc.__cause__  # it adds no more than that the cache does not help
     page = f"{constants.ENDPOINT}/{source.repo}"
-    status = getattr(getattr(problem, "response", None), "status_code", None)
-    if isinstance(problem, errors.GatedRepoError):
-        return ModelUnavailable(
+    status = getattr(getattr(exc, "response", None), "status_code", None)
+    if isinstance(exc, errors.GatedRepoError):
+        return ModelUnavailableError(
             f"{source.repo} is gated: its owner asks you to accept terms first",
             hint=f"accept them at {page}, then set HF_TOKEN or run `hf auth login`",
         )
-    if isinstance(problem, errors.RevisionNotFoundError):
-        return ModelUnavailable(f"{source.repo} has no revision {source.revision!r}", hint=f"see {page}")
-    if isinstance(problem, errors.RepositoryNotFoundError) or status == 404:
-        return ModelUnavailable(
+    if isinstance(exc, errors.RevisionNotFoundError):
+        return ModelUnavailableError(f"{source.repo} has no revision {source.revision!r}", hint=f"see {page}")
+    if isinstance(exc, errors.RepositoryNotFoundError) or status == 404:
+        return ModelUnavailableError(
             f"{source.repo} is not on the hub, or is private",
             hint=f"check the name at {page}; for a private one set HF_TOKEN or run `hf auth login`",
         )
     if status in (401, 403):
-        reason = getattr(problem, "server_message", None) or status
-        return ModelUnavailable(
+        reason = getattr(exc, "server_message", None) or status
+        return ModelUnavailableError(
             f"the hub refuses access to {source.repo}: {reason}", hint="check HF_TOKEN, or run `hf auth login`"
         )
     if status:
-        return ModelUnavailable(f"the hub answered {status} for {source.repo}", hint="try again later")
-    if isinstance(problem, errors.HFValidationError):
-        return ModelUnavailable(f"{source.repo} is not a hub id", hint="write org/name or org/name@revision")
-    if isinstance(problem, OSError) and problem.errno:
-        return problem
-    reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-    return ModelUnavailable(
+        return ModelUnavailableError(f"the hub answered {status} for {source.repo}", hint="try again later")
+    if isinstance(exc, errors.HFValidationError):
+        return ModelUnavailableError(f"{source.repo} is not a hub id", hint="write org/name or org/name@revision")
+    if isinstance(exc, OSError) and exc.errno:
+        return exc
+    reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
+    return ModelUnavailableError(
         f"cannot pull {source.repo}: the connection to the hub at {constants.ENDPOINT} failed: {reason}",
         hint="check the network, HF_ENDPOINT and proxy settings, then pull again",
     )

@@ -32,19 +32,19 @@ SOCKET = "worker.sock"  # in the folder
 READ_BY_LIBRARIES = ("HF_", "TRANSFORMERS_", "TORCH", "PYTORCH", "CUDA", "OMP_", "MKL_", "PIP_", "UV_")
 
 
-class GoneError(LlmcliError):
+class ConnectionClosedError(LlmcliError):
     """The other end is not there any more."""
 
 
-class MessageError(LlmcliError):
+class ProtocolError(LlmcliError):
     """What came is no message."""
 
 
-class TooLargeError(LlmcliError):
+class MessageTooLargeError(LlmcliError):
     """A message of more than LARGEST bytes."""
 
 
-class Wire:
+class Connection:
     """One end of a connection. Several threads may send."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -58,29 +58,29 @@ class Wire:
         """Waits where the other end is slow to read. Raises GoneError; TooLargeError, and nothing is sent."""
         line = json.dumps(message).encode() + b"\n"
         if len(line) > LARGEST:
-            raise TooLargeError(f"{len(line)} bytes in one message: a worker takes {LARGEST}")
+            raise MessageTooLargeError(f"{len(line)} bytes in one message: a worker takes {LARGEST}")
         try:
             with self._sending:
                 self.socket.sendall(line)
-        except OSError as problem:
-            raise GoneError("the connection has ended") from problem
+        except OSError as exc:
+            raise ConnectionClosedError("the connection has ended") from exc
 
     def receive(self, most: int = LARGEST) -> dict[str, Any]:
         """The next message. Raises GoneError where there will be none, MessageError and TooLargeError."""
         try:
             line = self._reader.readline(most + 1)
-        except (OSError, ValueError) as problem:  # ValueError: closed by another thread
-            raise GoneError("the connection has ended") from problem
+        except (OSError, ValueError) as exc:  # ValueError: closed by another thread
+            raise ConnectionClosedError("the connection has ended") from exc
         if len(line) > most:
-            raise TooLargeError(f"more than {most} bytes in one message")
+            raise MessageTooLargeError(f"more than {most} bytes in one message")
         if not line.endswith(b"\n"):
-            raise GoneError("the connection has ended")
+            raise ConnectionClosedError("the connection has ended")
         try:
             message = json.loads(line)
-        except (ValueError, RecursionError) as problem:
-            raise MessageError(f"no message: {problem}") from problem
+        except (ValueError, RecursionError) as exc:
+            raise ProtocolError(f"no message: {exc}") from exc
         if not isinstance(message, dict):
-            raise MessageError("no message: not a JSON object")
+            raise ProtocolError("no message: not a JSON object")
         return message
 
     @property
@@ -107,10 +107,10 @@ def folder(*, make: bool = False) -> Path:
         if make:
             path.mkdir(mode=0o700, exist_ok=True)
         found = path.lstat()
-    except FileNotFoundError as problem:
-        raise GoneError(f"{path} is not there") from problem
-    except OSError as problem:
-        raise LlmcliError(f"{path}: {problem.strerror}") from problem
+    except FileNotFoundError as exc:
+        raise ConnectionClosedError(f"{path} is not there") from exc
+    except OSError as exc:
+        raise LlmcliError(f"{path}: {exc.strerror}") from exc
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
         raise LlmcliError(f"{path} is not a folder that you alone may enter", hint=f"remove it, or `chmod 700 {path}`")
     return path

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from llmcli import console, ranks
+from llmcli import config, console
 from llmcli.errors import RecordError, UsageError, reason
-from llmcli.forms import BOM, READERS, Form, Stream, utf8, without_line_end
+from llmcli.io.formats import BOM, READERS, InputFormat, Stream, utf8, without_line_end
 from llmcli.job import Record
 
 
@@ -25,19 +25,19 @@ def sources(texts: Sequence[str], files: Sequence[str]) -> list[tuple[str | None
     no input at all and stdin is a terminal.
     """
     if not texts and not files:
-        if not ranks.own() and (sys.stdin is None or sys.stdin.isatty()):
+        if not config.rank() and (sys.stdin is None or sys.stdin.isatty()):
             raise UsageError("no input", hint="give a TEXT, -f FILE, or pipe something in; -f - reads the terminal")
         return [(None, _stdin())]
-    look_again(texts)
+    warn_if_likely_mistake(texts)
     arguments: list[tuple[str | None, Stream]] = [
         (None, io.BytesIO(text.encode("utf-8", "surrogateescape"))) for text in texts
     ]
     return arguments + [(name, _open(name)) for name in files]
 
 
-def look_again(texts: Sequence[str]) -> None:
+def warn_if_likely_mistake(texts: Sequence[str]) -> None:
     """Say what may have been meant by arguments that are no texts, or parts of one."""
-    if ranks.own():
+    if config.rank():
         return
     for text in texts:
         with suppress(OSError, ValueError):  # too long to be a name
@@ -47,10 +47,12 @@ def look_again(texts: Sequence[str]) -> None:
         console.notice(f"these are {len(texts)} texts of a word each: quotes make one of them")
 
 
-def read(streams: Iterable[tuple[str | None, Stream]], form: Form) -> Iterator[Record]:
+def read(streams: Iterable[tuple[str | None, Stream]], form: InputFormat) -> Iterator[Record]:
     """Every record of the streams, in order. One that cannot be parsed comes as a Record with a `failure`."""
     streams = list(streams)
-    size = 0 if form is Form.NULL else _size(stream for _, stream in streams)  # NUL-ended texts are read in chunks
+    size = (
+        0 if form is InputFormat.NULL else _size(stream for _, stream in streams)
+    )  # NUL-ended texts are read in chunks
     done = 0
     for name, stream in streams:
         try:
@@ -58,18 +60,18 @@ def read(streams: Iterable[tuple[str | None, Stream]], form: Form) -> Iterator[R
                 for record in READERS[form](stream, name):
                     yield replace(record, share=min(1, (done + stream.tell()) / size)) if size else record
                 done += stream.tell() if size else 0
-        except OSError as problem:
-            raise UsageError(f"{name or 'stdin'}: {reason(problem)}") from problem
+        except OSError as exc:
+            raise UsageError(f"{name or 'stdin'}: {reason(exc)}") from exc
 
 
-def prompts(texts: Sequence[str], files: Sequence[str], form: Form) -> Iterator[Record]:
+def prompts(texts: Sequence[str], files: Sequence[str], form: InputFormat) -> Iterator[Record]:
     """The records of generate and chat, where TEXT and files together are one prompt: files first.
 
     Raises what `sources` raises; RecordError for a part of the prompt that is not UTF-8.
     """
     if not (texts and files):
         return read(sources(texts, files), form)
-    if form is not Form.WHOLE:
+    if form is not InputFormat.WHOLE:
         raise UsageError(
             f"TEXT and -f together make one prompt: they exclude --{form.value}",
             hint='to put a text around each record: --prompt "... {text}"',
@@ -82,7 +84,7 @@ def questions(
     question: str | None,
     context: str | None,
     files: Sequence[str],
-    form: Form,
+    form: InputFormat,
     roles: Mapping[str, str],
     *,
     retry: bool = False,
@@ -95,22 +97,22 @@ def questions(
     """
     given = {roles["question"]: question, roles["context"]: context}
     given = {name: argument(text) for name, text in given.items() if text is not None}
-    if form in (Form.JSONL, Form.CSV):
+    if form in (InputFormat.JSONL, InputFormat.CSV):
         found = read(sources([], files), form)
         return (
             record
-            if record.failure or (record.has_failed_before and not retry)
+            if record.failure or (record.has_error and not retry)
             else replace(record, fields={**given, **record.fields})
             for record in found
         ), None
-    if len(given) == 2 and (files or form is not Form.WHOLE):
+    if len(given) == 2 and (files or form is not InputFormat.WHOLE):
         raise UsageError("QUESTION and -c leave nothing to read", hint="leave out -c, or the files")
     if len(given) == 2:
         return iter([Record(given)]), None
     if not given:
         raise UsageError("no question", hint='like `llmcli qa "Who wrote it?" -f FILE`')
     found = read(sources([], files), form)
-    if form is Form.WHOLE and files and question is not None:
+    if form is InputFormat.WHOLE and files and question is not None:
         documents = []
         for record in found:
             if record.failure:
@@ -124,7 +126,7 @@ def questions(
     ), None
 
 
-def peeked(records: Iterator[Record]) -> tuple[Iterator[Record], Record | None]:
+def peek_first(records: Iterator[Record]) -> tuple[Iterator[Record], Record | None]:
     """The records, and the first of them, if there is one."""
     first = next(records, None)
     return (itertools.chain([first], records), first) if first else (records, None)
@@ -134,16 +136,16 @@ def argument(text: str) -> str:
     """A text of the command line as it is. Raises UsageError where it is not UTF-8."""
     try:
         return utf8(text.encode("utf-8", "surrogateescape"))
-    except RecordError as problem:
-        raise UsageError(problem.message) from None
+    except RecordError as exc:
+        raise UsageError(exc.message) from None
 
 
 def _part(name: str | None, stream: Stream) -> str:
     with stream:
         try:
             return utf8(without_line_end(stream.read())).removeprefix(BOM)
-        except RecordError as problem:
-            raise RecordError(problem.kind, f"{name}: {problem.message}" if name else problem.message) from None
+        except RecordError as exc:
+            raise RecordError(exc.kind, f"{name}: {exc.message}" if name else exc.message) from None
 
 
 def _open(name: str) -> Stream:
@@ -154,13 +156,13 @@ def _open(name: str) -> Stream:
         raise UsageError(f"{name} is a folder", hint=f"name the files in it: -f {path / 'FILE'}")
     try:
         return path.open("rb")
-    except OSError as problem:
-        raise UsageError(f"{name}: {reason(problem)}") from problem
+    except OSError as exc:
+        raise UsageError(f"{name}: {reason(exc)}") from exc
 
 
 def _stdin() -> Stream:
     # A buffer of our own on the descriptor: a thread that waits in sys.stdin would block the interpreter's exit.
-    if ranks.own():  # what is there is the first process's
+    if config.rank():  # what is there is the first process's
         return io.BytesIO()
     if sys.stdin is None:
         raise UsageError("stdin is closed")

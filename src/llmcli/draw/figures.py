@@ -14,7 +14,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from llmcli.output import share
+from llmcli.io.output import share
 
 Tokens = Sequence[Mapping[str, Any]]
 Rgb = tuple[int, int, int]

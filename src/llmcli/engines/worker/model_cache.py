@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
-from llmcli import console, heap
-from llmcli.errors import TooBig
+from llmcli import console
+from llmcli.errors import ModelTooLargeError
+from llmcli.models import malloc
 
 
 @dataclass(eq=False)
-class Warm:
+class CachedModel:
     """A pipeline, and the jobs that use it now. Times are of `time.monotonic`."""
 
     name: str
@@ -39,12 +40,12 @@ class Warm:
         }
 
 
-class WarmModels:
+class LRUModelCache:
     """All of them; `seconds` is how long one stays that is not used, where its job does not say."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._models: dict[Any, Warm] = {}
+        self._models: dict[Any, CachedModel] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -53,7 +54,7 @@ class WarmModels:
     def status(self) -> list[dict[str, Any]]:
         return [warm.status() for warm in list(self._models.values())]
 
-    def borrow(self, name: str, key: Any, load: Callable[[], Any]) -> Warm:
+    def borrow(self, name: str, key: Any, load: Callable[[], Any]) -> CachedModel:
         """The model under that key, which stays at least until it is given back. Where memory is short, those that
         nobody uses give way, the least recently used first. Raises what `load` raises."""
         while True:
@@ -62,15 +63,15 @@ class WarmModels:
                     warm.users += 1
                     return warm
             try:
-                loaded = Warm(name, load())
-            except TooBig:
+                loaded = CachedModel(name, load())
+            except ModelTooLargeError:
                 if not self._drop_oldest():
                     raise
             else:
                 with self._lock:
                     self._models[key] = loaded
 
-    def give_back(self, warm: Warm, seconds: float | None) -> None:
+    def give_back(self, warm: CachedModel, seconds: float | None) -> None:
         """A job is done with it, and would have it stay for so long."""
         with self._lock:
             warm.users -= 1
@@ -101,16 +102,16 @@ class WarmModels:
         gc.unfreeze()  # what was loaded to stay is rubbish now
         gc.collect()
         gc.freeze()
-        heap.give_back()
+        malloc.give_back()
         return True
 
 
-class Borrowed:
+class ModelLease:
     """The models that one job uses."""
 
-    def __init__(self, models: WarmModels) -> None:
+    def __init__(self, models: LRUModelCache) -> None:
         self._models = models
-        self._own: dict[Any, Warm] = {}
+        self._own: dict[Any, CachedModel] = {}
 
     def get(self, name: str, key: Any, load: Callable[[], Any]) -> Any:
         if key not in self._own:

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from llmcli.errors import LlmcliError, UsageError
+from llmcli.io.output import Output, OutputSpec, Sink
+from llmcli.io.progress import Tally
 from llmcli.job import Job, Record, Result
-from llmcli.output import Output, Sink, Target
-from llmcli.tally import Tally
 
 SYNC_EVERY = 1.0  # seconds of work that a power cut may take
 PLACE_ONLY = ("batch_size", "concurrency", "keep_alive", "offline", "max_memory", "offload_folder")  # change no result
@@ -37,7 +37,7 @@ class Journal(AbstractContextManager["Journal"]):
     run; LlmcliError when the disk is full.
     """
 
-    def __init__(self, target: Target, job: Job) -> None:
+    def __init__(self, target: OutputSpec, job: Job) -> None:
         assert target.path
         self.path = path = target.path
         self._state = path.with_name(f"{path.name}.state")
@@ -84,7 +84,7 @@ class Journal(AbstractContextManager["Journal"]):
         return not self._ends or self._ends[-1] == 0
 
     @property
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether nothing is left to do."""
         return self._whole == self.done and not (self._retry and self._errors)
 
@@ -107,7 +107,7 @@ class Journal(AbstractContextManager["Journal"]):
         """The result of the next of the `remaining` records: to the output, or, of one that is tried again, to the
         log."""
         number, check = self._taken.popleft()
-        error = "failed" if result.failure else "passed" if result.record.has_failed_before else None
+        error = "failed" if result.failure else "passed" if result.record.has_error else None
         if number < self.done:
             self._put({"retried": number, "line": output.line(result), "error": error})
         else:
@@ -116,7 +116,7 @@ class Journal(AbstractContextManager["Journal"]):
         if time.monotonic() - self._synced > SYNC_EVERY:
             self._sync()
 
-    def note_whole(self) -> None:
+    def mark_complete(self) -> None:
         """All records are done."""
         self._put({"whole": self.done})
 
@@ -201,9 +201,9 @@ class Journal(AbstractContextManager["Journal"]):
                     line = old.read(max(0, end - old.tell()))  # what was dropped before a header ends before it
                     new.write(self._retried.get(number, line))
             self._new.chmod(self.path.stat().st_mode)
-        except OSError as problem:
+        except OSError as exc:
             self._new.unlink(missing_ok=True)
-            raise LlmcliError(f"cannot write to {self._new}: {problem.strerror}") from problem
+            raise LlmcliError(f"cannot write to {self._new}: {exc.strerror}") from exc
         _sync(self._new)
         self._put({"merged": len(self._retried)})
         _sync(self._state)
@@ -247,8 +247,8 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as problem:
-        raise LlmcliError(f"cannot write to {path}: {problem.strerror}") from problem
+    except OSError as exc:
+        raise LlmcliError(f"cannot write to {path}: {exc.strerror}") from exc
     finally:
         os.close(descriptor)
 
@@ -256,7 +256,7 @@ def _sync(path: Path) -> None:
 def _identity(job: Job) -> dict[str, Any]:
     about = dataclasses.asdict(job)
     about["endpoint"] = bool(job.endpoint)  # a server may come back in another place
-    about["placement"] = {key: value for key, value in about["placement"].items() if key not in PLACE_ONLY}
+    about["load_options"] = {key: value for key, value in about["load_options"].items() if key not in PLACE_ONLY}
     kept: dict[str, Any] = json.loads(json.dumps({key: value for key, value in about.items() if key not in PLACE_ONLY}))
     return kept
 

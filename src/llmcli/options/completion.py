@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-from llmcli import registry
 from llmcli.errors import LlmcliError
+from llmcli.models import registry
 from llmcli.tasks import prompting
 
 

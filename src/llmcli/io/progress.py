@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from llmcli import console
+from llmcli.io.output import to_json
 from llmcli.job import Record, Result
-from llmcli.output import to_json
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Tally:
     def add(self, result: Result) -> None:
         self.records += 1
         self.failed += result.failure is not None
-        self.passed += result.record.has_failed_before
+        self.passed += result.record.has_error
         self.written += not result.dropped
         for name, count in result.output.get("usage", {}).items():  # Counter.update takes four times as long
             self.tokens[name] += count

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 
-class Baton:
+class FairLock:
     """Held by one thread at a time; who has waited longest is next."""
 
     def __init__(self) -> None:
@@ -38,16 +38,16 @@ class Baton:
                 self._is_held = False
 
 
-class Turns(AbstractContextManager["Turns"]):
+class DeviceLock(AbstractContextManager["DeviceLock"]):
     """The turns of one job, with a state of torch's random numbers of its own. They nest; `released` lets others go
     first for a while."""
 
-    def __init__(self, baton: Baton) -> None:
+    def __init__(self, baton: FairLock) -> None:
         self._baton = baton
         self._depth = 0
         self._random: list[Any] = []
 
-    def __enter__(self) -> "Turns":
+    def __enter__(self) -> "DeviceLock":
         if not self._depth:
             self._begin()
         self._depth += 1

@@ -8,35 +8,36 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from llmcli import console, heap
-from llmcli.errors import LlmcliError, ModelUnavailable, TooBig, UsageError
-from llmcli.job import Placement
+from llmcli import console
+from llmcli.errors import LlmcliError, ModelTooLargeError, ModelUnavailableError, UsageError
+from llmcli.job import LoadOptions
+from llmcli.models import malloc
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # what dtype applies to; other tensors stay as they are
 UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}
 
 
-def load(folder: Path, placement: Placement, head: Any) -> tuple[Any, Any]:
+def load(folder: Path, load_options: LoadOptions, head: Any) -> tuple[Any, Any]:
     """A model and its tokenizer. `head`, a pipeline class, says which of transformers' auto classes loads it
     (`auto_class`), and the prefix of weights it can do without (`spare`).
 
     Raises ModelUnavailable: weights damaged, incomplete, pickled, or too big for the memory there is; UsageError: a
     device that is not here.
     """
-    weights = _weights(folder, placement)
+    weights = _weights(folder, load_options)
     import torch
     import transformers
 
-    device = choose_device(placement.device)
+    device = choose_device(load_options.device)
     if device == "cpu":
-        heap.keep()
+        malloc.keep()
         # Attention reads keys and values that several heads share where they are, and not from copies for each head.
         os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
-    dtype = choose_dtype(placement.dtype, device)
+    dtype = choose_dtype(load_options.dtype, device)
     size = _size(weights, torch.finfo(dtype).bits // 8)
-    device_map, max_memory = _device_map(placement, device, size)
-    common = _common(placement)
-    config = read_config(folder, placement)
+    device_map, max_memory = _device_map(load_options, device, size)
+    common = _common(load_options)
+    config = read_config(folder, load_options)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **common)
         model, report = getattr(transformers, head.auto_class).from_pretrained(
@@ -45,23 +46,23 @@ def load(folder: Path, placement: Placement, head: Any) -> tuple[Any, Any]:
             dtype=dtype,
             device_map=device_map,
             max_memory=max_memory,
-            offload_folder=placement.offload_folder,
-            use_safetensors=not placement.allow_pickle or weights[0].suffix == ".safetensors",
+            offload_folder=load_options.offload_folder,
+            use_safetensors=not load_options.allow_pickle or weights[0].suffix == ".safetensors",
             output_loading_info=True,
             **common,
         )
     except (LlmcliError, MemoryError):
         raise
-    except Exception as problem:
-        raise _translated(problem, folder) from problem
+    except Exception as exc:
+        raise _translated(exc, folder) from exc
     if missing := sorted(key for key in report["missing_keys"] if not (head.spare and key.startswith(head.spare))):
-        raise ModelUnavailable(
+        raise ModelUnavailableError(
             f"{folder}: the weights are incomplete: {missing[0]}" + (" and others are" if missing[1:] else " is")
             + " missing",
             hint="the model is not of the kind that this task takes, or the files are damaged",
         )  # fmt: skip
     if "disk" in list((getattr(model, "hf_device_map", None) or {}).values())[:1]:
-        raise ModelUnavailable(
+        raise ModelUnavailableError(
             "the memory given does not hold the model's first layer", hint="give it more --max-memory"
         )
     model.eval()
@@ -70,25 +71,25 @@ def load(folder: Path, placement: Placement, head: Any) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def tokenizer(folder: Path, placement: Placement) -> Any:
+def tokenizer(folder: Path, load_options: LoadOptions) -> Any:
     """The tokenizer alone. Raises ModelUnavailable."""
     quiet_libraries()
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, **_common(placement))
-    except Exception as problem:
-        raise _translated(problem, folder) from problem
+        return transformers.AutoTokenizer.from_pretrained(folder, **_common(load_options))
+    except Exception as exc:
+        raise _translated(exc, folder) from exc
 
 
-def read_config(folder: Path, placement: Placement) -> Any:
+def read_config(folder: Path, load_options: LoadOptions) -> Any:
     """The model's configuration. Raises ModelUnavailable."""
     import transformers
 
     try:
-        return transformers.AutoConfig.from_pretrained(folder, **_common(placement))
-    except Exception as problem:
-        raise _translated(problem, folder) from problem
+        return transformers.AutoConfig.from_pretrained(folder, **_common(load_options))
+    except Exception as exc:
+        raise _translated(exc, folder) from exc
 
 
 def quiet_libraries() -> None:
@@ -137,20 +138,20 @@ def choose_dtype(name: str, device: str) -> Any:
     return torch.bfloat16 if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
 
 
-def _common(placement: Placement) -> dict[str, Any]:
-    return {"trust_remote_code": placement.trust_remote_code, "local_files_only": True}
+def _common(load_options: LoadOptions) -> dict[str, Any]:
+    return {"trust_remote_code": load_options.trust_remote_code, "local_files_only": True}
 
 
-def _weights(folder: Path, placement: Placement) -> list[Path]:
+def _weights(folder: Path, load_options: LoadOptions) -> list[Path]:
     """The weight files. Raises ModelUnavailable where there are none that may be opened."""
     # Beside model.safetensors, or its shards, may lie the same weights in another layout (consolidated.safetensors).
     if safetensors := sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors")):
         return safetensors
     pickled = sorted(folder.glob("pytorch_model*.bin"))
     if not pickled:
-        raise ModelUnavailable(f"{folder} holds no weights (*.safetensors)")
-    if not placement.allow_pickle:
-        raise ModelUnavailable(
+        raise ModelUnavailableError(f"{folder} holds no weights (*.safetensors)")
+    if not load_options.allow_pickle:
+        raise ModelUnavailableError(
             f"{folder} has only pickled weights ({pickled[0].name}), which can run code when opened",
             hint="--allow-pickle takes them, if you trust whoever made them",
         )
@@ -174,28 +175,30 @@ def _size(weights: list[Path], float_bytes: int) -> int:
                     bits = re.search(r"\d+", kind)
                     width = float_bytes if kind in FLOATS else int(bits[0]) / 8 if bits else 1
                     total += math.prod(tensor.get_shape()) * width
-        except (SafetensorError, OSError) as problem:
-            raise _damaged(file, str(problem)) from problem
+        except (SafetensorError, OSError) as exc:
+            raise _damaged(file, str(exc)) from exc
     return int(total)
 
 
-def _device_map(placement: Placement, device: str, size: int) -> tuple[Any, dict[Any, int] | None]:
+def _device_map(load_options: LoadOptions, device: str, size: int) -> tuple[Any, dict[Any, int] | None]:
     """What to tell accelerate. Raises ModelUnavailable where `size` bytes do not fit and may not go to disk."""
     import psutil
     import torch
 
-    memory = placement.max_memory or psutil.virtual_memory().available
-    spread = placement.device == "auto" and device == "cuda"
+    memory = load_options.max_memory or psutil.virtual_memory().available
+    spread = load_options.device == "auto" and device == "cuda"
     gpus: dict[Any, int] = {}
     if device.startswith("cuda"):
         indices = range(torch.cuda.device_count()) if spread else [torch.device(device).index or 0]
         gpus = {i: torch.cuda.mem_get_info(i)[0] for i in indices}
-    if placement.offload_folder:
-        Path(placement.offload_folder).mkdir(parents=True, exist_ok=True)
+    if load_options.offload_folder:
+        Path(load_options.offload_folder).mkdir(parents=True, exist_ok=True)
         return "auto", {**gpus, "cpu": memory}
     room = sum(gpus.values()) + (0 if gpus and not spread else memory)
     if size > room:
-        what = ModelUnavailable if placement.max_memory else TooBig  # others that make room help only the machine
+        what = (
+            ModelUnavailableError if load_options.max_memory else ModelTooLargeError
+        )  # others that make room help only the machine
         raise what(
             f"the model needs {_readable(size)} of memory and {_readable(room)} may be used",
             hint="take a smaller model, --dtype bfloat16, or let it run from disk, slowly: --offload-folder PATH",
@@ -205,20 +208,20 @@ def _device_map(placement: Placement, device: str, size: int) -> tuple[Any, dict
     return {"": device}, None
 
 
-def _translated(problem: Exception, folder: Path) -> ModelUnavailable:
+def _translated(exc: Exception, folder: Path) -> ModelUnavailableError:
     """transformers' or safetensors' exception as one of ours."""
-    text = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-    if type(problem).__name__ == "SafetensorError":
+    text = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+    if type(exc).__name__ == "SafetensorError":
         return _damaged(folder, text)
-    if "trust_remote_code" in str(problem):
-        return ModelUnavailable(
+    if "trust_remote_code" in str(exc):
+        return ModelUnavailableError(
             f"{folder} wants to run Python code of its own", hint="--trust-remote-code lets it, if you trust it"
         )
-    return ModelUnavailable(f"{folder} cannot be loaded: {text}", hint="-v shows the whole story")
+    return ModelUnavailableError(f"{folder} cannot be loaded: {text}", hint="-v shows the whole story")
 
 
-def _damaged(path: Path, why: str) -> ModelUnavailable:
-    return ModelUnavailable(
+def _damaged(path: Path, why: str) -> ModelUnavailableError:
+    return ModelUnavailableError(
         f"the weights in {path} are damaged: {why}",
         hint="get them again: `llmcli models rm NAME`, then `models pull NAME`; or save your own folder anew",
     )

@@ -1,0 +1,1 @@
+"""Figures for the terminal, SVG and HTML."""

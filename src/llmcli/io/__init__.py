@@ -1,0 +1,1 @@
+"""Records in, results out: input formats, output, progress, resuming."""

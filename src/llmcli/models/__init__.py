@@ -1,0 +1,1 @@
+"""Models: names, cached weights, and loading."""

@@ -1,0 +1,1 @@
+"""Languages, chunking, stop strings and the embedding cache."""
