@@ -16,7 +16,7 @@ NOT_A_TEXT = ("wrong_type", "field 'text' is not a text")
 NO_UTF8 = ("invalid_utf8", "not UTF-8: byte 0x")
 BLANK = ("invalid_json", "blank line")
 HALF = ("invalid_text", "field 'text': lone surrogate at character ")
-TOO_LONG = ("too_long", "the text has over 128 tokens, the model takes 64: ")
+TOO_LONG = ("context_length_exceeded", "the text has over 128 tokens, the model takes 64: ")
 
 # Five lines of each kind, and what comes of them: an error of that type, whose message begins so.
 BAD = {
@@ -122,7 +122,7 @@ def test_fifty_bad_lines_of_a_thousand(llmcli, tiny, thousand):
             assert results[i] == {**json.loads(line.removeprefix(BOM)), "file": str(thousand)}
     said = ran.stderr.splitlines()
     assert [line.split(": ")[1] for line in said[:-1]] == [f"{thousand}:{i + 1}" for i in FAILED]
-    assert said[-1] == "llmcli: 45 of 1000 records failed"
+    assert said[-1] == "error: 45 of 1000 records failed"
     assert ran.exit_status == 3
 
 
@@ -141,6 +141,6 @@ def test_the_first_bad_one_can_stop_it(llmcli, tiny, thousand):
     first = FAILED[0]
     assert [record.get("id") for record in ran.records] == [*range(first), None]
     assert ran.records[-1]["error"]["type"] == EXPECTED[first][1][0]
-    assert ran.stderr.startswith(f"llmcli: {thousand}:{first + 1}: not JSON: ")
+    assert ran.stderr.startswith(f"error: {thousand}:{first + 1}: not JSON: ")
     assert ran.stderr.count("\n") == 1
     assert ran.exit_status == 1

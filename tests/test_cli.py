@@ -104,7 +104,7 @@ def test_an_unforeseen_error_is_one_line_and_v_tells_all(llmcli, monkeypatch):
     monkeypatch.setattr("llmcli.commands.generate.run", broken)
     ran = llmcli("generate", "x")
     assert ran.exit_status == 1
-    assert ran.stderr.splitlines()[0] == "llmcli: unexpected RuntimeError: boom"
+    assert ran.stderr.splitlines()[0] == "error: unexpected RuntimeError: boom"
     assert "report it" in ran.stderr
     assert "Traceback" in llmcli("generate", "x", "-v").stderr
 
@@ -113,9 +113,9 @@ def test_what_may_have_been_meant(llmcli, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("the quick")
     ran = llmcli("score", "notes.txt", "-m", tiny)
-    assert ran.stderr == "llmcli: 'notes.txt' is a text here: -f notes.txt reads the file\n"
+    assert ran.stderr == "note: 'notes.txt' is a text here: -f notes.txt reads the file\n"
     ran = llmcli("score", "once", "upon", "time", "-m", tiny, is_terminal=True)
-    assert "llmcli: these are 3 texts of a word each: quotes make one of them\n" in ran.stderr
+    assert "note: these are 3 texts of a word each: quotes make one of them\n" in ran.stderr
     assert len(ran.stdout.splitlines()) == 3
     assert llmcli("score", "once", "upon", "time", "-m", tiny).stderr == ""
     assert "quotes" not in llmcli("score", "好天气", "狗", "太阳", "x" * 5000, "-m", tiny, is_terminal=True).stderr

@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-COUNT = "llmcli: 40 of 2000 records failed"
+COUNT = "error: 40 of 2000 records failed"
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def disk(tmp_path):
 
 def test_a_disk_that_fills_again_and_again(llmcli, command, whole, disk):
     path = disk(4) / "out.jsonl"
-    said = [f"llmcli: cannot write to {name}: No space left on device" for name in (path, f"{path}.state")]
+    said = [f"error: cannot write to {name}: No space left on device" for name in (path, f"{path}.state")]
     seen, done = set(), 0
     for kilobytes in (4, 8, *range(12, 1000, 36)):
         disk(kilobytes)
@@ -163,7 +163,7 @@ def test_a_disk_that_is_full_from_the_start(llmcli, command, whole, disk):
     for _ in range(2):
         ran = llmcli(*command, path)
         assert (ran.exit_status, ran.stderr) == (
-            1, f"llmcli: cannot write to {path}.state: No space left on device\n"
+            1, f"error: cannot write to {path}.state: No space left on device\n"
         )  # fmt: skip
     filler.unlink()
     assert llmcli(*command, path).exit_status == 3

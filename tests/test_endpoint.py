@@ -167,10 +167,10 @@ def test_each_record_has_its_answer_whatever_befalls_others(served, server):
     assert [record["text"] for record in ran.records] == texts
     messages = {
         "broken": ("server_error", "the server says 503: out of order"),
-        "long": ("refused", "the server says 400: the prompt is too long"),
-        "gibberish": ("bad_response", "the server's answer makes no sense"),
-        "none": ("bad_response", "the server gave 0 answers"),
-        "gone": ("no_answer", "the server cut the connection, 11 times"),
+        "long": ("request_rejected", "the server says 400: the prompt is too long"),
+        "gibberish": ("invalid_response", "the server's answer makes no sense"),
+        "none": ("invalid_response", "the server gave 0 answers"),
+        "gone": ("server_unreachable", "the server cut the connection, 11 times"),
     }
     for record in ran.records:
         kind = record["text"].split()[0]
@@ -220,7 +220,7 @@ def test_a_slow_answer_holds_up_no_request(served, server):
 def test_what_would_befall_all_ends_the_run(served, text, message, hint):
     ran = served("generate", "--lines", stdin=lines("fine", text, "fine"))
     said = ran.stderr.splitlines()
-    assert (ran.exit_status, said[0]) == (4, f"llmcli: {message}")
+    assert (ran.exit_status, said[0]) == (4, f"error: {message}")
     assert hint in said[1]
 
 
@@ -231,7 +231,7 @@ def test_nobody_answers(llmcli):
     for name in ((), ("-m", "tiny")):
         ran = llmcli("generate", "the fox", "--endpoint", url, *name)
         assert ran.exit_status == 4
-        assert ran.stderr == f"llmcli: {url}/ cannot be reached\nllmcli: is the server running?\n"
+        assert ran.stderr == f"error: {url}/ cannot be reached\nhint: is the server running?\n"
 
 
 def test_a_server_that_goes_away_and_comes_back(served, server, llmcli, tmp_path):
@@ -267,7 +267,7 @@ def test_the_model_is_the_servers_only_one(served, server):
     server.models = ["one", "two"]
     ran = served("generate", "the fox")
     assert (ran.exit_status, ran.stderr) == (
-        2, "llmcli: the server has 2 models: one, two\nllmcli: say which: -m NAME\n"
+        2, "error: the server has 2 models: one, two\nhint: say which: -m NAME\n"
     )  # fmt: skip
     assert served("generate", "the fox", "-m", "two", "--json").records[0]["model"] == "two"
     server.models = []
@@ -356,7 +356,7 @@ def test_the_package_is_missing(llmcli, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     ran = llmcli("generate", "the fox", "--endpoint", "http://localhost:1")
     assert ran.exit_status == 2
-    assert ran.stderr.endswith("llmcli: run `pip install 'llmcli[openai]'`\n")
+    assert ran.stderr.endswith("hint: run `pip install 'llmcli[openai]'`\n")
 
 
 @pytest.mark.slow

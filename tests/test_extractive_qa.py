@@ -230,7 +230,7 @@ def test_a_question_may_leave_too_little_room(bert):
         RecordError, match="the question has 40 tokens, which leaves room for 21 of the context"
     ) as info:
         bert(asked(ENGLISH, question), max_seq_len=64, doc_stride=21)
-    assert info.value.kind == "too_long"
+    assert info.value.kind == "context_length_exceeded"
     assert bert(asked("Yes, so.", question), max_seq_len=64, doc_stride=21)["answer"]  # it fits
     with pytest.raises(RecordError, match="leaves room for 0 of the context"):
         bert(asked("Yes", "who " * 400))

@@ -73,7 +73,7 @@ def test_a_failed_line_is_an_empty_line(generate):
     assert (failed, end) == ("", "")
     assert first.startswith("the")
     assert last.startswith("dog")
-    assert ran.stderr == "llmcli: line 2: not UTF-8: byte 0xff at offset 4\nllmcli: 1 of 3 records failed\n"
+    assert ran.stderr == "error: line 2: not UTF-8: byte 0xff at offset 4\nerror: 1 of 3 records failed\n"
     assert ran.exit_status == 3
 
 
@@ -119,7 +119,7 @@ def test_stop_on_error_keeps_what_is_done(generate):
 def test_a_single_failed_input_exits_1(generate):
     ran = generate(stdin=b"\xff")
     assert (ran.stdout, ran.exit_status) == ("", 1)
-    assert ran.stderr == "llmcli: not UTF-8: byte 0xff at offset 0\n"
+    assert ran.stderr == "error: not UTF-8: byte 0xff at offset 0\n"
 
 
 def test_no_model_is_touched_without_work(llmcli):
@@ -141,7 +141,7 @@ def test_file_names_travel(generate, tmp_path):
     path.write_text("the quick\n")
     assert generate("-f", path, "--json").records[0]["file"] == str(path)
     path.write_bytes(b"ok\n\xff\n")
-    assert f"llmcli: {path}:2: not UTF-8" in generate("-f", path, "--lines").stderr
+    assert f"error: {path}:2: not UTF-8" in generate("-f", path, "--lines").stderr
 
 
 def test_output_goes_to_a_new_file(generate, tmp_path):
@@ -151,7 +151,7 @@ def test_output_goes_to_a_new_file(generate, tmp_path):
     assert json.loads(path.read_text())["text"] == "the"
     ran = generate("the", "--json", "--output", path)
     assert ran.exit_status == 2
-    assert ran.stderr.startswith(f"llmcli: {path} exists")
+    assert ran.stderr.startswith(f"error: {path} exists")
 
 
 def test_stop_texts_are_not_printed(generate, reference):
@@ -196,7 +196,7 @@ def test_beams_and_any_option_of_generation_config(generate, reference):
 def test_what_failed_before_is_passed_on_and_said(generate):
     ran = generate("--jsonl", stdin=b'{"text": "the", "error": {"type": "old", "message": "m"}}\n')
     assert ran.stdout == '{"text": "the", "error": {"type": "old", "message": "m"}}\n'
-    assert ran.stderr == "llmcli: 1 of 1 records came with an `error` and were passed on as they are\n"
+    assert ran.stderr == "note: 1 of 1 records came with an `error` and were passed on as they are\n"
     assert ran.exit_status == 0
 
 
@@ -221,7 +221,7 @@ def test_a_prompt_longer_than_the_context(generate):
     ran = generate(text, "--truncate", "--json")
     assert ran.exit_status == 0
     assert ran.records[0]["usage"] == {"prompt_tokens": 58, "completion_tokens": 6}
-    assert ran.stderr == f"llmcli: cut by {ran.records[0]['truncated']} tokens\n"
+    assert ran.stderr == f"note: cut by {ran.records[0]['truncated']} tokens\n"
 
 
 def test_an_answer_ends_with_the_context_and_alone(generate):

@@ -51,7 +51,7 @@ def refused(done: Done, reason: str) -> str:
     assert done.returncode == 4, done.stderr
     assert done.stdout == ""
     assert 1 <= len(lines) <= 2, done.stderr
-    assert all(line.startswith("llmcli: ") for line in lines)
+    assert all(line.startswith(("error: ", "hint: ")) for line in lines)
     assert re.search(reason, done.stderr), done.stderr
     return done.stderr
 
@@ -79,7 +79,7 @@ def test_pull_fetches_safetensors_and_configuration_into_the_shared_cache(hub: H
     assert pulled(done) == home / "huggingface" / "hub" / "models--org--name" / "snapshots" / commit
     assert contents(pulled(done)) == MODEL
     assert sorted(hub.downloads()) == sorted(MODEL)
-    assert done.stderr == "llmcli: pulling org/name, 2 MB from the hub (license: mit)\n"
+    assert done.stderr == "note: pulling org/name, 2 MB from the hub (license: mit)\n"
 
 
 def test_license_and_size_are_told_before_the_download(hub: Hub) -> None:
@@ -87,7 +87,7 @@ def test_license_and_size_are_told_before_the_download(hub: Hub) -> None:
     hub.seconds["model.safetensors"] = 30
     pull = start("models", "pull", "org/name")
     assert pull.stderr
-    assert pull.stderr.readline() == "llmcli: pulling org/name, 2 MB from the hub (license: not stated)\n"
+    assert pull.stderr.readline() == "note: pulling org/name, 2 MB from the hub (license: not stated)\n"
     pull.terminate()
     assert pull.wait(timeout=3) == 143
 

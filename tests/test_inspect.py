@@ -364,7 +364,7 @@ def test_files_that_need_nothing_beside_them(inspect, tmp_path):
         svg, html = tmp_path / f"{args[0]}.svg", tmp_path / f"{args[0]}.html"
         ran = inspect(*args, "--svg", svg, "--html", html)
         assert (ran.stdout, ran.exit_status) == ("", 0)
-        assert ran.stderr == f"llmcli: {svg} is drawn\nllmcli: {html} is drawn\n"
+        assert ran.stderr == f"note: {svg} is drawn\nnote: {html} is drawn\n"
         picture = svg.read_text(encoding="utf-8")
         ElementTree.fromstring(picture)
         assert picture in html.read_text(encoding="utf-8")

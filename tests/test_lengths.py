@@ -16,7 +16,7 @@ def test_only_a_beginning_is_counted(text):
 
     with pytest.raises(RecordError, match="over 200 tokens, the model takes 100") as info:
         lengths.check(text, 100, count)
-    assert info.value.kind == "too_long"
+    assert info.value.kind == "context_length_exceeded"
     assert sum(counted) < len(text) / 2
 
 

@@ -30,7 +30,7 @@ def test_a_full_disk_behind_stdout_is_one_line(process, tiny):
         done = start("generate", "the", "-m", tiny, stdout=full)
         _, stderr = done.communicate(timeout=60)
     assert done.returncode == 1
-    assert stderr == b"llmcli: cannot write to stdout: No space left on device\n"
+    assert stderr == b"error: cannot write to stdout: No space left on device\n"
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -69,7 +69,7 @@ def test_a_full_disk_behind_output_is_one_line(tiny, tmp_path):
     llmcli = start("generate", "the quick brown", "-m", tiny, "--output", path, preexec_fn=limit)
     _, stderr = llmcli.communicate(timeout=60)
     assert llmcli.returncode == 1
-    assert stderr == f"llmcli: cannot write to {path}: File too large\n".encode()
+    assert stderr == f"error: cannot write to {path}: File too large\n".encode()
 
 
 def test_errors_do_not_go_to_stdout_where_stderr_is_closed(tiny):

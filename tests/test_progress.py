@@ -19,8 +19,8 @@ from llmcli.job import Failure, Record, Result
 
 GREEDY = ("--temperature", 0, "--batch-size", 1, "--max-new-tokens", 8)
 LONG_NAME = "a field with a name that is longer than many a terminal is wide, which is no reason to break it"
-ERROR = f"llmcli: {{path}}:2: no field 'text': fields there: {LONG_NAME}\n"
-COUNT = "llmcli: 1 of 40 records failed\n"
+ERROR = f"error: {{path}}:2: no field 'text': fields there: {LONG_NAME}\n"
+COUNT = "error: 1 of 40 records failed\n"
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +146,7 @@ def test_stats(run):
     assert ran.exit_status == 3
     about = summary(ran.stderr)
     assert about["model"].endswith("tiny-llama")
-    assert [about[name] for name in ("records", "failed", "passed")] == [40, 1, 0]
+    assert [about[name] for name in ("records", "failed", "carried_over")] == [40, 1, 0]
     assert about["prompt_tokens"] > 39
     assert about["completion_tokens"] == 39 * 8
     assert about["records_per_second"] == pytest.approx(40 / about["seconds"], rel=0.01)
@@ -161,7 +161,7 @@ def test_stats_of_what_went_before(run, llmcli, tiny, tmp_path):
     rows = (tmp_path / "out").read_bytes()
     ran = llmcli("generate", "-m", tiny, "--jsonl", "--field", "generated_text", *GREEDY, "--stats", stdin=rows)
     about = summary(ran.stderr)
-    assert (about["records"], about["failed"], about["passed"], ran.exit_status) == (40, 0, 1, 0)
+    assert (about["records"], about["failed"], about["carried_over"], ran.exit_status) == (40, 0, 1, 0)
 
 
 def test_stats_where_it_stops(run):

@@ -167,7 +167,7 @@ def test_a_model_without_such_a_head(qa, model, hint):
 
 def test_a_question_answering_model_can_say_what_it_can(llmcli):
     ran = llmcli("summarize", "x", "-m", MODEL)
-    assert (ran.exit_status, ran.stderr.splitlines()[1]) == (4, "llmcli: it can embed, inspect attention, qa, search")
+    assert (ran.exit_status, ran.stderr.splitlines()[1]) == (4, "hint: it can embed, inspect attention, qa, search")
 
 
 def test_a_prompt_of_ones_own(qa, base):

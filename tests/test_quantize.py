@@ -58,7 +58,7 @@ def test_what_four_bits_can_say_is_said_exactly():
 def test_a_language_model(llmcli, chatty, scheme, kind):
     args = ("generate", "the quick brown", "-m", chatty, "--quantize", scheme, *GREEDY)
     first = llmcli(*args)
-    assert first.stderr == f"llmcli: quantizing the weights to {scheme}, once\n"
+    assert first.stderr == f"note: quantizing the weights to {scheme}, once\n"
     (copy,) = copies()
     second = llmcli(*args)
     assert (second.stdout, second.stderr, second.exit_status) == (first.stdout, "", 0)

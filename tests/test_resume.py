@@ -40,7 +40,7 @@ def whole(llmcli, command, tmp_path):
 def test_a_whole_file_stays_and_the_exit_code_too(llmcli, command, whole, tmp_path):
     ran = llmcli(*command, tmp_path / "whole.jsonl")
     assert ran.exit_status == 3
-    assert ran.stderr.endswith("llmcli: 6 of 300 records failed\n")
+    assert ran.stderr.endswith("error: 6 of 300 records failed\n")
     assert (tmp_path / "whole.jsonl").read_bytes() == whole
 
 
@@ -50,7 +50,7 @@ def test_a_file_cut_anywhere_is_completed(llmcli, command, whole, tmp_path, kept
     path.write_bytes(whole[: kept if isinstance(kept, int) else int(len(whole) * kept)])
     ran = llmcli(*command, path)
     assert ran.exit_status == 3
-    assert ran.stderr.endswith("llmcli: 6 of 300 records failed\n")
+    assert ran.stderr.endswith("error: 6 of 300 records failed\n")
     assert path.read_bytes() == whole
 
 
@@ -85,7 +85,7 @@ def test_what_was_run_twice_counts_once(llmcli, command, whole, tmp_path):
     path.write_bytes(whole[:2000])
     assert llmcli(*command, path).exit_status == 3
     assert path.read_bytes() == whole
-    assert llmcli(*command, path).stderr == f"llmcli: {path} is whole: nothing to do\nllmcli: 6 of 300 records failed\n"
+    assert llmcli(*command, path).stderr == f"note: {path} is whole: nothing to do\nerror: 6 of 300 records failed\n"
 
 
 def test_what_has_changed_is_refused(llmcli, command, whole, lines, tmp_path):

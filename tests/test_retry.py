@@ -64,7 +64,7 @@ def failed(llmcli, flaky, command, whole, tmp_path):
     """The file of a run in which four of eight failed; now they would not."""
     path = tmp_path / "out"
     ran = llmcli(*command, path)
-    assert (ran.exit_status, ran.stderr.splitlines()[-1]) == (3, "llmcli: 4 of 8 records failed")
+    assert (ran.exit_status, ran.stderr.splitlines()[-1]) == (3, "error: 4 of 8 records failed")
     assert path.read_bytes() != whole
     flaky.words, flaky.asked = [], 0
     return path
@@ -92,7 +92,7 @@ def test_what_fails_again_stays_failed(llmcli, flaky, command, whole, failed):
     flaky.words = ["brown"]
     ran = llmcli(*command, failed, "--retry-errors")
     assert (ran.exit_status, flaky.asked) == (3, 4)
-    assert ran.stderr.endswith("RuntimeError: no brown\nllmcli: 1 of 8 records failed\n")
+    assert ran.stderr.endswith("RuntimeError: no brown\nerror: 1 of 8 records failed\n")
     assert failed.read_bytes() != whole
     assert llmcli(*command, failed).exit_status == 3
     flaky.words = []
@@ -214,7 +214,7 @@ def test_what_was_passed_on_can_be_tried_later(llmcli, tiny, tmp_path):
     assert (ran.exit_status, ran.stderr) == (0, "")
     records = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert [(record["text"], "error" in record) for record in records] == [("the", False), ("dog", False)]
-    assert llmcli(*args, "--retry-errors").stderr == f"llmcli: {tmp_path / 'out'} is whole: nothing to do\n"
+    assert llmcli(*args, "--retry-errors").stderr == f"note: {tmp_path / 'out'} is whole: nothing to do\n"
 
 
 def test_qa_asks_its_question_of_a_record_that_is_tried_again(llmcli, chatty):

@@ -241,7 +241,7 @@ def test_a_filter_keeps_order_and_fields(score, scored):
 def test_a_filter_that_passes_nothing_is_1_as_grep(score):
     ran = score("--lines", "--max-perplexity", 1, stdin=b"the quick\nbrown fox\n\nthe\n")
     assert (ran.stdout, ran.exit_status) == ("", 1)
-    assert ran.stderr == "llmcli: records of fewer than two tokens pass no filter: 2\n"
+    assert ran.stderr == "note: records of fewer than two tokens pass no filter: 2\n"
     assert score("--lines", "--max-perplexity", 1, stdin=b"the quick\n").stderr == ""
 
 

@@ -98,7 +98,7 @@ def test_what_cannot_be_searched(search, tmp_path):
     (tmp_path / "good.txt").write_text("dog")
     ran = search("dog", tmp_path / "bad.txt", tmp_path / "good.txt")
     assert ran.stdout.startswith(f"{tmp_path / 'good.txt'}:1: dog")
-    assert ran.stderr == f"llmcli: {tmp_path / 'bad.txt'}: not UTF-8: byte 0xff at offset 0\n"
+    assert ran.stderr == f"error: {tmp_path / 'bad.txt'}: not UTF-8: byte 0xff at offset 0\n"
     assert ran.exit_status == 3
     assert search("dog", tmp_path).exit_status == 2
     assert search("  ", tmp_path / "good.txt").exit_status == 2
@@ -110,7 +110,7 @@ def test_a_cache_that_is_none_is_said_so(search, home):
     (home / "cache" / "vectors.sqlite").write_bytes(b"no database at all" * 100)
     ran = search("dog", stdin=b"dog\n")
     assert ran.exit_status == 1
-    assert ran.stderr.startswith(f"llmcli: {home / 'cache' / 'vectors.sqlite'}: file is not a database")
+    assert ran.stderr.startswith(f"error: {home / 'cache' / 'vectors.sqlite'}: file is not a database")
 
 
 @pytest.mark.slow

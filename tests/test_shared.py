@@ -35,14 +35,14 @@ def whole(command, lines):
 
 def said(ran):
     """stderr without what torchrun says itself."""
-    return [line for line in ran.stderr.decode().splitlines() if line.startswith("llmcli: ")]
+    return [line for line in ran.stderr.decode().splitlines() if line.startswith("error: ")]
 
 
 def test_the_results_of_all_come_together_in_order(command, lines, whole):
     ran = subprocess.run([*TORCHRUN, *command, "-f", lines], capture_output=True, timeout=120)
     assert ran.stdout == whole
     assert ran.returncode == 1  # torchrun's own, whichever of ours it sees
-    assert said(ran)[-1] == "llmcli: 11 of 501 records failed"
+    assert said(ran)[-1] == "error: 11 of 501 records failed"
     assert len(said(ran)) == 12
 
 
@@ -68,7 +68,7 @@ def test_the_first_failure_can_end_all(command, lines, whole):
     data = b"".join(lines.read_bytes().splitlines(keepends=True)[1:])
     ran = subprocess.run([*TORCHRUN, *command, "--on-error", "stop"], input=data, capture_output=True, timeout=120)
     assert (ran.returncode, len(ran.stdout.splitlines())) == (1, 50)
-    assert said(ran) == ["llmcli: line 50: no field 'text': fields there: id"]
+    assert said(ran) == ["error: line 50: no field 'text': fields there: id"]
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -87,14 +87,14 @@ def test_when_one_is_killed_the_run_ends_and_can_go_on(command, lines, whole, tm
     assert len(begun) < len(whole)
     alone = [sys.executable, "-m", "llmcli", *args[len(TORCHRUN) :]]
     ran = subprocess.run(args if rank == "0" else alone, capture_output=True, timeout=120)
-    assert said(ran)[-1] == "llmcli: 11 of 501 records failed"
+    assert said(ran)[-1] == "error: 11 of 501 records failed"
     assert path.read_bytes() == whole
 
 
 def test_a_whole_file_ends_all_at_once(command, lines, tmp_path):
     (tmp_path / "in").write_bytes(b"".join(lines.read_bytes().splitlines(keepends=True)[1:4]))
     args = [*TORCHRUN, *command, "-f", tmp_path / "in", "--output", tmp_path / "out", "--resume"]
-    for expected in ([], [f"llmcli: {tmp_path / 'out'} is whole: nothing to do"]):
+    for expected in ([], [f"note: {tmp_path / 'out'} is whole: nothing to do"]):
         ran = subprocess.run(args, capture_output=True, timeout=60)
         assert (ran.returncode, said(ran)) == (0, expected)
 
@@ -113,6 +113,6 @@ def test_what_goes_wrong_in_another_process_is_said_once(command, lines, tmp_pat
     ran = subprocess.run([*TORCHRUN[:-2], program, *command, "-f", lines], capture_output=True, timeout=120)
     assert ran.returncode == 1
     assert [line for line in said(ran) if "lacks" not in line and "no field" not in line] == [
-        "llmcli: process 1: the disk is gone",
-        "llmcli: find it",
+        "hint: process 1: the disk is gone",
+        "hint: find it",
     ]

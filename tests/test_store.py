@@ -58,9 +58,9 @@ def refused(ran: Any, *words: str) -> None:
     stderr = ran.stderr if isinstance(ran.stderr, str) else ran.stderr.decode()
     assert ran.exit_status == 4, stderr
     assert not ran.stdout
-    said = [line for line in stderr.splitlines() if not re.match("llmcli: (pulling|converting) ", line)]
+    said = [line for line in stderr.splitlines() if not re.match("note: (pulling|converting) ", line)]
     assert 1 <= len(said) <= 2, stderr
-    assert all(line.startswith("llmcli: ") for line in said)
+    assert all(line.startswith(("error: ", "hint: ")) for line in said)
     assert "unexpected" not in stderr
     for word in words:
         assert word in " ".join(said)

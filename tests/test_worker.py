@@ -101,7 +101,7 @@ def test_what_nobody_foresaw_is_told_as_in_this_process(warm, process, encoder, 
     folder = shutil.copytree(encoder, tmp_path / "odd")
     (folder / "modules.json").write_text("no JSON")
     here, there = (process("embed", "dog", "-m", folder, "--keep-alive", each) for each in (0, "5m"))
-    assert here.stderr.startswith(b"llmcli: unexpected JSONDecodeError: Expecting value")
+    assert here.stderr.startswith(b"error: unexpected JSONDecodeError: Expecting value")
     assert (there.stdout, there.stderr, there.returncode) == (here.stdout, here.stderr, here.returncode)
     told = process("embed", "dog", "-m", folder, "-v").stderr
     assert b"in the worker:" in told
@@ -201,7 +201,7 @@ def test_ps_and_stop(place, llmcli, chatty):
     assert 200 < model["left"] <= 300
     row = llmcli("ps").stdout.split("\t")
     assert row[1:5] == ["cpu", "float32", f"{model['bytes'] / 1e6:.0f} MB", "0"]
-    assert (llmcli("stop").exit_status, llmcli("stop").stderr) == (0, "llmcli: no worker is running\n")
+    assert (llmcli("stop").exit_status, llmcli("stop").stderr) == (0, "error: no worker is running\n")
     assert not is_running(status["process"])
     assert not list((place / "run" / "llmcli").glob("*.sock"))
 
@@ -221,7 +221,7 @@ def test_serve_runs_in_the_foreground(place, process, chatty):
     assert process("generate", "dog", "-m", chatty, "--max-new-tokens", 2).returncode == 0  # finds it by itself
     assert [each["left"] for each in client.status()["models"]] == [None]
     second = process("serve")
-    assert (second.returncode, second.stderr.splitlines()[0]) == (1, b"llmcli: a worker is running already")
+    assert (second.returncode, second.stderr.splitlines()[0]) == (1, b"error: a worker is running already")
     served.send_signal(signal.SIGINT)
     assert served.wait(20) == 130
     assert served.stderr.read() == b""

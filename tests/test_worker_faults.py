@@ -57,8 +57,8 @@ def test_it_is_killed_in_the_middle_of_a_text(place, call, chatty):
     _, said = long.communicate(timeout=20)
     assert long.returncode == 1
     assert said.decode().splitlines() == [
-        "llmcli: the worker ended before the work was done",
-        "llmcli: run it again; --keep-alive 0 needs no worker",
+        "error: the worker ended before the work was done",
+        "error: run it again; --keep-alive 0 needs no worker",
     ]
     assert call().returncode == 0
     assert client.status()["process"] != first
@@ -290,7 +290,7 @@ def test_the_models_folder_is_deleted_under_it(place, call, chatty, tmp_path):
     number = client.status()["process"]
     shutil.rmtree(folder)
     ran = call(*args)
-    assert (ran.returncode, ran.stderr.splitlines()[0].decode()) == (4, f"llmcli: model '{folder}' does not exist")
+    assert (ran.returncode, ran.stderr.splitlines()[0].decode()) == (4, f"error: model '{folder}' does not exist")
     assert call().returncode == 0
     assert client.status()["process"] == number
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from llmcli import config
 
-Relay = Callable[[Literal["notice", "working"], str], None]
+Relay = Callable[[Literal["note", "warning", "working"], str], None]
 
 quiet = False
 verbose = False
@@ -42,26 +42,31 @@ def is_watched() -> bool:
     return is_terminal() and not quiet and not _relay.get()
 
 
-def notice(message: str) -> None:
-    """One line that a person may want to know."""
+def notice(message: str, label: Literal["note", "warning"] = "note") -> None:
+    """Print a line that is good to know; -q hides it."""
     if relay := _relay.get():
-        relay("notice", message)
+        relay(label, message)
     elif not quiet:
-        _say(message)
+        _say(label, message)
+
+
+def warning(message: str) -> None:
+    """Print a line about something that may be wrong; -q hides it."""
+    notice(message, "warning")
 
 
 def error(message: str, hint: str | None = None, cause: BaseException | None = None) -> None:
-    """One or two lines: what happened, and what to do about it; under -v the traceback too."""
-    _say(message)
+    """Print what happened and what to do about it; under -v, the traceback too."""
+    _say("error", message)
     if hint:
-        _say(hint)
+        _say("hint", hint)
     if verbose and cause:
         traceback.print_exception(cause, file=sys.stderr)
 
 
-def _say(message: str) -> None:
-    who = f"llmcli: process {config.rank()}: " if config.rank() else "llmcli: "
-    say(who + message.replace("\n", " "))
+def _say(label: str, message: str) -> None:
+    process = f"process {config.rank()}: " if config.rank() else ""
+    say(f"{label}: {process}" + message.replace("\n", " "))
 
 
 def say(line: str) -> None:

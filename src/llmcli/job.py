@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+JsonObject = Mapping[str, Any]  # the fields of a record or a result, by name
+
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:

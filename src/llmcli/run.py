@@ -54,9 +54,9 @@ def run(job: Job, records: Iterable[Record], target: OutputSpec) -> ExitStatus:
                     return ExitStatus.FAILED
         if journal:
             journal.mark_complete()
-        if tally.passed:
+        if tally.carried_over:
             console.notice(
-                f"{tally.passed} of {tally.records} records came with an `error` and were passed on as they are"
+                f"{tally.carried_over} of {tally.records} records came with an `error` and were passed on as they are"
             )
         return _ended(tally, target)
 

@@ -42,9 +42,9 @@ class EndpointEngine(TaskEngine):
         assert job.endpoint
         return RemoteModel(job.model, server(job.endpoint))
 
-    def runner(self, job: Job, way: Strategy, model: "RemoteModel") -> "EndpointRunner":
-        model.context  # noqa: B018  # asks the server, which should be there
-        return EndpointRunner(job, way, model)
+    def runner(self, job: Job, strategy: Strategy, model: "RemoteModel") -> "EndpointRunner":
+        model.context_length  # noqa: B018  # asks the server, which should be there
+        return EndpointRunner(job, strategy, model)
 
     def other(self) -> TaskEngine:
         from llmcli.engines.local import LocalEngine
@@ -66,28 +66,28 @@ class RemoteModel:
         return self
 
     @cached_property
-    def context(self) -> int | None:
+    def context_length(self) -> int | None:
         """Tokens of prompt and answer, where the server says it, as vLLM does."""
         mine = (each for each in models(self.client) if each.id == self.name)
         return getattr(next(mine, None), "max_model_len", None)
 
-    def count(self, text: str) -> int:
+    def count_tokens(self, text: str) -> int:
         """Tokens of a text, at four bytes a token."""
         return -(-len(text.encode("utf-8", "replace")) // 4)
 
-    def length(self, prompt: str | Sequence[Mapping[str, str]]) -> int:
+    def count_prompt_tokens(self, prompt: str | Sequence[Mapping[str, str]]) -> int:
         """Tokens of a prompt, or of messages."""
         texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-        return sum(self.count(text) for text in texts)
+        return sum(self.count_tokens(text) for text in texts)
 
 
 class EndpointRunner:
     """A job's requests, `concurrency` at a time. Text goes to /completions, messages to /chat/completions."""
 
-    def __init__(self, job: Job, way: Strategy, model: RemoteModel) -> None:
+    def __init__(self, job: Job, strategy: Strategy, model: RemoteModel) -> None:
         self.waiting: set[Request] = set()
         self._model = model
-        self._options = options(job, way, model)
+        self._options = options(job, strategy, model)
         self._queued: list[Request] = []
         self._over: SimpleQueue[tuple[Request, Future[Any]]] = SimpleQueue()
         self._threads = ThreadPoolExecutor(job.concurrency)
@@ -127,7 +127,7 @@ class EndpointRunner:
             response = self._create(prompt)
         choices = getattr(response, "choices", None) or []
         if len(choices) < self._options.get("n", 1):
-            raise RecordError("bad_response", f"the server gave {len(choices)} answers")
+            raise RecordError("invalid_response", f"the server gave {len(choices)} answers")
         texts = [self._cut(choice.text if isinstance(prompt, str) else choice.message.content) for choice in choices]
         several = {"generated_texts": texts} if len(texts) > 1 else {}
         return {"generated_text": texts[0], **several, **_ended(choices[0].finish_reason, response.usage)}
@@ -142,7 +142,7 @@ class EndpointRunner:
                     said, reason = said + piece, choice.finish_reason or reason
                     on_text(piece)
         if reason is None:
-            raise RecordError("no_answer", "the server broke off its answer")
+            raise RecordError("server_unreachable", "the server broke off its answer")
         return {"generated_text": said, **_ended(reason, usage)}
 
     def _create(self, prompt: Any, **settings: Any) -> Any:
@@ -172,19 +172,19 @@ class EndpointRunner:
                 raise ModelUnavailableError(
                     why, hint="check -m NAME; without /v1/completions, use `llmcli chat`"
                 ) from exc
-            raise RecordError("server_error" if is_ill else "refused", why) from exc
+            raise RecordError("server_error" if is_ill else "request_rejected", why) from exc
         except openai.APIConnectionError as exc:
             models(self._model.client)  # raises where the server is gone, and not this request alone
             why = "did not answer in time" if isinstance(exc, openai.APITimeoutError) else "cut the connection"
-            raise RecordError("no_answer", f"the server {why}, {RETRIES + 1} times") from exc
+            raise RecordError("server_unreachable", f"the server {why}, {RETRIES + 1} times") from exc
         except (openai.OpenAIError, ValueError) as exc:
-            raise RecordError("bad_response", f"the server's answer makes no sense: {exc}") from exc
+            raise RecordError("invalid_response", f"the server's answer makes no sense: {exc}") from exc
 
 
-def options(job: Job, way: Strategy, model: RemoteModel) -> dict[str, Any]:
+def options(job: Job, strategy: Strategy, model: RemoteModel) -> dict[str, Any]:
     """The protocol's names for what the user gave, over what the task says. How to sample is the server's to say, where
     neither does."""
-    task = {**(way.defaults or {}), **way.settings(job, model)}
+    task = {**(strategy.defaults or {}), **strategy.parameters(job, model)}
     if task.get("do_sample"):
         task = {"max_new_tokens": task["max_new_tokens"]}
     given = {**task, **job.generation, **({} if job.seed is None else {"seed": job.seed})}

@@ -1,5 +1,5 @@
 """What an engine is; and what those have in common that take each record through the steps of its task: many records on
-their way at a time, their results in input order."""
+their strategy at a time, their results in input order."""
 
 from abc import ABC, abstractmethod
 from collections import deque
@@ -17,12 +17,12 @@ from llmcli.lazy import lazy
 from llmcli.tasks import ModelCall, Strategy, TaskGenerator
 
 OnResult = Callable[[Result], None]
-WINDOW = 512  # records under way at most: a batch is chosen among their rows
+WINDOW = 512  # records under strategy at most: a batch is chosen among their rows
 
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """A record on its way: its steps, and the requests for what they ask now."""
+    """A record on its strategy: its steps, and the requests for what they ask now."""
 
     record: Record
     prepared: Any = None
@@ -90,10 +90,10 @@ class TaskEngine(ABC):
 
     @abstractmethod
     def model(self, job: Job) -> Any:
-        """The job's model as its steps see it, not yet loaded. Its `kind` is the task's way that it goes."""
+        """The job's model as its steps see it, not yet loaded. Its `kind` is the task's strategy that it goes."""
 
     @abstractmethod
-    def runner(self, job: Job, way: Strategy, model: Any) -> Runner:
+    def runner(self, job: Job, strategy: Strategy, model: Any) -> Runner:
         """Raises ModelUnavailable and UsageError."""
 
     @abstractmethod
@@ -144,18 +144,18 @@ class Turn:
         self.works: list[Work] = []
 
     @lazy
-    def way(self) -> Strategy:
+    def strategy(self) -> Strategy:
         return tasks.find(self.job.task).strategies[self.model.kind]
 
     @lazy
     def runner(self) -> Runner:
-        return self.engine.runner(self.job, self.way, self.model)
+        return self.engine.runner(self.job, self.strategy, self.model)
 
     def add(self, works: Sequence[Work]) -> None:
         """Begin the steps of the records that have no result."""
         for work in works:
             if work.result is None:
-                work.steps = self.way.steps(self.job, work.prepared, self.model)
+                work.steps = self.strategy.run(self.job, work.prepared, self.model)
                 work.go_on(None)
                 self._asked(work)
 

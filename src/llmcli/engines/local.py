@@ -17,7 +17,7 @@ class LocalEngine(TaskEngine):
 
     def check(self, job: Job) -> None:
         strategies = tasks.find(job.task).strategies
-        generating = {kind: way.defaults for kind, way in strategies.items() if way.defaults is not None}
+        generating = {kind: strategy.defaults for kind, strategy in strategies.items() if strategy.defaults is not None}
         if generating:
             from llmcli.models import generation
 
@@ -29,9 +29,9 @@ class LocalEngine(TaskEngine):
     def model(self, job: Job) -> Model:
         return Model(job, self._loaded)
 
-    def runner(self, job: Job, way: Strategy, model: Model) -> BatchRunner:
-        kind = BatchRunner if way.defaults is None else GeneratingRunner
-        return kind(job, way, model.pipeline)
+    def runner(self, job: Job, strategy: Strategy, model: Model) -> BatchRunner:
+        kind = BatchRunner if strategy.defaults is None else GeneratingRunner
+        return kind(job, strategy, model.pipeline)
 
     def other(self) -> TaskEngine:
         return self

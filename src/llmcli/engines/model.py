@@ -47,6 +47,38 @@ class Model:
         spec = registry.resolve(self._job.model)
         return store.pull(spec, offline=load_options.offline, allow_pickle=load_options.allow_pickle)
 
+    @property
+    def fingerprint(self) -> str:
+        """A key that changes when the weights or their precision change."""
+        load_options = self._job.load_options
+        return f"{self.folder} {self.changed} {load_options.dtype} {load_options.quantize}"
+
+    @property
+    def is_chat(self) -> bool:
+        is_chat: bool = self.pipeline.is_chat
+        return is_chat
+
+    @property
+    def context_length(self) -> int | None:
+        length: int | None = self.pipeline.context_length
+        return length
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.pipeline.tokenizer
+
+    @property
+    def config(self) -> Any:
+        return self.pipeline.model.config
+
+    def count_tokens(self, text: str) -> int:
+        count: int = self.pipeline.count_tokens(text)
+        return count
+
+    def count_prompt_tokens(self, prompt: tasks.Prompt) -> int:
+        count: int = self.pipeline.count_prompt_tokens(prompt)
+        return count
+
     @lazy
     def changed(self) -> int:
         """When a file of it was last changed, in nanoseconds."""

@@ -61,7 +61,7 @@ class capture_errors:  # reads as what it does
             self._request.failure = Failure("out_of_memory", "the model has not memory enough for it")
         else:
             why = str(exc).strip() or "no reason given"
-            self._request.failure = Failure("failed", f"{type(exc).__name__}: {why}")
+            self._request.failure = Failure("internal_error", f"{type(exc).__name__}: {why}")
         return True
 
 

@@ -34,16 +34,16 @@ class Row:
 class BatchRunner:
     """One job on one loaded pipeline: `add` requests, then `step` until none is `waiting`."""
 
-    def __init__(self, job: Job, way: Strategy, pipeline: Any) -> None:
+    def __init__(self, job: Job, strategy: Strategy, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.size = BatchSize(job.batch_size, pipeline.device.type)
         # Where all tokens are read at once, a batch is so many tokens, and `size` counts rows of this length.
-        by_rows = job.batch_size or way.defaults is not None
+        by_rows = job.batch_size or strategy.defaults is not None
         self.unit = None if by_rows else UNIT.get(pipeline.device.type, UNIT_ELSEWHERE)
         self.memory = MemoryEstimator(reader(pipeline.device.type))
         self.answer = 0  # tokens that an answer may have
         self.truncate: Any = job.truncate
-        self.parameters = dict(way.settings(job, pipeline))
+        self.parameters = dict(strategy.parameters(job, pipeline))
         self.repeats = False  # whether equal inputs may have different outputs
         self.on_token: Callable[[], None] | None = None  # called after each token that a batch generates
         self.waiting: list[Row] = []
@@ -167,19 +167,19 @@ class BatchRunner:
 class GeneratingRunner(BatchRunner):
     """A job that generates text: as the merged GenerationConfig says, and within the model's context."""
 
-    def __init__(self, job: Job, way: Strategy, pipeline: Any) -> None:
-        super().__init__(job, way, pipeline)
+    def __init__(self, job: Job, strategy: Strategy, pipeline: Any) -> None:
+        super().__init__(job, strategy, pipeline)
         from transformers import set_seed
 
         from llmcli.models import generation
 
-        assert way.defaults is not None
+        assert strategy.defaults is not None
         if unknown := [name for name in self.parameters if not hasattr(pipeline.model.generation_config, name)]:
             raise UsageError(f"prompts.toml: [{job.task}]: unknown generation option {unknown[0]!r}")
         self.config = generation.merge(
             pipeline.model.generation_config,
             job.generation,
-            way.defaults,
+            strategy.defaults,
             self.parameters,
             counts_prompt=not pipeline.model.config.is_encoder_decoder,
         )
@@ -230,6 +230,6 @@ class GeneratingRunner(BatchRunner):
 
     def _room(self, row: Mapping[str, Any]) -> int | None:
         """Tokens left for the answer in the model's context, if that is fewer than asked for."""
-        room: int | None = self.pipeline.room(row)
+        room: int | None = self.pipeline.remaining_context(row)
         most = self.config.max_new_tokens or self.config.max_length
         return room if room is not None and most is not None and room < most else None

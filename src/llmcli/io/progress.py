@@ -19,14 +19,14 @@ class Tally:
 
     records: int = 0
     failed: int = 0
-    passed: int = 0  # came with the error of an earlier run
+    carried_over: int = 0  # came with the error of an earlier run
     written: int = 0  # were not dropped
     tokens: Counter[str] = field(default_factory=Counter)
 
     def add(self, result: Result) -> None:
         self.records += 1
         self.failed += result.failure is not None
-        self.passed += result.record.has_error
+        self.carried_over += result.record.has_error
         self.written += not result.dropped
         for name, count in result.output.get("usage", {}).items():  # Counter.update takes four times as long
             self.tokens[name] += count
@@ -90,7 +90,7 @@ def summary(model: str, tally: Tally) -> Iterator[None]:
             "model": model,
             "records": tally.records,
             "failed": tally.failed,
-            "passed": tally.passed,
+            "carried_over": tally.carried_over,
             "written": tally.written,
             "seconds": round(seconds, 3),
             "records_per_second": round((tally.records - before) / seconds, 3),

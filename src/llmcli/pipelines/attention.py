@@ -39,7 +39,9 @@ class AttentionPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # tr
         most = min(MOST, getattr(config, "max_position_embeddings", None) or MOST)
         ids = self.tokenizer(text)["input_ids"]
         if not 0 < len(ids) <= most:
-            raise RecordError("too_long", f"the text has {len(ids)} tokens: from 1 to {most} can be shown")
+            raise RecordError(
+                "context_length_exceeded", f"the text has {len(ids)} tokens: from 1 to {most} can be shown"
+            )
         return {"input_ids": rows.row(ids)}
 
     def _forward(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -37,20 +37,20 @@ class CausalPipeline(CausalHead):
         config = {} if generation_config is None else {"generation_config": generation_config}
         return {"truncate": truncate}, config, config
 
-    def room(self, inputs: Mapping[str, Any]) -> int | None:
+    def remaining_context(self, inputs: Mapping[str, Any]) -> int | None:
         """Tokens that the context leaves for the answer."""
-        return self.context - len(inputs["input_ids"]) if self.context else None
+        return self.context_length - len(inputs["input_ids"]) if self.context_length else None
 
     @property
     def is_chat(self) -> bool:
         """Whether it takes messages."""
         return bool(self.tokenizer.chat_template)
 
-    def length(self, prompt: Prompt) -> int:
+    def count_prompt_tokens(self, prompt: Prompt) -> int:
         """Tokens of a prompt as it goes in."""
         return len(self.preprocess(prompt)["input_ids"])
 
-    def count(self, text: str) -> int:
+    def count_tokens(self, text: str) -> int:
         """Tokens of a text."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -58,20 +58,20 @@ class CausalPipeline(CausalHead):
         """Token ids of one prompt. One that is longer than the context raises RecordError or, where `truncate`
         says how many tokens to leave for the answer, is cut: its end stays, and a token that begins every text.
         """
-        if self.context and truncate is None:
+        if self.context_length and truncate is None:
             text = prompt if isinstance(prompt, str) else self._templated(prompt, tokenize=False)
-            lengths.check(text, self.context, self.count)
+            lengths.check(text, self.context_length, self.count_tokens)
         encoded = self.tokenizer(prompt) if isinstance(prompt, str) else self._templated(prompt, return_dict=True)
         ids = encoded["input_ids"]
         first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids = ids or [token for token in (first, last) if token is not None][:1]
         if not ids:
             raise RecordError("no_tokens", "the text has no tokens")
-        length, context = len(ids), self.context
+        length, context = len(ids), self.context_length
         if context and length >= context:
             if truncate is None:
                 raise RecordError(
-                    "too_long",
+                    "context_length_exceeded",
                     f"the prompt has {length} tokens, the model's context holds {context}",
                     hint="shorten it, or let --truncate cut its start",
                 )

@@ -29,7 +29,7 @@ class EmbeddingPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # tr
         super().__init__(*args, **settings)
         folder = Path(self.model.name_or_path)
         self.takes_first_token = sentence_encoder.pooling(folder) == "cls_token"
-        self.context = sentence_encoder.window(folder)
+        self.context_length = sentence_encoder.window(folder)
 
     @staticmethod
     def check(config: Any) -> str | None:
@@ -43,17 +43,17 @@ class EmbeddingPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # tr
         """Token ids of one text. One that is longer than the context raises RecordError or, with `truncate`, loses
         its end."""
         if not truncate:
-            lengths.check(text, self.context, lambda text: len(self.tokenizer(text)["input_ids"]))
+            lengths.check(text, self.context_length, lambda text: len(self.tokenizer(text)["input_ids"]))
         ids = self.tokenizer(text)["input_ids"]
         length = len(ids)
-        if length > self.context and not truncate:
+        if length > self.context_length and not truncate:
             raise RecordError(
-                "too_long",
-                f"the text has {length} tokens, the model takes {self.context}",
+                "context_length_exceeded",
+                f"the text has {length} tokens, the model takes {self.context_length}",
                 hint="shorten it, or let --truncate cut its end",
             )
-        if length > self.context:  # once more: the token that ends every text has to stay
-            ids = self.tokenizer(text, truncation=True, max_length=self.context)["input_ids"]
+        if length > self.context_length:  # once more: the token that ends every text has to stay
+            ids = self.tokenizer(text, truncation=True, max_length=self.context_length)["input_ids"]
         return {"input_ids": rows.row(ids), "cut": length - len(ids)}
 
     def _forward(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class ExtractiveQaPipeline(rows.RowPipeline, ChunkPipeline):  # type: ignore[mis
         room = size - tokens - self.tokenizer.num_special_tokens_to_add(pair=True)
         if room <= stride and room < self._count(asked["context"]):
             raise RecordError(
-                "too_long",
+                "context_length_exceeded",
                 f"the question has {tokens} tokens, which leaves room for {max(room, 0)} of the context in windows of"
                 f" {size} that overlap by {stride}",
                 hint="shorten it, or take longer windows or less overlap",

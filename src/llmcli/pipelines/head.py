@@ -29,7 +29,7 @@ class CausalHead(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # transform
         return None if usable else "do not continue text"
 
     @functools.cached_property
-    def context(self) -> int | None:
+    def context_length(self) -> int | None:
         """Tokens that prompt and answer may take together."""
         config = self.model.config.get_text_config()
         length: int | None = getattr(config, "max_position_embeddings", None)

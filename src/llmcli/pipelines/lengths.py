@@ -14,7 +14,7 @@ def check(text: str, most: int, count: Callable[[str], int]) -> None:
     while size < len(text):
         if count(text[:size]) > 2 * most:
             raise RecordError(
-                "too_long",
+                "context_length_exceeded",
                 f"the text has over {2 * most} tokens, the model takes {most}",
                 hint="shorten it, or let --truncate cut it",
             )

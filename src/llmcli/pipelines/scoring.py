@@ -49,8 +49,8 @@ class ScoringPipeline(CausalHead):
         begin = len(common([ids, before]))
         if not ids:
             raise RecordError("no_tokens", "the text has no tokens")
-        size = self.context or max(len(ids), 2)
-        if stride and self.context and stride >= size:
+        size = self.context_length or max(len(ids), 2)
+        if stride and self.context_length and stride >= size:
             raise UsageError(
                 f"--stride {stride}: windows of this model have {size} tokens",
                 hint="a smaller one has them overlap, so that each token has some before it",

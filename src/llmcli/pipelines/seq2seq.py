@@ -42,7 +42,7 @@ class Seq2SeqPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # tran
         return {"truncate": truncate}, config, config
 
     @functools.cached_property
-    def context(self) -> int | None:
+    def context_length(self) -> int | None:
         """Tokens that a text may have, special ones included; None where the model knows no limit."""
         config = self.model.config
         positions = getattr(config, "max_encoder_position_embeddings", None)
@@ -50,14 +50,14 @@ class Seq2SeqPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # tran
         known = [length for length in (positions, self.tokenizer.model_max_length) if length and 0 < length < 10**6]
         return min(known, default=None)
 
-    def room(self, inputs: Mapping[str, Any]) -> int | None:
+    def remaining_context(self, inputs: Mapping[str, Any]) -> int | None:
         """Tokens that the decoder has places for."""
         config = self.model.config
         positions: int | None = getattr(config, "max_decoder_position_embeddings", None)
         positions = positions or getattr(config, "max_position_embeddings", None)
         return positions - 1 if positions else None
 
-    def count(self, text: str) -> int:
+    def count_tokens(self, text: str) -> int:
         """Tokens of a text, special ones included."""
         return len(self.tokenizer(text)["input_ids"])
 
@@ -68,11 +68,11 @@ class Seq2SeqPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # tran
         if source:
             self.tokenizer.src_lang = source
         ids = self.tokenizer(text)["input_ids"]
-        length, context = len(ids), self.context
+        length, context = len(ids), self.context_length
         if context and length > context:
             if truncate is None:
                 raise RecordError(
-                    "too_long",
+                    "context_length_exceeded",
                     f"the text has {length} tokens, the model takes {context}",
                     hint="shorten it, or let --truncate cut its end",
                 )

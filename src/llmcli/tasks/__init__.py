@@ -7,20 +7,70 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-from llmcli.job import Job
+from llmcli.job import Job, JsonObject
 
-Output = Mapping[str, Any]
+if TYPE_CHECKING:
+    from transformers import Pipeline, PreTrainedConfig, PreTrainedTokenizerBase
+
+Messages = Sequence[Mapping[str, str]]  # a conversation: role and content
+Prompt = str | Messages
+
+
+class TaskModel(Protocol):
+    """What a task may ask of a model, whether the model runs here or behind a server."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether prompts are messages, for the model's chat template."""
+
+    @property
+    def context_length(self) -> int | None:
+        """Maximum number of tokens of an input, or of prompt and answer together; None if unlimited or unknown."""
+
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text."""
+
+    def count_prompt_tokens(self, prompt: Prompt) -> int:
+        """Return the number of tokens of a prompt as the model reads it."""
+
+
+class LocalModel(TaskModel, Protocol):
+    """A model that runs here. Strategies for heads that no server offers may ask it for more."""
+
+    @property
+    def folder(self) -> Path:
+        """Directory of the weights, the configuration and the tokenizer."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A key that changes when the weights or their precision change."""
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer of the loaded model."""
+
+    @property
+    def config(self) -> "PreTrainedConfig":
+        """The configuration of the loaded model."""
+
+    @property
+    def pipeline(self) -> "Pipeline":
+        """The loaded pipeline."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCall:
-    """What a record's steps want to be run next: inputs for the model's pipeline or, where a `job` of
-    another task is named, fields of records for that. One output comes back for each.
+    """A batch of inputs that a task wants the model to run.
 
-    `shown` is text that stands before the answer; where it is not None, a terminal may see the answer as it comes.
-    With `strip`, generated texts lose the white space around them.
+    Attributes:
+        inputs: Inputs for the pipeline of the task's strategy; one output comes back for each. If `job` is given,
+            each is the fields of a record for that job.
+        job: Another job whose task runs the inputs.
+        shown: Text that precedes the answer. If it is not None, a terminal may show the answer while it is generated.
+        strip: Whether generated texts lose the white space around them.
     """
 
     inputs: Sequence[Any]
@@ -31,59 +81,68 @@ class ModelCall:
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """What the steps end with: the fields of the result, and what text mode prints."""
+    """What a task makes of a record: the fields of the result, and what text mode prints."""
 
-    output: Output
+    output: JsonObject
     text: str
 
 
 TaskGenerator = Generator[ModelCall, list[Any], TaskResult]
 
 
-def passthrough(job: Job, prepared: Any, model: Any) -> TaskGenerator:
-    """Steps of a task whose result is what the pipeline makes of the record."""
+def passthrough(job: Job, prepared: Any, model: TaskModel) -> TaskGenerator:
+    """Run a task whose result is the pipeline's output."""
     (output,) = yield ModelCall([prepared])
     return TaskResult(output, "")
 
 
-def no_parameters(job: Job, model: Any) -> Output:
+def no_parameters(job: Job, model: TaskModel) -> JsonObject:
+    """Return no parameters."""
     return {}
 
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """How a task is done by one kind of head.
+    """How one kind of model head does a task.
 
-    `steps(job, prepared, model)` is a generator: it yields what is to be run, gets the outputs, and returns the
-    Answer. It may raise RecordError; UsageError where the job makes no sense for this model.
-    `settings(job, model)` are the pipeline's parameters, or where it generates, GenerationConfig values that stand
-    over the model's own and under the user's. `defaults` stand under both; None: this way does not generate.
+    Attributes:
+        run: `run(job, prepared, model)` is a generator. It yields a ModelCall, is sent the outputs, and returns a
+            TaskResult. It raises RecordError if the record cannot be run, and UsageError if the job cannot be.
+        defaults: GenerationConfig values under the model's own configuration. None: the strategy does not generate.
+        parameters: `parameters(job, model)` returns the pipeline's parameters or, if the strategy generates,
+            GenerationConfig values over the model's own configuration and under the user's options.
     """
 
-    steps: Callable[[Job, Any, Any], TaskGenerator]
-    defaults: Output | None = None
-    settings: Callable[[Job, Any], Output] = no_parameters
+    run: Callable[[Job, Any, Any], TaskGenerator]
+    defaults: JsonObject | None = None
+    parameters: Callable[[Job, Any], JsonObject] = no_parameters
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """`prepare(job, fields)` reads a record's fields, or returns None where there is nothing to do
-    (RecordError: a field is missing or of the wrong type); `empty` is the output then. `outputs` are the fields
-    that the task adds, its main one first. `ways` are found by a pipeline's kind, the best first."""
+    """A task: how it reads a record, and how each kind of model does it.
 
-    prepare: Callable[[Job, Mapping[str, Any]], Any]
+    Attributes:
+        prepare: `prepare(job, fields)` reads the fields of a record. It returns None if there is nothing to do: the
+            model is skipped and the result is `empty`. It raises RecordError for a missing or invalid field.
+        outputs: Names of the fields that the task adds, the main one first.
+        empty: The output of a record that needs no model.
+        strategies: Strategies by kind of pipeline, the preferred one first.
+    """
+
+    prepare: Callable[[Job, JsonObject], Any]
     outputs: tuple[str, ...]
-    empty: Output
+    empty: JsonObject
     strategies: Mapping[str, Strategy]
 
 
 def find(name: str) -> Task:
-    """The task of that name."""
+    """Return the task of that name."""
     task: Task = importlib.import_module(f"{__name__}.{name}").TASK
     return task
 
 
 def names() -> list[str]:
-    """All tasks there are."""
+    """Return the names of all tasks."""
     modules = (module.name for module in pkgutil.iter_modules(__path__))
     return [name for name in modules if hasattr(importlib.import_module(f"{__name__}.{name}"), "TASK")]

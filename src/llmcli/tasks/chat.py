@@ -29,7 +29,7 @@ def prepare(job: Job, fields: Mapping[str, Any]) -> list[Message] | None:
     return messages
 
 
-def steps(job: Job, messages: list[Message], model: Any) -> TaskGenerator:
+def run(job: Job, messages: list[Message], model: Any) -> TaskGenerator:
     """The conversation as it is."""
     return (yield from generated(messages, ""))
 
@@ -45,4 +45,4 @@ def _checked(messages: Any, name: str) -> list[Message]:
     return messages
 
 
-TASK = Task(prepare, OUTPUTS, EMPTY, {"causal": Strategy(steps, SAMPLING | {"max_new_tokens": 512})})
+TASK = Task(prepare, OUTPUTS, EMPTY, {"causal": Strategy(run, SAMPLING | {"max_new_tokens": 512})})

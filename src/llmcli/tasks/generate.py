@@ -21,7 +21,7 @@ def prepare(job: Job, fields: Mapping[str, Any]) -> tuple[str, str] | None:
     return (prompt, shown) if prompt else None
 
 
-def steps(job: Job, prepared: tuple[str, str], model: Any) -> TaskGenerator:
+def run(job: Job, prepared: tuple[str, str], model: Any) -> TaskGenerator:
     """The prompt as it is."""
     prompt, shown = prepared
     return (yield from generated(prompt, shown))
@@ -29,4 +29,4 @@ def steps(job: Job, prepared: tuple[str, str], model: Any) -> TaskGenerator:
 
 OUTPUTS = ("generated_text", "finish_reason", "usage")
 EMPTY = {"generated_text": "", **EMPTY_USAGE}
-TASK = Task(prepare, OUTPUTS, EMPTY, {"causal": Strategy(steps, SAMPLING | {"max_new_tokens": 128})})
+TASK = Task(prepare, OUTPUTS, EMPTY, {"causal": Strategy(run, SAMPLING | {"max_new_tokens": 128})})

@@ -25,10 +25,10 @@ def joined(
     several = [output.get("generated_texts", [output["generated_text"]]) for output in outputs]
     texts = [together(some) for some in zip(*several, strict=True)] or [together([])]
     fields = {name: texts[0], **({f"{name}s": texts} if len(texts) > 1 else {}), **about}
-    return TaskResult(fields | tally(outputs), "\n".join(texts))
+    return TaskResult(fields | merge_usage(outputs), "\n".join(texts))
 
 
-def tally(outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def merge_usage(outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How it ended, and how many tokens all of it took."""
     cut = sum(output.get("truncated", 0) for output in outputs)
     usage = {key: sum(output["usage"][key] for output in outputs) for key in ("prompt_tokens", "completion_tokens")}

@@ -19,5 +19,5 @@ def parameters(job: Job, pipeline: object) -> Mapping[str, Any]:
 
 
 OUTPUTS = ("tokens", "attention", "layers", "heads")
-WAY = Strategy(passthrough, settings=parameters)
+WAY = Strategy(passthrough, parameters=parameters)
 TASK = Task(prepare, OUTPUTS, {}, {"causal_attention": WAY, "attention": WAY})

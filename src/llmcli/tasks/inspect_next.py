@@ -14,7 +14,7 @@ def prepare(job: Job, fields: Mapping[str, Any]) -> str:
     return text_field(fields, "text")
 
 
-def steps(job: Job, text: str, model: Any) -> TaskGenerator:
+def run(job: Job, text: str, model: Any) -> TaskGenerator:
     """The likeliest of all."""
     (output,) = yield ModelCall([text])
     chances, after = output["probability"], output["sampling_probability"]
@@ -31,4 +31,4 @@ def steps(job: Job, text: str, model: Any) -> TaskGenerator:
     return TaskResult({"next": found, **about}, "")
 
 
-TASK = Task(prepare, ("next", "sampling"), {}, {"next_token": Strategy(steps, SAMPLING | {"max_new_tokens": 1})})
+TASK = Task(prepare, ("next", "sampling"), {}, {"next_token": Strategy(run, SAMPLING | {"max_new_tokens": 1})})

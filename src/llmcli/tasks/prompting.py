@@ -62,7 +62,7 @@ class Prompt:
         return "\n" in self.settings.get("stop_strings", ())
 
 
-def of(job: Job, pipeline: Any) -> Prompt:
+def prompt_for(job: Job, pipeline: Any) -> Prompt:
     """The prompt of the job's task for that model; the job's own template takes the place of all that is said there."""
     is_chat = pipeline.is_chat
     styles = tables()[job.task]
@@ -83,9 +83,9 @@ def of(job: Job, pipeline: Any) -> Prompt:
     )
 
 
-def settings(job: Job, pipeline: Any) -> Mapping[str, Any]:
+def parameters(job: Job, pipeline: Any) -> Mapping[str, Any]:
     """A Way's `settings`: the prompt's."""
-    return of(job, pipeline).settings
+    return prompt_for(job, pipeline).settings
 
 
 def presets() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from llmcli.job import Job
 from llmcli.models import registry
 from llmcli.tasks import ModelCall, Strategy, Task, TaskGenerator, TaskResult, prompting
 from llmcli.tasks.fields import text_field
-from llmcli.tasks.generated import tally
+from llmcli.tasks.generated import merge_usage
 from llmcli.text import chunking
 
 WHOLE = 1000  # tokens of text that go into a prompt as they are; of a longer one, the passages nearest to the question
@@ -71,11 +71,11 @@ def prompted(job: Job, asked: Mapping[str, Any], model: Any) -> TaskGenerator:
         )
     if (job.generation.get("num_return_sequences") or 1) > 1:
         raise UsageError(f"{job.model} answers a question once: -n says nothing")
-    pipeline, prompt = model.pipeline, prompting.of(job, model.pipeline)
+    pipeline, prompt = model.pipeline, prompting.prompt_for(job, model.pipeline)
     documents: Sequence[Document] = asked["documents"]
-    if sum(pipeline.count(each["text"]) for each in documents) <= WHOLE:
+    if sum(pipeline.count_tokens(each["text"]) for each in documents) <= WHOLE:
         passages = [_passage(documents, i, at, at + len(text)) for i, each in enumerate(documents)
-                    for at, text in chunking.cut(each["text"], pipeline.count, WHOLE // 8)]  # fmt: skip
+                    for at, text in chunking.cut(each["text"], pipeline.count_tokens, WHOLE // 8)]  # fmt: skip
         context = "\n\n".join(each["text"] for each in documents)
     else:
         encoder = registry.default_names("search")[0]
@@ -87,9 +87,9 @@ def prompted(job: Job, asked: Mapping[str, Any], model: Any) -> TaskGenerator:
     (output,) = yield ModelCall([prompt({**asked, "context": context})], strip=True)
     answer = output["generated_text"].strip()
     if not answer or _plain(answer) in map(_plain, prompt.unknown):
-        return TaskResult({**NO_ANSWER, "passage": None, **tally([output])}, "")
+        return TaskResult({**NO_ANSWER, "passage": None, **merge_usage([output])}, "")
     source = max(passages, key=_likeness(answer, [passage["passage"] for passage in passages]))
-    return TaskResult({"answer": answer, "score": None, **source, **tally([output])}, answer)
+    return TaskResult({"answer": answer, "score": None, **source, **merge_usage([output])}, answer)
 
 
 def _passage(documents: Sequence[Document], number: int, start: int, end: int) -> dict[str, Any]:
@@ -121,7 +121,7 @@ TASK = Task(
     ("answer", "score", "start", "end", "passage", "finish_reason", "usage"),
     NO_ANSWER,
     {
-        "extractive_qa": Strategy(extracted, settings=parameters),
-        "causal": Strategy(prompted, prompting.GREEDY, prompting.settings),
+        "extractive_qa": Strategy(extracted, parameters=parameters),
+        "causal": Strategy(prompted, prompting.GREEDY, prompting.parameters),
     },
 )

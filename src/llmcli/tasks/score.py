@@ -25,4 +25,4 @@ def parameters(job: Job, pipeline: object) -> Mapping[str, Any]:
 
 OUTPUTS = ("logprob", "perplexity", "bits_per_byte", "tokens")
 EMPTY = {"logprob": 0.0, "perplexity": None, "bits_per_byte": None, "tokens": 0}
-TASK = Task(prepare, OUTPUTS, EMPTY, {"scoring": Strategy(passthrough, settings=parameters)})
+TASK = Task(prepare, OUTPUTS, EMPTY, {"scoring": Strategy(passthrough, parameters=parameters)})

@@ -23,7 +23,7 @@ def prepare(job: Job, fields: Mapping[str, Any]) -> Mapping[str, Any]:
     return fields
 
 
-def steps(job: Job, asked: Mapping[str, Any], model: Any) -> TaskGenerator:
+def run(job: Job, asked: Mapping[str, Any], model: Any) -> TaskGenerator:
     """`matches`: the passages with the greatest cosine similarity to the query, the best first; equals in input order.
     The model is loaded only where a vector is missing."""
     import numpy as np
@@ -74,4 +74,4 @@ def _identity(model: Any, job: Job) -> str:
     return f"{model.folder} {model.changed} {job.load_options.dtype} {job.load_options.quantize}"
 
 
-TASK = Task(prepare, ("matches",), {"matches": []}, {"embedding": Strategy(steps)})
+TASK = Task(prepare, ("matches",), {"matches": []}, {"embedding": Strategy(run)})

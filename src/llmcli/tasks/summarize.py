@@ -14,41 +14,41 @@ from llmcli.text import chunking, languages
 WHOLE = 1000  # tokens that a model whose long texts are condensed reads as they are
 
 
-def steps(job: Job, fields: Mapping[str, Any], model: Any) -> TaskGenerator:
+def run(job: Job, fields: Mapping[str, Any], model: Any) -> TaskGenerator:
     """By an encoder-decoder model."""
     if "prompt" in job.parameters:
         raise UsageError(f"--prompt does not go with {job.model}: it is made to summarize, and not prompted")
     pipeline, prefix = model.pipeline, _specific(model.pipeline).get("prefix", "")
-    room = pipeline.context and pipeline.context - len(
+    room = pipeline.context_length and pipeline.context_length - len(
         pipeline.tokenizer(prefix, add_special_tokens=False)["input_ids"]
     )
-    return (yield from _summarized(job, fields["text"], room, room, pipeline.count, lambda text: prefix + text))
+    return (yield from _summarized(job, fields["text"], room, room, pipeline.count_tokens, lambda text: prefix + text))
 
 
 def prompted(job: Job, fields: Mapping[str, Any], model: Any) -> TaskGenerator:
     """By a language model that is told to."""
-    pipeline, prompt = model.pipeline, prompting.of(job, model.pipeline)
+    pipeline, prompt = model.pipeline, prompting.prompt_for(job, model.pipeline)
     most = job.generation.get("max_new_tokens") or prompt.settings["max_new_tokens"]
     frame = prompt({**fields, "text": ""})
-    taken = most + pipeline.length(frame)
-    room = pipeline.context and max(pipeline.context - taken, pipeline.context // 4)
+    taken = most + pipeline.count_prompt_tokens(frame)
+    room = pipeline.context_length and max(pipeline.context_length - taken, pipeline.context_length // 4)
 
     def ask(text: str) -> Any:
         return prompt({**fields, "text": text})
 
     text = fields["text"]
-    if prompt.condense and pipeline.count(text) > WHOLE and not job.truncate:
-        parts = [piece for _, piece in chunking.cut(text, pipeline.count, prompt.part or WHOLE)]
-        central = yield from condensed(job, parts, pipeline.count, prompt.condense)
+    if prompt.condense and pipeline.count_tokens(text) > WHOLE and not job.truncate:
+        parts = [piece for _, piece in chunking.cut(text, pipeline.count_tokens, prompt.part or WHOLE)]
+        central = yield from condensed(job, parts, pipeline.count_tokens, prompt.condense)
         if central:
             outputs = yield ModelCall([ask(central)], strip=True)
             return joined(
                 "summary_text", outputs, lambda texts: _tidy(texts[0]), {"chunks": len(parts), "truncated": 0}
             )
-    return (yield from _summarized(job, text, room, prompt.part, pipeline.count, ask))
+    return (yield from _summarized(job, text, room, prompt.part, pipeline.count_tokens, ask))
 
 
-def settings(job: Job, pipeline: Any) -> Mapping[str, Any]:
+def parameters(job: Job, pipeline: Any) -> Mapping[str, Any]:
     """What the model's configuration says of summaries, as T5's does."""
     return {name: value for name, value in _specific(pipeline).items() if name != "prefix"}
 
@@ -112,7 +112,7 @@ TASK = Task(
     ("summary_text", "chunks", "truncated", "finish_reason", "usage"),
     EMPTY,
     {
-        "seq2seq": Strategy(steps, SEQ2SEQ, settings),
-        "causal": Strategy(prompted, prompting.GREEDY, prompting.settings),
+        "seq2seq": Strategy(run, SEQ2SEQ, parameters),
+        "causal": Strategy(prompted, prompting.GREEDY, prompting.parameters),
     },
 )

@@ -39,7 +39,7 @@ def prepare(job: Job, fields: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**fields, "text": text} if text.strip() else None
 
 
-def steps(job: Job, fields: Mapping[str, Any], model: Any) -> TaskGenerator:
+def run(job: Job, fields: Mapping[str, Any], model: Any) -> TaskGenerator:
     """By an encoder-decoder model: in one where the text fits, else by sentences."""
     if "prompt" in job.parameters:
         raise UsageError(f"--prompt does not go with {job.model}: it is made to translate, and not prompted")
@@ -52,15 +52,25 @@ def steps(job: Job, fields: Mapping[str, Any], model: Any) -> TaskGenerator:
     code = plan.sources.get(source) if source else None
 
     def fits(piece: str) -> bool:
-        return not pipeline.context or job.truncate or pipeline.count(plan.prefix + piece) <= pipeline.context
+        return (
+            not pipeline.context_length
+            or job.truncate
+            or pipeline.count_tokens(plan.prefix + piece) <= pipeline.context_length
+        )
 
     def most() -> int:
-        left: int = pipeline.context - pipeline.count(plan.prefix)
+        left: int = pipeline.context_length - pipeline.count_tokens(plan.prefix)
         return left
 
     return (
         yield from _translated(
-            job, text, source, fits, lambda piece: {"text": plan.prefix + piece, "source": code}, pipeline.count, most
+            job,
+            text,
+            source,
+            fits,
+            lambda piece: {"text": plan.prefix + piece, "source": code},
+            pipeline.count_tokens,
+            most,
         )
     )
 
@@ -69,19 +79,23 @@ def prompted(job: Job, fields: Mapping[str, Any], model: Any) -> TaskGenerator:
     """By a language model: with examples of the two languages where it is a base model, whose answer is a line."""
     if not any(map(str.isalpha, fields["text"])):
         return _unchanged(job, fields["text"])
-    pipeline, prompt, to = model.pipeline, prompting.of(job, model.pipeline), job.parameters["to"]
+    pipeline, prompt, to = model.pipeline, prompting.prompt_for(job, model.pipeline), job.parameters["to"]
     source = _source(job, fields["text"], [])
     names = {"from": languages.name(source), "to": languages.name(to)}
     examples = [] if "prompt" in job.parameters else _examples(source, to)
     longest = prompt.settings["max_new_tokens"] // 2
 
     def fits(piece: str) -> bool:
-        return not (prompt.is_one_line and "\n" in piece) and pipeline.count(piece) <= longest
+        return not (prompt.is_one_line and "\n" in piece) and pipeline.count_tokens(piece) <= longest
 
     def ask(piece: str) -> Any:
         return prompt({**fields, **names, "text": piece}, [{**names, **example} for example in examples])
 
-    return (yield from _translated(job, fields["text"], source, fits, ask, pipeline.count, lambda: longest, strip=True))
+    return (
+        yield from _translated(
+            job, fields["text"], source, fits, ask, pipeline.count_tokens, lambda: longest, strip=True
+        )
+    )
 
 
 def _unchanged(job: Job, text: str) -> TaskResult:
@@ -90,7 +104,7 @@ def _unchanged(job: Job, text: str) -> TaskResult:
     return TaskResult({"translation_text": text, **about, **EMPTY_USAGE}, text)
 
 
-def settings(job: Job, pipeline: Any) -> Mapping[str, Any]:
+def parameters(job: Job, pipeline: Any) -> Mapping[str, Any]:
     """GenerationConfig values that tell an encoder-decoder model the language."""
     return _plan(job, pipeline).settings
 
@@ -249,7 +263,7 @@ TASK = Task(
     ("translation_text", "from", "to", "finish_reason", "usage"),
     EMPTY,
     {
-        "seq2seq": Strategy(steps, SEQ2SEQ, settings),
-        "causal": Strategy(prompted, prompting.GREEDY, prompting.settings),
+        "seq2seq": Strategy(run, SEQ2SEQ, parameters),
+        "causal": Strategy(prompted, prompting.GREEDY, prompting.parameters),
     },
 )

@@ -110,8 +110,10 @@ class _Call:
                     case "text":
                         assert self._on_text
                         self._on_text(said)
-                    case "notice":
+                    case "note":
                         console.notice(said)
+                    case "warning":
+                        console.warning(said)
                     case "working":
                         shown.close()
                         if said:
@@ -226,7 +228,7 @@ def _log() -> Path:
 
 def _last_words() -> str:
     lines = _log().read_text(errors="replace").splitlines()
-    return lines[-1].removeprefix("llmcli: ") if lines else ""
+    return lines[-1].removeprefix("error: ") if lines else ""
 
 
 def _from_anywhere(job: Job) -> Job:

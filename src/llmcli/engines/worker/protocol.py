@@ -4,7 +4,7 @@ A call begins with a hello: what it wants to `do`, and its `environment`. The wo
 id, where it will, else with `refused`, why. What follows depends on `do`:
 
 run     the call sends `job`, then `record`s and `end`; the worker `result`s in their order, between them `text` of the
-        next result as it comes, `notice` and `working` for stderr, and last `done`, or `error`
+        next result as it comes, `note`, `warning` and `working` for stderr, and last `done`, or `error`
 load    as run, with no records: the model is loaded
 status  the worker sends `status`
 stop    nothing: the worker ends

@@ -235,8 +235,8 @@ class WarmEngine(LocalEngine):
             model.folder  # noqa: B018
         return model
 
-    def runner(self, job: Job, way: Strategy, model: Model) -> BatchRunner:
-        runner = super().runner(job, way, model)
+    def runner(self, job: Job, strategy: Strategy, model: Model) -> BatchRunner:
+        runner = super().runner(job, strategy, model)
         runner.on_token = self._between
         return runner
 
