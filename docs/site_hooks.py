@@ -1,13 +1,16 @@
 """Hooks for MkDocs: pages that live outside docs/, and links that work in the repository and on the site alike."""
 
+import atexit
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
-from mkdocs.structure.files import File, Files
 
-ROOT = Path(__file__).parent.parent
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
 PAGES = {  # file of the repository -> page of the site
     "README.md": "index.md",
     "README.zh.md": "index.zh.md",
@@ -17,27 +20,32 @@ PAGES = {  # file of the repository -> page of the site
     "benchmarks/RESULTS.md": "benchmarks.md",
 }
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)]*)?\))")
+LANGUAGE = re.compile(r"(?: ·\s+)?\[(?:中文|English)\]\([^)]*\.md\)")  # the site has a menu for it
 MERMAID = re.compile(r"^```mermaid\n.*?^```\n", re.MULTILINE | re.DOTALL)
 
 
 @event_priority(100)  # before the plugin that sorts pages by language
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that live outside docs/."""
-    for name, page in PAGES.items():
-        if files.get_file_from_path(page) is None:
-            text = (ROOT / name).read_text(encoding="utf-8")
-            files.append(File.generated(config, page, content=_with_site_links(text, Path(name).parent)))
-    return files
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Build from a copy of docs/ that also has the pages that live outside of it."""
+    if Path(config.docs_dir) == DOCS:
+        staging = tempfile.mkdtemp(prefix="llmcli-docs")
+        atexit.register(shutil.rmtree, staging, ignore_errors=True)
+        shutil.copytree(DOCS, staging, dirs_exist_ok=True)
+        for name, page in PAGES.items():
+            text = _with_site_links((ROOT / name).read_text(encoding="utf-8"), Path(name).parent)
+            Path(staging, page).write_text(text, encoding="utf-8")
+        config.docs_dir = staging
+    return config
 
 
-def on_page_markdown(markdown: str, page: object, config: MkDocsConfig, files: Files) -> str:
+def on_page_markdown(markdown: str, **_: object) -> str:
     """Point links that leave docs/ to the pages of the site."""
-    # A browser needs a script of 3 MB to draw Mermaid: the site shows the list that the diagram illustrates.
+    # Browsers need a script of 3 MB to draw Mermaid. The site shows the list that the diagram illustrates instead.
     return MERMAID.sub("", _with_site_links(markdown, Path("docs")))
 
 
 def _with_site_links(markdown: str, folder: Path) -> str:
-    """Rewrite the links of a page that is in `folder` of the repository."""
+    """Return a page of `folder` in the repository with the links of the site."""
 
     def rewritten(match: re.Match[str]) -> str:
         target = match[2]
@@ -49,4 +57,4 @@ def _with_site_links(markdown: str, folder: Path) -> str:
         path = name.relative_to(ROOT).as_posix()
         return f"{match[1]}{PAGES.get(path, path.removeprefix('docs/'))}{match[3]}"
 
-    return LINK.sub(rewritten, markdown)
+    return LINK.sub(rewritten, LANGUAGE.sub("", markdown))
