@@ -20,8 +20,8 @@ import worker
 SECTIONS: dict[str, tuple[str, str, str, Callable[[], list[str]]]] = {
     "startup": (
         "Startup time",
-        """The peer of `--help` is the help of an empty Typer program. The peer of a cold `generate` is the shortest Transformers
-script that does the same with the same weights (float32, greedy decoding).""",
+        """The peer of `--help` is the help of an empty Typer program. The peer of a cold `generate` is the shortest
+Transformers script that does the same with the same weights (float32, greedy decoding).""",
         "| benchmark | llmcli | peer | ratio | maximum | runs |\n|---|---|---|---|---|---|",
         startup.main,
     ),
@@ -35,40 +35,41 @@ the time of one call.""",
     ),
     "decode": (
         "Single stream",
-        f"""SmolLM2, {decode.TOKENS} new tokens, greedy decoding, bfloat16. Plain `generate` and llmcli alternate in one process;
-the figures are medians of {decode.RUNS} runs. Perplexity is measured on {decode.TEXT:,} tokens of this project's pages.
-Loading time includes the first forward pass, in a separate process, and memory is the memory of that process.""",
+        f"""SmolLM2, {decode.TOKENS} new tokens, greedy decoding, bfloat16. Plain `generate` and llmcli alternate in
+one process; the figures are medians of {decode.RUNS} runs. Perplexity is measured on {decode.TEXT:,} tokens of this
+project's pages. Loading time includes the first forward pass, in a separate process, and memory is the memory of that
+process.""",
         "| variant | tokens/s | relative to plain | perplexity | loading | memory |\n|---|---|---|---|---|---|",
         decode.main,
     ),
     "batch": (
         "Batch inference",
-        f"""{batch.PROMPTS} prompts of 4 to 200 words, SmolLM2, bfloat16, {batch.TOKENS} new tokens each, greedy decoding. Times
-are those of whole processes, from the first import to the last line, medians of {batch.RUNS}. The two loops run every
-eighth prompt, one prompt at a time. llama-cpp-python uses 4-bit weights, and its loop does not use the parallel
-decoding of llama.cpp, so that row does not compare the two programs.""",
+        f"""{batch.PROMPTS} prompts of 4 to 200 words, SmolLM2, bfloat16, {batch.TOKENS} new tokens each, greedy
+decoding. Times are those of whole processes, from the first import to the last line, medians of {batch.RUNS}. The two
+loops run every eighth prompt, one prompt at a time. llama-cpp-python uses 4-bit weights, and its loop does not use
+the parallel decoding of llama.cpp, so that row does not compare the two programs.""",
         "| variant | tokens/s | speedup of llmcli |\n|---|---|---|",
         batch.main,
     ),
     "score": (
         "Scoring",
-        f"""{score.LINES:,} lines of 3 to 15 words, SmolLM2, bfloat16. The variants without batches run {score.PART:,} of these
-lines. The time for a single line is subtracted from the time of a whole process. Medians of {score.RUNS} alternating
-runs.""",
+        f"""{score.LINES:,} lines of 3 to 15 words, SmolLM2, bfloat16. The variants without batches run {score.PART:,}
+of these lines. The time for a single line is subtracted from the time of a whole process. Medians of {score.RUNS}
+alternating runs.""",
         "| variant | lines/s | speedup of llmcli |\n|---|---|---|",
         score.main,
     ),
     "prefix": (
         "Prefix caching",
-        """Short records after a common prefix of 80 tokens (an instruction and examples), compared with llmcli without prefix
-caching.""",
+        """Short records after a common prefix of 80 tokens (an instruction and examples), compared with llmcli
+without prefix caching.""",
         "| benchmark | llmcli | without | gain | minimum |\n|---|---|---|---|---|",
         prefix.main,
     ),
     "overhead": (
         "Overhead of llmcli",
-        f"""JSON Lines through `generate` with a model that returns immediately, and the growth of the resident memory from
-{overhead.FEW:,} to {overhead.MANY:,} records.""",
+        f"""JSON Lines through `generate` with a model that returns immediately, and the growth of the resident memory
+from {overhead.FEW:,} to {overhead.MANY:,} records.""",
         "| variant | records/s | minimum | growth | maximum |\n|---|---|---|---|---|",
         overhead.main,
     ),
