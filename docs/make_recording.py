@@ -29,7 +29,7 @@ PADDING, BAR_HEIGHT = 16, 32
 KEY_S = 0.035  # seconds between typed characters
 FRAME_S = 0.12  # seconds between frames, at least
 IDLE_S = 0.5  # longer gaps between frames are cut to this
-WORK_SPEED = 4  # how many times as fast the recording plays while llmcli runs
+WORK_S = 7.0  # a longer run of llmcli plays faster, so that it takes this long
 END_S = 4.0  # seconds that the last frame stays
 COLORS = {
     "default": "#d4d7dd", "black": "#6b7280", "red": "#f28b82", "green": "#9ad17b", "brown": "#e5c07b",
@@ -45,7 +45,7 @@ TOPICS = {
     "ferry": "The ferry to Lund leaves at nine in the morning and takes two hours. From June on, a second boat leaves "
     "at noon, because last summer many passengers had to wait on the quay.",
 }
-COUNT = 60
+COUNT = 48
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Terminal:
             os.chdir(folder)
             os.execvpe("bash", ["bash", "--norc", "--noprofile", "-i"], environment)
         fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-        self.clock, self.last, self.speed = 0.0, time.monotonic(), 1
+        self.clock, self.last = 0.0, time.monotonic()
         self.wait_for_prompt()
 
     def type(self, line: str) -> None:
@@ -88,7 +88,7 @@ class Terminal:
                 self.stream.feed(os.read(self.terminal, 65536))
                 self.record()
 
-    def wait_for_records(self, count: int, timeout: float = 120) -> None:
+    def wait_for_records(self, count: int, timeout: float = 400) -> None:
         """Read until the progress line counts that many records."""
         end = time.monotonic() + timeout
         while not any(int(n) >= count for n in re.findall(r"(\d+) of \d+ records", "\n".join(self.screen.display))):
@@ -96,7 +96,7 @@ class Terminal:
                 raise TimeoutError("no such progress line:\n" + "\n".join(self.screen.display))
             self.read(0.05)
 
-    def wait_for_prompt(self, timeout: float = 180) -> None:
+    def wait_for_prompt(self, timeout: float = 400) -> None:
         """Read until the cursor is after an empty prompt."""
         end = time.monotonic() + timeout
         self.read(0.2)
@@ -111,7 +111,7 @@ class Terminal:
         rows = [self.row(y) for y in range(ROWS)]
         if self.frames and rows == self.frames[-1].rows:
             return
-        self.clock += min((now - self.last) / self.speed, IDLE_S)
+        self.clock += min(now - self.last, IDLE_S)
         self.last = now
         if self.frames and self.clock - self.frames[-1].time < FRAME_S and len(self.frames) > 1:
             self.frames[-1].rows = rows
@@ -129,6 +129,19 @@ class Terminal:
             else:
                 runs.append((x, cell.data, color, cell.bold))
         return [(x, text.rstrip(), color, bold) for x, text, color, bold in runs if text.strip()]
+
+    def speed_up(self, first: int) -> None:
+        """Play the frames from number `first` on in at most WORK_S seconds, and leave out those that come too fast."""
+        start = self.frames[first].time
+        factor = min(1, WORK_S / (self.clock - start))
+        kept = self.frames[:first]
+        for frame in self.frames[first:]:
+            frame.time = start + (frame.time - start) * factor
+            if frame.time - kept[-1].time < FRAME_S:
+                kept[-1].rows = frame.rows
+            else:
+                kept.append(frame)
+        self.frames, self.clock = kept, start + (self.clock - start) * factor
 
     def close(self) -> None:
         """End the shell."""
@@ -207,21 +220,21 @@ def main() -> None:
         try:
             terminal.type("wc -l articles.jsonl")
             terminal.wait_for_prompt()
-            run = "llmcli summarize --jsonl --output out.jsonl --resume < articles.jsonl"
+            run = "llmcli summarize --jsonl --max-new-tokens 40 --output out.jsonl --resume < articles.jsonl"
             terminal.type(run)
-            terminal.speed = WORK_SPEED
+            first = len(terminal.frames)
             terminal.wait_for_records(COUNT // 3)
-            terminal.read(1.5 * WORK_SPEED)
+            terminal.read(1.5)
             os.write(terminal.terminal, b"\x03")
             terminal.wait_for_prompt()
-            terminal.speed = 1
+            terminal.speed_up(first)
             terminal.type("wc -l out.jsonl")
             terminal.wait_for_prompt()
             terminal.read(1)
-            terminal.type(f"{run}  # again")
-            terminal.speed = WORK_SPEED
+            terminal.type(run)
+            first = len(terminal.frames)
             terminal.wait_for_prompt()
-            terminal.speed = 1
+            terminal.speed_up(first)
             terminal.type("wc -l out.jsonl")
             terminal.wait_for_prompt()
             terminal.type("jq -r .summary_text out.jsonl | head -n 3")
