@@ -33,7 +33,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         shutil.copytree(DOCS, staging, dirs_exist_ok=True)
         for name, page in PAGES.items():
             text = _with_site_links((ROOT / name).read_text(encoding="utf-8"), Path(name).parent)
-            Path(staging, page).write_text(text, encoding="utf-8")
+            head = "---\nhide:\n  - navigation\n---\n\n" if page.startswith("index") else ""
+            Path(staging, page).write_text(head + text, encoding="utf-8")
         config.docs_dir = staging
     return config
 
