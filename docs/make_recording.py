@@ -13,7 +13,6 @@ import re
 import select
 import signal
 import struct
-import subprocess
 import tempfile
 import termios
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 import pyte
 
 DOCS = Path(__file__).parent
-COLUMNS, ROWS = 92, 19
+COLUMNS, ROWS = 92, 16
 CELL_WIDTH, LINE_HEIGHT, FONT_SIZE = 8.4, 19, 14
 PADDING, BAR_HEIGHT = 16, 32
 KEY_S = 0.035  # seconds between typed characters
@@ -38,12 +37,11 @@ COLORS = {
 BACKGROUND, BAR = "#1b1f27", "#2a303b"
 
 TOPICS = {
-    "clock": "The harbor clock of Port Ellery stopped in a storm in 1938. For thirteen years nobody could repair it. "
-    "In 1951 Ada Finch, an apprentice of seventeen, found a bird's nest in the case, moved it, and oiled the wheels.",
+    "clock": "The harbor clock of Port Ellery stopped in a storm in 1938. In 1951 Ada Finch, an apprentice of seventeen, "
+    "found a bird's nest in the case and repaired the clock.",
     "bridge": "The town of Halden opened a new footbridge over the Tista river on Saturday, two years after a flood "
-    "destroyed the old one. The bridge is 85 meters long and cost three million euros.",
-    "ferry": "The ferry to Lund leaves at nine in the morning and takes two hours. From June on, a second boat leaves "
-    "at noon, because last summer many passengers had to wait on the quay.",
+    "destroyed the old one.",
+    "ferry": "The ferry to Lund leaves at nine in the morning. From June on, a second boat leaves at noon.",
 }
 COUNT = 48
 
@@ -205,22 +203,21 @@ def main() -> None:
         folder = Path(scratch)
         topics = list(TOPICS.values())
         records = (
-            {"id": number, "text": f"Report {number}. {topics[(number - 1) % len(topics)]}"}
+            {"id": number, "text": f"Report {number}. {topics[(number - 1) * len(topics) // COUNT]}"}
             for number in range(1, COUNT + 1)
         )
         (folder / "articles.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         (folder / "run").mkdir()
         environment = {
-            **os.environ, "PS1": "$ ", "TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "LINES": str(ROWS),
-            "LLMCLI_KEEP_ALIVE": "10m", "XDG_RUNTIME_DIR": str(folder / "run"), "HISTFILE": "/dev/null",
+            **os.environ, "PS1": r"\[\e[32m\]$\[\e[0m\] ", "TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "LINES": str(ROWS),
+            "XDG_RUNTIME_DIR": str(folder / "run"), "HISTFILE": "/dev/null",
             "BASH_SILENCE_DEPRECATION_WARNING": "1",
         }  # fmt: skip
-        subprocess.run(["llmcli", "chat", "Hello", "--max-new-tokens", "1"], env=environment, check=True)
         terminal = Terminal(folder, environment)
         try:
             terminal.type("wc -l articles.jsonl")
             terminal.wait_for_prompt()
-            run = "llmcli summarize --jsonl --max-new-tokens 40 --output out.jsonl --resume < articles.jsonl"
+            run = "llmcli summarize --jsonl --max-new-tokens 60 --output out.jsonl --resume < articles.jsonl"
             terminal.type(run)
             first = len(terminal.frames)
             terminal.wait_for_records(COUNT // 3)
@@ -231,17 +228,18 @@ def main() -> None:
             terminal.type("wc -l out.jsonl")
             terminal.wait_for_prompt()
             terminal.read(1)
+            terminal.type("# interrupted with Ctrl-C; the same command continues:")
+            terminal.wait_for_prompt()
             terminal.type(run)
             first = len(terminal.frames)
             terminal.wait_for_prompt()
             terminal.speed_up(first)
             terminal.type("wc -l out.jsonl")
             terminal.wait_for_prompt()
-            terminal.type("jq -r .summary_text out.jsonl | head -n 3")
+            terminal.type("jq -r '[.id, .summary_text] | @tsv' out.jsonl | sed -n '1p;48p'")
             terminal.wait_for_prompt()
         finally:
             terminal.close()
-            subprocess.run(["llmcli", "stop"], env=environment, capture_output=True)
     (DOCS / "pictures" / "demo.svg").write_text(draw(terminal.frames), encoding="utf-8")
 
 
