@@ -37,7 +37,7 @@ COLORS = {
 BACKGROUND, BAR = "#1b1f27", "#2a303b"
 
 TOPICS = {
-    "clock": "The harbor clock of Port Ellery stopped in a storm in 1938. In 1951 Ada Finch, an apprentice of seventeen, "
+    "clock": "The harbor clock of Port Ellery stopped in a storm in 1938. In 1951 Ada Finch, an apprentice, "
     "found a bird's nest in the case and repaired the clock.",
     "bridge": "The town of Halden opened a new footbridge over the Tista river on Saturday, two years after a flood "
     "destroyed the old one.",
@@ -209,9 +209,9 @@ def main() -> None:
         (folder / "articles.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         (folder / "run").mkdir()
         environment = {
-            **os.environ, "PS1": r"\[\e[32m\]$\[\e[0m\] ", "TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "LINES": str(ROWS),
-            "XDG_RUNTIME_DIR": str(folder / "run"), "HISTFILE": "/dev/null",
-            "BASH_SILENCE_DEPRECATION_WARNING": "1",
+            **os.environ, "PS1": r"\[\e[32m\]$\[\e[0m\] ", "TERM": "xterm-256color",
+            "COLUMNS": str(COLUMNS), "LINES": str(ROWS), "XDG_RUNTIME_DIR": str(folder / "run"),
+            "HISTFILE": "/dev/null", "BASH_SILENCE_DEPRECATION_WARNING": "1",
         }  # fmt: skip
         terminal = Terminal(folder, environment)
         try:
