@@ -31,7 +31,7 @@ class LocalEngine(TaskEngine):
 
     def runner(self, job: Job, strategy: Strategy, model: Model) -> BatchRunner:
         kind = BatchRunner if strategy.defaults is None else GeneratingRunner
-        return kind(job, strategy, model.pipeline)
+        return kind(job, strategy, model)
 
     def other(self) -> TaskEngine:
         return self

@@ -15,7 +15,7 @@ from llmcli.engines.request import OnText, Request, capture_errors, is_out_of_me
 from llmcli.errors import LlmcliError, UsageError
 from llmcli.job import Job
 from llmcli.prefix import common
-from llmcli.tasks import Strategy
+from llmcli.tasks import LocalModel, Strategy
 
 LEAST_SHARED = 16  # tokens that all prompts begin with, for which it pays to keep their keys and values
 
@@ -34,8 +34,8 @@ class Row:
 class BatchRunner:
     """One job on one loaded pipeline: `add` requests, then `step` until none is `waiting`."""
 
-    def __init__(self, job: Job, strategy: Strategy, pipeline: Any) -> None:
-        self.pipeline = pipeline
+    def __init__(self, job: Job, strategy: Strategy, model: LocalModel) -> None:
+        self.pipeline = pipeline = model.pipeline
         self.size = BatchSize(job.batch_size, pipeline.device.type)
         # Where all tokens are read at once, a batch is so many tokens, and `size` counts rows of this length.
         by_rows = job.batch_size or strategy.defaults is not None
@@ -43,7 +43,7 @@ class BatchRunner:
         self.memory = MemoryEstimator(reader(pipeline.device.type))
         self.answer = 0  # tokens that an answer may have
         self.truncate: Any = job.truncate
-        self.parameters = dict(strategy.parameters(job, pipeline))
+        self.parameters = dict(strategy.parameters(job, model))
         self.repeats = False  # whether equal inputs may have different outputs
         self.on_token: Callable[[], None] | None = None  # called after each token that a batch generates
         self.waiting: list[Row] = []
@@ -167,13 +167,14 @@ class BatchRunner:
 class GeneratingRunner(BatchRunner):
     """A job that generates text: as the merged GenerationConfig says, and within the model's context."""
 
-    def __init__(self, job: Job, strategy: Strategy, pipeline: Any) -> None:
-        super().__init__(job, strategy, pipeline)
+    def __init__(self, job: Job, strategy: Strategy, model: LocalModel) -> None:
+        super().__init__(job, strategy, model)
         from transformers import set_seed
 
         from llmcli.models import generation
 
         assert strategy.defaults is not None
+        pipeline = self.pipeline
         if unknown := [name for name in self.parameters if not hasattr(pipeline.model.generation_config, name)]:
             raise UsageError(f"prompts.toml: [{job.task}]: unknown generation option {unknown[0]!r}")
         self.config = generation.merge(

@@ -1,6 +1,6 @@
-"""Tasks: what is asked of a model for each record, and what is made of its answers. Not how models run.
+"""Tasks: what a model is asked for each record, and what becomes of its outputs. Engines decide how models run.
 
-A task is a module of this package with a TASK in it; the module's name is the task's.
+A task is a module of this package that defines TASK. The name of the module is the name of the task.
 """
 
 import importlib
@@ -73,7 +73,7 @@ class ModelCall:
         strip: Whether generated texts lose the white space around them.
     """
 
-    inputs: Sequence[Any]
+    inputs: Sequence[object]
     job: Job | None = None
     shown: str | None = None
     strip: bool = False
@@ -81,7 +81,12 @@ class ModelCall:
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """What a task makes of a record: the fields of the result, and what text mode prints."""
+    """The result of a task for one record.
+
+    Attributes:
+        output: The fields that the task adds to the record.
+        text: The text that text mode prints.
+    """
 
     output: JsonObject
     text: str
@@ -91,13 +96,33 @@ TaskGenerator = Generator[ModelCall, list[Any], TaskResult]
 
 
 def passthrough(job: Job, prepared: Any, model: TaskModel) -> TaskGenerator:
-    """Run a task whose result is the pipeline's output."""
+    """Return the output of the pipeline as the result.
+
+    Args:
+        job: The job.
+        prepared: The input for the pipeline.
+        model: The model of the job.
+
+    Yields:
+        One call with the prepared input.
+
+    Returns:
+        The fields of the output, without text.
+    """
     (output,) = yield ModelCall([prepared])
     return TaskResult(output, "")
 
 
 def no_parameters(job: Job, model: TaskModel) -> JsonObject:
-    """Return no parameters."""
+    """Return no parameters, for strategies that have none.
+
+    Args:
+        job: The job.
+        model: The model of the job.
+
+    Returns:
+        An empty object.
+    """
     return {}
 
 
@@ -113,7 +138,7 @@ class Strategy:
             GenerationConfig values over the model's own configuration and under the user's options.
     """
 
-    run: Callable[[Job, Any, Any], TaskGenerator]
+    run: Callable[[Job, Any, Any], TaskGenerator]  # each strategy declares its own prepared input and kind of model
     defaults: JsonObject | None = None
     parameters: Callable[[Job, Any], JsonObject] = no_parameters
 
@@ -137,7 +162,14 @@ class Task:
 
 
 def find(name: str) -> Task:
-    """Return the task of that name."""
+    """Return a task.
+
+    Args:
+        name: Name of the task, which is the name of its module.
+
+    Returns:
+        The TASK of that module.
+    """
     task: Task = importlib.import_module(f"{__name__}.{name}").TASK
     return task
 

@@ -1,16 +1,13 @@
-"""embed: a text to a vector."""
+"""embed: compute the vector of a text."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from llmcli.job import Job
+from llmcli.job import Job, JsonObject
 from llmcli.tasks import Strategy, Task, passthrough
-from llmcli.tasks.fields import prompt_text
+from llmcli.tasks.templates import read_prompt
 
 
-def prepare(job: Job, fields: Mapping[str, Any]) -> str | None:
-    """The text; None where it is empty."""
-    return prompt_text(job, fields) or None
+def prepare(job: Job, fields: JsonObject) -> str | None:
+    """Return the text of a record, or None if it is empty. Raises RecordError if the text is missing or invalid."""
+    return read_prompt(job, fields) or None
 
 
 EMPTY = {"embedding": None, "usage": {"prompt_tokens": 0}}

@@ -1,23 +1,20 @@
-"""inspect attention: how much each token of a text attends to each."""
+"""inspect attention: compute the attention weights between the tokens of a text."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from llmcli.job import Job
-from llmcli.tasks import Strategy, Task, passthrough
-from llmcli.tasks.fields import text_field
+from llmcli.job import Job, JsonObject
+from llmcli.tasks import Strategy, Task, TaskModel, passthrough
+from llmcli.tasks.fields import read_text_field
 
 
-def prepare(job: Job, fields: Mapping[str, Any]) -> str:
-    """The text."""
-    return text_field(fields, "text")
+def prepare(job: Job, fields: JsonObject) -> str:
+    """Return the text of a record. Raises RecordError if the text is missing or invalid."""
+    return read_text_field(fields, "text")
 
 
-def parameters(job: Job, pipeline: object) -> Mapping[str, Any]:
-    """Those of the pipeline."""
+def select_parameters(job: Job, model: TaskModel) -> JsonObject:
+    """Return the parameters of the attention pipelines."""
     return {name: job.parameters[name] for name in ("layer", "head")}
 
 
 OUTPUTS = ("tokens", "attention", "layers", "heads")
-WAY = Strategy(passthrough, parameters=parameters)
-TASK = Task(prepare, OUTPUTS, {}, {"causal_attention": WAY, "attention": WAY})
+STRATEGY = Strategy(passthrough, parameters=select_parameters)
+TASK = Task(prepare, OUTPUTS, {}, {"causal_attention": STRATEGY, "attention": STRATEGY})
