@@ -81,12 +81,7 @@ class ModelCall:
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """The result of a task for one record.
-
-    Attributes:
-        output: The fields that the task adds to the record.
-        text: The text that text mode prints.
-    """
+    """The result of a task for one record: the fields that the task adds, and the text that text mode prints."""
 
     output: JsonObject
     text: str
@@ -96,34 +91,21 @@ TaskGenerator = Generator[ModelCall, list[Any], TaskResult]
 
 
 def passthrough(job: Job, prepared: Any, model: TaskModel) -> TaskGenerator:
-    """Return the output of the pipeline as the result.
-
-    Args:
-        job: The job.
-        prepared: The input for the pipeline.
-        model: The model of the job.
-
-    Yields:
-        One call with the prepared input.
-
-    Returns:
-        The fields of the output, without text.
-    """
+    """Run a task whose result is the output of the pipeline."""
     (output,) = yield ModelCall([prepared])
     return TaskResult(output, "")
 
 
-def no_parameters(job: Job, model: TaskModel) -> JsonObject:
-    """Return no parameters, for strategies that have none.
+def select_parameters(*names: str) -> Callable[[Job, TaskModel], JsonObject]:
+    """Return a function for `Strategy.parameters` that returns those of the job's parameters that are not None."""
 
-    Args:
-        job: The job.
-        model: The model of the job.
+    def select(job: Job, model: TaskModel) -> JsonObject:
+        return {name: value for name in names if (value := job.parameters.get(name)) is not None}
 
-    Returns:
-        An empty object.
-    """
-    return {}
+    return select
+
+
+no_parameters = select_parameters()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,14 +144,7 @@ class Task:
 
 
 def find(name: str) -> Task:
-    """Return a task.
-
-    Args:
-        name: Name of the task, which is the name of its module.
-
-    Returns:
-        The TASK of that module.
-    """
+    """Return a task by its name."""
     task: Task = importlib.import_module(f"{__name__}.{name}").TASK
     return task
 

@@ -12,14 +12,9 @@ Message = dict[str, str]
 
 
 def prepare(job: Job, fields: JsonObject) -> Messages | None:
-    """Return the conversation so far.
+    """Return the conversation so far, or None if the message is empty.
 
-    Args:
-        job: The job. Its parameter `system` is the system message of conversations that have none.
-        fields: The fields of the record: `messages`, or the text of one message.
-
-    Returns:
-        The messages, or None if the message is empty.
+    The parameter `system` of the job is the system message of a conversation that has none.
 
     Raises:
         RecordError: A field is missing or invalid.

@@ -22,21 +22,15 @@ def condense(
 ) -> Generator[ModelCall, list[Any], str]:
     """Select the most central sentences of a text.
 
-    The score of a sentence is its cosine similarity to the centroid of its part plus that to the centroid of the whole
-    text. This is centroid summarization with sentence vectors in place of word counts (Radev et al., "Centroid-based
+    The score of a sentence is its cosine similarity to the centroid of its part plus that to the centroid of the text.
+    This is centroid summarization with sentence vectors in place of word counts (Radev et al., "Centroid-based
     summarization of multiple documents", 2004).
-
-    Args:
-        job: The job, whose load options the sentence encoder uses too.
-        parts: The parts of the text.
-        count_tokens: Counts the tokens of a sentence.
-        max_tokens: Maximum number of tokens of all selected sentences. Each part has an equal share.
 
     Yields:
         One call that embeds all sentences.
 
     Returns:
-        The selected sentences in the order of the text. It is empty if the text has no suitable sentences.
+        The sentences in the order of the text, at most `max_tokens` tokens, of which each part has an equal share.
     """
     import numpy as np
 

@@ -18,28 +18,13 @@ def read_package_file(name: str) -> dict[str, object]:
 
 
 def read_user_file(name: str) -> dict[str, object]:
-    """Return the tables of the user's file of that name, or none if it does not exist.
-
-    Raises UsageError if the file is not TOML.
-    """
+    """Return the tables of the user's file, or none if it does not exist. Raises UsageError if it is not TOML."""
     path = user_file(name)
     return config.read_toml(path) if path.exists() else {}
 
 
 def check_table(table: object, types: Mapping[str, type], source: str) -> dict[str, object]:
-    """Return a table of the user's whose keys and types are known.
-
-    Args:
-        table: The value that should be a table.
-        types: The allowed keys, and the type of each.
-        source: The file and the table, for error messages.
-
-    Returns:
-        The table.
-
-    Raises:
-        UsageError: The value is not a table, a key is unknown, or a value has the wrong type.
-    """
+    """Return a table of the user's. Raises UsageError if it is not a table, a key is unknown or a type is wrong."""
     if not isinstance(table, dict):
         raise UsageError(f"{source} is not a table")
     config.check_keys(table, types, source)

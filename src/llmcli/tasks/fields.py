@@ -11,14 +11,7 @@ def field_name(job: Job, role: str) -> str:
 
 
 def read_text_field(fields: JsonObject, name: str) -> str:
-    """Return the string in a field.
-
-    Args:
-        fields: The fields of a record.
-        name: Name of the field.
-
-    Returns:
-        The value, which may be empty.
+    """Return the string in a field of a record.
 
     Raises:
         RecordError: The field is missing, is not a string, or cannot be encoded as UTF-8.
@@ -36,18 +29,12 @@ def read_text_field(fields: JsonObject, name: str) -> str:
     return value
 
 
+def read_text(job: Job, fields: JsonObject) -> str:
+    """Return the text of a record, which may be empty. Raises RecordError if the text is missing or invalid."""
+    return read_text_field(fields, field_name(job, "text"))
+
+
 def read_text_record(job: Job, fields: JsonObject) -> JsonObject | None:
-    """Return the fields of a record, with its text as `text`.
-
-    Args:
-        job: The job, whose parameters name the field.
-        fields: The fields of the record.
-
-    Returns:
-        The fields, or None if the text is blank.
-
-    Raises:
-        RecordError: The text is missing or invalid.
-    """
-    text = read_text_field(fields, field_name(job, "text"))
+    """Return the fields of a record with its text as `text`, or None if the text is blank."""
+    text = read_text(job, fields)
     return {**fields, "text": text} if text.strip() else None

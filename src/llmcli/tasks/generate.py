@@ -20,20 +20,15 @@ class ShownPrompt:
 def prepare(job: Job, fields: JsonObject) -> ShownPrompt | None:
     """Return the prompt of a record, or None if its text is empty.
 
-    Args:
-        job: The job. With its parameter `full_text`, text mode prints the prompt, or only `begins` of a preset.
-        fields: The fields of the record.
-
-    Returns:
-        The prompt, or None.
-
     Raises:
         RecordError: A field is missing or is not a string.
     """
-    prompt = shown = read_prompt(job, fields)
+    if not (prompt := read_prompt(job, fields)):
+        return None
+    shown = prompt
     if (begins := job.parameters.get("begins")) is not None:
         shown = fill_template(begins, {"text": fields.get(field_name(job, "text")), **fields})
-    return ShownPrompt(prompt, shown if job.parameters.get("full_text") else "") if prompt else None
+    return ShownPrompt(prompt, shown if job.parameters.get("full_text") else "")
 
 
 def run(job: Job, prepared: ShownPrompt, model: TaskModel) -> TaskGenerator:

@@ -12,18 +12,7 @@ SEQ2SEQ = {"num_beams": 4, "do_sample": False, "max_new_tokens": 256}  # as in t
 
 
 def run_prompt(prompt: Prompt, shown: str) -> TaskGenerator:
-    """Generate the answer to one prompt.
-
-    Args:
-        prompt: Text, or messages.
-        shown: Text that text mode prints before each answer.
-
-    Yields:
-        One call with the prompt.
-
-    Returns:
-        The output of the pipeline, and the answers as text.
-    """
+    """Generate the answer to one prompt. Text mode prints `shown` before each answer."""
     (output,) = yield ModelCall([prompt], shown=shown)
     return TaskResult(output, "\n".join(shown + answer for answer in list_texts(output)))
 
@@ -43,9 +32,6 @@ def join_outputs(
         outputs: The outputs of the parts, in order.
         join: Joins the texts of the parts. The first sequences of all parts are one text, the second ones another.
         info: More fields for the result.
-
-    Returns:
-        The result, with the usage of all parts together.
     """
     texts = [join(parts) for parts in zip(*map(list_texts, outputs), strict=True)] or [join([])]
     several = {f"{name}s": texts} if len(texts) > 1 else {}
@@ -54,9 +40,6 @@ def join_outputs(
 
 def merge_usage(outputs: Sequence[GeneratedOutput]) -> dict[str, object]:
     """Return the finish reason and the token usage of several outputs together.
-
-    Args:
-        outputs: Outputs of a model that generates text.
 
     Returns:
         `finish_reason`, which is "length" if any output has it; `usage`, the sums of the token counts; and `truncated`,

@@ -14,12 +14,7 @@ KEYS = {"description": str, "prompt": str, "begins": str, "options": dict}
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A kind of fiction.
-
-    Attributes:
-        parameters: Parameters for the job: `prompt`, a template, and `begins`, the end of it that is printed too.
-        options: Defaults for GenerationConfig fields.
-    """
+    """A kind of fiction: parameters of the job (`prompt`, and `begins`, the end of it that is printed), and options."""
 
     parameters: dict[str, str] = field(default_factory=dict)
     options: Mapping[str, object] = field(default_factory=dict)
@@ -31,17 +26,7 @@ def load_presets() -> dict[str, object]:
 
 
 def load_preset(name: str | None) -> Preset:
-    """Return a preset.
-
-    Args:
-        name: Name of the preset. None means no preset.
-
-    Returns:
-        The preset, which is empty for None.
-
-    Raises:
-        UsageError: The preset is unknown, or the user's file is invalid.
-    """
+    """Return a preset, which is empty for None. Raises UsageError if it is unknown, or the user's file is invalid."""
     if name is None:
         return Preset()
     presets = load_presets()

@@ -13,17 +13,11 @@ from llmcli.tasks.templates import check_template, fill_template
 
 FILE = "prompts.toml"
 GREEDY = {"do_sample": False, "max_new_tokens": 256}
-KEYS = {
-    "system": str,
-    "user": str,
-    "prompt": str,
-    "examples": list,
-    "max_new_tokens": int,
-    "stop": list,
+KEYS: dict[str, type] = {
+    **dict.fromkeys(("system", "user", "prompt"), str),
+    **dict.fromkeys(("max_new_tokens", "part", "condense"), int),
+    **dict.fromkeys(("examples", "stop", "unknown"), list),
     "options": dict,
-    "part": int,
-    "condense": int,
-    "unknown": list,
 }
 
 
@@ -52,14 +46,7 @@ class TaskPrompt:
     unknown_answers: Sequence[str]
 
     def render(self, fields: JsonObject, examples: Sequence[Mapping[str, str]] | None = None) -> Prompt:
-        """Return the prompt for a record.
-
-        Args:
-            fields: The fields of the record.
-            examples: Examples in place of the prompt's own.
-
-        Returns:
-            Messages for a chat model, text for a base model.
+        """Return the prompt for a record: messages for a chat model, text for a base model.
 
         Raises:
             RecordError: The record lacks a field that the template names.
@@ -85,12 +72,7 @@ class TaskPrompt:
 def prompt_for(job: Job, model: TaskModel) -> TaskPrompt:
     """Return the prompt of the job's task for its model.
 
-    Args:
-        job: The job. Its parameter `prompt`, a template, replaces the messages and examples of prompts.toml.
-        model: The model, which decides between messages and text.
-
-    Returns:
-        The prompt.
+    The parameter `prompt` of the job, a template, replaces the messages and the examples of prompts.toml.
     """
     is_chat, styles = model.is_chat, load_prompts()[job.task]
     table = styles["chat" if is_chat else "base"] | styles.get(job.model, {})
@@ -117,10 +99,7 @@ def prompt_settings(job: Job, model: TaskModel) -> JsonObject:
 
 @cache
 def load_prompts() -> Mapping[str, Any]:
-    """Return the tables of prompts.toml by task and style, with the user's keys over the package's.
-
-    Raises UsageError if the user's file is invalid.
-    """
+    """Return prompts.toml by task and style, under the user's own. Raises UsageError if that file is invalid."""
     prompts: dict[str, Any] = data_files.read_package_file(FILE)
     path, own = data_files.user_file(FILE), data_files.read_user_file(FILE)
     for task, styles in data_files.check_table(own, dict.fromkeys(prompts, dict), str(path)).items():

@@ -3,37 +3,22 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NotRequired, TypedDict
 
 from llmcli.errors import RecordError, UsageError
 from llmcli.job import Job, JsonObject
 from llmcli.models import registry
-from llmcli.tasks import ModelCall, Strategy, Task, TaskGenerator, TaskModel, TaskResult, prompting
+from llmcli.tasks import ModelCall, Strategy, Task, TaskGenerator, TaskModel, TaskResult, prompting, select_parameters
 from llmcli.tasks.fields import field_name, read_text_field
 from llmcli.tasks.generated import merge_usage
 from llmcli.tasks.outputs import ExtractedOutput, GeneratedOutput
+from llmcli.tasks.search import Document
 from llmcli.text import chunking
 
 MAX_CONTEXT_TOKENS = 1000  # a longer text is searched for the passages that are most similar to the question
 MAX_PASSAGES = 3
-EXTRACTIVE_PARAMETERS = ("top_k", "max_answer_len", "handle_impossible_answer", "doc_stride", "max_seq_len")
 NO_ANSWER = {"answer": None, "score": None, "start": None, "end": None}
-
-
-class Document(TypedDict):
-    """A text that may contain the answer, and the file that it comes from."""
-
-    text: str
-    file: NotRequired[str | None]
-
-
-class Passage(TypedDict):
-    """A part of a document: its text and its place in characters."""
-
-    start: int
-    end: int
-    passage: str
-    file: NotRequired[str]
+EXTRACTIVE = ("top_k", "max_answer_len", "handle_impossible_answer", "doc_stride", "max_seq_len")
+select_extractive = select_parameters(*EXTRACTIVE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +31,7 @@ class Question:
 
 
 def prepare(job: Job, fields: JsonObject) -> Question | None:
-    """Return the question of a record and its documents.
-
-    Args:
-        job: The job. Its parameter `documents` replaces the record's own context.
-        fields: The fields of the record.
-
-    Returns:
-        The question, or None if all documents are blank.
+    """Return the question of a record and its documents, or None if all documents are blank.
 
     Raises:
         RecordError: The question is blank, or a field is missing or invalid.
@@ -70,17 +48,6 @@ def prepare(job: Job, fields: JsonObject) -> Question | None:
 
 def run_extractive(job: Job, question: Question, model: TaskModel) -> TaskGenerator:
     """Answer with a question-answering head: extract the most likely spans of all documents.
-
-    Args:
-        job: The job. Its parameter `top_k` is the number of answers.
-        question: The question.
-        model: The model.
-
-    Yields:
-        One call for all documents.
-
-    Returns:
-        The best answer and, if `top_k` is more than 1, all `answers`.
 
     Raises:
         UsageError: The job has options for models that generate text.
@@ -107,21 +74,8 @@ def run_extractive(job: Job, question: Question, model: TaskModel) -> TaskGenera
     return TaskResult({**answers[0], **all_answers}, "\n".join(str(answer["answer"] or "") for answer in answers))
 
 
-def select_parameters(job: Job, model: TaskModel) -> JsonObject:
-    """Return the parameters of the extractive pipeline that the user gave."""
-    return {name: job.parameters[name] for name in EXTRACTIVE_PARAMETERS if job.parameters.get(name) is not None}
-
-
 def run_prompted(job: Job, question: Question, model: TaskModel) -> TaskGenerator:
-    """Answer with a language model by instruction.
-
-    Args:
-        job: The job.
-        question: The question.
-        model: The model.
-
-    Yields:
-        A search for similar passages if the documents are long, then one call with the prompt.
+    """Answer with a language model by instruction, from the passages that are most similar to the question.
 
     Returns:
         The answer, and the `passage` that most likely contains it, from character `start` to `end`.
@@ -129,7 +83,7 @@ def run_prompted(job: Job, question: Question, model: TaskModel) -> TaskGenerato
     Raises:
         UsageError: The job has options for extractive models.
     """
-    if given := select_parameters(job, model):
+    if given := select_extractive(job, model):
         raise UsageError(
             f"{next(iter(given))} is for extractive models, but {job.model} generates its answer",
             hint="use an extractive model: -m roberta-squad2",
@@ -159,18 +113,11 @@ def run_prompted(job: Job, question: Question, model: TaskModel) -> TaskGenerato
     return TaskResult({"answer": answer, "score": None, **find_source(answer, passages), **usage}, answer)
 
 
-def find_source(answer: str, passages: Sequence[Passage]) -> Passage:
+def find_source(answer: str, passages: Sequence[JsonObject]) -> JsonObject:
     """Return the passage that a generated answer most likely comes from.
 
     A passage that contains the whole answer wins. Otherwise each word of the answer counts, and a word that occurs in
     few passages counts more.
-
-    Args:
-        answer: The answer.
-        passages: The passages that the model has read, at least one.
-
-    Returns:
-        The best passage, or the first one of several that are equally good.
     """
     wanted = _normalize(answer)
     texts = [_normalize(passage["passage"]) for passage in passages]
@@ -183,14 +130,11 @@ def find_source(answer: str, passages: Sequence[Passage]) -> Passage:
     return passages[scores.index(max(scores))]
 
 
-def _make_passage(document: Document, start: int, end: int) -> Passage:
-    passage: Passage = {"start": start, "end": end, "passage": document["text"][start:end]}
-    if file := document.get("file"):
-        passage["file"] = file
-    return passage
+def _make_passage(document: Document, start: int, end: int) -> JsonObject:
+    return {"start": start, "end": end, "passage": document["text"][start:end], **_file_field(document)}
 
 
-def _file_field(document: Document) -> dict[str, object]:
+def _file_field(document: Document) -> JsonObject:
     return {"file": document["file"]} if document.get("file") else {}
 
 
@@ -205,12 +149,8 @@ def _normalize(text: str) -> str:
 
 
 OUTPUTS = ("answer", "score", "start", "end", "passage", "finish_reason", "usage")
-TASK = Task(
-    prepare,
-    OUTPUTS,
-    NO_ANSWER,
-    {
-        "extractive_qa": Strategy(run_extractive, parameters=select_parameters),
-        "causal": Strategy(run_prompted, prompting.GREEDY, prompting.prompt_settings),
-    },
-)
+STRATEGIES = {
+    "extractive_qa": Strategy(run_extractive, parameters=select_extractive),
+    "causal": Strategy(run_prompted, prompting.GREEDY, prompting.prompt_settings),
+}
+TASK = Task(prepare, OUTPUTS, NO_ANSWER, STRATEGIES)

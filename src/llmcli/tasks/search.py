@@ -26,17 +26,6 @@ class Document(TypedDict):
     line: NotRequired[int | None]
 
 
-class Passage(TypedDict):
-    """A part of a document."""
-
-    text: str
-    file: str | None
-    line: int
-    of: int  # index of the document
-    start: int  # characters of the document
-    end: int
-
-
 @dataclass(frozen=True, slots=True)
 class Query:
     """A query, and the documents to search."""
@@ -52,11 +41,6 @@ def prepare(job: Job, fields: JsonObject) -> Query:
 
 def run(job: Job, query: Query, model: LocalModel) -> TaskGenerator:
     """Find the passages that are most similar to a query. The model is loaded only if a vector is missing.
-
-    Args:
-        job: The job. Its parameter `limit` is the number of passages.
-        query: The query and the documents.
-        model: The sentence encoder.
 
     Yields:
         Calls for the texts that have no vector yet.
@@ -87,15 +71,11 @@ def run(job: Job, query: Query, model: LocalModel) -> TaskGenerator:
     return TaskResult({"matches": [{**passages[i], "score": float(scores[i])} for i in best]}, "")
 
 
-def split_passages(documents: Sequence[Document], folder: Path) -> Iterator[Passage]:
-    """Split documents into passages of at most PASSAGE_TOKENS tokens.
-
-    Args:
-        documents: The documents. Files named *.md are split at headings first.
-        folder: Directory of the sentence encoder, whose tokenizer counts.
+def split_passages(documents: Sequence[Document], folder: Path) -> Iterator[JsonObject]:
+    """Split documents into passages of at most PASSAGE_TOKENS tokens of the encoder in `folder`.
 
     Yields:
-        The passages, in order. A document that is short enough is one passage.
+        Each passage: its `text`, `file` and `line`, and its characters, `start` to `end` of document number `of`.
     """
     from tokenizers import Tokenizer
 

@@ -1,7 +1,7 @@
 """summarize: in one call if the text fits the model, else part by part, and then the summaries of the parts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 from llmcli.errors import UsageError
 from llmcli.job import Job, JsonObject
@@ -15,41 +15,8 @@ from llmcli.text import chunking, languages
 MIN_CONDENSED_TOKENS = 1000  # a longer text is condensed, for models whose prompt says so
 
 
-@dataclass(frozen=True, slots=True)
-class PartSplitter:
-    """Splits a text into parts that fit the model.
-
-    Attributes:
-        count_tokens: Counts the tokens of a text.
-        max_tokens: Maximum number of tokens of a text that is not split, or None for any number.
-        part_tokens: Maximum number of tokens of each part of a longer text. None: as `max_tokens`.
-    """
-
-    count_tokens: Callable[[str], int]
-    max_tokens: int | None
-    part_tokens: int | None = None
-
-    def split(self, text: str) -> list[str]:
-        """Return the parts of a text."""
-        if self.max_tokens is None or self.count_tokens(text) <= self.max_tokens:
-            return [text]
-        size = min(self.max_tokens, self.part_tokens or self.max_tokens)
-        return [part for _, part in chunking.split(text, self.count_tokens, size)]
-
-
 def run(job: Job, fields: JsonObject, model: LocalModel) -> TaskGenerator:
     """Summarize with an encoder-decoder model.
-
-    Args:
-        job: The job.
-        fields: The fields of the record, with its `text`.
-        model: The model.
-
-    Yields:
-        Calls for the parts of the text, then for their summaries.
-
-    Returns:
-        The summary, the number of parts as `chunks`, and the tokens that --truncate cut.
 
     Raises:
         UsageError: The job has a prompt.
@@ -60,24 +27,12 @@ def run(job: Job, fields: JsonObject, model: LocalModel) -> TaskGenerator:
     max_tokens = model.context_length
     if max_tokens:
         max_tokens -= len(model.tokenizer(prefix, add_special_tokens=False)["input_ids"])
-    splitter = PartSplitter(model.count_tokens, max_tokens)
-    return (yield from _summarize(job, fields["text"], splitter, lambda part: prefix + part))
+    split = partial(split_parts, model.count_tokens, max_tokens, None)
+    return (yield from _summarize(job, fields["text"], model, split, lambda part: prefix + part))
 
 
 def run_prompted(job: Job, fields: JsonObject, model: TaskModel) -> TaskGenerator:
-    """Summarize with a language model by instruction.
-
-    Args:
-        job: The job.
-        fields: The fields of the record, with its `text`.
-        model: The model.
-
-    Yields:
-        Calls for the parts of the text, then for their summaries; or one call for the condensed text.
-
-    Returns:
-        The summary, the number of parts as `chunks`, and the tokens that --truncate cut.
-    """
+    """Summarize with a language model by instruction."""
     prompt, text = prompting.prompt_for(job, model), fields["text"]
 
     def render(part: str) -> Prompt:
@@ -96,8 +51,8 @@ def run_prompted(job: Job, fields: JsonObject, model: TaskModel) -> TaskGenerato
         answer_tokens = job.generation.get("max_new_tokens") or prompt.settings["max_new_tokens"]
         other_tokens = answer_tokens + model.count_prompt_tokens(render(""))
         max_tokens = max(max_tokens - other_tokens, max_tokens // 4)
-    splitter = PartSplitter(model.count_tokens, max_tokens, prompt.part_tokens)
-    return (yield from _summarize(job, text, splitter, render))
+    split = partial(split_parts, model.count_tokens, max_tokens, prompt.part_tokens)
+    return (yield from _summarize(job, text, model, split, render))
 
 
 def read_settings(job: Job, model: LocalModel) -> JsonObject:
@@ -111,17 +66,28 @@ def _summarization_settings(model: LocalModel) -> dict[str, object]:
     return settings
 
 
-def _summarize(job: Job, text: str, splitter: PartSplitter, build_input: Callable[[str], Prompt]) -> TaskGenerator:
+def split_parts(
+    count_tokens: Callable[[str], int], max_tokens: int | None, part_tokens: int | None, text: str
+) -> list[str]:
+    """Return the parts of a text of more than `max_tokens`, each of at most `part_tokens` if that is given."""
+    if max_tokens is None or count_tokens(text) <= max_tokens:
+        return [text]
+    return [part for _, part in chunking.split(text, count_tokens, min(max_tokens, part_tokens or max_tokens))]
+
+
+def _summarize(
+    job: Job, text: str, model: TaskModel, split: Callable[[str], list[str]], build_input: Callable[[str], Prompt]
+) -> TaskGenerator:
     """Summarize all parts of a text, then the summaries, until there is one part or summaries become no shorter."""
-    parts, truncated = splitter.split(text), 0
+    parts, truncated = split(text), 0
     if job.truncate:
-        truncated = sum(map(splitter.count_tokens, parts[1:]))
+        truncated = sum(map(model.count_tokens, parts[1:]))
         parts = parts[:1]
     info = {"chunks": len(parts), "truncated": truncated}
     outputs: list[GeneratedOutput] = yield _call(parts, build_input)
     all_outputs = outputs
     while len(outputs) > 1:
-        parts = splitter.split("\n\n".join(output["generated_text"] for output in outputs))
+        parts = split("\n\n".join(output["generated_text"] for output in outputs))
         if len(parts) >= len(outputs):
             break
         outputs = yield _call(parts, build_input)
@@ -149,12 +115,8 @@ def _remove_repetition(text: str) -> str:
 
 OUTPUTS = ("summary_text", "chunks", "truncated", "finish_reason", "usage")
 EMPTY = {"summary_text": "", "chunks": 0, "truncated": 0, **EMPTY_USAGE}
-TASK = Task(
-    read_text_record,
-    OUTPUTS,
-    EMPTY,
-    {
-        "seq2seq": Strategy(run, SEQ2SEQ, read_settings),
-        "causal": Strategy(run_prompted, prompting.GREEDY, prompting.prompt_settings),
-    },
-)
+STRATEGIES = {
+    "seq2seq": Strategy(run, SEQ2SEQ, read_settings),
+    "causal": Strategy(run_prompted, prompting.GREEDY, prompting.prompt_settings),
+}
+TASK = Task(read_text_record, OUTPUTS, EMPTY, STRATEGIES)

@@ -8,11 +8,7 @@ from llmcli.tasks.fields import field_name, read_text_field
 
 
 def check_template(template: str, source: str) -> None:
-    """Check that a template can be filled.
-
-    Args:
-        template: The template.
-        source: Where the template comes from, for error messages.
+    """Check that a template can be filled. Errors name its `source`.
 
     Raises:
         UsageError: The template has no placeholder, or an invalid one.
@@ -33,13 +29,6 @@ def check_template(template: str, source: str) -> None:
 def fill_template(template: str, fields: JsonObject) -> str:
     """Return a template with its placeholders replaced by fields. Numbers are allowed.
 
-    Args:
-        template: A template that `check_template` accepts.
-        fields: The fields of a record.
-
-    Returns:
-        The filled template.
-
     Raises:
         RecordError: A field is missing or is not a string.
     """
@@ -48,45 +37,28 @@ def fill_template(template: str, fields: JsonObject) -> str:
 
 
 def build_prompt_parameters(prompt: str | None) -> dict[str, str]:
-    """Return the parameters of a job for `--prompt`.
-
-    Args:
-        prompt: The template, or None if the option was not given.
-
-    Returns:
-        The parameter `prompt`, or nothing.
-
-    Raises:
-        UsageError: The template cannot be filled.
-    """
+    """Return the parameters of a job for `--prompt`. Raises UsageError if the template cannot be filled."""
     if prompt is None:
         return {}
     check_template(prompt, "--prompt")
     return {"prompt": prompt}
 
 
-def read_prompt(job: Job, fields: JsonObject) -> str:
-    """Return the text of a record, or the job's template filled with its fields.
-
-    Args:
-        job: The job; its parameter `prompt` is the template.
-        fields: The fields of the record.
-
-    Returns:
-        The prompt. It is empty if the text is empty.
+def read_prompt(job: Job, fields: JsonObject) -> str | None:
+    """Return the text of a record, or the job's template filled with its fields; None if the text is empty.
 
     Raises:
         RecordError: A field is missing or is not a string.
     """
     name, template = field_name(job, "text"), job.parameters.get("prompt")
     if template is None:
-        return read_text_field(fields, name)
+        return read_text_field(fields, name) or None
     if name in fields:  # {text} is the text, whatever name its field has.
         fields = {"text": fields[name], **fields}
     placeholders = {field for _, field, _, _ in string.Formatter().parse(template)}
     if fields.get(name) == "" and {name, "text"} & placeholders:
-        return ""
-    return fill_template(template, fields)
+        return None
+    return fill_template(template, fields) or None
 
 
 def _format_field(fields: JsonObject, name: str) -> str:

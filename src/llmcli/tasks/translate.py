@@ -5,20 +5,11 @@ from functools import cache, partial
 
 from llmcli.errors import UsageError
 from llmcli.job import Job, JsonObject
-from llmcli.tasks import (
-    LocalModel,
-    ModelCall,
-    Prompt,
-    Strategy,
-    Task,
-    TaskGenerator,
-    TaskModel,
-    TaskResult,
-    data_files,
-    prompting,
-)
+from llmcli.tasks import LocalModel, ModelCall, Prompt, Strategy, Task, TaskGenerator, TaskModel, TaskResult
+from llmcli.tasks.data_files import read_package_file, read_user_file, user_file
 from llmcli.tasks.fields import read_text_record
 from llmcli.tasks.generated import EMPTY_USAGE, SEQ2SEQ, join_outputs
+from llmcli.tasks.prompting import GREEDY, prompt_for, prompt_settings
 from llmcli.tasks.translation_plan import choose_source, plan_for
 from llmcli.text import languages
 from llmcli.text.markdown import Splitter, join_segments
@@ -29,17 +20,6 @@ Example = dict[str, str]
 
 def run(job: Job, fields: JsonObject, model: LocalModel) -> TaskGenerator:
     """Translate with an encoder-decoder model: in one input if the text fits, else sentence by sentence.
-
-    Args:
-        job: The job. Its parameters `to` and `from` are the languages.
-        fields: The fields of the record, with its `text`.
-        model: The model.
-
-    Yields:
-        One call for all inputs.
-
-    Returns:
-        The translation and its languages.
 
     Raises:
         RecordError: The detected language is unsure.
@@ -68,24 +48,13 @@ def run(job: Job, fields: JsonObject, model: LocalModel) -> TaskGenerator:
 def run_prompted(job: Job, fields: JsonObject, model: TaskModel) -> TaskGenerator:
     """Translate with a language model by instruction. A base model sees examples, and translates line by line.
 
-    Args:
-        job: The job. Its parameters `to` and `from` are the languages.
-        fields: The fields of the record, with its `text`.
-        model: The model.
-
-    Yields:
-        One call for all inputs.
-
-    Returns:
-        The translation and its languages.
-
     Raises:
         RecordError: The detected language is unsure.
     """
     text = fields["text"]
     if not _has_letters(text):
         return _copy_text(job, text)
-    prompt, target = prompting.prompt_for(job, model), job.parameters["to"]
+    prompt, target = prompt_for(job, model), job.parameters["to"]
     source = choose_source(job, text, [])
     names = {"from": languages.english_name(source), "to": languages.english_name(target)}
     examples = [] if "prompt" in job.parameters else [{**names, **pair} for pair in _select_examples(source, target)]
@@ -149,27 +118,20 @@ def _select_examples(source: str, target: str) -> list[Example]:
 
 @cache
 def load_examples() -> Sequence[Example]:
-    """Return the sentences of translations.toml and those of the user's own file, by language.
-
-    Raises UsageError if the user's file is invalid.
-    """
+    """Return the sentences of translations.toml and the user's own. Raises UsageError if that file is invalid."""
     examples: list[Example] = []
-    for table in (data_files.read_package_file(FILE), data_files.read_user_file(FILE)):
+    for table in (read_package_file(FILE), read_user_file(FILE)):
         sentences = table.get("sentences") if table else []
         if not isinstance(sentences, list) or not all(isinstance(sentence, dict) for sentence in sentences):
-            raise UsageError(f"{data_files.user_file(FILE)}: sentences must be tables, [[sentences]]")
+            raise UsageError(f"{user_file(FILE)}: sentences must be tables, [[sentences]]")
         examples += sentences
     return examples
 
 
 OUTPUTS = ("translation_text", "from", "to", "finish_reason", "usage")
 EMPTY = {"translation_text": "", "from": None, "to": None, **EMPTY_USAGE}
-TASK = Task(
-    read_text_record,
-    OUTPUTS,
-    EMPTY,
-    {
-        "seq2seq": Strategy(run, SEQ2SEQ, read_settings),
-        "causal": Strategy(run_prompted, prompting.GREEDY, prompting.prompt_settings),
-    },
-)
+STRATEGIES = {
+    "seq2seq": Strategy(run, SEQ2SEQ, read_settings),
+    "causal": Strategy(run_prompted, GREEDY, prompt_settings),
+}
+TASK = Task(read_text_record, OUTPUTS, EMPTY, STRATEGIES)

@@ -36,13 +36,6 @@ _plans: dict[tuple[str, str, str | None], TranslationPlan] = {}
 def plan_for(job: Job, model: LocalModel) -> TranslationPlan:
     """Return how a model translates into the language of a job. The plan is made once for all records.
 
-    Args:
-        job: The job. Its parameters `to` and `from` are the languages.
-        model: The model.
-
-    Returns:
-        The plan.
-
     Raises:
         UsageError: The model does not translate between these languages.
     """
@@ -77,19 +70,11 @@ def make_plan(job: Job, model: LocalModel) -> TranslationPlan:
 
 
 def choose_source(job: Job, text: str, known: Sequence[str]) -> str:
-    """Return the language of a text.
-
-    Args:
-        job: The job. Its parameter `from` is the language, if the user gave one.
-        text: The text.
-        known: The languages that the model accepts. Empty: all.
-
-    Returns:
-        The given language, the only language that the model accepts, or the detected one.
+    """Return the given language, the only one of the `known` languages, or the detected one.
 
     Raises:
         RecordError: The detected language is unsure.
-        UsageError: The model does not accept the given language.
+        UsageError: The model does not know the given language.
     """
     if given := job.parameters.get("from"):
         return match_language(job, given, known, "from") if known else str(given)
@@ -97,19 +82,10 @@ def choose_source(job: Job, text: str, known: Sequence[str]) -> str:
 
 
 def match_language(job: Job, wanted: str, known: Sequence[str], direction: str) -> str:
-    """Return the known language that serves as another one.
-
-    Args:
-        job: The job, whose model the error names.
-        wanted: The tag of the language.
-        known: The tags that the model knows.
-        direction: "from" or "to", for the error.
-
-    Returns:
-        The known tag.
+    """Return the known tag that serves as another one.
 
     Raises:
-        UsageError: The model does not know the language.
+        UsageError: The model does not know the language. The error names its `direction`, "from" or "to".
     """
     if tag := languages.match(wanted, known):
         return tag

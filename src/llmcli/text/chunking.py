@@ -10,13 +10,7 @@ if TYPE_CHECKING:
 def split(
     text: str, tokens: "Callable[[str], int] | Tokenizer", max_tokens: int, *, markdown: bool = False
 ) -> Iterator[tuple[int, str]]:
-    """Split a text between headings of Markdown, paragraphs, sentences or words, as large as the limit allows.
-
-    Args:
-        text: The text.
-        tokens: A function that counts tokens, or a tokenizer.
-        max_tokens: Maximum number of tokens of a piece.
-        markdown: Whether the text is Markdown.
+    """Split a text between headings of Markdown, paragraphs, sentences or words, into pieces as long as possible.
 
     Yields:
         Pairs of the position where a piece begins, in characters, and the piece. White space around pieces is left out.

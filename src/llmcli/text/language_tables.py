@@ -1,6 +1,7 @@
 """The private names of langcodes, language_data and py3langid that llmcli uses, and no other module may."""
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,7 @@ def has_known_script(code: str) -> bool:
     return code in LIKELY_SUBTAGS
 
 
+@cache
 def load_identifier() -> "LanguageIdentifier":
     """Load py3langid's model, without its global state."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier

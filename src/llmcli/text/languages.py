@@ -13,7 +13,6 @@ from llmcli.text import language_tables
 
 if TYPE_CHECKING:
     from langcodes import Language
-    from py3langid.langid import LanguageIdentifier
 
 # How tokenizers write a language: NLLB fra_Latn, mBART fr_XX, M2M100 __fr__, Marian >>fra<<.
 TOKEN = re.compile(r"([a-z]{3}_[A-Z][a-z]{3}|[a-z]{2}_[A-Z]{2})|__([a-z]{2,3})__|>>(\w+)<<")
@@ -26,13 +25,7 @@ ODD_CHARACTERS = re.compile(r"[^\S \t\r\n]|[\ud800-\udfff]")
 
 
 def parse(text: str) -> str:
-    """Return the tag of a language.
-
-    Args:
-        text: A tag, a tokenizer's code or a name, such as `pt_br`, `fra_Latn`, `French` or `中文`.
-
-    Returns:
-        The shortest BCP 47 tag.
+    """Return the tag of a language from a tag, a tokenizer's code or a name: `pt_br`, `fra_Latn`, `French` or `中文`.
 
     Raises:
         UsageError: The language is unknown.
@@ -92,15 +85,10 @@ def find_nearest(wanted: str, known: Iterable[str], limit: int = 5) -> list[str]
 def rank(text: str, candidates: Collection[str] = ()) -> list[tuple[str, float]]:
     """Return the languages that a text may be in, with their probabilities, best first.
 
-    Args:
-        text: The text. Only its beginning is read.
-        candidates: The tags to choose from. None: all languages that the detector knows.
-
-    Returns:
-        Pairs of a tag and its probability. The probabilities add up to 1.
+    No candidates: all languages that the detector knows.
     """
     tags, text = _tags_by_label(tuple(candidates)), text[:MAX_DETECTION_CHARACTERS]
-    scores = [(tags[label], score) for label, score in _identifier().rank(text) if label in tags]
+    scores = [(tags[label], score) for label, score in language_tables.load_identifier().rank(text) if label in tags]
     # The detector adds up the features of a text as if they were independent, so its scores grow apart too fast with
     # the length. The square root of the length corrects that. With the factor 0.4, one in a hundred short sentences
     # that reach MIN_PROBABILITY is wrong.
@@ -111,14 +99,7 @@ def rank(text: str, candidates: Collection[str] = ()) -> list[tuple[str, float]]
 
 
 def detect(text: str, candidates: Collection[str] = ()) -> str:
-    """Return the language of a text.
-
-    Args:
-        text: The text.
-        candidates: The tags to choose from. None: all languages that the detector knows.
-
-    Returns:
-        The tag of the language.
+    """Return the language of a text, one of the candidates or, without candidates, any that the detector knows.
 
     Raises:
         RecordError: The language is unsure, or is probably not among the candidates.
@@ -146,15 +127,7 @@ def detect_or_none(text: str) -> str | None:
 
 
 def split_sentences(text: str, tag: str) -> list[str]:
-    """Return the sentences of a text, each with the white space after it. Joined, they are the text.
-
-    Args:
-        text: The text.
-        tag: The language of the text.
-
-    Returns:
-        The sentences. White space between two paragraphs may be an item of its own.
-    """
+    """Return the sentences of a text, each with the white space after it. Joined, they are the text."""
     import sentencex
 
     sentences: list[str] = []
@@ -220,17 +193,12 @@ def _is_same(wanted: str, known: str) -> bool:
 
 
 @cache
-def _identifier() -> "LanguageIdentifier":
-    return language_tables.load_identifier()
-
-
-@cache
 def _tags_by_label(candidates: tuple[str, ...]) -> dict[str, str]:
     """Return the labels of the detector, each with the candidate that it stands for.
 
     Labels of three letters are left out: they are rare languages, and short texts are wrongly assigned to them.
     """
-    labels = {label: str(_language(label)) for label in _identifier().labels if len(label) == 2}
+    labels = {label: str(_language(label)) for label in language_tables.load_identifier().labels if len(label) == 2}
     by_family: dict[str, list[str]] = {}
     for tag in candidates or labels.values():
         by_family.setdefault(_family(str(_language(tag))), []).append(tag)

@@ -35,15 +35,7 @@ class Splitter:
     max_tokens: int | None
 
     def split(self, text: str, language: str) -> list[Segment]:
-        """Return the segments of a text, sentence by sentence.
-
-        Args:
-            text: The text.
-            language: The tag of its language.
-
-        Returns:
-            The segments. Joined, they are the text. No segment has a newline in its `text`.
-        """
+        """Return the segments of a text in a language. Joined, they are the text; none has a newline in its `text`."""
         return list(self._split_lines(text.splitlines(keepends=True), language))
 
     def _split_lines(self, lines: Iterable[str], language: str) -> Iterator[Segment]:
@@ -74,15 +66,7 @@ class Splitter:
 
 
 def join_segments(segments: Sequence[Segment], translations: Sequence[str]) -> str:
-    """Return a text with its segments translated.
-
-    Args:
-        segments: The segments of the text.
-        translations: The translations of the segments that have a `text`, in order.
-
-    Returns:
-        The translated text.
-    """
+    """Return a text with the segments that have a `text` replaced by their translations, in order."""
     remaining = iter(translations)
     return "".join(
         segment.before + (" ".join(next(remaining).split()) if segment.text else "") + segment.after

@@ -2,8 +2,8 @@
 
 import hashlib
 import sqlite3
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from llmcli import config
@@ -24,13 +24,11 @@ class VectorCache(AbstractContextManager["VectorCache"]):
     def __init__(self, model: str, path: Path | None = None) -> None:
         self.model = model
         self.path = path or config.cache_dir() / "vectors.sqlite"
-        try:
+        with self._translate_errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(self.path, timeout=30)
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute(SCHEMA)
-        except (sqlite3.Error, OSError) as exc:
-            raise self._error(exc) from exc
 
     def get_many(self, texts: Iterable[str]) -> dict[str, bytes]:
         """Return the vectors of the texts that have one."""
@@ -40,27 +38,26 @@ class VectorCache(AbstractContextManager["VectorCache"]):
             batch = digests[start : start + QUERY_SIZE]
             marks = ",".join("?" * len(batch))
             query = f"SELECT digest, vector FROM vectors WHERE model = ? AND digest IN ({marks})"
-            try:
+            with self._translate_errors():
                 rows = self._database.execute(query, [self.model, *batch]).fetchall()
-            except sqlite3.Error as exc:
-                raise self._error(exc) from exc
             vectors.update({by_digest[digest]: vector for digest, vector in rows})
         return vectors
 
     def put_many(self, vectors: Mapping[str, bytes]) -> None:
         """Save the vectors of texts."""
         rows = [(self.model, _digest(text), vector) for text, vector in vectors.items()]
-        try:
-            with self._database:
-                self._database.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
-        except sqlite3.Error as exc:
-            raise self._error(exc) from exc
+        with self._translate_errors(), self._database:
+            self._database.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
 
     def __exit__(self, *_: object) -> None:
         self._database.close()
 
-    def _error(self, exc: Exception) -> LlmcliError:
-        return LlmcliError(f"{self.path}: {exc}", hint="delete the file, which is only a cache of vectors")
+    @contextmanager
+    def _translate_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as exc:
+            raise LlmcliError(f"{self.path}: {exc}", hint="delete the file, which is only a cache of vectors") from exc
 
 
 def _digest(text: str) -> bytes:
