@@ -3,7 +3,7 @@
 from llmcli.errors import RecordError
 from llmcli.job import Job, JsonObject
 from llmcli.tasks import Messages, Strategy, Task, TaskGenerator, TaskModel
-from llmcli.tasks.fields import field_name, read_text_field
+from llmcli.tasks.fields import field_name, text_field
 from llmcli.tasks.generate import EMPTY, OUTPUTS
 from llmcli.tasks.generated import SAMPLING, run_prompt
 from llmcli.tasks.templates import read_prompt
@@ -45,7 +45,7 @@ def _check_messages(messages: object, name: str) -> list[Message]:
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise RecordError("wrong_type", f"message {number} of {name!r} has no string {key!r}")
-            read_text_field(message, key)
+            text_field(message, key)
     return messages
 
 

@@ -10,7 +10,7 @@ def field_name(job: Job, role: str) -> str:
     return name
 
 
-def read_text_field(fields: JsonObject, name: str) -> str:
+def text_field(fields: JsonObject, name: str) -> str:
     """Return the string in a field of a record.
 
     Raises:
@@ -31,7 +31,7 @@ def read_text_field(fields: JsonObject, name: str) -> str:
 
 def read_text(job: Job, fields: JsonObject) -> str:
     """Return the text of a record, which may be empty. Raises RecordError if the text is missing or invalid."""
-    return read_text_field(fields, field_name(job, "text"))
+    return text_field(fields, field_name(job, "text"))
 
 
 def read_text_record(job: Job, fields: JsonObject) -> JsonObject | None:

@@ -8,7 +8,7 @@ from llmcli.errors import RecordError, UsageError
 from llmcli.job import Job, JsonObject
 from llmcli.models import registry
 from llmcli.tasks import ModelCall, Strategy, Task, TaskGenerator, TaskModel, TaskResult, prompting, select_parameters
-from llmcli.tasks.fields import field_name, read_text_field
+from llmcli.tasks.fields import field_name, text_field
 from llmcli.tasks.generated import merge_usage
 from llmcli.tasks.outputs import ExtractedOutput, GeneratedOutput
 from llmcli.tasks.search import Document
@@ -36,10 +36,10 @@ def prepare(job: Job, fields: JsonObject) -> Question | None:
     Raises:
         RecordError: The question is blank, or a field is missing or invalid.
     """
-    question = read_text_field(fields, field_name(job, "question"))
+    question = text_field(fields, field_name(job, "question"))
     documents = job.parameters.get("documents")
     if documents is None:
-        documents = [{"text": read_text_field(fields, field_name(job, "context"))}]
+        documents = [{"text": text_field(fields, field_name(job, "context"))}]
     if not question.strip():
         raise RecordError("empty", "the question is empty")
     documents = [document for document in documents if document["text"].strip()]

@@ -2,7 +2,7 @@
 
 from llmcli.job import Job, JsonObject
 from llmcli.tasks import Strategy, Task, passthrough, select_parameters
-from llmcli.tasks.fields import read_text, read_text_field
+from llmcli.tasks.fields import read_text, text_field
 
 
 def prepare(job: Job, fields: JsonObject) -> dict[str, str] | None:
@@ -13,7 +13,7 @@ def prepare(job: Job, fields: JsonObject) -> dict[str, str] | None:
     """
     condition = job.parameters.get("condition")
     text = read_text(job, fields)
-    prefix = "" if condition is None else read_text_field(fields, condition)
+    prefix = "" if condition is None else text_field(fields, condition)
     return {"text": text, "condition": prefix} if text else None
 
 

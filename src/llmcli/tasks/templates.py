@@ -4,7 +4,7 @@ import string
 
 from llmcli.errors import UsageError
 from llmcli.job import Job, JsonObject
-from llmcli.tasks.fields import field_name, read_text_field
+from llmcli.tasks.fields import field_name, text_field
 
 
 def check_template(template: str, source: str) -> None:
@@ -52,7 +52,7 @@ def read_prompt(job: Job, fields: JsonObject) -> str | None:
     """
     name, template = field_name(job, "text"), job.parameters.get("prompt")
     if template is None:
-        return read_text_field(fields, name) or None
+        return text_field(fields, name) or None
     if name in fields:  # {text} is the text, whatever name its field has.
         fields = {"text": fields[name], **fields}
     placeholders = {field for _, field, _, _ in string.Formatter().parse(template)}
@@ -65,4 +65,4 @@ def _format_field(fields: JsonObject, name: str) -> str:
     value = fields.get(name)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    return read_text_field(fields, name)
+    return text_field(fields, name)
