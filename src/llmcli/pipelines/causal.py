@@ -37,6 +37,28 @@ class CausalPipeline(CausalHead):
         config = {} if generation_config is None else {"generation_config": generation_config}
         return {"truncate": truncate}, config, config
 
+    @functools.cached_property
+    def can_share_prefix(self) -> bool:
+        """Whether keys and values of a common prefix may be computed once for many prompts."""
+        return True
+
+    @functools.cached_property
+    def can_mix_limits(self) -> bool:
+        """Whether rows with different limits may share a batch.
+
+        A row that has reached its limit goes on with the batch, beyond the context. Only rotary positions that do not
+        depend on the length of the batch allow that: learned positions end there, and others change the other rows.
+        """
+        config = self.model.config.get_text_config()
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        kinds = [value.get("rope_type") for value in rope.values() if isinstance(value, dict)] or [
+            rope.get("rope_type")
+        ]
+        names = [type(module).__name__ for module in self.model.modules()]
+        is_rotary = any(name.endswith("RotaryEmbedding") for name in names)
+        is_learned = any(name.endswith("PositionalEmbedding") for name in names)
+        return is_rotary and not is_learned and set(kinds) <= {None, "default", "linear", "llama3", "yarn"}
+
     def remaining_context(self, inputs: Mapping[str, Any]) -> int | None:
         """Tokens that the context leaves for the answer."""
         return self.context_length - len(inputs["input_ids"]) if self.context_length else None

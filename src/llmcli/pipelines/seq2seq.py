@@ -50,6 +50,9 @@ class Seq2SeqPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # tran
         known = [length for length in (positions, self.tokenizer.model_max_length) if length and 0 < length < 10**6]
         return min(known, default=None)
 
+    can_share_prefix = False
+    can_mix_limits = True  # all rows have the same
+
     def remaining_context(self, inputs: Mapping[str, Any]) -> int | None:
         """Tokens that the decoder has places for."""
         config = self.model.config

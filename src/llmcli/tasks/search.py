@@ -31,7 +31,7 @@ def run(job: Job, asked: Mapping[str, Any], model: Any) -> TaskGenerator:
     query, passages = asked["query"], list(passages_of(asked["texts"], model.folder))
     if not passages:
         return TaskResult({"matches": []}, "")
-    with VectorCache(_identity(model, job)) as cache:
+    with VectorCache(model.fingerprint) as cache:
         texts = {query, *(passage["text"] for passage in passages)}
         known = cache.find(texts)
         missing = sorted(texts - known.keys(), key=lambda text: (len(text), text))
@@ -67,11 +67,6 @@ def passages_of(texts: Sequence[Text], folder: Path) -> Iterator[dict[str, Any]]
             counted = start
             place = {"file": file, "line": line, "of": number, "start": start, "end": start + len(piece)}
             yield {"text": piece, **place}
-
-
-def _identity(model: Any, job: Job) -> str:
-    """What the vectors depend on, beside the text: the weights and their precision."""
-    return f"{model.folder} {model.changed} {job.load_options.dtype} {job.load_options.quantize}"
 
 
 TASK = Task(prepare, ("matches",), {"matches": []}, {"embedding": Strategy(run)})
