@@ -128,6 +128,7 @@ class CausalPipeline(CausalHead):
         generation_config: Any = None,
         streamer: BaseStreamer | None = None,
         criteria: Sequence[StoppingCriteria] = (),
+        max_new_tokens: Sequence[int] | None = None,
         prefix: tuple[list[int], Any] | None = None,
     ) -> dict[str, Any]:
         config = copy.copy(generation_config or self.model.generation_config)
@@ -147,6 +148,7 @@ class CausalPipeline(CausalHead):
         # transformers' own stop strings are found in the prompt's end and in special tokens too
         stops, config.stop_strings = config.stop_strings, None
         found = [answers.NewTextStopCriteria(self._decoders(batch), stops, ids.shape[1])] if stops else []
+        found += answers.limit_rows(config, max_new_tokens, ids.shape[1])
         sequences = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -156,7 +158,8 @@ class CausalPipeline(CausalHead):
             **settings,
         )
         sequences = getattr(sequences, "sequences", sequences)[:, ids.shape[1] :]
-        return {"sequences": sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True), **inputs}
+        limits = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
+        return {"sequences": sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True), **limits, **inputs}
 
     def postprocess(self, output: dict[str, Any], generation_config: Any = None) -> dict[str, Any]:
         """The fields of a result; `generated_texts` where more than one sequence was asked for."""
