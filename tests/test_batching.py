@@ -214,7 +214,19 @@ def test_seed_repeats_a_run_whatever_the_speed(llmcli, tiny, monkeypatch):
 def test_rows_near_the_context_length_share_batches(llmcli, tiny, forwards):
     words = [" ".join(["the fox"] * (1 + i % 12)) for i in range(64)]
     text = "".join(f"{line}\n" for line in words).encode()
-    args = ("generate", "--lines", "--json", "-m", tiny, "--max-new-tokens", 64, "--temperature", 0)
+    args = (
+        "generate",
+        "--lines",
+        "--json",
+        "-m",
+        tiny,
+        "--max-new-tokens",
+        64,
+        "--temperature",
+        0,
+        "--dtype",
+        "float32",
+    )
     alone = llmcli(*args, "--batch-size", 1, stdin=text).records
     forwards.clear()
     together = llmcli(*args, stdin=text).records
