@@ -28,6 +28,29 @@ def iter_of(texts):
     yield from texts
 
 
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_row_limits_in_a_batch_give_the_text_of_each_alone(causal, settings):
+    config = GenerationConfig(do_sample=False, eos_token_id=1, pad_token_id=1, max_new_tokens=9, **settings)
+    prompts, limits = ["the quick", "a lazy dog and then", "once"], [3, 9, 1]
+    rows = [causal.preprocess(prompt) for prompt in prompts]
+
+    def run(rows, limits):
+        batch = {name: [row[name] for row in rows] for name in rows[0]}
+        output = causal.forward(batch, generation_config=config, max_new_tokens=limits)
+        return [
+            {name: value[i : i + 1] if name == "sequences" else value[i] for name, value in output.items()}
+            for i in range(len(rows))
+        ]
+
+    together = [causal.postprocess(output, config) for output in run(rows, limits)]
+    assert together == [
+        causal.postprocess(run([row], [limit])[0], config) for row, limit in zip(rows, limits, strict=True)
+    ]
+    sequences = settings.get("num_return_sequences", 1)
+    assert [fields["usage"]["completion_tokens"] for fields in together] == [limit * sequences for limit in limits]
+    assert {fields["finish_reason"] for fields in together} == {"length"}
+
+
 def test_a_sentencepiece_tokenizer_keeps_the_space_after_the_prompt(causal, monkeypatch):
     """Llama 2's decoder strips the first space of whatever it decodes."""
     from tokenizers import decoders

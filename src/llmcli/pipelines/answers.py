@@ -18,7 +18,8 @@ Decode = Callable[[list[int]], str]
 def fields(output: Mapping[str, Any], decode: Decode, config: Any) -> dict[str, Any]:
     """The fields of one input's result, from its `sequences` (1, N, T) of new tokens, its `input_ids` and what was
     `cut` from it; `generated_texts` where more than one sequence was asked for."""
-    found = [_answer(sequence.tolist(), decode, config) for sequence in output["sequences"][0]]
+    limit = output.get("max_new_tokens")
+    found = [_answer(sequence.tolist()[:limit], decode, config) for sequence in output["sequences"][0]]
     text, reason, _ = found[0]
     result: dict[str, Any] = {"generated_text": text}
     if len(found) > 1:
@@ -57,6 +58,28 @@ class NewTextStopCriteria(StoppingCriteria):  # type: ignore[misc]
         decoders = (self.decoders[i * len(self.decoders) // len(rows)] for i in range(len(rows)))
         stopped = [first_stop(decode(row), self.stops) is not None for decode, row in zip(decoders, rows, strict=True)]
         return torch.tensor(stopped, device=input_ids.device)
+
+
+class RowLimitCriteria(StoppingCriteria):  # type: ignore[misc]
+    """End each row of a batch after its own number of new tokens.
+
+    `start` is the padded length of the prompts. Several rows, sequences or beams, may share one of the `limits`.
+    """
+
+    def __init__(self, limits: Sequence[int], start: int) -> None:
+        self.limits, self.start = torch.tensor(limits), start
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        limits = self.limits.repeat_interleave(len(input_ids) // len(self.limits))
+        return (limits <= input_ids.shape[1] - self.start).to(input_ids.device)
+
+
+def limit_rows(config: Any, limits: Sequence[int] | None, start: int) -> list[StoppingCriteria]:
+    """Let `config` generate as many tokens as the longest row may have, and return what ends the shorter rows."""
+    if not limits:
+        return []
+    config.max_new_tokens, config.max_length = max(limits), None
+    return [RowLimitCriteria(limits, start)] if min(limits) < max(limits) else []
 
 
 class TokenTimer(StoppingCriteria):  # type: ignore[misc]

@@ -37,6 +37,28 @@ class CausalPipeline(CausalHead):
         config = {} if generation_config is None else {"generation_config": generation_config}
         return {"truncate": truncate}, config, config
 
+    @functools.cached_property
+    def can_share_prefix(self) -> bool:
+        """Whether keys and values of a common prefix may be computed once for many prompts."""
+        return True
+
+    @functools.cached_property
+    def can_mix_limits(self) -> bool:
+        """Whether rows with different limits may share a batch.
+
+        A row that has reached its limit goes on with the batch, beyond the context. Only rotary positions that do not
+        depend on the length of the batch allow that: learned positions end there, and others change the other rows.
+        """
+        config = self.model.config.get_text_config()
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        kinds = [value.get("rope_type") for value in rope.values() if isinstance(value, dict)] or [
+            rope.get("rope_type")
+        ]
+        names = [type(module).__name__ for module in self.model.modules()]
+        is_rotary = any(name.endswith("RotaryEmbedding") for name in names)
+        is_learned = any(name.endswith("PositionalEmbedding") for name in names)
+        return is_rotary and not is_learned and set(kinds) <= {None, "default", "linear", "llama3", "yarn"}
+
     def remaining_context(self, inputs: Mapping[str, Any]) -> int | None:
         """Tokens that the context leaves for the answer."""
         return self.context_length - len(inputs["input_ids"]) if self.context_length else None
@@ -106,6 +128,7 @@ class CausalPipeline(CausalHead):
         generation_config: Any = None,
         streamer: BaseStreamer | None = None,
         criteria: Sequence[StoppingCriteria] = (),
+        max_new_tokens: Sequence[int] | None = None,
         prefix: tuple[list[int], Any] | None = None,
     ) -> dict[str, Any]:
         config = copy.copy(generation_config or self.model.generation_config)
@@ -125,6 +148,7 @@ class CausalPipeline(CausalHead):
         # transformers' own stop strings are found in the prompt's end and in special tokens too
         stops, config.stop_strings = config.stop_strings, None
         found = [answers.NewTextStopCriteria(self._decoders(batch), stops, ids.shape[1])] if stops else []
+        found += answers.limit_rows(config, max_new_tokens, ids.shape[1])
         sequences = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -134,7 +158,8 @@ class CausalPipeline(CausalHead):
             **settings,
         )
         sequences = getattr(sequences, "sequences", sequences)[:, ids.shape[1] :]
-        return {"sequences": sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True), **inputs}
+        limits = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
+        return {"sequences": sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True), **limits, **inputs}
 
     def postprocess(self, output: dict[str, Any], generation_config: Any = None) -> dict[str, Any]:
         """The fields of a result; `generated_texts` where more than one sequence was asked for."""

@@ -1,6 +1,7 @@
 """Texts -> how likely a causal language model finds them. A transformers.Pipeline."""
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,6 @@ from llmcli.pipelines import rows
 from llmcli.pipelines.cache import growing
 from llmcli.pipelines.head import CausalHead
 from llmcli.pipelines.spelling import size_of, token_texts
-from llmcli.prefix import common
 
 LOGITS = 2**27  # numbers that a model with a cache may give at once: 0.5 GB in float32
 SLICE = 2**22  # of these that are looked at together: a processor's caches hold no more
@@ -46,7 +46,7 @@ class ScoringPipeline(CausalHead):
         text, condition = asked["text"], asked["condition"]
         ids = self.tokenizer(condition + text)["input_ids"]
         before = self.tokenizer(condition)["input_ids"] if condition else []
-        begin = len(common([ids, before]))
+        begin = len(os.path.commonprefix([ids, before]))  # noqa: RUF071  # of lists, not of paths
         if not ids:
             raise RecordError("no_tokens", "the text has no tokens")
         size = self.context_length or max(len(ids), 2)

@@ -50,6 +50,9 @@ class Seq2SeqPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # tran
         known = [length for length in (positions, self.tokenizer.model_max_length) if length and 0 < length < 10**6]
         return min(known, default=None)
 
+    can_share_prefix = False
+    can_mix_limits = True  # all rows have the same
+
     def remaining_context(self, inputs: Mapping[str, Any]) -> int | None:
         """Tokens that the decoder has places for."""
         config = self.model.config
@@ -85,11 +88,13 @@ class Seq2SeqPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # tran
         generation_config: Any = None,
         streamer: BaseStreamer | None = None,
         criteria: Sequence[StoppingCriteria] = (),
+        max_new_tokens: Sequence[int] | None = None,
     ) -> dict[str, Any]:
         config = copy.copy(generation_config or self.model.generation_config)
         ids, mask = rows.padded(rows.listed(inputs)["input_ids"], self.tokenizer.pad_token_id, self.device)
         stops, config.stop_strings = config.stop_strings, None
         found = [answers.NewTextStopCriteria([self._decode], stops, 1)] if stops else []
+        found += answers.limit_rows(config, max_new_tokens, 1)
         sequences = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -98,7 +103,8 @@ class Seq2SeqPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # tran
             streamer=streamer,
         )
         sequences = getattr(sequences, "sequences", sequences)[:, 1:]
-        return {"sequences": sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True), **inputs}
+        limits = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
+        return {"sequences": sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True), **limits, **inputs}
 
     def postprocess(self, output: dict[str, Any], generation_config: Any = None) -> dict[str, Any]:
         """The fields of a result; `generated_texts` where more than one sequence was asked for."""
