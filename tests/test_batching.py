@@ -18,7 +18,7 @@ def test_rows_are_dealt_into_equal_batches():
     assert sorted(lengths[i] for i in bucket_by_length(lengths, 4)) == [11, 40, 41]
 
 
-def plenty(*, reset: bool = False) -> MemoryUsage:
+def plenty(reset: bool) -> MemoryUsage:
     return MemoryUsage(used=0, peak=0, free=10**12)
 
 
@@ -54,7 +54,7 @@ def test_policy_out_of_memory_limits_tokens_not_rows(memory):
 
 
 def test_policy_fixed_ignores_speed_and_free_memory():
-    policy = RowPolicy(None, "cpu", MemoryEstimator(lambda *, reset=False: MemoryUsage(0, 10**6, 0)), is_fixed=True)
+    policy = RowPolicy(None, "cpu", MemoryEstimator(lambda reset: MemoryUsage(0, 10**6, 0)), is_fixed=True)
     policy.observe([10] * 16, 100)
     assert (policy.size, len(policy.choose([10] * 40))) == (16, 13)
 
@@ -97,7 +97,7 @@ def test_equal_records_of_a_greedy_job_run_once(llmcli, tiny, monkeypatch):
 
 def test_memory_estimator_rejects_batches_that_do_not_fit():
     now = MemoryUsage(used=1000, peak=1000, free=10_000)
-    memory = MemoryEstimator(lambda *, reset=False: now)
+    memory = MemoryEstimator(lambda reset: now)
     assert memory.fits(10**9)  # nothing is known yet
     now = MemoryUsage(used=1500, peak=3000, free=9500)
     memory.observe(100)  # 20 bytes a token
@@ -117,7 +117,7 @@ def test_memory_estimator_counts_the_peak_of_each_batch():
         MemoryUsage(used=100, peak=2100, free=10_000),
         MemoryUsage(used=100, peak=2100, free=10_000),
     ])  # fmt: skip
-    memory = MemoryEstimator(lambda *, reset=False: next(usages))
+    memory = MemoryEstimator(lambda reset: next(usages))
     memory.start_batch()
     memory.observe(100)
     assert memory.fits(400)

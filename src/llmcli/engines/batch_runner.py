@@ -30,15 +30,8 @@ class Row:
 class BatchRunner:
     """Runs requests on a pipeline: `add` them, then `step` until the queue is empty.
 
-    Args:
-        pipeline: A loaded pipeline of `llmcli.pipelines`.
-        policy: Chooses the batches.
-        parameters: Parameters of the pipeline.
-        truncate: What the pipeline's `preprocess` is told about inputs that are too long.
-        is_repeatable: Whether equal inputs have equal outputs, so that duplicates run once.
-
-    Attributes:
-        on_token: Called after each token that a batch generates; it may raise.
+    `on_token`, if set, is called after each token that a batch generates; it may raise. Where equal inputs have equal
+    outputs (`is_repeatable`), duplicates run once.
     """
 
     def __init__(

@@ -15,18 +15,11 @@ MIN_SPEED_RATIO = 0.7  # a larger batch may seem slower only because its rows ar
 
 
 class BatchPolicy(ABC):
-    """Chooses batches: `choose` one, then tell how it went by `observe` or `observe_out_of_memory`.
+    """Chooses batches. `choose` one, then report by `observe` or `observe_out_of_memory` how it went.
 
-    The batch size is the user's or, for auto, doubles while throughput improves. A batch also has to fit in memory,
-    as far as earlier batches show how much a token takes. A batch that ran out of memory limits the tokens of later
-    ones, not their rows: one long record does not make batches of short records smaller.
-
-    Args:
-        batch_size: Rows per batch, or None for auto.
-        device_type: "cpu", "cuda", ...
-        memory: What is known of the memory that batches take.
-        answer_tokens: Maximum number of tokens that are generated for a row.
-        is_fixed: Whether batches must not depend on speed or memory, so that a seeded run can be repeated.
+    The size of a batch is `batch_size` or, if that is None, doubles while throughput improves, unless `is_fixed`. A
+    batch also has to fit in memory, with `answer_tokens` for each row. A batch that ran out of memory limits the tokens
+    of later ones, not their rows: one long record does not make batches of short records smaller.
     """
 
     def __init__(
@@ -47,10 +40,9 @@ class BatchPolicy(ABC):
         self._best_speed = 0.0
 
     def choose(self, lengths: Sequence[int]) -> list[int]:
-        """Return the indices of the rows of the next batch: the first row, which has waited longest, and similar ones.
+        """Return the indices of the rows of the next batch: the first one, which has waited longest, and similar ones.
 
-        Args:
-            lengths: Tokens of each waiting row.
+        `lengths` are the tokens of the waiting rows.
         """
         size = self.size
         while True:
@@ -130,8 +122,7 @@ class TokenPolicy(BatchPolicy):
 def bucket_by_length(lengths: Sequence[int], size: int) -> list[int]:
     """Return the indices of the first row and of rows of similar length, at most `size`.
 
-    All rows are sorted by length and divided into as few equal batches as possible, so that no batch is left with rows
-    of very different lengths. The batch of the first row is returned.
+    Sorted by length, all rows are divided into as few equal batches as possible, so that no batch mixes what is left.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     count = -(-len(order) // size)

@@ -20,13 +20,12 @@ class Engine(Protocol):
     def run(
         self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_result: OnResult | None = None
     ) -> Iterator[Result]:
-        """Yield the results in the order of the records.
+        """Yield the results in the order of the records, which are read ahead.
 
         Args:
             job: What to do with each record.
-            records: An iterable that may be slow; it is read ahead.
-            on_text: Receives the text of a record while it is generated, before its Result, whenever the engine works
-                on that record alone.
+            records: The input; it may be slow.
+            on_text: Receives the text of a record that is alone in flight, while it is generated.
             on_result: Receives every Result as soon as it is known, which may be before its turn.
 
         Raises:

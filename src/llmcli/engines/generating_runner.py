@@ -15,14 +15,7 @@ MIN_PREFIX_TOKENS = 16  # a shorter prefix costs more to copy than to compute ag
 
 
 class GeneratingRunner(BatchRunner):
-    """A BatchRunner for pipelines that generate, within the context of the model.
-
-    Args:
-        pipeline: A loaded pipeline that generates.
-        policy: Chooses the batches.
-        config: The merged GenerationConfig of the job.
-        truncate: Whether prompts that are too long are cut.
-    """
+    """A BatchRunner for pipelines that generate, by a merged GenerationConfig and within the model's context."""
 
     def __init__(
         self, pipeline: "Pipeline", policy: BatchPolicy, config: "GenerationConfig", *, truncate: bool

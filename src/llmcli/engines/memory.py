@@ -1,11 +1,12 @@
 """Memory of a batch: measured after each batch, so that the next one fits."""
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +23,7 @@ class MemoryUsage:
     free: int
 
 
-class MemoryProbe(Protocol):
-    """Reads the memory of a device. With `reset`, the peak is counted anew from now on."""
-
-    def __call__(self, *, reset: bool = False) -> MemoryUsage: ...
+MemoryProbe = Callable[[bool], MemoryUsage]  # whether to count the peak anew from now on
 
 
 class MemoryEstimator:
@@ -33,18 +31,18 @@ class MemoryEstimator:
 
     def __init__(self, probe: MemoryProbe) -> None:
         self._probe = probe
-        self._baseline = probe()
+        self._baseline = probe(False)
         self._peak_before = self._baseline.peak
         self._bytes_per_token = 0.0
         self._failed_tokens: int | None = None  # the smallest batch that ran out of memory
 
     def start_batch(self) -> None:
         """Count the peak of the next batch from now on."""
-        self._peak_before = self._probe(reset=True).peak
+        self._peak_before = self._probe(True).peak
 
     def observe(self, tokens: int) -> None:
         """Learn from a batch that has run."""
-        usage = self._probe()
+        usage = self._probe(False)
         # Where the peak cannot be reset, it may be that of loading the model or of an earlier batch.
         peak = max(usage.used, usage.peak if usage.peak > self._peak_before else 0)
         self._bytes_per_token = max(self._bytes_per_token, (peak - self._baseline.used) / tokens)
@@ -61,7 +59,7 @@ class MemoryEstimator:
         """Return whether a batch of that many tokens is expected to fit. Any does until one has run."""
         if not self.is_below_failure(tokens):
             return False
-        usage = self._probe()
+        usage = self._probe(False)
         return tokens * self._bytes_per_token <= USABLE_FRACTION * (usage.free + usage.used - self._baseline.used)
 
 
@@ -71,31 +69,26 @@ def memory_probe(devices: "list[torch.device]") -> MemoryProbe:
     return partial(_probe_gpus, gpus) if gpus else _probe_main_memory
 
 
-def _probe_main_memory(*, reset: bool = False) -> MemoryUsage:
+def _probe_main_memory(reset: bool) -> MemoryUsage:
     import psutil
 
     if reset:
         with suppress(OSError):  # Linux; elsewhere the peak is that of the whole process
             Path("/proc/self/clear_refs").write_text("5")
-    info = psutil.Process().memory_info()
+    info, peak = psutil.Process().memory_info(), 0
+    with suppress(ImportError):  # Windows
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    with suppress(OSError):  # Linux, where the peak can be reset
+        status = Path("/proc/self/status").read_text()
+        peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
     shared = getattr(info, "shared", 0)  # mapped files, such as weights, which are read during the first batch
     # The process keeps what its largest batch took, and the next batch uses it again.
-    return MemoryUsage(info.rss - shared, _peak_rss() - shared, psutil.virtual_memory().available)
+    return MemoryUsage(info.rss - shared, peak - shared, psutil.virtual_memory().available)
 
 
-def _peak_rss() -> int:
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _probe_gpus(devices: "list[torch.device]", *, reset: bool = False) -> MemoryUsage:
+def _probe_gpus(devices: "list[torch.device]", reset: bool) -> MemoryUsage:
     import torch
 
     used = peak = free = 0

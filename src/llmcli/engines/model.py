@@ -25,18 +25,10 @@ class PipelineCache(Protocol):
 
 
 class Model:
-    """A job's model. The weights are found, and pulled if needed, at once; `pipeline` loads them when first used.
+    """A job's model. Its weights are found, and pulled if needed, at once; `pipeline` loads them when first used.
 
-    Args:
-        job: The job.
-        cache: Keeps loaded pipelines.
-
-    Attributes:
-        folder: Directory of the weights.
-        kind: The kind of pipeline, which selects the task's strategy.
-
-    Raises:
-        ModelUnavailableError: The weights cannot be had, or the model cannot do the job's task.
+    `folder` holds the weights; `kind` selects the task's strategy. Raises ModelUnavailableError if the weights cannot
+    be had, or cannot do the job's task.
     """
 
     def __init__(self, job: Job, cache: "PipelineCache") -> None:

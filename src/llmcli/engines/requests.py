@@ -13,20 +13,14 @@ OnText = Callable[[str], None]
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One input for the model, then its output or its failure.
-
-    Attributes:
-        row_count: Rows that the input takes in batches. A long context takes several.
-        row_outputs: Outputs of the rows that have run, by index.
-        duplicates: Requests with an equal input, which get the output of this one.
-    """
+    """One input for the model, then its output or its failure."""
 
     input: Any
     output: Any = None
     failure: Failure | None = None
-    row_count: int = 0
-    row_outputs: dict[int, dict[str, Any]] = field(default_factory=dict)
-    duplicates: list["Request"] = field(default_factory=list)
+    row_count: int = 0  # rows of batches that it takes: a long context takes several
+    row_outputs: dict[int, dict[str, Any]] = field(default_factory=dict)  # of the rows that have run, by index
+    duplicates: list["Request"] = field(default_factory=list)  # with an equal input: they get this one's output
 
     @property
     def key(self) -> str:
