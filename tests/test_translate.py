@@ -5,6 +5,7 @@ import gc
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -249,9 +250,20 @@ def test_translation_plan_is_made_per_model_and_languages(translate):
     assert (ran.exit_status, "does not translate to Simplified Chinese" in ran.stderr) == (2, True)
 
 
-def test_translation_plans_end_with_their_model(translate):
-    from llmcli.tasks import translation_plan
+def test_translation_plans_end_with_their_model():
+    from llmcli.job import Job
+    from llmcli.tasks.translation_plan import _plans, plan_for
 
-    assert translate("The fox.", "--from", "en", "--to", "fr", "-m", NLLB).exit_status == 0
+    tokens = {"eng_Latn": 1, "fra_Latn": 2}
+
+    class FakeModel:
+        config = SimpleNamespace(model_type="m2m_100")
+        tokenizer = SimpleNamespace(get_added_vocab=lambda: tokens, convert_tokens_to_ids=tokens.get)
+
+    job, count = Job("translate", "nllb", parameters={"to": "fr"}), len(_plans)
+    one, other = FakeModel(), FakeModel()
+    assert plan_for(job, one) is plan_for(job, one) is not plan_for(job, other)
+    assert plan_for(job, one).settings == {"forced_bos_token_id": 2}
+    del one, other
     gc.collect()
-    assert len(translation_plan._plans) == 0
+    assert len(_plans) == count
