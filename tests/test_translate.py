@@ -1,9 +1,11 @@
 """llmcli translate: languages, long texts, defaults that fall back."""
 
 import csv
+import gc
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -231,13 +233,11 @@ def test_a_field_that_the_prompt_names_and_nobody_has(translate, base):
 
 
 def test_translation_plan_many_records_made_once(translate, monkeypatch):
-    from llmcli.tasks import translation_plan
     from llmcli.text import languages
 
     calls: list[int] = []
     find_codes = languages.find_codes
     monkeypatch.setattr(languages, "find_codes", lambda tokens: (calls.append(1), find_codes(tokens))[1])
-    translation_plan._plans.clear()
     ran = translate("--from", "en", "--to", "fr", "-m", NLLB, "--lines", stdin=b"The fox.\nThe dog.\nThe cat.\n")
     assert (ran.exit_status, len(ran.stdout.splitlines()), len(calls)) == (0, 3, 1)
 
@@ -250,12 +250,20 @@ def test_translation_plan_is_made_per_model_and_languages(translate):
     assert (ran.exit_status, "does not translate to Simplified Chinese" in ran.stderr) == (2, True)
 
 
-def test_translation_plan_cache_is_bounded_and_holds_no_model(translate, monkeypatch):
-    from llmcli.tasks import translation_plan
+def test_translation_plans_end_with_their_model():
+    from llmcli.job import Job
+    from llmcli.tasks.translation_plan import _plans, plan_for
 
-    translation_plan._plans.clear()
-    monkeypatch.setattr(translation_plan, "MAX_PLANS", 2)
-    for target in ("fr", "zh", "pt"):
-        assert translate("The fox.", "--from", "en", "--to", target, "-m", NLLB).exit_status == 0
-    assert len(translation_plan._plans) <= 2
-    assert all(isinstance(part, str | None) for key in translation_plan._plans for part in key)
+    tokens = {"eng_Latn": 1, "fra_Latn": 2}
+
+    class FakeModel:
+        config = SimpleNamespace(model_type="m2m_100")
+        tokenizer = SimpleNamespace(get_added_vocab=lambda: tokens, convert_tokens_to_ids=tokens.get)
+
+    job, count = Job("translate", "nllb", parameters={"to": "fr"}), len(_plans)
+    one, other = FakeModel(), FakeModel()
+    assert plan_for(job, one) is plan_for(job, one) is not plan_for(job, other)
+    assert plan_for(job, one).settings == {"forced_bos_token_id": 2}
+    del one, other
+    gc.collect()
+    assert len(_plans) == count

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 from llmcli.errors import UsageError
 from llmcli.job import Job, JsonObject
@@ -10,7 +11,6 @@ from llmcli.tasks import LocalModel
 from llmcli.text import languages
 
 T5_PAIR = re.compile(r"translation_(\w+)_to_(\w+)")  # names in T5's task_specific_params
-MAX_PLANS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,8 @@ class TranslationPlan:
     settings: JsonObject = field(default_factory=dict)
 
 
-# Making a plan takes milliseconds: the vocabulary is searched for languages. A key names the weights and the languages,
-# never a loaded model, so that a plan keeps no model alive and equal jobs share it.
-_plans: dict[tuple[str, str, str | None], TranslationPlan] = {}
+# Making a plan takes milliseconds, because the vocabulary is searched for languages. A model's plans end with it.
+_plans: WeakKeyDictionary[LocalModel, dict[tuple[str, str | None], TranslationPlan]] = WeakKeyDictionary()
 
 
 def plan_for(job: Job, model: LocalModel) -> TranslationPlan:
@@ -39,12 +38,11 @@ def plan_for(job: Job, model: LocalModel) -> TranslationPlan:
     Raises:
         UsageError: The model does not translate between these languages.
     """
-    key = (model.fingerprint, job.parameters["to"], job.parameters.get("from"))
-    if (plan := _plans.get(key)) is None:
-        if len(_plans) >= MAX_PLANS:
-            _plans.clear()
-        plan = _plans[key] = make_plan(job, model)
-    return plan
+    plans = _plans.setdefault(model, {})
+    key = (job.parameters["to"], job.parameters.get("from"))
+    if key not in plans:
+        plans[key] = make_plan(job, model)
+    return plans[key]
 
 
 def make_plan(job: Job, model: LocalModel) -> TranslationPlan:
