@@ -1,7 +1,9 @@
 """One run by several processes, under torchrun: what comes out is what one process writes."""
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,7 +37,7 @@ def whole(command, lines):
 
 def said(ran):
     """stderr without what torchrun says itself."""
-    return [line for line in ran.stderr.decode().splitlines() if line.startswith("error: ")]
+    return [line for line in ran.stderr.decode().splitlines() if line.startswith(("error: ", "hint: ", "note: "))]
 
 
 def test_the_results_of_all_come_together_in_order(command, lines, whole):
@@ -102,9 +104,10 @@ def test_a_whole_file_ends_all_at_once(command, lines, tmp_path):
 def test_what_goes_wrong_in_another_process_is_said_once(command, lines, tmp_path):
     code = (
         "import os, sys\n"
-        "from llmcli import cli, loader\n"
-        "from llmcli.errors import ModelUnavailable\n"
-        "def load(*_): raise ModelUnavailable('the disk is gone', hint='find it')\n"
+        "from llmcli import cli\n"
+        "from llmcli.errors import ModelUnavailableError\n"
+        "from llmcli.models import loading\n"
+        "def load(*_): raise ModelUnavailableError('the disk is gone', hint='find it')\n"
         "if os.environ['RANK'] == '1': loading.load = load\n"
         "sys.exit(cli.main())\n"
     )
@@ -113,6 +116,39 @@ def test_what_goes_wrong_in_another_process_is_said_once(command, lines, tmp_pat
     ran = subprocess.run([*TORCHRUN[:-2], program, *command, "-f", lines], capture_output=True, timeout=120)
     assert ran.returncode == 1
     assert [line for line in said(ran) if "lacks" not in line and "no field" not in line] == [
-        "hint: process 1: the disk is gone",
+        "error: process 1: the disk is gone",
         "hint: find it",
     ]
+
+
+def test_distributed_seed_gives_ranks_different_samples(command, tmp_path):
+    args = [*TORCHRUN, *command, "--seed", "5", "--temperature", "1", "--max-new-tokens", "20"]
+    data = b'{"text": "the quick brown fox"}\n' * 4
+    first, second = (subprocess.run(args, input=data, capture_output=True, timeout=120).stdout for _ in range(2))
+    texts = [json.loads(line)["generated_text"] for line in first.splitlines()]
+    assert len(set(texts)) == 4
+    assert second == first
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_distributed_without_peers_reports_an_error(command, tmp_path, rank):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "from llmcli import cli\n"
+        "from llmcli.engines import distributed\n"
+        "distributed.JOIN_TIMEOUT_S = 2\n"
+        "sys.exit(cli.main())\n"
+    )
+    peers = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ran = subprocess.run(
+        [sys.executable, program, *command], input=b'{"text": "dog"}\n', capture_output=True, timeout=60,
+        env=os.environ | peers,
+    )  # fmt: skip
+    prefix = "process 1: " if rank == "1" else ""
+    assert (ran.returncode, ran.stdout) == (1, b"")
+    assert said(ran)[0].startswith(f"error: {prefix}cannot join the other processes: ")
+    assert said(ran)[1].endswith("to run one process, unset RANK and WORLD_SIZE")
