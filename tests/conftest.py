@@ -71,8 +71,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(home / "run"))  # which is not there, so no worker is
     config.settings.cache_clear()
     registry.models.cache_clear()
-    prompting.tables.cache_clear()
-    translate.examples.cache_clear()
+    prompting.load_prompts.cache_clear()
+    translate.load_examples.cache_clear()
     console.quiet = console.verbose = False
     return home
 

@@ -77,11 +77,6 @@ class RemoteModel:
         self._models: list[Model] | None = None
 
     @property
-    def pipeline(self) -> "RemoteModel":
-        """The model itself, for tasks that ask a pipeline."""
-        return self
-
-    @property
     def context_length(self) -> int | None:
         """Maximum number of tokens of prompt and answer, if the server reports it, as vLLM does."""
         model = next((model for model in self.look_up() if model.id == self.name), None)
