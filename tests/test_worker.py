@@ -81,7 +81,7 @@ LINES = b'{"id": 1, "text": "the quick"}\n{"id": 2}\nnot JSON\n{"id": 3, "text":
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_the_same_as_in_this_process(warm, process, chatty, call):
+def test_worker_call_equals_local_call(warm, process, chatty, call):
     """stdout, stderr and exit code."""
     args = CALLS[call] if "-m" in CALLS[call] else [*CALLS[call], "-m", chatty]
     if "--seed" not in args and args[0] in ("generate", "chat"):
@@ -93,12 +93,12 @@ def test_the_same_as_in_this_process(warm, process, chatty, call):
     wait_until(lambda: jobs() == 0)
 
 
-def test_a_folder_is_found_from_where_the_call_is(warm, process, chatty):
+def test_worker_resolves_relative_model_path(warm, process, chatty):
     ran = process("generate", "dog", "-m", chatty.name, "--json", "--max-new-tokens", 2, cwd=chatty.parent)
     assert json.loads(ran.stdout)["model"] == chatty.name
 
 
-def test_what_nobody_foresaw_is_told_as_in_this_process(warm, process, encoder, tmp_path):
+def test_worker_reports_unexpected_error_as_locally(warm, process, encoder, tmp_path):
     folder = shutil.copytree(encoder, tmp_path / "odd")
     (folder / "modules.json").write_text("no JSON")
     here, there = (process("embed", "dog", "-m", folder, "--keep-alive", each) for each in (0, "5m"))
@@ -109,7 +109,7 @@ def test_what_nobody_foresaw_is_told_as_in_this_process(warm, process, encoder, 
     assert b"encoder.py" in told
 
 
-def test_the_client_imports_nothing_heavy(warm, chatty):
+def test_worker_client_imports_nothing_heavy(warm, chatty):
     code = """
 import sys
 from llmcli.cli import main
@@ -122,18 +122,18 @@ print(sorted({"torch", "transformers", "numpy", "huggingface_hub", "tokenizers"}
     assert ran.stdout.splitlines()[-1] == "[] 0"
 
 
-def test_a_caller_that_captures_output_does_not_wait_for_the_worker(place, chatty):
+def test_worker_start_releases_captured_output(place, chatty):
     args = ["generate", "dog", "-m", str(chatty), "--max-new-tokens", "2", "--keep-alive", "10m"]
     ran = subprocess.run([sys.executable, "-m", "llmcli", *args], capture_output=True, text=True, timeout=60)
     assert ran.stdout.startswith("dog")
     assert is_running(client.status()["pid"])
 
 
-def test_a_slow_input_is_answered_line_by_line(warm, chatty):
+def test_worker_slow_input_is_answered_line_by_line(warm, chatty):
     check_line_by_line(start("generate", "-m", chatty, "--lines", "--max-new-tokens", 3, "--temperature", 0))
 
 
-def test_text_streams(warm, chatty):
+def test_worker_streams_text(warm, chatty):
     job = Job("generate", str(chatty), {"max_new_tokens": 30, "do_sample": False}, {"full_text": True}, keep_alive=600)
     pieces: list[str] = []
     (result,) = engines.engine_for(job).run(job, [Record({"text": "the quick"})], pieces.append)
@@ -142,7 +142,7 @@ def test_text_streams(warm, chatty):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_the_job_of_a_call_that_ends_is_cancelled(warm, process, chatty, number, status):
+def test_worker_cancels_job_when_call_exits(warm, process, chatty, number, status):
     process("generate", "dog", "-m", chatty, "--max-new-tokens", 2)  # loads the model
     call = start("generate", "the quick", "-m", chatty, *LONG)
     wait_until(lambda: jobs() == 1)
@@ -152,7 +152,7 @@ def test_the_job_of_a_call_that_ends_is_cancelled(warm, process, chatty, number,
     assert call.stderr.read() == b""
 
 
-def test_a_reader_that_goes_away(warm, chatty):
+def test_worker_cancels_job_when_reader_exits(warm, chatty):
     call = start("generate", "-m", chatty, "--lines", "--max-new-tokens", 3, "--batch-size", 1)
     call.stdin.write(b"the quick brown fox\n" * 500)
     call.stdin.flush()
@@ -162,7 +162,7 @@ def test_a_reader_that_goes_away(warm, chatty):
     wait_until(lambda: jobs() == 0, seconds=5)
 
 
-def test_eight_clients_at_once_get_each_its_own(warm, process, chatty, many_lines):
+def test_worker_eight_clients_get_their_own_results(warm, process, chatty, many_lines):
     path = many_lines(60)
     args = ["generate", "--jsonl", "-m", chatty, "--dtype", "float32", "--temperature", "0", "--max-new-tokens"]
     calls = [start(*args, 5 + number, "-f", path) for number in range(8)]
@@ -172,7 +172,7 @@ def test_eight_clients_at_once_get_each_its_own(warm, process, chatty, many_line
     assert len(set(outputs)) == 8
 
 
-def test_a_seed_repeats_beside_others(warm, process, chatty):
+def test_worker_seed_repeats_beside_other_jobs(warm, process, chatty):
     args = ["generate", "the quick", "-m", chatty, "--max-new-tokens", 200]
     alone = process(*args, "--seed", 5).stdout
     others = [start(*args) for _ in range(3)]
@@ -180,7 +180,7 @@ def test_a_seed_repeats_beside_others(warm, process, chatty):
     assert len({other.communicate(timeout=60)[0] for other in others}) == 3  # nobody's numbers are another's
 
 
-def test_a_short_job_does_not_wait_for_a_long_one(warm, process, chatty):
+def test_worker_short_job_runs_beside_long_one(warm, process, chatty):
     long = start("generate", "the quick", "-m", chatty, *LONG)
     wait_until(lambda: jobs() == 1)
     assert process("generate", "dog", "-m", chatty, "--max-new-tokens", 3).returncode == 0
@@ -189,7 +189,7 @@ def test_a_short_job_does_not_wait_for_a_long_one(warm, process, chatty):
     long.wait()
 
 
-def test_ps_and_stop(place, llmcli, chatty):
+def test_ps_shows_model_and_stop_ends_worker(place, llmcli, chatty):
     nothing = llmcli("ps")
     assert (nothing.stdout, nothing.exit_status) == ("", 0)
     assert "no worker is running" in nothing.stderr
@@ -208,7 +208,7 @@ def test_ps_and_stop(place, llmcli, chatty):
     assert not list((place / "run" / "llmcli").glob("*.sock"))
 
 
-def test_a_model_goes_after_its_time_and_the_worker_with_the_last(place, process, chatty, base):
+def test_worker_exits_after_last_model_expires(place, process, chatty, base):
     process("generate", "dog", "-m", chatty, "--max-new-tokens", 2, "--keep-alive", "2s")
     process("generate", "dog", "-m", base, "--max-new-tokens", 2, "--keep-alive", "6s")
     number = client.status()["pid"]
@@ -217,7 +217,7 @@ def test_a_model_goes_after_its_time_and_the_worker_with_the_last(place, process
     assert not list((place / "run" / "llmcli").glob("*.sock"))
 
 
-def test_serve_runs_in_the_foreground(place, process, chatty):
+def test_serve_runs_in_foreground(place, process, chatty):
     served = start("serve")
     wait_until(lambda: (place / "run" / "llmcli" / "worker.sock").exists())
     assert process("generate", "dog", "-m", chatty, "--max-new-tokens", 2).returncode == 0  # finds it by itself
@@ -230,7 +230,7 @@ def test_serve_runs_in_the_foreground(place, process, chatty):
     assert not (place / "run" / "llmcli" / "worker.sock").exists()
 
 
-def test_keep_alive_0_uses_none(place, process, chatty):
+def test_keep_alive_zero_bypasses_worker(place, process, chatty):
     served = start("serve")
     wait_until(lambda: (place / "run" / "llmcli" / "worker.sock").exists())
     assert process("generate", "dog", "-m", chatty, "--max-new-tokens", 2, "--keep-alive", 0).returncode == 0
@@ -239,21 +239,19 @@ def test_keep_alive_0_uses_none(place, process, chatty):
     served.wait()
 
 
-def test_no_worker_is_started_unasked(place, llmcli, chatty):
+def test_call_without_keep_alive_starts_no_worker(place, llmcli, chatty):
     assert llmcli("generate", "dog", "-m", chatty, "--max-new-tokens", 2).exit_status == 0
     assert not (place / "run" / "llmcli").exists()
 
 
 @pytest.mark.parametrize("duration", ["soon", "10 minutes", "-1", ""])
-def test_a_duration_that_is_none(llmcli, chatty, monkeypatch, duration):
+def test_keep_alive_rejects_invalid_duration(llmcli, chatty, monkeypatch, duration):
     monkeypatch.setenv("LLMCLI_KEEP_ALIVE", duration)
     ran = llmcli("generate", "dog", "-m", chatty, "--max-new-tokens", 2)
     assert ran.exit_status == (2 if duration else 0)
 
 
-def test_one_of_another_environment_is_not_used_and_makes_place_for_one_that_is_asked_for(
-    place, process, chatty, monkeypatch
-):
+def test_worker_of_other_environment_is_replaced(place, process, chatty, monkeypatch):
     args = ["generate", "dog", "-m", chatty, "--max-new-tokens", 2, "-v"]
     process(*args, "--keep-alive", "5m")
     first = client.status()["pid"]
@@ -273,7 +271,7 @@ def test_one_of_another_environment_is_not_used_and_makes_place_for_one_that_is_
 
 
 @pytest.mark.parametrize("what", ["models.toml", "config.toml"])
-def test_a_changed_configuration_is_another_environment(place, what):
+def test_fingerprint_changes_with_configuration(place, what):
     before = protocol.environment_fingerprint()
     (place / "config" / "llmcli").mkdir(parents=True)
     (place / "config" / "llmcli" / what).write_text("")

@@ -47,7 +47,7 @@ def connected(at):
     return mine
 
 
-def test_it_is_killed_in_the_middle_of_a_text(place, call, chatty):
+def test_call_reports_killed_worker(place, call, chatty):
     call()
     first = client.status()["pid"]
     long = start("generate", "the quick", "-m", chatty, *LONG)
@@ -63,7 +63,7 @@ def test_it_is_killed_in_the_middle_of_a_text(place, call, chatty):
     assert client.status()["pid"] != first
 
 
-def test_it_is_killed_again_and_again_under_a_run_that_resumes(place, process, chatty, many_lines, tmp_path):
+def test_resume_completes_after_repeated_worker_kills(place, process, chatty, many_lines, tmp_path):
     """Nothing is lost, and nothing is there twice."""
     args = ["generate", "--jsonl", "-m", chatty, "-f", many_lines(300), "--dtype", "float32", "--temperature", 0,
             "--max-new-tokens", 8, "--batch-size", 4, "--resume", "--output"]  # fmt: skip
@@ -78,7 +78,7 @@ def test_it_is_killed_again_and_again_under_a_run_that_resumes(place, process, c
     assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def test_a_socket_that_nobody_listens_at(at, call):
+def test_worker_replaces_stale_socket(at, call):
     at.mkdir(mode=0o700)
     left = socket.socket(socket.AF_UNIX)
     left.bind(str(at / "worker.sock"))
@@ -88,7 +88,7 @@ def test_a_socket_that_nobody_listens_at(at, call):
 
 
 @pytest.mark.parametrize("what", ["a file", "a link", "open to others"])
-def test_a_folder_that_others_could_have_made_is_not_used(at, call, tmp_path, what):
+def test_worker_rejects_unsafe_directory(at, call, tmp_path, what):
     if what == "a file":
         at.write_text("")
     elif what == "a link":
@@ -103,14 +103,14 @@ def test_a_folder_that_others_could_have_made_is_not_used(at, call, tmp_path, wh
     assert not (tmp_path / "theirs" / "worker.sock").exists()
 
 
-def test_only_the_user_may_enter(at, call):
+def test_worker_socket_is_private(at, call):
     call()
     assert stat.S_IMODE(at.stat().st_mode) == 0o700
     assert stat.S_IMODE((at / "worker.sock").stat().st_mode) == 0o600
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
-def test_another_user_is_not_let_in(at, call):
+def test_worker_rejects_other_user(at, call):
     call()
     for path, mode in ((at.parent.parent, 0o755), (at.parent, 0o755), (at, 0o755), (at / "worker.sock", 0o666)):
         path.chmod(mode)  # the doors that keep others out are opened: the worker looks who comes
@@ -131,7 +131,7 @@ except (BrokenPipeError, ConnectionResetError):
     assert client.status()["pid"]
 
 
-def test_no_room_for_its_files(at, call):
+def test_call_runs_locally_when_disk_is_full(at, call):
     at.parent.rmdir()
     at.parent.mkdir()
     mounted = subprocess.run(
@@ -147,7 +147,7 @@ def test_no_room_for_its_files(at, call):
         subprocess.run(["umount", "--lazy", at.parent], check=True)
 
 
-def test_a_thousand_that_say_nothing(at, call):
+def test_worker_survives_thousand_silent_clients(at, call):
     call()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
@@ -162,7 +162,7 @@ def test_a_thousand_that_say_nothing(at, call):
     wait_until(lambda: jobs() == 0)
 
 
-def test_one_that_says_hello_and_no_more(at, call):
+def test_worker_drops_client_without_job(at, call):
     call()
     mine = connected(at)
     mine.sendall(json.dumps({"do": "run", "environment": protocol.environment_fingerprint()}).encode() + b"\n")
@@ -171,7 +171,7 @@ def test_one_that_says_hello_and_no_more(at, call):
     wait_until(lambda: jobs() == 0)
 
 
-def test_one_that_stops_reading(place, call, chatty, tmp_path):
+def test_stopped_reader_blocks_no_other_job(place, call, chatty, tmp_path):
     """It holds up nobody but itself."""
     call()
     lines = tmp_path / "in"
@@ -204,7 +204,7 @@ def garbage():
         yield choose.randbytes(choose.randint(1, 3000)) + choose.choice([b"", b"\n"])
 
 
-def test_garbage(at, call):
+def test_worker_survives_garbage(at, call):
     call()
     number = client.status()["pid"]
     for data in garbage():
@@ -236,7 +236,7 @@ JOBS = [
 
 
 @pytest.mark.parametrize("job", JOBS, ids=str)
-def test_a_job_that_is_none(place, call, job):
+def test_worker_rejects_invalid_job(place, call, job):
     call()
     reached = client.connect("run")
     reached.send(**job)
@@ -250,7 +250,7 @@ def test_a_job_that_is_none(place, call, job):
 
 
 @pytest.mark.parametrize("record", [5, [], ["dog", None], [{"text": "dog"}, 5], [{"text": "dog"}, {"colour": "red"}]])
-def test_a_record_that_is_none(place, call, chatty, record):
+def test_worker_rejects_invalid_record(place, call, chatty, record):
     call()
     reached = client.connect("run")
     reached.send(job={"task": "generate", "model": str(chatty), "load_options": {}})
@@ -260,7 +260,7 @@ def test_a_record_that_is_none(place, call, chatty, record):
     wait_until(lambda: jobs() == 0)
 
 
-def test_a_message_beyond_the_limit(at, call, chatty):
+def test_worker_rejects_message_over_limit(at, call, chatty):
     """It is not read to its end, and the memory that it would have taken is not taken."""
     call()
     reached = client.connect("run")
@@ -271,7 +271,7 @@ def test_a_message_beyond_the_limit(at, call, chatty):
     assert call().returncode == 0
 
 
-def test_a_record_beyond_the_limit_fails_and_the_others_go_on(place, process, chatty, monkeypatch):
+def test_record_over_limit_fails_alone(place, process, chatty, monkeypatch):
     process("generate", "dog", "-m", chatty, "--max-new-tokens", 2, "--keep-alive", "10m")
     lines = [json.dumps({"text": text}) for text in ("dog", "x" * protocol.MAX_MESSAGE_BYTES, "fox")]
     args = ["generate", "--jsonl", "-m", chatty, "--max-new-tokens", 2]
@@ -281,7 +281,7 @@ def test_a_record_beyond_the_limit_fails_and_the_others_go_on(place, process, ch
     assert kinds == [None, "too_large", None]
 
 
-def test_the_models_folder_is_deleted_under_it(place, call, chatty, tmp_path):
+def test_worker_survives_deleted_model(place, call, chatty, tmp_path):
     folder = shutil.copytree(chatty, tmp_path / "model")
     args = ("generate", "dog", "-m", folder, "--max-new-tokens", 3)
     assert call(*args).returncode == 0
@@ -293,7 +293,7 @@ def test_the_models_folder_is_deleted_under_it(place, call, chatty, tmp_path):
     assert client.status()["pid"] == number
 
 
-def test_a_model_that_changed_is_loaded_anew(place, call, chatty, base, tmp_path):
+def test_worker_reloads_changed_model(place, call, chatty, base, tmp_path):
     folder = shutil.copytree(chatty, tmp_path / "model")
     args = ("generate", "dog", "-m", folder, "--max-new-tokens", 3)
     call(*args)
@@ -303,7 +303,7 @@ def test_a_model_that_changed_is_loaded_anew(place, call, chatty, base, tmp_path
     assert len(client.status()["models"]) == 2
 
 
-def test_one_that_does_not_answer_is_no_worker(at, call, monkeypatch):
+def test_unresponsive_worker_is_not_used(at, call, monkeypatch):
     at.mkdir(mode=0o700)
     deaf = socket.socket(socket.AF_UNIX)
     deaf.bind(str(at / "worker.sock"))
