@@ -41,11 +41,7 @@ class _RemoteError:
 
 
 class DistributedEngine:
-    """The engine of rank 0.
-
-    Args:
-        engine: Runs the records of this process.
-    """
+    """The engine of rank 0. `engine` runs the records of this process."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -53,11 +49,7 @@ class DistributedEngine:
     def run(
         self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_result: OnResult | None = None
     ) -> Iterator[Result]:
-        """Yield the results in the order of the records.
-
-        Raises:
-            LlmcliError: What an engine raises, in any rank; or a rank has exited.
-        """
+        """Yield the results in the order of the records. Raises what the engine of any rank raises."""
         remotes = [_RemoteRank(rank, job) for rank in range(1, _group().size())]
         own = self._engine.run(_job_of_rank(job), _deal(records, remotes), on_result=on_result)
         with ReadAhead(own, MAX_IN_FLIGHT) as results:  # goes on computing while other ranks are waited for

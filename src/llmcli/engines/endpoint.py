@@ -38,36 +38,27 @@ class EndpointEngine(TaskEngine):
     """Sends model calls to the job's server. Nothing of the model runs here."""
 
     def check(self, job: Job) -> None:
-        """Raise UsageError for options that no server supports."""
         if (job.generation.get("num_beams") or 1) > 1:
             raise UsageError("--num-beams is not supported with --endpoint")
         if job.truncate:
             raise UsageError("--truncate is not supported with --endpoint: only the server can count tokens")
 
     def find_model(self, job: Job) -> "RemoteModel":
-        """Return the model as tasks see it."""
         assert job.endpoint
         return RemoteModel(job.model, make_client(job.endpoint))
 
     def make_runner(self, job: Job, strategy: Strategy, model: "RemoteModel") -> "EndpointRunner":
-        """Return a runner, after the server has answered."""
-        model.look_up()
+        model.look_up()  # raises if the server cannot be reached
         return EndpointRunner(job, strategy, model)
 
     def local(self) -> TaskEngine:
-        """Return the engine of this process, for nested jobs."""
         from llmcli.engines.local import LocalEngine
 
         return LocalEngine()
 
 
 class RemoteModel:
-    """A server's model as tasks see it: it chats, and its tokens are estimated.
-
-    Args:
-        name: The server's name for the model.
-        client: The connection to the server.
-    """
+    """A server's model as tasks see it: it chats, and its tokens are estimated."""
 
     kind = "causal"
     is_chat = True
@@ -99,10 +90,7 @@ class RemoteModel:
 
 
 class EndpointRunner:
-    """Sends a job's requests: text to /completions, messages to /chat/completions.
-
-    At most `job.concurrency` requests are in flight.
-    """
+    """Sends a job's requests, `concurrency` at a time: text to /completions, messages to /chat/completions."""
 
     def __init__(self, job: Job, strategy: Strategy, model: RemoteModel) -> None:
         self.queue: set[Request] = set()

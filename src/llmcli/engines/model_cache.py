@@ -67,11 +67,8 @@ class CachedModel:
 
 
 class ModelCache:
-    """Models by key. A model that no job uses is unloaded when it expires, or when another one needs the memory.
-
-    Args:
-        keep_alive_s: Seconds that an idle model is kept if its job does not say how long.
-    """
+    """Models by key. An idle model is unloaded when it expires, or when another one needs the memory. `keep_alive_s` is
+    how long it is kept if its job does not say."""
 
     def __init__(self, keep_alive_s: float = math.inf) -> None:
         self._keep_alive_s = keep_alive_s
@@ -88,17 +85,9 @@ class ModelCache:
     def acquire(self, name: str, key: Hashable, load: Load, unlocked: Unlocked = nullcontext) -> CachedModel:
         """Return the model under a key, which stays loaded until it is released.
 
-        The first caller loads the model; others that ask for it meanwhile wait. If memory is short, idle models are
-        unloaded, the least recently used first.
-
-        Args:
-            name: What people call the model.
-            key: What the model is loaded from, and how.
-            load: Loads the pipeline.
-            unlocked: Context manager within which this caller waits, for a lock that the loading caller needs.
-
-        Raises:
-            LlmcliError: What `load` raises, to every caller that waits for it.
+        The first caller loads the model. Others wait for it, each within `unlocked()`, which releases a lock that the
+        loading caller needs. Each raises what `load` raises. If memory is short, idle models are unloaded, the least
+        recently used first.
         """
         while True:
             with self._lock:

@@ -16,15 +16,7 @@ from llmcli.engines.engine import Engine
 from llmcli.engines.job_run import OnResult
 from llmcli.engines.requests import OnText
 from llmcli.engines.worker import protocol
-from llmcli.engines.worker.protocol import (
-    Connection,
-    ConnectionClosedError,
-    ErrorMessage,
-    MessageTooLargeError,
-    RecordMessage,
-    ResultMessage,
-    WorkerStatus,
-)
+from llmcli.engines.worker.protocol import Connection, ConnectionClosedError, MessageTooLargeError, RecordMessage
 from llmcli.errors import ExitStatus, LlmcliError, ModelUnavailableError, reason
 from llmcli.job import Failure, Job, JsonObject, Record, Result
 from llmcli.models import registry
@@ -41,10 +33,7 @@ class WorkerUnavailableError(LlmcliError):
 
 
 class WorkerEngine:
-    """Runs jobs in the worker, or in this process if the worker is not available.
-
-    A worker is started only for a job that says how long its model is to be kept.
-    """
+    """Runs jobs in the worker, or in this process if the worker is not available."""
 
     def __init__(self) -> None:
         self._local: Engine | None = None  # once the worker was not available
@@ -52,11 +41,7 @@ class WorkerEngine:
     def run(
         self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_result: OnResult | None = None
     ) -> Iterator[Result]:
-        """Yield results in the order of the records.
-
-        Raises:
-            LlmcliError: What the engine of this process would raise, or the worker has exited.
-        """
+        """Yield what the engine of this process would. Raises what it would, or LlmcliError if the worker exits."""
         engine = self._connect("run", job)
         if isinstance(engine, Connection):
             yield from RemoteJob(engine, job, on_text).run(records, on_result)
@@ -112,7 +97,7 @@ class RemoteJob:
         if self._input_error:
             raise self._input_error
 
-    def _receive(self) -> Iterator[ResultMessage]:
+    def _receive(self) -> Iterator[protocol.ResultMessage]:
         """Yield the results, and show what the worker sends between them."""
         with ExitStack() as shown:
             while True:
@@ -124,7 +109,7 @@ class RemoteJob:
                     ) from None
                 match kind:
                     case "result":
-                        yield ResultMessage(*value)
+                        yield protocol.ResultMessage(*value)
                     case "text":
                         assert self._on_text
                         self._on_text(value)
@@ -137,7 +122,7 @@ class RemoteJob:
                         if value:
                             shown.enter_context(console.working(value))
                     case "error":
-                        raise _exception(value)
+                        raise _exception(protocol.ErrorMessage(*value))
                     case "done":
                         return
 
@@ -162,10 +147,8 @@ class RemoteJob:
 def connect_or_start(action: str, keep_alive_s: float | None) -> Connection | None:
     """Return a connection to a worker that has agreed to an action, or None if none is running.
 
-    If `keep_alive_s` is given, a worker is started if none is running, and replaces one of another environment.
-
-    Raises:
-        LlmcliError: The worker refuses, cannot be started, or the socket's directory is not safe.
+    If `keep_alive_s` is given, a worker is started if needed; it replaces one of another environment. Raises
+    LlmcliError if the worker refuses or cannot be started, or the socket's directory is not safe.
     """
     try:
         connection = connect(action, replace=keep_alive_s is not None)
@@ -177,15 +160,10 @@ def connect_or_start(action: str, keep_alive_s: float | None) -> Connection | No
 
 
 def connect(action: str, *, replace: bool = False) -> Connection | None:
-    """Return a connection to the worker that is running and agrees to an action, or None if none is running.
+    """Return a connection to the worker, which has agreed to an action, or None if none is running.
 
-    Args:
-        action: `run`, `load`, `status` or `stop`.
-        replace: Whether a worker of another environment is to finish its jobs and exit.
-
-    Raises:
-        WorkerUnavailableError: The worker refuses.
-        LlmcliError: The socket's directory is not safe.
+    If `replace`, a worker of another environment finishes its jobs and exits. Raises WorkerUnavailableError if the
+    worker refuses, and LlmcliError if the socket's directory is not safe.
     """
     if not protocol.has_socket():
         return None
@@ -210,10 +188,10 @@ def connect(action: str, *, replace: bool = False) -> Connection | None:
         return connection
 
 
-def status() -> WorkerStatus | None:
+def status() -> protocol.WorkerStatus | None:
     """Return the worker's process ID, jobs, main memory and models, or None if none is running."""
     answer = _ask("status")
-    return None if answer is None else cast(WorkerStatus, answer["status"])
+    return None if answer is None else cast(protocol.WorkerStatus, answer["status"])
 
 
 def stop() -> bool:
@@ -282,12 +260,12 @@ def _with_absolute_paths(job: Job) -> Job:
     return replace(job, model=model, load_options=load_options)
 
 
-def _exception(message: ErrorMessage) -> Exception:
+def _exception(message: protocol.ErrorMessage) -> Exception:
     """Return the error that ended the job, as this process would have raised it."""
     exc: Exception
-    if name := message["unexpected"]:
-        exc = type(name, (Exception,), {})(message["message"])
+    if message.unexpected:
+        exc = type(message.unexpected, (Exception,), {})(message.message)
     else:
-        exc = LlmcliError(message["message"], message["hint"], ExitStatus(message["status"]))
-    exc.add_note(f"in the worker:\n{message['traceback']}")
+        exc = LlmcliError(message.message, message.hint, ExitStatus(message.status))
+    exc.add_note(f"in the worker:\n{message.traceback}")
     return exc

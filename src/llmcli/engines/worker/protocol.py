@@ -68,7 +68,7 @@ class ResultMessage(NamedTuple):
     failure: JsonObject | None
 
 
-class ErrorMessage(TypedDict):
+class ErrorMessage(NamedTuple):
     """The exception that ended a job. `unexpected` is the name of its class, if it is not an LlmcliError."""
 
     unexpected: str | None
@@ -100,9 +100,7 @@ class Connection:
     def send(self, **message: object) -> None:
         """Send a message, and wait while the other end is slow to read.
 
-        Raises:
-            ConnectionClosedError: The other end has closed the connection.
-            MessageTooLargeError: Nothing was sent.
+        Raises ConnectionClosedError; or MessageTooLargeError, and nothing is sent.
         """
         line = json.dumps(message).encode() + b"\n"
         if len(line) > MAX_MESSAGE_BYTES:
@@ -117,13 +115,7 @@ class Connection:
             raise ConnectionClosedError("the connection is closed") from exc
 
     def receive(self, max_bytes: int = MAX_MESSAGE_BYTES) -> JsonObject:
-        """Return the next message.
-
-        Raises:
-            ConnectionClosedError: The other end has closed the connection.
-            MessageTooLargeError: The message has more than `max_bytes`. The rest of it is not read.
-            ProtocolError: The line is not a JSON object.
-        """
+        """Return the next message. Raises ConnectionClosedError, MessageTooLargeError and ProtocolError."""
         try:
             line = self._reader.readline(max_bytes + 1)
         except (OSError, ValueError) as exc:  # ValueError: another thread has closed it
@@ -161,8 +153,7 @@ def has_socket() -> bool:
 def runtime_dir() -> Path:
     """Return the directory of the worker's socket, lock and log, made if it does not exist.
 
-    Raises:
-        LlmcliError: The directory is not the user's alone, or the system has no Unix sockets.
+    Raises LlmcliError if the directory is not the user's alone, or the system has no Unix sockets.
     """
     if not hasattr(socket, "AF_UNIX"):
         raise LlmcliError("this system has no Unix sockets")
@@ -194,9 +185,9 @@ def peer_uid(connection: socket.socket) -> int:
 
 
 def environment_fingerprint() -> str:
-    """Return a hash that is equal for all calls to which one worker gives the results that they would compute.
+    """Return a hash of the packages, the configuration, and the environment variables that libraries read.
 
-    The hash covers the packages, the configuration, and the environment variables that libraries read.
+    A worker serves only calls with its own hash: they would compute the same results.
     """
     settings = config.config_file()
     names = (settings.name, "models.toml", "prompts.toml", "presets.toml", "translations.toml")

@@ -19,17 +19,8 @@ from llmcli.engines.model import Model
 from llmcli.engines.model_cache import ModelCache, ModelLease
 from llmcli.engines.worker import protocol
 from llmcli.engines.worker.device_lock import DeviceLock, FairLock
-from llmcli.engines.worker.protocol import (
-    Connection,
-    ConnectionClosedError,
-    ErrorMessage,
-    MessageTooLargeError,
-    ProtocolError,
-    RecordMessage,
-    ResultMessage,
-    WorkerStatus,
-)
-from llmcli.errors import LlmcliError
+from llmcli.engines.worker.protocol import Connection, ConnectionClosedError, ErrorMessage, MessageTooLargeError
+from llmcli.errors import ExitStatus, LlmcliError
 from llmcli.job import Failure, Job, JsonObject, Record
 from llmcli.models import malloc
 from llmcli.tasks import Strategy
@@ -48,8 +39,7 @@ class JobCancelledError(BaseException):
 def serve(keep_alive_s: float | None) -> None:
     """Run jobs until none has come for so many seconds and no model is loaded; None: until a signal or `llmcli stop`.
 
-    Raises:
-        LlmcliError: A worker is running already, or its socket cannot be made.
+    Raises LlmcliError if a worker is running already, or its socket cannot be made.
     """
     _raise_file_limit()
     malloc.share()  # One thread computes at a time.
@@ -59,11 +49,8 @@ def serve(keep_alive_s: float | None) -> None:
 
 
 class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-    """The socket, and what all calls share.
-
-    One worker at a time holds the lock on a file beside the socket. The system releases the lock however the worker
-    exits.
-    """
+    """The socket, and what all calls share. One worker at a time holds the lock on a file beside the socket, which the
+    system releases however the worker exits."""
 
     daemon_threads = True
     block_on_close = False
@@ -86,7 +73,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         super().__init__(str(self._path), ClientHandler)
 
     def server_bind(self) -> None:
-        """Bind the socket, for this user only."""
         super().server_bind()
         self._path.chmod(0o600)
 
@@ -96,7 +82,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         return protocol.peer_uid(request) == os.getuid()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Log an exception of a call's thread."""
         console.error(traceback.format_exc(limit=-3))
 
     def handle_request(self) -> None:
@@ -145,7 +130,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         """Exit without finishing the jobs."""
         self._is_stopped = True
 
-    def status(self) -> WorkerStatus:
+    def status(self) -> protocol.WorkerStatus:
         """Return what `llmcli ps` prints."""
         import psutil
 
@@ -153,7 +138,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         return {"pid": os.getpid(), "jobs": self.jobs, "memory": memory, "models": self.models.status()}
 
     def server_close(self) -> None:
-        """Close the socket, and let another worker start."""
         self.drain()
         super().server_close()
 
@@ -164,13 +148,12 @@ class ClientHandler(socketserver.BaseRequestHandler):
     server: Worker
 
     def handle(self) -> None:
-        """Serve the call to its end."""
         self.request.settimeout(HANDSHAKE_TIMEOUT_S)
         self._connection = Connection(self.request)
         with closing(self._connection), suppress(ConnectionClosedError, JobCancelledError):
             try:
                 hello = self._connection.receive(MAX_HANDSHAKE_BYTES)
-            except (ProtocolError, MessageTooLargeError) as exc:
+            except (protocol.ProtocolError, MessageTooLargeError) as exc:
                 self._connection.send(refused=exc.message)
             else:
                 self._answer(hello)
@@ -229,23 +212,21 @@ class ClientHandler(socketserver.BaseRequestHandler):
                         for result in results:
                             failure = result.failure.to_json() if result.failure else None
                             try:
-                                send(result=ResultMessage(result.output, result.text, failure))
+                                send(result=protocol.ResultMessage(result.output, result.text, failure))
                             except MessageTooLargeError as exc:
-                                send(result=ResultMessage({}, "", exc.to_failure().to_json()))
+                                send(result=protocol.ResultMessage({}, "", exc.to_failure().to_json()))
             send(done=True)
         except LlmcliError as exc:
-            send(error=_error_message(exc.message, exc.hint, exc.status))
+            send(error=ErrorMessage(None, exc.message, exc.hint, exc.status, traceback.format_exc()))
         except Exception as exc:
-            send(error=_error_message(str(exc), unexpected=type(exc).__name__))
+            send(error=ErrorMessage(type(exc).__name__, str(exc), None, ExitStatus.FAILED, traceback.format_exc()))
         finally:
             lease.release(job.keep_alive if job else None)
 
 
 class WarmEngine(LocalEngine):
-    """Runs a job while other jobs use the same device and models.
-
-    It raises JobCancelledError within a token after the call has closed its connection.
-    """
+    """Runs a job beside others on the same device and models. It raises JobCancelledError, within a token, once the
+    call has closed its connection."""
 
     def __init__(self, connection: Connection, device_lock: DeviceLock, lease: ModelLease) -> None:
         super().__init__(lease)
@@ -253,12 +234,10 @@ class WarmEngine(LocalEngine):
         self._connection = connection
 
     def find_model(self, job: Job) -> Model:
-        """Return the job's model, which is not loaded yet."""
         with self._device_lock.unlocked():  # A download may take long.
             return super().find_model(job)
 
     def make_runner(self, job: Job, strategy: Strategy, model: Model) -> BatchRunner:
-        """Return a runner that lets other jobs compute after each token."""
         runner = super().make_runner(job, strategy, model)
         runner.on_token = self._between_tokens
         return runner
@@ -278,21 +257,8 @@ def _records(connection: Connection) -> Iterator[Record]:
             raise JobCancelledError from None
         if "end" in message:
             return
-        fields, failure = RecordMessage(*message["record"])
+        fields, failure = protocol.RecordMessage(*message["record"])
         yield Record(fields, failure=Failure(**failure) if failure else None)
-
-
-def _error_message(
-    message: str, hint: str | None = None, status: int = 1, unexpected: str | None = None
-) -> ErrorMessage:
-    """Return the exception that is being handled, as a message."""
-    return {
-        "unexpected": unexpected,
-        "message": message,
-        "hint": hint,
-        "status": status,
-        "traceback": traceback.format_exc(),
-    }
 
 
 def _lock(path: Path) -> int:
