@@ -12,10 +12,12 @@ def engine_for(job: Job) -> Engine:
 
         return EndpointEngine()
     if job.keep_alive != 0 and config.world_size() == 1:
-        from llmcli.engines.worker import client, protocol
+        from llmcli.engines.worker import protocol
 
         if job.keep_alive or protocol.has_socket():
-            return client.WorkerEngine()
+            from llmcli.engines.worker.client import WorkerEngine
+
+            return WorkerEngine()
         if console.verbose:
             console.notice("no worker is running; this process runs the model")
     from llmcli.engines.local import LocalEngine
