@@ -247,7 +247,7 @@ def _job(task: str, model: ModelOptions, parameters: dict[str, Any], **more: Any
 
 def _asked(job: Job, text: str) -> dict[str, Any]:
     """What becomes of that text. Raises LlmcliError."""
-    (result,) = engines.of(job).run(job, [Record({"text": text})])
+    (result,) = engines.engine_for(job).run(job, [Record({"text": text})])
     if result.failure:
         raise LlmcliError(result.failure.message)
     if cut := result.output.get("truncated"):

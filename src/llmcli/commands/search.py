@@ -60,7 +60,7 @@ def search(
             keep_alive=model.kept(),
         )
         texts = [{**record.fields, "file": record.file, "line": record.line} for record in found if not record.failure]
-        (result,) = engines.of(job).run(job, [Record({"query": query, "texts": texts})])
+        (result,) = engines.engine_for(job).run(job, [Record({"query": query, "texts": texts})])
         if result.failure:
             raise LlmcliError(result.failure.message)
         with Output(OutputFormat.JSON if output.json else OutputFormat.TEXT, path=output.output, model=name) as out:

@@ -7,7 +7,7 @@ from llmcli.engines.engine import TaskEngine
 from llmcli.engines.generating_runner import GeneratingRunner
 from llmcli.engines.memory import MemoryEstimator, memory_probe
 from llmcli.engines.model import Model, PipelineCache, suspended_garbage_collection
-from llmcli.engines.model_cache import ModelCache
+from llmcli.engines.model_cache import ModelCache, ModelLease
 from llmcli.errors import UsageError
 from llmcli.job import Job
 from llmcli.models.loading import quiet_libraries
@@ -18,7 +18,7 @@ class LocalEngine(TaskEngine):
     """Runs jobs in this process. Loaded models stay in `cache` for later jobs."""
 
     def __init__(self, cache: PipelineCache | None = None) -> None:
-        self._cache: PipelineCache = cache or ModelCache()
+        self._cache: PipelineCache = cache or ModelLease(ModelCache())
 
     def check(self, job: Job) -> None:
         strategies = tasks.find(job.task).strategies
