@@ -35,7 +35,7 @@ from llmcli import pipelines
 from llmcli.models import loading
 from llmcli.job import Placement
 loading.quiet_libraries()
-pipelines.implementation("causal")
+pipelines.pipeline_class("causal")
 start = time.perf_counter()
 model = pipelines.load("causal", Path(sys.argv[1]), Placement(dtype=sys.argv[2], quantize=sys.argv[3])).model
 model(torch.tensor([[1, 2, 3]]))

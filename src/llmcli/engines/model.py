@@ -96,7 +96,7 @@ class Model:
         from llmcli import pipelines
 
         with long_lived_objects():
-            head = pipelines.implementation(self.kind).auto_class  # kinds that have the same share one model
+            head = pipelines.pipeline_class(self.kind).auto_class  # kinds that have the same share one model
         key = (self.folder, self.changed, head, replace(self._job.load_options, offline=False))
         return pipelines.wrap_as(self.kind, self._loaded.get(self._job.model, key, self._load))
 

@@ -102,7 +102,7 @@ class LRUModelCache:
         gc.unfreeze()  # what was loaded to stay is rubbish now
         gc.collect()
         gc.freeze()
-        malloc.give_back()
+        malloc.trim()
         return True
 
 

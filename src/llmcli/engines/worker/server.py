@@ -44,7 +44,7 @@ def serve(seconds: float | None) -> None:
     Raises LlmcliError where a worker is running already, or the folder for its socket cannot be had.
     """
     _allow_many_connections()
-    malloc.share()  # only one thread computes at a time
+    malloc.use_one_arena()  # only one thread computes at a time
     with Worker(math.inf if seconds is None else seconds) as worker:
         while not worker.is_over:
             worker.handle_request()

@@ -108,7 +108,7 @@ def remove(spec: ModelSpec) -> bool:
         raise UsageError(f"{spec.source.path} is a folder of your own", hint="remove it yourself if you mean it")
     with cache.writing():
         there = _removed(spec)
-        quantized.forget_orphans()
+        quantized.prune_orphans()
     return there
 
 
@@ -121,7 +121,7 @@ def _removed(spec: ModelSpec) -> bool:
         home = _home(spec)
         if not home.is_dir():
             return False
-        cache.drop(home)
+        cache.remove(home)
         return True
 
 
@@ -141,7 +141,7 @@ def _build(spec: ModelSpec) -> Path:
         return staging / "ready"
 
     home = _home(spec)
-    cache.put(home, make)
+    cache.publish(home, make)
     if isinstance(spec.source, GgufSource):
         _forget_older(home)
     return home
