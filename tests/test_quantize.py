@@ -137,9 +137,9 @@ def test_rm_removes_it_too(llmcli, chatty, home):
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (("--quantize", "int4", "--dtype", "float32"), "multiplies in bfloat16, not float32"),
-        (("--quantize", "int4", "--offload-folder", "x"), "exclude each other"),
-        (("--quantize", "int4", "--device", "cuda"), "there is no device cuda here"),
+        (("--quantize", "int4", "--dtype", "float32"), "requires bfloat16, not --dtype float32"),
+        (("--quantize", "int4", "--offload-folder", "x"), "cannot be used with --offload-folder"),
+        (("--quantize", "int4", "--device", "cuda"), "device 'cuda' is not available"),
     ],
 )
 def test_what_does_not_go_with_it(llmcli, chatty, options, why, tmp_path, monkeypatch):

@@ -214,6 +214,8 @@ def stopping_criteria(
         criteria.append(NewTextStopCriteria(decoders, config.stop_strings, start))
         config.stop_strings = None
     if limits:
+        if config.max_length and not config.max_new_tokens:
+            limits = [min(limit, config.max_length - start) for limit in limits]
         config.max_new_tokens, config.max_length = max(limits), None
         if min(limits) < max(limits):
             criteria.append(RowLimitCriteria(limits, start))
