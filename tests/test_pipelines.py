@@ -12,7 +12,7 @@ from llmcli import pipelines
 from llmcli.errors import RecordError
 from llmcli.job import LoadOptions
 from llmcli.pipelines import pipeline_class
-from llmcli.pipelines.answers import DeltaStreamer, SlowStream, TokenDecoder, make_result
+from llmcli.pipelines.answers import DeltaStreamer, TokenDecoder, make_result, slow_stream
 from llmcli.text.stops import first_stop, stop_prefix
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -76,7 +76,7 @@ def test_a_sentencepiece_tokenizer_keeps_the_space_after_the_prompt(causal, monk
 def stream(pieces: list[str], stops: list[str]) -> list[str]:
     """What is passed on while the pieces come, one token each."""
     sent: list[str] = []
-    decoder = types.SimpleNamespace(stream=lambda: SlowStream(lambda ids: "".join(pieces[i] for i in ids)).step)
+    decoder = types.SimpleNamespace(stream=lambda: slow_stream(lambda ids: "".join(pieces[i] for i in ids)))
     deltas = DeltaStreamer(decoder, stops, sent.append)
     deltas.put(torch.tensor([[0, 1]]))  # the prompt
     for token in range(len(pieces)):

@@ -20,11 +20,7 @@ def window(folder: Path) -> int:
 
 
 def pooling(folder: Path) -> str:
-    """Return how one vector is made of many: mean_tokens, or cls_token.
-
-    Raises:
-        ModelUnavailableError: The encoder pools in another way, or more layers follow.
-    """
+    """Return how one vector is made of many: mean_tokens, or cls_token. Raises ModelUnavailableError for other ways."""
     modes = _read(folder / "1_Pooling" / "config.json")
     modes_on: list[str] = [name.removeprefix("pooling_mode_") for name, is_on in modes.items() if is_on is True]
     modules = _read(folder / "modules.json") or []

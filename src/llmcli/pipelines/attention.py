@@ -46,11 +46,7 @@ class AttentionPipeline(TextPipeline):
         return {}, {}, {"layer": layer, "head": head}
 
     def preprocess(self, text: str, truncate: object = None) -> Inputs:
-        """Return the token IDs of one text.
-
-        Raises:
-            RecordError: The text has no tokens, or too many to show.
-        """
+        """Return the token IDs of one text. Raises RecordError for a text with none, or with too many to show."""
         config = self.model.config.get_text_config()
         maximum = min(MAX_TOKENS, getattr(config, "max_position_embeddings", None) or MAX_TOKENS)
         ids = self.tokenizer(text)["input_ids"]
@@ -68,12 +64,7 @@ class AttentionPipeline(TextPipeline):
         return {"attentions": torch.stack(list(attentions), 1).float().numpy(force=True), **inputs}
 
     def postprocess(self, output: Inputs, layer: int | None = None, head: int | None = None) -> Attention:
-        """Return the fields of a result.
-
-        Raises:
-            UsageError: The model does not have that layer or head.
-            RecordError: The weights are not finite.
-        """
+        """Return the fields of a result. Raises UsageError for a layer or head that the model does not have."""
         (weights,) = output["attentions"]
         layers, heads = weights.shape[:2]
         for name, index, count in (("layer", layer, layers), ("head", head, heads)):

@@ -12,17 +12,9 @@ from transformers.generation.streamers import BaseStreamer
 from llmcli.compat.cache import filled_cache, growing_cache, repeat_cache
 from llmcli.compat.transformers import takes_position_ids
 from llmcli.errors import RecordError, UsageError
+from llmcli.pipelines import base
 from llmcli.pipelines.answers import GeneratedText, TokenDecoder, make_result, stopping_criteria
-from llmcli.pipelines.base import (
-    CausalTextPipeline,
-    Inputs,
-    Parameters,
-    as_batch,
-    check_length,
-    check_tokens,
-    make_row,
-    too_long,
-)
+from llmcli.pipelines.base import CausalTextPipeline, Inputs, Parameters
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, GenerationConfig
@@ -80,31 +72,25 @@ class CausalPipeline(CausalTextPipeline):
     def preprocess(self, prompt: "Prompt", truncate: int | None = None) -> Inputs:
         """Return the token IDs of one prompt.
 
-        Args:
-            prompt: A text, or messages for the model's chat template.
-            truncate: If it is a number, a prompt that is too long is cut so that as many tokens are left for the
-                answer. Its end stays, and a token that begins every text.
-
-        Raises:
-            RecordError: The prompt is longer than the context, or has no tokens.
-            UsageError: The model has no chat template.
+        One that is too long raises RecordError or, if `truncate` says how many tokens to leave for the answer, is cut:
+        its end stays, and a token that begins every text.
         """
         if self.context_length and truncate is None:
             text = prompt if isinstance(prompt, str) else self._apply_template(prompt, tokenize=False)
-            check_length(text, self.context_length, self.count_tokens)
+            base.check_length(text, self.context_length, self.count_tokens)
         encoded = self.tokenizer(prompt) if isinstance(prompt, str) else self._apply_template(prompt, return_dict=True)
         ids = encoded["input_ids"]
         first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids = ids or [token for token in (first, last) if token is not None][:1]
-        check_tokens(ids)
+        base.check_tokens(ids)
         length, context = len(ids), self.context_length
         if context and length >= context:
             if truncate is None:
-                raise too_long("prompt", length, context)
+                raise base.too_long("prompt", length, context)
             head = ids[:1] if ids[0] == first else []
             keep = context - min(truncate, context // 2) - len(head)
             ids = head + ids[-keep:]
-        return {"input_ids": make_row(ids), "is_chat": not isinstance(prompt, str), "cut": length - len(ids)}
+        return {"input_ids": base.make_row(ids), "is_chat": not isinstance(prompt, str), "cut": length - len(ids)}
 
     def _apply_template(self, messages: Sequence[Mapping[str, str]], **settings: bool) -> Any:
         if not self.is_chat:
@@ -137,7 +123,7 @@ class CausalPipeline(CausalTextPipeline):
         max_new_tokens: Sequence[int] | None = None,
     ) -> Inputs:
         config = copy.copy(generation_config or self.model.generation_config)
-        batch, cache = as_batch(inputs), None
+        batch, cache = base.as_batch(inputs), None
         known = len(prefix[0]) if prefix else 0
         ids, mask = self.pad([row[known:] for row in batch["input_ids"]], left=True)
         if prefix:  # at the very start; padding comes after it

@@ -6,18 +6,8 @@ from typing import TYPE_CHECKING, TypedDict
 import torch
 
 from llmcli.models import sentence_encoder
-from llmcli.pipelines.base import (
-    Inputs,
-    Parameters,
-    TextPipeline,
-    Usage,
-    as_batch,
-    check_finite,
-    check_length,
-    check_tokens,
-    make_row,
-    too_long,
-)
+from llmcli.pipelines import base
+from llmcli.pipelines.base import Inputs, Parameters, TextPipeline, Usage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -62,25 +52,21 @@ class EmbeddingPipeline(TextPipeline):
         return len(self.tokenizer(text)["input_ids"])
 
     def preprocess(self, text: str, truncate: bool = False) -> Inputs:
-        """Return the token IDs of one text, without its end if it is too long and `truncate` is set.
-
-        Raises:
-            RecordError: The text is longer than the context, or has no tokens.
-        """
+        """Return the token IDs of one text. If it is too long, raise RecordError or, with `truncate`, cut its end."""
         if not truncate:
-            check_length(text, self.context_length, self.count_tokens)
+            base.check_length(text, self.context_length, self.count_tokens)
         ids = self.tokenizer(text)["input_ids"]
-        check_tokens(ids)
+        base.check_tokens(ids)
         length = len(ids)
         if length > self.context_length:
             if not truncate:
-                raise too_long("text", length, self.context_length)
+                raise base.too_long("text", length, self.context_length)
             # Tokenize again, so that the token that ends every text stays.
             ids = self.tokenizer(text, truncation=True, max_length=self.context_length)["input_ids"]
-        return {"input_ids": make_row(ids), "cut": length - len(ids)}
+        return {"input_ids": base.make_row(ids), "cut": length - len(ids)}
 
     def _forward(self, inputs: Inputs) -> Inputs:
-        ids, mask = self.pad(as_batch(inputs)["input_ids"], left=self.tokenizer.padding_side == "left")
+        ids, mask = self.pad(base.as_batch(inputs)["input_ids"], left=self.tokenizer.padding_side == "left")
         states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         weights = mask.unsqueeze(-1).float()
         pooled = states[:, 0] if self.takes_first_token else (states * weights).sum(1) / weights.sum(1)
@@ -88,13 +74,9 @@ class EmbeddingPipeline(TextPipeline):
         return {"vectors": vectors.numpy(force=True), **inputs}
 
     def postprocess(self, output: Inputs) -> Embedding:
-        """Return the fields of a result.
-
-        Raises:
-            RecordError: The vector is not finite.
-        """
+        """Return the fields of a result."""
         (vector,) = output["vectors"]
-        check_finite(vector)
+        base.check_finite(vector)
         fields: Embedding = {"embedding": vector.tolist()}
         if output["cut"]:
             fields["truncated"] = output["cut"]

@@ -78,17 +78,9 @@ class ExtractiveQaPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  
         max_seq_len: int | None = None,
         truncate: object = None,
     ) -> Iterator[Inputs]:
-        """Yield windows that cover the whole context.
+        """Yield windows of at most `max_seq_len` tokens, the question included, that overlap by `doc_stride` tokens.
 
-        Args:
-            inputs: The `question` and the `context`.
-            doc_stride: Number of tokens that a window shares with the next.
-            max_seq_len: Maximum number of tokens of a window, the question included.
-            truncate: Unused.
-
-        Raises:
-            RecordError: A text is empty, or the question is too long.
-            UsageError: The windows are longer than the model's, or cannot overlap that much.
+        `truncate` has no effect, as windows cover the whole context.
         """
         for name in ("question", "context"):
             if not inputs[name].strip():
@@ -160,18 +152,8 @@ class ExtractiveQaPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  
     ) -> Answer:
         """Return the fields of a result from all windows of a question.
 
-        Equal texts are one answer, with the place of the first and the sum of the scores.
-
-        Args:
-            windows: What `_forward` returned for each window.
-            top_k: Maximum number of answers.
-            max_answer_len: Maximum number of tokens of an answer.
-            handle_impossible_answer: Whether an empty answer takes part, with the score of there being none.
-            align_to_words: Whether answers are whole words.
-
-        Raises:
-            UsageError: A maximum is below 1.
-            RecordError: The model's numbers are not finite.
+        Equal texts are one answer, with the place of the first and the sum of the scores. With
+        `handle_impossible_answer` an empty one takes part, with the score of there being none.
         """
         if min(top_k, max_answer_len) < 1:
             raise UsageError("number and length of answers must be at least 1")

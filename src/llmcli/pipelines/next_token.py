@@ -62,11 +62,7 @@ class NextTokenPipeline(CausalPipeline):
     def postprocess(  # type: ignore[override]  # not a text
         self, output: Inputs, generation_config: "GenerationConfig | None" = None
     ) -> NextToken:
-        """Return the distribution after one text.
-
-        Raises:
-            RecordError: The probabilities are not finite.
-        """
+        """Return the distribution after one text."""
         probability, sampling_probability = output["probability"][0], output["sampling_probability"][0]
         check_finite(probability)
         config = generation_config or self.model.generation_config

@@ -9,15 +9,7 @@ import torch
 
 from llmcli.compat.cache import key_value_cache
 from llmcli.errors import UsageError
-from llmcli.pipelines.base import (
-    CausalTextPipeline,
-    Inputs,
-    Parameters,
-    as_batch,
-    check_finite,
-    check_tokens,
-    make_row,
-)
+from llmcli.pipelines.base import CausalTextPipeline, Inputs, Parameters, as_batch, check_finite, check_tokens, make_row
 from llmcli.pipelines.spelling import first_token_bytes, token_texts
 
 LOGITS = 2**27  # numbers that a model with a cache may return at once: 0.5 GB in float32
@@ -65,16 +57,9 @@ class ScoringPipeline(CausalTextPipeline):
     def preprocess(
         self, inputs: Mapping[str, str], stride: int | None = None, truncate: object = None
     ) -> Iterator[Inputs]:
-        """Yield the windows of a text.
+        """Yield the windows of `text` after `condition`, which may be empty, `stride` tokens apart.
 
-        Args:
-            inputs: The `text`, and the `condition` that precedes it, which may be empty.
-            stride: Number of tokens from window to window; half the context length by default.
-            truncate: Unused: windows cover all of the text.
-
-        Raises:
-            UsageError: The stride would leave tokens out.
-            RecordError: The text has no tokens.
+        `truncate` has no effect, as windows cover all of the text. UsageError: the stride leaves tokens out.
         """
         text, condition = inputs["text"], inputs["condition"]
         ids = self.tokenizer(condition + text)["input_ids"]
@@ -117,11 +102,7 @@ class ScoringPipeline(CausalTextPipeline):
         return torch.cat(parts, dim=1)
 
     def postprocess(self, windows: Sequence[Inputs], token_logprobs: bool = False) -> Score:
-        """Return the fields of a result from all windows of a text.
-
-        Raises:
-            RecordError: The model's numbers are not finite.
-        """
+        """Return the fields of a result from all windows of a text."""
         ids, begin, size = (windows[0][name] for name in ("ids", "begin", "size"))
         scored = [value for window in windows for value in window["logprobs"][0, window["scored"]].tolist()]
         logprob = math.fsum(scored)

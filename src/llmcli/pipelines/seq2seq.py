@@ -65,14 +65,9 @@ class Seq2SeqPipeline(TextPipeline):
         return len(self.tokenizer(text)["input_ids"])
 
     def preprocess(self, text: str | Mapping[str, str], truncate: int | None = None) -> Inputs:
-        """Return the token IDs of one text.
+        """Return the token IDs of one text, or of {"text", "source"} if the tokenizer has a code for its language.
 
-        Args:
-            text: The text, or {"text", "source"} if the tokenizer has a code for the text's language.
-            truncate: If it is a number, a text that is too long loses its end.
-
-        Raises:
-            RecordError: The text is longer than the context.
+        A text that is too long raises RecordError or, if `truncate` is a number, loses its end.
         """
         text, source = (text, None) if isinstance(text, str) else (text["text"], text.get("source"))
         if source:

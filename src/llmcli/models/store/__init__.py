@@ -109,11 +109,7 @@ def _is_cached(name: str) -> bool:
 
 
 def remove(spec: ModelSpec) -> bool:
-    """Delete the ready weights and their quantized copies; False if there were none.
-
-    Raises:
-        UsageError: The model is a directory of the user's own.
-    """
+    """Delete the ready weights and their quantized copies; False if there were none."""
     if isinstance(spec.source, FolderSource):
         raise UsageError(f"{spec.source.path} is your own directory", hint="to delete it, remove it yourself")
     with cache.writing():

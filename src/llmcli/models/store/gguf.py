@@ -9,11 +9,7 @@ from llmcli.errors import ModelUnavailableError
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write the model of a GGUF file to `folder`, dequantized to float32, with its tokenizer.
-
-    Raises:
-        ModelUnavailableError: The file is damaged or too large for the memory, or its architecture is not supported.
-    """
+    """Write the model of a GGUF file to `folder`, dequantized to float32, with its tokenizer."""
     console.notice(f"converting {file.name} to safetensors, once")
     from llmcli.models.loading import quiet_libraries
 

@@ -41,11 +41,7 @@ def find(source: HubSource, *, allow_pickle: bool) -> Path | None:
 
 
 def fetch(spec: ModelSpec, source: HubSource, *, allow_pickle: bool) -> Path:
-    """Download the files of the revision that the cache lacks, and return the snapshot.
-
-    Raises:
-        ModelUnavailableError: The repository is not found, gated, unreachable, or has only pickled weights.
-    """
+    """Download the files of the revision that the cache lacks, and return the snapshot."""
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
     from huggingface_hub.utils import disable_progress_bars, filter_repo_objects, logging
 

@@ -16,13 +16,7 @@ CONFIGURATION = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.py", "[0-9
 def get_or_create(folder: Path, variant: str, make: Callable[[Path], None]) -> Path:
     """Return the copy of a model that `variant` names; it is made if it does not exist, or if the weights changed.
 
-    Args:
-        folder: Directory of the model.
-        variant: Scheme, head and processor, in a file name.
-        make: Writes weights and configuration to a directory, which has the tokenizer and the rest already.
-
-    Raises:
-        ModelUnavailableError: No space is left.
+    `make` writes weights and configuration to a directory, which has the tokenizer and the rest already.
     """
     source = folder.resolve()
     stem = f"{folder.name}-{_digest(str(source))}-{variant}"

