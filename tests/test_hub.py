@@ -199,7 +199,7 @@ def test_private_needs_a_token(hub: Hub, run: Run) -> None:
     refused(run("models", "pull", "org/name"), "org/name is not on the Hub, or is private\n.*HF_TOKEN")
     refused(
         run("models", "pull", "org/name", HF_TOKEN="hf_wrong"),
-        "refuses access to org/name: Invalid credentials.*\n.*HF_TOKEN",
+        "refused access to org/name: Invalid credentials.*\n.*HF_TOKEN",
     )
     assert contents(pulled(run("models", "pull", "org/name", HF_TOKEN=hub.token))) == MODEL
 
@@ -216,7 +216,7 @@ def test_files_that_the_token_may_not_read(hub: Hub, run: Run) -> None:
     hub.capture_errors["/resolve/"] = 403
     refused(
         run("models", "pull", "-q", "org/name", HF_TOKEN=hub.token),
-        "refuses access to org/name: something is wrong\n.*HF_TOKEN",
+        "refused access to org/name: something is wrong\n.*HF_TOKEN",
     )
 
 
