@@ -83,6 +83,16 @@ def test_position_ids_are_a_parameter_of_forward(model):
     assert "position_ids" not in inspect.signature(MptForCausalLM.forward).parameters
 
 
+def test_rotary_positions_are_told_by_module_and_rope_type(model):
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    size = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    ntk = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2, rope_parameters=dynamic))
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2))
+    assert [transformers.has_fixed_rotary_positions(other) for other in (model, ntk, gpt2)] == [True, False, False]
+
+
 def test_eager_attention_is_set_and_reset(model):
     usual = model.config._attn_implementation
     with transformers.eager_attention(model):

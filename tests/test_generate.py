@@ -133,7 +133,7 @@ def test_prompt_template(generate, reference):
     ran = generate("--jsonl", "--prompt", "{animal} {{n}} {n}", stdin=b'{"animal": "dog", "n": 3, "text": "x"}\n')
     assert "dog {n} 3" + ran.records[0]["generated_text"] == reference("dog {n} 3")
     ran = generate("--jsonl", "--prompt", "{animal}", stdin=b'{"text": "x"}\n')
-    assert ran.records[0]["error"]["message"].startswith("no field 'animal'")
+    assert ran.records[0]["error"]["message"].startswith("missing field 'animal'")
 
 
 def test_file_names_travel(generate, tmp_path):

@@ -19,7 +19,7 @@ from llmcli.job import Failure, Record, Result
 
 GREEDY = ("--temperature", 0, "--batch-size", 1, "--max-new-tokens", 8)
 LONG_NAME = "a field with a name that is longer than many a terminal is wide, which is no reason to break it"
-ERROR = f"error: {{path}}:2: no field 'text': fields there: {LONG_NAME}\n"
+ERROR = f"error: {{path}}:2: missing field 'text': available fields: {LONG_NAME}\n"
 COUNT = "error: 1 of 40 records failed\n"
 
 
@@ -119,7 +119,7 @@ def test_the_rate_knows_nothing_of_loading_and_of_an_earlier_run(monkeypatch):
     now = 0.0
     monkeypatch.setattr(progress_module.time, "perf_counter", lambda: now)
     progress = Progress(Tally(records=100, failed=2))
-    records = [Record({}, share=i / 1000) for i in range(1, 201)]
+    records = [Record({}, input_fraction=i / 1000) for i in range(1, 201)]
     result = Result(records[0], {"usage": {"prompt_tokens": 5, "completion_tokens": 8}})
 
     def line(seconds, done):

@@ -63,15 +63,15 @@ def test_of_files_a_record_knows_how_much_is_read_with_it(form, shares, tmp_path
     end = b"\0" if form is InputFormat.NULL else b"\n"
     path = tmp_path / "input"
     path.write_bytes(b"text" + end + b"1234" + end)
-    assert [record.share for record in read(sources([], [str(path), str(path)]), form)] == shares
+    assert [record.input_fraction for record in read(sources([], [str(path), str(path)]), form)] == shares
     with path.open("rb", buffering=0) as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
         stdin.seek(5)
-        assert [record.share for record in read(sources([], []), form)][-1:] == shares[-1:] * (
+        assert [record.input_fraction for record in read(sources([], []), form)][-1:] == shares[-1:] * (
             form is not InputFormat.CSV
         )
-    assert {record.share for record in read(sources(["text"], [str(path)]), form)} == {None}
-    assert {record.share for record in read(sources([], [str(path), "/dev/null"]), form)} == {None}
+    assert {record.input_fraction for record in read(sources(["text"], [str(path)]), form)} == {None}
+    assert {record.input_fraction for record in read(sources([], [str(path), "/dev/null"]), form)} == {None}
 
 
 @pytest.mark.parametrize("form", InputFormat)

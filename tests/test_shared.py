@@ -68,7 +68,7 @@ def test_the_first_failure_can_end_all(command, lines, whole):
     data = b"".join(lines.read_bytes().splitlines(keepends=True)[1:])
     ran = subprocess.run([*TORCHRUN, *command, "--on-error", "stop"], input=data, capture_output=True, timeout=120)
     assert (ran.returncode, len(ran.stdout.splitlines())) == (1, 50)
-    assert said(ran) == ["error: line 50: no field 'text': fields there: id"]
+    assert said(ran) == ["error: line 50: missing field 'text': available fields: id"]
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -112,7 +112,7 @@ def test_what_goes_wrong_in_another_process_is_said_once(command, lines, tmp_pat
     program.write_text(code)
     ran = subprocess.run([*TORCHRUN[:-2], program, *command, "-f", lines], capture_output=True, timeout=120)
     assert ran.returncode == 1
-    assert [line for line in said(ran) if "lacks" not in line and "no field" not in line] == [
+    assert [line for line in said(ran) if "lacks" not in line and "missing field" not in line] == [
         "hint: process 1: the disk is gone",
         "hint: find it",
     ]

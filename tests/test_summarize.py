@@ -66,7 +66,7 @@ def test_condensed_texts_have_a_sentence_of_each_part(encoder, chatty, home, mon
     from llmcli.engines.local import LocalEngine
     from llmcli.job import Job
     from llmcli.tasks import Strategy, Task, TaskResult
-    from llmcli.tasks.condense import condensed
+    from llmcli.tasks.condense import condense
 
     (home / "config" / "llmcli").mkdir(parents=True)
     (home / "config" / "llmcli" / "config.toml").write_text(f'[defaults]\nembed = "{encoder}"\n')
@@ -74,7 +74,7 @@ def test_condensed_texts_have_a_sentence_of_each_part(encoder, chatty, home, mon
     parts = [f"{SENTENCES[0]} {SENTENCES[1]}", f"{SENTENCES[1]} And what of that?"]
 
     def steps(job, prepared, model):
-        text = yield from condensed(job, parts, lambda text: len(text.split()), 40)
+        text = yield from condense(job, parts, lambda text: len(text.split()), 40)
         return TaskResult({}, text)
 
     from llmcli import tasks

@@ -11,7 +11,7 @@ from llmcli.io.records import prompts
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.options.expand import expand_options
 from llmcli.run import run
-from llmcli.tasks.fields import template
+from llmcli.tasks.templates import build_prompt_parameters
 
 
 @expand_options
@@ -35,7 +35,7 @@ def chat(
     """
     form = input.form()
     target = output.target(form, [text] if text is not None else [], input.files)
-    parameters = {"fields": input.roles("text", "messages"), "system": system} | template(prompt)
+    parameters = {"fields": input.roles("text", "messages"), "system": system} | build_prompt_parameters(prompt)
     job = model.job("chat", generation, parameters)
     is_plain = target == OutputSpec() and not prompt
     if text is None and not input.files and is_plain and sys.stdin and sys.stdin.isatty():

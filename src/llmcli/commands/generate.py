@@ -9,8 +9,8 @@ from llmcli.io.records import prompts
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, completion
 from llmcli.options.expand import expand_options
 from llmcli.run import run
-from llmcli.tasks import prompting
-from llmcli.tasks.fields import template
+from llmcli.tasks.presets import load_preset
+from llmcli.tasks.templates import build_prompt_parameters
 
 
 @expand_options
@@ -44,7 +44,7 @@ def generate(
     form = input.form()
     if prompt is not None and preset is not None:
         raise UsageError("--prompt and --preset exclude each other")
-    kind = prompting.preset(preset)
-    parameters = {"fields": input.roles("text"), "full_text": full_text} | template(prompt) | kind.get("frame", {})
-    job = model.job("generate", generation, parameters, kind.get("options"))
+    chosen, own = load_preset(preset), build_prompt_parameters(prompt)
+    parameters = {"fields": input.roles("text"), "full_text": full_text, **own, **chosen.parameters}
+    job = model.job("generate", generation, parameters, chosen.options)
     return run(job, prompts(texts, input.files, form), output.target(form, texts, input.files))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmcli import config, console, engines
-from llmcli.engines.model import long_lived_objects
+from llmcli.engines.model import suspended_garbage_collection
 from llmcli.errors import LlmcliError, UsageError
 from llmcli.io.formats import InputFormat
 from llmcli.io.output import is_terminal, print_lines, save, share, to_json
@@ -124,7 +124,7 @@ def tokens(text: Text = None, file: File = None, *, model: TokenizerOptions, out
     for name in model.models or [store.choose(registry.default_names("inspect"), load_options)]:
         spec = registry.resolve(name)
         folder = store.pull(spec, offline=load_options.offline, allow_pickle=load_options.allow_pickle)
-        with long_lived_objects():
+        with suspended_garbage_collection():
             tokenizer = loading.tokenizer(folder, load_options)
         found[name] = tokens_of(tokenizer, text)
 

@@ -10,7 +10,7 @@ from llmcli.io.records import questions
 from llmcli.options import CommonGenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.options.expand import expand_options
 from llmcli.run import run
-from llmcli.tasks.fields import template
+from llmcli.tasks.templates import build_prompt_parameters
 
 
 @dataclass
@@ -66,5 +66,5 @@ def qa(
         "max_seq_len": answers.max_seq_len,
         "handle_impossible_answer": answers.allow_no_answer or None,
     }
-    job = model.job("qa", generation, parameters | template(prompt))
+    job = model.job("qa", generation, parameters | build_prompt_parameters(prompt))
     return run(job, records, target)

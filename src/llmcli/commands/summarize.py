@@ -9,7 +9,7 @@ from llmcli.io.records import read, sources
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.options.expand import expand_options
 from llmcli.run import run
-from llmcli.tasks.fields import template
+from llmcli.tasks.templates import build_prompt_parameters
 
 
 @expand_options
@@ -32,5 +32,5 @@ def summarize(
     llmcli summarize -m facebook/bart-large-cnn --jsonl --field article < news.jsonl
     """
     form = input.form()
-    job = model.job("summarize", generation, {"fields": input.roles("text")} | template(prompt))
+    job = model.job("summarize", generation, {"fields": input.roles("text")} | build_prompt_parameters(prompt))
     return run(job, read(sources(texts, input.files), form), output.target(form, texts, input.files))

@@ -10,7 +10,7 @@ from llmcli.job import Job
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, completion
 from llmcli.options.expand import expand_options
 from llmcli.run import run
-from llmcli.tasks.fields import template
+from llmcli.tasks.templates import build_prompt_parameters
 from llmcli.text import languages
 
 
@@ -59,7 +59,7 @@ def translate(
         text = first.fields.get(roles["text"]) if first else None
         if not first:
             return run(Job("translate", ""), records, target_options)
-        guess = source or (languages.likely(text) if isinstance(text, str) else None)
-    parameters = {"fields": roles, "from": source, "to": target} | template(prompt)
+        guess = source or (languages.detect_or_none(text) if isinstance(text, str) else None)
+    parameters = {"fields": roles, "from": source, "to": target} | build_prompt_parameters(prompt)
     job = model.job("translate", generation, parameters, source=guess, target=target)
     return run(job, records, target_options)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
+FIXED_ROPE_TYPES = {None, "default", "linear", "llama3", "yarn"}
 T = TypeVar("T")
 
 
@@ -57,6 +58,17 @@ def takes_position_ids(model: "PreTrainedModel") -> bool:
     """Return whether positions come from position IDs, and not from distances in the sequence as in ALiBi."""
     has_alibi = getattr(model.config, "alibi", False)  # Falcon's takes position IDs and ignores them
     return not has_alibi and "position_ids" in inspect.signature(type(model).forward).parameters
+
+
+def has_fixed_rotary_positions(model: "PreTrainedModel") -> bool:
+    """Return whether positions are rotary, and do not depend on the batch's length as in dynamic NTK and LongRoPE."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    by_layer = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    names = [type(module).__name__ for module in model.modules()]
+    is_rotary = any(name.endswith("RotaryEmbedding") for name in names)
+    is_learned = any(name.endswith("PositionalEmbedding") for name in names)
+    return is_rotary and not is_learned and {kind.get("rope_type") for kind in by_layer} <= FIXED_ROPE_TYPES
 
 
 @contextmanager

@@ -10,9 +10,10 @@ from functools import cache
 from queue import SimpleQueue
 from typing import Any
 
-from llmcli.engines.engine import WINDOW, Engine, OnResult
-from llmcli.engines.readahead import ReadAhead
-from llmcli.engines.request import OnText
+from llmcli.engines.engine import MAX_IN_FLIGHT, Engine
+from llmcli.engines.job_run import OnResult
+from llmcli.engines.read_ahead import ReadAhead
+from llmcli.engines.requests import OnText
 from llmcli.errors import ExitStatus, LlmcliError
 from llmcli.job import Job, Record, Result
 
@@ -32,8 +33,8 @@ class DistributedEngine:
         where that has ended."""
         others = [_Other(rank, job) for rank in range(1, _state().num_processes)]
         own = self._engine.run(_placed(job), _own_share(records, others), on_result=on_result)
-        with ReadAhead(own, WINDOW) as results:  # a thread, so that it goes on while others are waited for
-            while result := next(iter(results.take(1, least=1)), None):
+        with ReadAhead(own, MAX_IN_FLIGHT) as results:  # a thread, so that it goes on while others are waited for
+            while result := next(iter(results.take(1, minimum=1)), None):
                 yield result
                 for other in others:
                     if result := other.next():
@@ -54,7 +55,7 @@ class _Other:
         self._to_send: SimpleQueue[Record | None] = SimpleQueue()
         _send(job, rank)
         threading.Thread(target=self._deal, daemon=True).start()
-        self._answers = ReadAhead(_received(rank), WINDOW)
+        self._answers = ReadAhead(_received(rank), MAX_IN_FLIGHT)
 
     def give(self, record: Record | None) -> None:
         """The next record of its share; None: there is none left."""
@@ -65,12 +66,12 @@ class _Other:
         """What became of the next record of its share, if there is one."""
         if (record := self._given.get()) is None:
             return None
-        ((output, text, failure),) = self._answers.take(1, least=1)
+        ((output, text, failure),) = self._answers.take(1, minimum=1)
         return Result(record, output, text, failure)
 
     def end(self) -> None:
         """Wait for its last word."""
-        self._answers.take(1, least=1)
+        self._answers.take(1, minimum=1)
 
     def _deal(self) -> None:
         with suppress(ProcessEndedError):  # whoever waits for its answers will say so

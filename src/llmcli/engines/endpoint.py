@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llmcli.engines.engine import TaskEngine
-from llmcli.engines.request import OnText, Request, capture_errors
+from llmcli.engines.requests import OnText, Request, capture_errors
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
 from llmcli.job import Job
 from llmcli.tasks import Strategy
@@ -38,15 +38,15 @@ class EndpointEngine(TaskEngine):
         if job.truncate:
             raise UsageError("--truncate does not go with --endpoint: the server alone knows how long a text is")
 
-    def model(self, job: Job) -> "RemoteModel":
+    def find_model(self, job: Job) -> "RemoteModel":
         assert job.endpoint
         return RemoteModel(job.model, server(job.endpoint))
 
-    def runner(self, job: Job, strategy: Strategy, model: "RemoteModel") -> "EndpointRunner":
+    def make_runner(self, job: Job, strategy: Strategy, model: "RemoteModel") -> "EndpointRunner":
         model.context_length  # noqa: B018  # asks the server, which should be there
         return EndpointRunner(job, strategy, model)
 
-    def other(self) -> TaskEngine:
+    def local(self) -> TaskEngine:
         from llmcli.engines.local import LocalEngine
 
         return LocalEngine()
@@ -85,7 +85,7 @@ class EndpointRunner:
     """A job's requests, `concurrency` at a time. Text goes to /completions, messages to /chat/completions."""
 
     def __init__(self, job: Job, strategy: Strategy, model: RemoteModel) -> None:
-        self.waiting: set[Request] = set()
+        self.queue: set[Request] = set()
         self._model = model
         self._options = options(job, strategy, model)
         self._queued: list[Request] = []
@@ -94,7 +94,7 @@ class EndpointRunner:
 
     def add(self, requests: Sequence[Request]) -> None:
         """They wait for a step."""
-        self.waiting.update(requests)
+        self.queue.update(requests)
         self._queued += requests
 
     def step(self, on_text: OnText | None = None) -> None:
@@ -103,7 +103,7 @@ class EndpointRunner:
         if on_text and len(queued) == 1 and self._options.keys().isdisjoint({"n", "stop"}):
             with capture_errors(queued[0]):
                 queued[0].output = self._streamed(queued[0].input, on_text)
-            self.waiting.discard(queued[0])
+            self.queue.discard(queued[0])
             return
         for request in queued:
             sent = self._threads.submit(self._answer, request.input)
@@ -117,7 +117,7 @@ class EndpointRunner:
         for request, future in found:
             with capture_errors(request):
                 request.output = future.result()
-            self.waiting.discard(request)
+            self.queue.discard(request)
 
     def _put(self, request: Request, future: "Future[Any]") -> None:
         self._over.put((request, future))

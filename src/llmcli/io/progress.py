@@ -47,7 +47,7 @@ class Progress:
         """The records, counted as they are read."""
         for record in records:
             self._read += 1
-            self._share = record.share
+            self._share = record.input_fraction
             yield record
         self._share = 1
 

@@ -58,7 +58,7 @@ def read(streams: Iterable[tuple[str | None, Stream]], form: InputFormat) -> Ite
         try:
             with stream:
                 for record in READERS[form](stream, name):
-                    yield replace(record, share=min(1, (done + stream.tell()) / size)) if size else record
+                    yield replace(record, input_fraction=min(1, (done + stream.tell()) / size)) if size else record
                 done += stream.tell() if size else 0
         except OSError as exc:
             raise UsageError(f"{name or 'stdin'}: {reason(exc)}") from exc

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 from llmcli.errors import LlmcliError
 from llmcli.models import registry
-from llmcli.tasks import prompting
+from llmcli.tasks.presets import load_presets
 
 
 def _offered(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
@@ -24,10 +24,10 @@ def _languages() -> list[str]:
     """Common ones: those that there are example sentences in."""
     from llmcli.tasks import translate
 
-    return sorted({tag for sentence in translate.examples() for tag in sentence})
+    return sorted({tag for sentence in translate.load_examples() for tag in sentence})
 
 
 models = _offered(lambda: [name for name in registry.models() if "{" not in name])
 languages = _offered(_languages)
-presets = _offered(prompting.presets)
+presets = _offered(load_presets)
 devices = _offered(lambda: ("auto", "cpu", "cuda", "mps", "xpu"))

@@ -10,7 +10,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from llmcli.compat.cache import filled_cache, growing_cache, repeat_cache
-from llmcli.compat.transformers import takes_position_ids
+from llmcli.compat.transformers import has_fixed_rotary_positions, takes_position_ids
 from llmcli.errors import RecordError, UsageError
 from llmcli.pipelines import base
 from llmcli.pipelines.answers import GeneratedText, TokenDecoder, make_result, stopping_criteria
@@ -43,6 +43,15 @@ class CausalPipeline(CausalTextPipeline):
     ) -> Parameters:
         config = {} if generation_config is None else {"generation_config": generation_config}
         return {"truncate": truncate}, config, config
+
+    @functools.cached_property
+    def can_mix_limits(self) -> bool:
+        """Whether rows with different limits may share a batch.
+
+        A row that has reached its limit goes on with the batch, beyond the context. Only rotary positions that do not
+        depend on the length of the batch allow that: learned positions end there, and others change the other rows.
+        """
+        return has_fixed_rotary_positions(self.model)
 
     def remaining_context(self, inputs: Mapping[str, Any]) -> int | None:
         """Return the number of tokens that the context leaves for the answer."""

@@ -53,6 +53,9 @@ class Seq2SeqPipeline(TextPipeline):
         limits = (positions, self.tokenizer.model_max_length)
         return min((limit for limit in limits if limit and 0 < limit < UNLIMITED_TOKENS), default=None)
 
+    can_share_prefix = False
+    can_mix_limits = True  # all rows have the same
+
     def remaining_context(self, inputs: Mapping[str, Any]) -> int | None:
         """Return the number of tokens that the decoder has positions for."""
         config = self.model.config

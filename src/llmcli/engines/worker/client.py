@@ -13,8 +13,9 @@ from queue import SimpleQueue
 from typing import Any
 
 from llmcli import console
-from llmcli.engines.engine import Engine, OnResult
-from llmcli.engines.request import OnText
+from llmcli.engines.engine import Engine
+from llmcli.engines.job_run import OnResult
+from llmcli.engines.requests import OnText
 from llmcli.engines.worker import protocol
 from llmcli.engines.worker.protocol import Connection, ConnectionClosedError, MessageTooLargeError
 from llmcli.errors import ExitStatus, LlmcliError, ModelUnavailableError, reason

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from llmcli import console
+from llmcli.engines.batch_runner import BatchRunner
 from llmcli.engines.local import LocalEngine
 from llmcli.engines.model import Model
-from llmcli.engines.runner import BatchRunner
 from llmcli.engines.worker import protocol
 from llmcli.engines.worker.device_lock import DeviceLock, FairLock
 from llmcli.engines.worker.model_cache import LRUModelCache, ModelLease
@@ -229,14 +229,12 @@ class WarmEngine(LocalEngine):
         self.exclusive = self._turns = turns
         self._wire = connection
 
-    def model(self, job: Job) -> Model:
-        model = super().model(job)
+    def find_model(self, job: Job) -> Model:
         with self._turns.released():  # a download may take long
-            model.folder  # noqa: B018
-        return model
+            return super().find_model(job)
 
-    def runner(self, job: Job, strategy: Strategy, model: Model) -> BatchRunner:
-        runner = super().runner(job, strategy, model)
+    def make_runner(self, job: Job, strategy: Strategy, model: Model) -> BatchRunner:
+        runner = super().make_runner(job, strategy, model)
         runner.on_token = self._between
         return runner
 
