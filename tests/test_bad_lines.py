@@ -16,7 +16,7 @@ NOT_A_TEXT = ("wrong_type", "field 'text' must be a string")
 NO_UTF8 = ("invalid_utf8", "not UTF-8: byte 0x")
 BLANK = ("invalid_json", "blank line")
 HALF = ("invalid_text", "field 'text': lone surrogate at character ")
-TOO_LONG = ("context_length_exceeded", "the text has over 128 tokens, the model takes 64: ")
+TOO_LONG = ("context_length_exceeded", "text has over 128 tokens, which exceeds the context length of 64: ")
 
 # Five lines of each kind, and what comes of them: an error of that type, whose message begins so.
 BAD = {

@@ -216,7 +216,7 @@ def test_a_prompt_longer_than_the_context(generate):
     text = "dog " * 100
     ran = generate(text)
     assert ran.exit_status == 1
-    assert "the model's context holds 64" in ran.stderr
+    assert "exceeds the context length of 64" in ran.stderr
     assert "--truncate" in ran.stderr
     ran = generate(text, "--truncate", "--json")
     assert ran.exit_status == 0

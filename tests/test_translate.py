@@ -170,7 +170,7 @@ def test_the_first_default_that_is_there_is_used(translate, home):
     ran = translate("The fox sleeps.", "--from", "en", "--to", "fr", "--offline", "--json")
     assert ran.exit_status == 0, ran.stderr
     assert ran.records[0]["model"] == str(MARIAN)
-    assert f"using {MARIAN} in place of opus-mt-en-fr" in ran.stderr
+    assert f"opus-mt-en-fr is not cached; using {MARIAN}" in ran.stderr
     own.write_text('[defaults]\ntranslate = ["opus-mt-{from}-{to}", "nllb-600m"]\n')
     config.settings.cache_clear()
     ran = translate("The fox sleeps.", "--from", "en", "--to", "fr", "--offline")

@@ -27,7 +27,7 @@ def env(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> N
     about |= _devices()
     about |= {"cache": str(config.cache_dir()), "config": str(config.config_file()), "hub cache": _hub_cache()}
     about["offline"] = config.settings().offline
-    about["cached"] = [spec.name for spec in registry.models().values() if store.listed(spec)]
+    about["cached"] = [spec.name for spec in registry.models().values() if store.find_or_none(spec)]
     if json:
         print_lines([to_json(about)])
     else:

@@ -101,7 +101,7 @@ def path(name: Name, allow_pickle: AllowPickle = False, quiet: Quiet = False, ve
 
 
 def _about(spec: ModelSpec) -> dict[str, Any]:
-    folder = store.listed(spec)
+    folder = store.find_or_none(spec)
     return {
         "name": spec.name,
         "description": spec.description,

@@ -53,7 +53,7 @@ class Model:
             from llmcli import pipelines
 
             with suspended_garbage_collection():
-                head = pipelines.implementation(self.kind).auto_class
+                head = pipelines.pipeline_class(self.kind).auto_class
             # Kinds with the same head share one loaded model.
             key = (self.folder, self._changed_ns, head, replace(self._job.load_options, offline=False))
             self._pipeline = pipelines.wrap_as(self.kind, self._cache.get(self._job.model, key, self._load))

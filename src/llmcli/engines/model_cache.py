@@ -157,7 +157,7 @@ class ModelCache:
         gc.unfreeze()  # Models are frozen when they are loaded.
         gc.collect()
         gc.freeze()
-        malloc.give_back()
+        malloc.trim()
         return True
 
 

@@ -42,7 +42,7 @@ def serve(keep_alive_s: float | None) -> None:
     Raises LlmcliError if a worker is running already, or its socket cannot be made.
     """
     _raise_file_limit()
-    malloc.share()  # One thread computes at a time.
+    malloc.use_one_arena()  # One thread computes at a time.
     with Worker(math.inf if keep_alive_s is None else keep_alive_s) as worker:
         while not worker.is_finished:
             worker.handle_request()
