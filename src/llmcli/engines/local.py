@@ -6,19 +6,18 @@ from llmcli.engines.batching import RowPolicy, TokenPolicy
 from llmcli.engines.engine import TaskEngine
 from llmcli.engines.generating_runner import GeneratingRunner
 from llmcli.engines.memory import MemoryEstimator, memory_probe
-from llmcli.engines.model import Model, PipelineCache, suspended_garbage_collection
+from llmcli.engines.model import Model, suspended_garbage_collection
 from llmcli.engines.model_cache import ModelCache, ModelLease
-from llmcli.errors import UsageError
 from llmcli.job import Job
 from llmcli.models.loading import quiet_libraries
 from llmcli.tasks import Strategy
 
 
 class LocalEngine(TaskEngine):
-    """Runs jobs in this process. Loaded models stay in `cache` for later jobs."""
+    """Runs jobs in this process. Models that it has loaded stay in its lease for later jobs."""
 
-    def __init__(self, cache: PipelineCache | None = None) -> None:
-        self._cache: PipelineCache = cache or ModelLease(ModelCache())
+    def __init__(self, lease: ModelLease | None = None) -> None:
+        self._lease = lease or ModelLease(ModelCache())
 
     def check(self, job: Job) -> None:
         strategies = tasks.find(job.task).strategies
@@ -32,7 +31,7 @@ class LocalEngine(TaskEngine):
                 generation.check(job.generation, defaults[kind], counts_prompt=kind == "causal")
 
     def find_model(self, job: Job) -> Model:
-        return Model(job, self._cache)
+        return Model(job, self._lease)
 
     def make_runner(self, job: Job, strategy: Strategy, model: Model) -> BatchRunner:
         pipeline = model.pipeline
@@ -48,13 +47,14 @@ class LocalEngine(TaskEngine):
 
         from llmcli.models import generation
 
-        model_config = pipeline.model.generation_config
         is_seq2seq = pipeline.model.config.is_encoder_decoder
-        if unknown := next((name for name in parameters if not hasattr(model_config, name)), None):
-            source = f"task_specific_params of {job.model}" if is_seq2seq else "prompts.toml"
-            raise UsageError(f"unknown generation option {unknown!r} in {source}")
+        generation.check_known(parameters, f"{job.model}: task_specific_params" if is_seq2seq else "prompts.toml")
         config = generation.merge(
-            model_config, job.generation, strategy.defaults, parameters, counts_prompt=not is_seq2seq
+            pipeline.model.generation_config,
+            job.generation,
+            strategy.defaults,
+            parameters,
+            counts_prompt=not is_seq2seq,
         )
         if config.pad_token_id is None:
             config.pad_token_id = pipeline.tokenizer.pad_token_id

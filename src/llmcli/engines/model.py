@@ -2,11 +2,11 @@
 
 import gc
 import sys
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from llmcli import console, tasks
 from llmcli.errors import ModelTooLargeError, ModelUnavailableError
@@ -16,12 +16,7 @@ from llmcli.models import registry, store
 if TYPE_CHECKING:
     from transformers import Pipeline, PreTrainedConfig, PreTrainedTokenizerBase
 
-
-class PipelineCache(Protocol):
-    """Keeps loaded pipelines by a key of what they were loaded from."""
-
-    def get(self, name: str, key: Hashable, load: "Callable[[], Pipeline]") -> "Pipeline":
-        """Return the pipeline of the key, loaded now if needed. `name` is the model's, for people."""
+    from llmcli.engines.model_cache import ModelLease
 
 
 class Model:
@@ -31,8 +26,8 @@ class Model:
     be had, or cannot do the job's task.
     """
 
-    def __init__(self, job: Job, cache: "PipelineCache") -> None:
-        self._job, self._cache = job, cache
+    def __init__(self, job: Job, lease: "ModelLease") -> None:
+        self._job, self._lease = job, lease
         self._pipeline: Pipeline | None = None
         options = job.load_options
         spec = registry.resolve(job.model)
@@ -56,7 +51,7 @@ class Model:
                 head = pipelines.pipeline_class(self.kind).auto_class
             # Kinds with the same head share one loaded model.
             key = (self.folder, self._changed_ns, head, replace(self._job.load_options, offline=False))
-            self._pipeline = pipelines.wrap_as(self.kind, self._cache.get(self._job.model, key, self._load))
+            self._pipeline = pipelines.wrap_as(self.kind, self._lease.get(self._job.model, key, self._load))
         return self._pipeline
 
     @property
