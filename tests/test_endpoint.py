@@ -326,7 +326,7 @@ def test_what_a_server_cannot_do(served, server, args):
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_a_terminal_sees_the_answer_as_it_comes(served, server, command, monkeypatch):
     pieces = []
-    monkeypatch.setattr("llmcli.io.output.Output.piece", lambda self, text: pieces.append(text))
+    monkeypatch.setattr("llmcli.io.output.Output.stream", lambda self, text: pieces.append(text))
     served(command, "the quick fox", is_terminal=True)
     assert pieces[-4:] == ["the ", "quick ", "fox!", ""]
     assert server.bodies[0]["stream"] is True

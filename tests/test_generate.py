@@ -276,8 +276,8 @@ def test_a_terminal_sees_the_text_in_pieces(llmcli, tiny, monkeypatch):
     from llmcli.io.output import Output
 
     pieces = []
-    piece = Output.piece
-    monkeypatch.setattr(Output, "piece", lambda self, text: (pieces.append(text), piece(self, text)))
+    stream = Output.stream
+    monkeypatch.setattr(Output, "stream", lambda self, text: (pieces.append(text), stream(self, text)))
     args = ("generate", "the quick", "-m", tiny, *GREEDY)
     watched = llmcli(*args, is_terminal=True)
     assert pieces[0] == "the quick"

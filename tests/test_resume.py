@@ -85,7 +85,7 @@ def test_what_was_run_twice_counts_once(llmcli, command, whole, tmp_path):
     path.write_bytes(whole[:2000])
     assert llmcli(*command, path).exit_status == 3
     assert path.read_bytes() == whole
-    assert llmcli(*command, path).stderr == f"note: {path} is whole: nothing to do\nerror: 6 of 300 records failed\n"
+    assert llmcli(*command, path).stderr == f"note: '{path}' is already complete\nerror: 6 of 300 records failed\n"
 
 
 def test_what_has_changed_is_refused(llmcli, command, whole, lines, tmp_path):
@@ -129,8 +129,8 @@ def test_csv_and_lines(llmcli, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("--resume", "--lines"), "--resume goes with --output"),
-        (("--resume", "--output", "out"), "tell records apart"),
+        (("--resume", "--lines"), "--resume requires --output"),
+        (("--resume", "--output", "out"), "--resume requires a structured format"),
     ],
 )
 def test_what_does_not_go_together(llmcli, tiny, args, said):

@@ -276,15 +276,15 @@ def test_a_heat_map_shows_whole_characters():
     from llmcli.draw import figures
 
     tokens = [("a", None), (" \\xf0\\x9f", -7.0), ("\\xa6", -1.0), ("\\x8a", -0.1), ("é\n", -0.01), ("\\xe4", -9.0)]
-    text = figures.heat([{"token": token, "logprob": logprob} for token, logprob in tokens])
+    text = figures.heat_map([{"token": token, "logprob": logprob} for token, logprob in tokens])
     assert text.plain == "a 🦊é\n\N{REPLACEMENT CHARACTER}"
-    assert figures.heat([{"token": "a\x1b[31m\n", "logprob": None}]).plain == "a\\x1b[31m\n"
-    broken = figures.heat([{"token": "\\xe9", "logprob": None}, {"token": " b", "logprob": -9.0}])
+    assert figures.heat_map([{"token": "a\x1b[31m\n", "logprob": None}]).plain == "a\\x1b[31m\n"
+    broken = figures.heat_map([{"token": "\\xe9", "logprob": None}, {"token": " b", "logprob": -9.0}])
     assert (broken.plain, len(broken.spans)) == ("\N{REPLACEMENT CHARACTER} b", 1)
     assert "".join(text.plain[span.start : span.end] for span in text.spans) == " 🦊"
     assert {span.style.bgcolor.triplet for span in text.spans} == {(204, 76, 2)}
-    table = figures.likelihoods([{"token": "x" * 80, "logprob": -0.1}], 40)
-    shown = figures.drawn(table, figures.Console(width=40)).splitlines()
+    table = figures.probability_table([{"token": "x" * 80, "logprob": -0.1}], 40)
+    shown = figures.render(table, figures.Console(width=40)).splitlines()
     assert all(figures.cell_len(line) <= 40 for line in shown)
 
 

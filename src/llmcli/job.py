@@ -66,7 +66,7 @@ class Record:
     file: str | None = None
     line: int | None = None
     failure: Failure | None = None
-    share: float | None = field(default=None, compare=False)  # of all input, how much is read with it, if that is known
+    input_fraction: float | None = field(default=None, compare=False)  # how much of all input has been read with it
 
     @property
     def where(self) -> str:
@@ -91,10 +91,9 @@ class Record:
 class Result:
     """What became of a record: `output` are the fields that the task adds, `text` is the answer as
     text mode prints it. A failed record has a `failure` instead; one that came with an error of an earlier run,
-    neither. One that a filter `dropped` is not written."""
+    neither."""
 
     record: Record
     output: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
     failure: Failure | None = None
-    dropped: bool = False

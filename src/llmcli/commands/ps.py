@@ -2,7 +2,8 @@
 
 from llmcli import console
 from llmcli.engines.worker import client
-from llmcli.io.output import megabytes, print_lines, print_table, to_json
+from llmcli.io.output import print_lines, print_table, to_json
+from llmcli.io.units import format_megabytes
 from llmcli.options import Json, Quiet, Verbose
 from llmcli.options.expand import expand_options
 
@@ -25,12 +26,12 @@ def ps(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> No
     print_table(
         ("MODEL", "DEVICE", "DTYPE", "MEMORY", "JOBS", "IDLE", "LEFT"),
         [
-            (each["model"], each["device"], each["dtype"], megabytes(each["bytes"]), str(each["jobs"]),
+            (each["model"], each["device"], each["dtype"], format_megabytes(each["bytes"]), str(each["jobs"]),
              _seconds(each["idle"]), _seconds(each["left"]))
             for each in status["models"]
         ],
     )  # fmt: skip
-    console.notice(f"worker {status['process']}: {megabytes(status['memory'])}, {status['jobs']} jobs")
+    console.notice(f"worker {status['process']}: {format_megabytes(status['memory'])}, {status['jobs']} jobs")
 
 
 def _seconds(value: float | None) -> str:
