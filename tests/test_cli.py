@@ -1,6 +1,7 @@
 """The command line as a whole: help, exit codes, what is imported when."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -160,3 +161,21 @@ def test_a_broken_file_of_ones_own_offers_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("LLMCLI_CONFIG", str(tmp_path / "config.toml"))
     registry.models.cache_clear()
     assert completion.models("") == []
+
+
+def test_system_exit_with_text_is_a_failure(llmcli, monkeypatch):
+    monkeypatch.setattr("llmcli.commands.generate.run", lambda *args: sys.exit("no more"))
+    ran = llmcli("generate", "x")
+    assert (ran.exit_status, ran.stderr) == (1, "error: no more\n")
+
+
+def test_main_restores_the_sigterm_handler(llmcli):
+    def handler(signum, frame):
+        raise AssertionError
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        assert llmcli("--version").exit_status == 0
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -6,6 +6,8 @@ import random
 
 import pytest
 
+from llmcli.io.run_log import ENTRY_BYTES
+
 WORDS = ["the", "quick", "brown", "fox", "a", "lazy", "dog", "sleeps"]
 
 
@@ -159,3 +161,10 @@ def test_two_runs_at_a_time_are_one_too_many(llmcli, command, whole, tmp_path):
         ran = llmcli(*command, path)
     assert (ran.exit_status, "is being written by another run" in ran.stderr) == (2, True)
     assert path.read_bytes() == whole
+
+
+def test_log_has_a_fixed_size_per_record(command, whole, tmp_path):
+    identity, _, entries = (tmp_path / "whole.jsonl.state").read_bytes().partition(b"\n")
+    assert json.loads(identity)["format"] == "json"
+    assert len(entries) == 301 * ENTRY_BYTES  # the last one says that the run is complete
+    assert ENTRY_BYTES < 32

@@ -241,7 +241,7 @@ def test_a_filter_keeps_order_and_fields(score, scored):
 def test_a_filter_that_passes_nothing_is_1_as_grep(score):
     ran = score("--lines", "--max-perplexity", 1, stdin=b"the quick\nbrown fox\n\nthe\n")
     assert (ran.stdout, ran.exit_status) == ("", 1)
-    assert ran.stderr == "note: records of fewer than two tokens pass no filter: 2\n"
+    assert ran.stderr == "note: records with fewer than two tokens pass no filter: 2\n"
     assert score("--lines", "--max-perplexity", 1, stdin=b"the quick\n").stderr == ""
 
 
@@ -339,8 +339,8 @@ def test_a_filtered_table_keeps_its_header_when_failures_are_tried_again(score, 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--lines", "--condition", "q"], "--condition names a field"),
-        (["--lines", "--tokens"], "--tokens shows whole texts"),
+        (["--lines", "--condition", "q"], "--condition requires records with fields"),
+        (["--lines", "--tokens"], "--tokens requires whole texts"),
         (["--stride", "0"], "--stride"),
         (["--max-perplexity", "0.5"], "--max-perplexity"),
         (["--stride", "64"], "windows of this model have 64 tokens"),

@@ -98,7 +98,9 @@ def test_what_cannot_be_searched(search, tmp_path):
     (tmp_path / "good.txt").write_text("dog")
     ran = search("dog", tmp_path / "bad.txt", tmp_path / "good.txt")
     assert ran.stdout.startswith(f"{tmp_path / 'good.txt'}:1: dog")
-    assert ran.stderr == f"error: {tmp_path / 'bad.txt'}: not UTF-8: byte 0xff at offset 0\n"
+    assert (
+        ran.stderr == f"error: {tmp_path / 'bad.txt'}: not UTF-8: byte 0xff at offset 0\nerror: 1 of 2 records failed\n"
+    )
     assert ran.exit_status == 3
     assert search("dog", tmp_path).exit_status == 2
     assert search("  ", tmp_path / "good.txt").exit_status == 2
@@ -200,4 +202,4 @@ def test_eight_of_ten_questions_find_their_passage_among_the_first_three(llmcli,
 @pytest.mark.parametrize("option", ["--resume", "--retry-errors"])
 def test_options_of_record_after_record_are_refused(search, tmp_path, option):
     ran = search("a dog", "--output", tmp_path / "out", option, stdin=b"the fox")
-    assert (ran.exit_status, "search does not go with --resume" in ran.stderr) == (2, True)
+    assert (ran.exit_status, "search does not support --resume" in ran.stderr) == (2, True)

@@ -107,8 +107,9 @@ def draw_next_tokens(record: JsonObject, width: int | None) -> RenderableType:
 
 def sampling_table(tokens: Sequence[JsonObject], sampling: str, width: int) -> Group:
     """Draw one line per token with its two probabilities; `sampling` describes the second."""
-    texts = [show_whitespace(token["token"], width // 4) for token in tokens]
-    bar_columns = max(1, (width - max(map(cell_len, [*texts, "NEXT"])) - 2 * 6 - 4 * 2) // 2)
+    free = width - 2 * len("0.1234") - 4 * 2  # between the columns of numbers
+    texts = [show_whitespace(token["token"], min(width // 4, free - 2 * len("SAMPLED"))) for token in tokens]
+    bar_columns = max(1, (free - max(map(cell_len, [*texts, "NEXT"]))) // 2)
     table = _table("<NEXT", "<MODEL", ">", "<SAMPLED", ">")
     for text, token in zip(texts, tokens, strict=True):
         before, after = token["probability"], token["sampling_probability"]
@@ -156,7 +157,7 @@ def _draw_matrix(tokens: Sequence[str], weights: Sequence[Sequence[float]], sour
     text.append(f"\n{source}\n0 ", DIM)
     for weight in (0, 0.05, 0.2, 0.5, 1):
         text.append(*_draw_cell(weight, has_colors))
-    return text.append(" 1: each row attends to columns", DIM)
+    return text.append(" 1: rows attend to columns", DIM)
 
 
 def _with_title(title: str, figure: RenderableType) -> Group:
