@@ -91,5 +91,5 @@ def test_key_value(item, value):
 
 def test_sizes():
     assert [parse_size(text) for text in ("8GB", "1.5g", "2GiB", "100")] == [8 * 10**9, 1_500_000_000, 2**31, 100]
-    with pytest.raises(UsageError, match="not a size"):
+    with pytest.raises(UsageError, match="invalid size"):
         parse_size("much")

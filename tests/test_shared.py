@@ -94,7 +94,7 @@ def test_when_one_is_killed_the_run_ends_and_can_go_on(command, lines, whole, tm
 def test_a_whole_file_ends_all_at_once(command, lines, tmp_path):
     (tmp_path / "in").write_bytes(b"".join(lines.read_bytes().splitlines(keepends=True)[1:4]))
     args = [*TORCHRUN, *command, "-f", tmp_path / "in", "--output", tmp_path / "out", "--resume"]
-    for expected in ([], [f"note: {tmp_path / 'out'} is whole: nothing to do"]):
+    for expected in ([], [f"note: '{tmp_path / 'out'}' is already complete"]):
         ran = subprocess.run(args, capture_output=True, timeout=60)
         assert (ran.returncode, said(ran)) == (0, expected)
 

@@ -46,7 +46,9 @@ class CommonGenerationOptions:
     num_beams: Annotated[int | None, typer.Option(metavar="N", min=1, help="Number of beams for beam search.")] = None
     num_return_sequences: Annotated[
         int | None,
-        typer.Option("--num-return-sequences", "-n", metavar="N", min=1, help="Number of sequences per record."),
+        typer.Option(
+            "--num-return-sequences", "-n", metavar="N", min=1, help="Number of sequences to generate per record."
+        ),
     ] = None
     stop: Annotated[
         list[str], typer.Option(metavar="TEXT", help="Stop sequence, excluded from the output; repeatable.")
