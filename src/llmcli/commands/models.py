@@ -1,7 +1,5 @@
 """llmcli models: list, show, pull and delete models."""
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,16 +26,16 @@ def list_models(json: Json = False, quiet: Quiet = False, verbose: Verbose = Fal
     llmcli models list
     llmcli models list --json
     """
-    models = [ModelInfo(spec) for spec in registry.models().values()]
+    models = registry.models().values()
     if json:
-        print_lines(to_json(model.to_json()) for model in models)
+        print_lines(to_json(_describe(spec)) for spec in models)
         return
     print_table(
         ("NAME", "CACHED", "DOWNLOAD", "TASKS", "LICENSE"),
         [
-            (model.spec.name, "yes" if model.folder else "no", format_megabytes(model.spec.size),
-             " ".join(model.spec.tasks), model.spec.license or "-")
-            for model in models
+            (spec.name, "yes" if store.listed(spec) else "no", format_megabytes(spec.size), " ".join(spec.tasks),
+             spec.license or "-")
+            for spec in models
         ],
     )  # fmt: skip
 
@@ -50,16 +48,13 @@ def show(name: Name, json: Json = False, quiet: Quiet = False, verbose: Verbose 
     \b
     llmcli models show smollm2
     """
-    model = ModelInfo(registry.resolve(name))
-    fields = model.to_json()
+    spec = registry.resolve(name)
+    fields = _describe(spec)
     if json:
         print_lines([to_json(fields)])
         return
-    fields |= {
-        "tasks": ", ".join(model.spec.tasks),
-        "download": format_megabytes(model.spec.size),
-        "on disk": format_megabytes(model.disk_bytes),
-    }
+    sizes = {"download": format_megabytes(spec.size), "on disk": format_megabytes(_disk_bytes(spec))}
+    fields |= {"tasks": ", ".join(spec.tasks), **sizes}
     print_lines(f"{key:12} {value}" for key, value in fields.items() if value not in (None, "", "-"))
 
 
@@ -111,36 +106,30 @@ def path(name: Name, allow_pickle: AllowPickle = False, quiet: Quiet = False, ve
     print_lines([str(folder)])
 
 
-@dataclass
-class ModelInfo:
-    """A model, and where it is cached."""
+def _describe(spec: ModelSpec) -> dict[str, object]:
+    folder = store.listed(spec)
+    return {
+        "name": spec.name,
+        "description": spec.description,
+        "source": _describe_source(spec),
+        "license": spec.license,
+        "download": spec.size,
+        "tasks": list(spec.tasks),
+        "path": str(folder) if folder else None,
+        "on disk": _disk_bytes(spec),
+    }
 
-    spec: ModelSpec
 
-    def __post_init__(self) -> None:
-        self.folder: Path | None = store.listed(self.spec)
-        self.disk_bytes = sum(file.stat().st_size for file in self.folder.iterdir()) if self.folder else None
+def _disk_bytes(spec: ModelSpec) -> int | None:
+    folder = store.listed(spec)
+    return sum(file.stat().st_size for file in folder.iterdir()) if folder else None
 
-    def to_json(self) -> dict[str, object]:
-        """Return the fields for --json."""
-        return {
-            "name": self.spec.name,
-            "description": self.spec.description,
-            "source": self.source,
-            "license": self.spec.license,
-            "download": self.spec.size,
-            "tasks": list(self.spec.tasks),
-            "path": str(self.folder) if self.folder else None,
-            "on disk": self.disk_bytes,
-        }
 
-    @property
-    def source(self) -> str:
-        """Where the model comes from."""
-        match self.spec.source:
-            case WheelSource(wheels=wheels):
-                return f"package index: {' '.join(wheels)}"
-            case HubSource(repo, revision):
-                return f"hub: {repo}{f'@{revision}' if revision else ''}"
-            case FolderSource(path) | GgufSource(path):
-                return f"local: {path}"
+def _describe_source(spec: ModelSpec) -> str:
+    match spec.source:
+        case WheelSource(wheels=wheels):
+            return f"package index: {' '.join(wheels)}"
+        case HubSource(repo, revision):
+            return f"hub: {repo}{f'@{revision}' if revision else ''}"
+        case FolderSource(path) | GgufSource(path):
+            return f"local: {path}"

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Literal
 
 from llmcli.errors import LlmcliError, OutputClosedError, UsageError, reason
@@ -100,9 +99,7 @@ class Sink(AbstractContextManager["Sink"]):
             raise LlmcliError(f"cannot write to {self._path or 'stdout'}: {exc.strerror}") from exc
         return len(data)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         if not self._path:
             return
         with suppress(OSError):  # write_bytes has reported it.
@@ -175,12 +172,10 @@ class Output(AbstractContextManager["Output"]):
         end = "\0" if self.format is OutputFormat.NULL else "\n"
         return self._on_one_line(result.text[self._streamed :]) + end
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         if self._streamed and kind is not OutputClosedError:  # The text was interrupted: end its line.
             self._sink.write("\n")
-        self._sink.__exit__(kind, exc, traceback)
+        self._sink.__exit__(kind, *details)
 
     def _on_one_line(self, text: str) -> str:
         if self.format is OutputFormat.NULL:

@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from types import TracebackType
 
 from llmcli.errors import LlmcliError, UsageError
 from llmcli.io.output import Output, OutputSpec, Sink
@@ -65,8 +64,7 @@ class Journal(AbstractContextManager["Journal"]):
         else:
             self._discard_new()
             self._log.begin(self._identity)
-        self._is_retry = spec.retry and any(entry.state != OK for entry in self._log)
-        if self._is_retry:
+        if spec.retry and any(entry.state != OK for entry in self._log):
             self._begin_retry()
         self.output = self._log.output
 
@@ -127,9 +125,7 @@ class Journal(AbstractContextManager["Journal"]):
         self._copy_old()
         self._log.mark_complete()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         try:
             if kind is None and self._old is not None:
                 self._replace_old()
@@ -137,6 +133,8 @@ class Journal(AbstractContextManager["Journal"]):
                 self._log.sync()
         finally:
             self._log.close()
+            if self._old is not None:
+                self._old.close()
 
     def _resume(self) -> None:
         if self._new_state.exists() and not self._new_output.exists():  # Interrupted between the two replacements.
@@ -154,6 +152,7 @@ class Journal(AbstractContextManager["Journal"]):
             self._log.cut()
             if len(self._log):
                 self._replace_old()
+                self._old.close()
             else:
                 self._log.close()
                 self._log = self._old
@@ -205,7 +204,6 @@ class Journal(AbstractContextManager["Journal"]):
             os.replace(new, old)
             with suppress(LlmcliError):  # Not every file system can.
                 sync(old.parent)
-        self._old.close()
         self._log.path, self._log.output = self._state, self.path
 
 

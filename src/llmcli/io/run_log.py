@@ -108,7 +108,7 @@ class RunLog:
 
     def close(self) -> None:
         """Close and unlock the log."""
-        self._sink.__exit__(None, None, None)
+        self._sink.__exit__(None)
 
     def _lock(self) -> None:
         import fcntl  # Windows has no such module.
