@@ -10,7 +10,7 @@ LONG = 10_000_000
 
 RUNS = None  # strange, and yet a record
 NO_JSON = ("invalid_json", "not JSON: ")
-NO_OBJECT = ("invalid_json", "not a JSON object but ")
+NO_OBJECT = ("invalid_json", "expected a JSON object, got ")
 NO_TEXT = ("missing_field", "missing field 'text': available fields: none")
 NOT_A_TEXT = ("wrong_type", "field 'text' must be a string")
 NO_UTF8 = ("invalid_utf8", "not UTF-8: byte 0x")
@@ -31,8 +31,8 @@ BAD = {
         (b'{"text": 5}', NOT_A_TEXT),
         (b'{"text": null}', NOT_A_TEXT),
         (b'{"text": {"text": "the"}}', NOT_A_TEXT),
-        (b'"the fox"', (NO_OBJECT[0], "not a JSON object but a string")),
-        (b"5", (NO_OBJECT[0], "not a JSON object but a number")),
+        (b'"the fox"', (NO_OBJECT[0], "expected a JSON object, got a string")),
+        (b"5", (NO_OBJECT[0], "expected a JSON object, got a number")),
     ],
     "with NUL": [
         (b'{"text": "the\0fox"}', ("invalid_json", "not JSON: Invalid control character at character 13: '\\x00'")),
@@ -63,7 +63,7 @@ BAD = {
         (b'{"text": "' + b"x" * LONG, NO_JSON),
     ],
     "of arrays": [
-        (b"[[]]", (NO_OBJECT[0], "not a JSON object but an array")),
+        (b"[[]]", (NO_OBJECT[0], "expected a JSON object, got an array")),
         (b'[{"text": "the fox"}]', NO_OBJECT),
         (b'{"text": [["the"], ["fox"]]}', NOT_A_TEXT),
         (b"[" * 100_000, NO_JSON),

@@ -96,7 +96,7 @@ def test_distributed_resumes_after_killed_rank(command, lines, whole, tmp_path, 
 def test_distributed_complete_output_ends_all_ranks(command, lines, tmp_path):
     (tmp_path / "in").write_bytes(b"".join(lines.read_bytes().splitlines(keepends=True)[1:4]))
     args = [*TORCHRUN, *command, "-f", tmp_path / "in", "--output", tmp_path / "out", "--resume"]
-    for expected in ([], [f"note: {tmp_path / 'out'} is whole: nothing to do"]):
+    for expected in ([], [f"note: '{tmp_path / 'out'}' is already complete"]):
         ran = subprocess.run(args, capture_output=True, timeout=60)
         assert (ran.returncode, said(ran)) == (0, expected)
 

@@ -326,7 +326,7 @@ def test_endpoint_rejects_unsupported_options(served, server, args):
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_endpoint_streams_to_terminal(served, server, command, monkeypatch):
     pieces = []
-    monkeypatch.setattr("llmcli.io.output.Output.piece", lambda self, text: pieces.append(text))
+    monkeypatch.setattr("llmcli.io.output.Output.stream", lambda self, text: pieces.append(text))
     served(command, "the quick fox", is_terminal=True)
     assert pieces[-4:] == ["the ", "quick ", "fox!", ""]
     assert server.bodies[0]["stream"] is True

@@ -3,10 +3,10 @@
 import pytest
 from transformers import GenerationConfig
 
-from llmcli.config import size_in_bytes
 from llmcli.errors import UsageError
+from llmcli.io.units import parse_size
 from llmcli.models import generation
-from llmcli.options import key_value
+from llmcli.options import parse_key_value
 from llmcli.tasks.generated import SAMPLING
 
 DEFAULTS = SAMPLING | {"max_new_tokens": 128}
@@ -86,13 +86,13 @@ def test_whole_numbers_do_for_fractions():
      ("eos_token_id=[1,2]", [1, 2]), ("cache_implementation=static", "static")],
 )  # fmt: skip
 def test_key_value(item, value):
-    assert key_value(item) == (item.partition("=")[0], value)
+    assert parse_key_value(item) == (item.partition("=")[0], value)
 
 
 def test_sizes():
-    assert [size_in_bytes(text) for text in ("8GB", "1.5g", "2GiB", "100")] == [8 * 10**9, 1_500_000_000, 2**31, 100]
-    with pytest.raises(UsageError, match="not a size"):
-        size_in_bytes("much")
+    assert [parse_size(text) for text in ("8GB", "1.5g", "2GiB", "100")] == [8 * 10**9, 1_500_000_000, 2**31, 100]
+    with pytest.raises(UsageError, match="invalid size"):
+        parse_size("much")
 
 
 def test_max_length_of_the_user_counts_whatever_its_value():

@@ -121,7 +121,7 @@ def test_a_file_that_is_no_text_harms_no_other(llmcli, tmp_path):
         "error": {"type": "invalid_utf8", "message": "not UTF-8: byte 0xff at offset 0"}, "file": str(files[1]),
     }  # fmt: skip
     assert (done["file"], bool(done["summary_text"]), ran.exit_status) == (str(files[3]), True, 3)
-    assert "is a folder" in llmcli("summarize", "-m", GOLDEN / "bart", "-f", tmp_path).stderr
+    assert "is a directory" in llmcli("summarize", "-m", GOLDEN / "bart", "-f", tmp_path).stderr
 
 
 def test_a_model_that_is_cached_stands_in_for_one_that_is_not(llmcli, home, monkeypatch):

@@ -126,11 +126,9 @@ class Result:
         output: Fields that the task adds.
         text: The answer as text mode prints it.
         failure: Why there is no answer. A record that came with an error has neither answer nor failure.
-        dropped: Whether a filter dropped it, so that it is not written.
     """
 
     record: Record
     output: JsonObject = field(default_factory=dict)
     text: str = ""
     failure: Failure | None = None
-    dropped: bool = False

@@ -2,7 +2,8 @@
 
 from llmcli import console
 from llmcli.engines.worker import client
-from llmcli.io.output import megabytes, print_lines, print_table, to_json
+from llmcli.io.output import print_lines, print_table, to_json
+from llmcli.io.units import format_megabytes
 from llmcli.options import Json, Quiet, Verbose
 from llmcli.options.expand import expand_options
 
@@ -25,12 +26,12 @@ def ps(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> No
         print_table(
             ("MODEL", "DEVICE", "DTYPE", "MEMORY", "JOBS", "IDLE", "EXPIRES"),
             [
-                (model["model"], model["device"], model["dtype"], megabytes(model["bytes"]), str(model["jobs"]),
+                (model["model"], model["device"], model["dtype"], format_megabytes(model["bytes"]), str(model["jobs"]),
                  _duration(model["idle_seconds"]), _duration(model["expires_in_seconds"]))
                 for model in status["models"]
             ],
         )  # fmt: skip
-        console.notice(f"worker {status['pid']}: {megabytes(status['memory'])}, {status['jobs']} jobs")
+        console.notice(f"worker {status['pid']}: {format_megabytes(status['memory'])}, {status['jobs']} jobs")
 
 
 def _duration(seconds: float | None) -> str:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from llmcli import config
+from llmcli.io.units import parse_duration
 from llmcli.options import Quiet, Verbose
 from llmcli.options.expand import expand_options
 
@@ -29,4 +29,4 @@ def serve(
     """
     from llmcli.engines.worker.server import serve as serve_calls
 
-    serve_calls(None if keep_alive is None else config.seconds(keep_alive))
+    serve_calls(None if keep_alive is None else parse_duration(keep_alive))
