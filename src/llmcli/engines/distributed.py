@@ -101,6 +101,7 @@ class _RemoteRank:
 
 def serve(engine: Engine) -> ExitStatus:
     """Run the records that rank 0 sends to this process, whatever input its command line names."""
+    _group()  # raises if rank 0 cannot be joined
     try:
         job = next(_receive(0))
         for result in engine.run(_job_of_rank(job), _receive(0)):
@@ -138,8 +139,9 @@ def _group() -> "ProcessGroup":
             PartialState(cpu=True, timeout=timedelta(seconds=JOIN_TIMEOUT_S))
             return torch.distributed.new_group(timeout=MESSAGE_TIMEOUT)
     except (RuntimeError, ValueError) as exc:
+        why, *_ = str(exc).split("\n")
         raise LlmcliError(
-            f"cannot join the other processes: {str(exc).splitlines()[0]}",
+            f"cannot join the other processes: {why}",
             hint="start all with torchrun; to run one process, unset RANK and WORLD_SIZE",
         ) from exc
 
