@@ -53,7 +53,7 @@ def test_the_models_own_pooling(llmcli, encoder, tmp_path):
 def test_a_text_that_is_too_long(embed):
     ran = embed("dog " * 100)
     assert ran.exit_status == 1
-    assert "the model takes 64" in ran.stderr
+    assert "exceeds the context length of 64" in ran.stderr
     (record,) = embed("dog " * 100, "--truncate").records
     assert record["usage"]["prompt_tokens"] == 64
 

@@ -133,7 +133,7 @@ def test_prompt_template(generate, reference):
     ran = generate("--jsonl", "--prompt", "{animal} {{n}} {n}", stdin=b'{"animal": "dog", "n": 3, "text": "x"}\n')
     assert "dog {n} 3" + ran.records[0]["generated_text"] == reference("dog {n} 3")
     ran = generate("--jsonl", "--prompt", "{animal}", stdin=b'{"text": "x"}\n')
-    assert ran.records[0]["error"]["message"].startswith("no field 'animal'")
+    assert ran.records[0]["error"]["message"].startswith("missing field 'animal'")
 
 
 def test_file_names_travel(generate, tmp_path):
@@ -216,7 +216,7 @@ def test_a_prompt_longer_than_the_context(generate):
     text = "dog " * 100
     ran = generate(text)
     assert ran.exit_status == 1
-    assert "the model's context holds 64" in ran.stderr
+    assert "exceeds the context length of 64" in ran.stderr
     assert "--truncate" in ran.stderr
     ran = generate(text, "--truncate", "--json")
     assert ran.exit_status == 0

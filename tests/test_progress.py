@@ -19,7 +19,7 @@ from llmcli.job import Failure, Record, Result
 
 GREEDY = ("--temperature", 0, "--batch-size", 1, "--max-new-tokens", 8)
 LONG_NAME = "a field with a name that is longer than many a terminal is wide, which is no reason to break it"
-ERROR = f"error: {{path}}:2: no field 'text': fields there: {LONG_NAME}\n"
+ERROR = f"error: {{path}}:2: missing field 'text': available fields: {LONG_NAME}\n"
 COUNT = "error: 1 of 40 records failed\n"
 
 

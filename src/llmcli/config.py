@@ -126,6 +126,16 @@ def check_keys(table: Mapping[str, object], allowed: Iterable[str], where: str) 
             )
 
 
+def check_table(table: Mapping[str, object], types: Mapping[str, type], where: str) -> None:
+    """Raise UsageError for an unknown key, or a value that is not of its key's type. Lists hold strings."""
+    check_keys(table, types, where)
+    for key, value in table.items():
+        if not isinstance(value, types[key]):
+            raise UsageError(f"{where}: {key!r} must be of type {types[key].__name__}")
+        if isinstance(value, list) and not all(isinstance(item, str) for item in value):
+            raise UsageError(f"{where}: {key!r} must be a list of strings")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the most similar known name, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1)

@@ -35,7 +35,7 @@ def converse(job: Job) -> ExitStatus:
         complete_while_typing=False,
         output=create_output(stdout=sys.stderr),
     )
-    engine = engines.of(job)
+    engine = engines.engine_for(job)
     engine.load(job)
     console.notice(f"{job.model}: type /help for commands, Ctrl-D to leave")
     system = job.parameters.get("system")

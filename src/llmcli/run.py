@@ -21,7 +21,7 @@ def run(job: Job, records: Iterable[Record], target: OutputSpec) -> ExitStatus:
     if config.rank():
         from llmcli.engines.distributed import serve
 
-        return serve(engines.of(job))
+        return serve(engines.engine_for(job))
     names = _names(job, target.format)
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(target, job)) if target.resume else None
@@ -66,10 +66,10 @@ def run(job: Job, records: Iterable[Record], target: OutputSpec) -> ExitStatus:
 
 def _engine(job: Job) -> Any:
     if config.world_size() == 1:
-        return engines.of(job)
+        return engines.engine_for(job)
     from llmcli.engines.distributed import DistributedEngine
 
-    return DistributedEngine(engines.of(job))
+    return DistributedEngine(engines.engine_for(job))
 
 
 def _names(job: Job, format: OutputFormat) -> list[str]:

@@ -11,7 +11,7 @@ from llmcli.io.records import read_prompts
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.options.expand import expand_options
 from llmcli.run import run
-from llmcli.tasks.fields import template
+from llmcli.tasks.templates import build_prompt_parameters
 
 
 @expand_options
@@ -37,7 +37,7 @@ def chat(
     """
     format, texts = input.format(), [] if text is None else [text]
     spec = output.spec(format, texts, input.files)
-    parameters = {"fields": input.roles("text", "messages"), "system": system} | template(prompt)
+    parameters = {"fields": input.roles("text", "messages"), "system": system} | build_prompt_parameters(prompt)
     job = model.job("chat", parameters, generation)
     has_input = texts or input.files or prompt or spec != OutputSpec()
     if not has_input and sys.stdin and sys.stdin.isatty():

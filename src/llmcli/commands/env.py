@@ -30,7 +30,7 @@ def env(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> N
         "config": str(config.config_file()),
         "hub cache": _hub_cache(),
         "offline": config.settings().offline,
-        "cached": [spec.name for spec in registry.models().values() if store.listed(spec)],
+        "cached": [spec.name for spec in registry.models().values() if store.find_or_none(spec)],
     }
     if json:
         print_lines([to_json(info)])

@@ -9,8 +9,8 @@ from llmcli.io.records import read_prompts
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, Texts, completion
 from llmcli.options.expand import expand_options
 from llmcli.run import run
-from llmcli.tasks import prompting
-from llmcli.tasks.fields import template
+from llmcli.tasks.presets import load_preset
+from llmcli.tasks.templates import build_prompt_parameters
 
 
 @expand_options
@@ -46,7 +46,7 @@ def generate(
     format = input.format()
     if prompt is not None and preset is not None:
         raise UsageError("--prompt cannot be used with --preset")
-    table = prompting.preset(preset)
-    parameters = {"fields": input.roles("text"), "full_text": full_text} | template(prompt) | table.get("frame", {})
-    job = model.job("generate", parameters, generation, defaults=table.get("options"))
+    chosen, own = load_preset(preset), build_prompt_parameters(prompt)
+    parameters = {"fields": input.roles("text"), "full_text": full_text, **own, **chosen.parameters}
+    job = model.job("generate", parameters, generation, defaults=chosen.options)
     return run(job, read_prompts(texts, input.files, format), output.spec(format, texts, input.files))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmcli import config, console, engines
-from llmcli.engines.model import long_lived_objects
+from llmcli.engines.model import suspended_garbage_collection
 from llmcli.errors import LlmcliError, UsageError
 from llmcli.io.formats import InputFormat
 from llmcli.io.output import to_json
@@ -79,7 +79,7 @@ def tokens(text: Text = None, file: File = None, *, model: TokenizerOptions, out
     for name in model.models or [store.choose(registry.default_names("inspect"), load_options)]:
         spec = registry.resolve(name)
         folder = store.pull(spec, offline=load_options.offline, allow_pickle=load_options.allow_pickle)
-        with long_lived_objects():
+        with suspended_garbage_collection():
             tokenizer = loading.tokenizer(folder, load_options)
         tokens[name] = tokens_of(tokenizer, text)
 
@@ -196,7 +196,7 @@ def _read_text(text: str | None, file: str | None) -> str:
 
 def _run(job: Job, text: str) -> JsonObject:
     """Return the fields of the result for one text."""
-    (result,) = engines.of(job).run(job, [Record({"text": text})])
+    (result,) = engines.engine_for(job).run(job, [Record({"text": text})])
     if result.failure:
         raise LlmcliError(result.failure.message)
     if count := result.output.get("truncated"):

@@ -33,7 +33,7 @@ def list_models(json: Json = False, quiet: Quiet = False, verbose: Verbose = Fal
     print_table(
         ("NAME", "CACHED", "DOWNLOAD", "TASKS", "LICENSE"),
         [
-            (spec.name, "yes" if store.listed(spec) else "no", format_megabytes(spec.size), " ".join(spec.tasks),
+            (spec.name, "yes" if store.find_or_none(spec) else "no", format_megabytes(spec.size), " ".join(spec.tasks),
              spec.license or "-")
             for spec in models
         ],
@@ -107,7 +107,7 @@ def path(name: Name, allow_pickle: AllowPickle = False, quiet: Quiet = False, ve
 
 
 def _describe(spec: ModelSpec) -> dict[str, object]:
-    folder = store.listed(spec)
+    folder = store.find_or_none(spec)
     return {
         "name": spec.name,
         "description": spec.description,
@@ -121,7 +121,7 @@ def _describe(spec: ModelSpec) -> dict[str, object]:
 
 
 def _disk_bytes(spec: ModelSpec) -> int | None:
-    folder = store.listed(spec)
+    folder = store.find_or_none(spec)
     return sum(file.stat().st_size for file in folder.iterdir()) if folder else None
 
 

@@ -13,7 +13,7 @@ from llmcli.job import JsonObject, Record
 from llmcli.options import CommonGenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.options.expand import expand_options
 from llmcli.run import run
-from llmcli.tasks.fields import template
+from llmcli.tasks.templates import build_prompt_parameters
 
 
 @dataclass
@@ -79,7 +79,7 @@ def qa(
         "max_seq_len": extractive.max_seq_len,
         "handle_impossible_answer": extractive.allow_no_answer or None,
     }
-    job = model.job("qa", parameters | template(prompt), generation)
+    job = model.job("qa", parameters | build_prompt_parameters(prompt), generation)
     return run(job, source, spec)
 
 

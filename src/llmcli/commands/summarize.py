@@ -5,7 +5,7 @@ from llmcli.io.records import open_inputs, read_records
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, Texts
 from llmcli.options.expand import expand_options
 from llmcli.run import run
-from llmcli.tasks.fields import template
+from llmcli.tasks.templates import build_prompt_parameters
 
 
 @expand_options
@@ -28,6 +28,6 @@ def summarize(
     llmcli summarize -m facebook/bart-large-cnn --jsonl --field article < news.jsonl
     """
     format = input.format()
-    job = model.job("summarize", {"fields": input.roles("text")} | template(prompt), generation)
+    job = model.job("summarize", {"fields": input.roles("text")} | build_prompt_parameters(prompt), generation)
     records = read_records(open_inputs(texts, input.files), format)
     return run(job, records, output.spec(format, texts, input.files))

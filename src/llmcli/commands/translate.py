@@ -10,7 +10,7 @@ from llmcli.job import Job
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, Texts, completion
 from llmcli.options.expand import expand_options
 from llmcli.run import run
-from llmcli.tasks.fields import template
+from llmcli.tasks.templates import build_prompt_parameters
 from llmcli.text import languages
 
 
@@ -62,7 +62,7 @@ def translate(
         if not first:
             return run(Job("translate", ""), records, spec)
         text = first.fields.get(roles["text"])
-        likely_source = source or (languages.likely(text) if isinstance(text, str) else None)
-    parameters = {"fields": roles, "from": source, "to": target} | template(prompt)
+        likely_source = source or (languages.detect_or_none(text) if isinstance(text, str) else None)
+    parameters = {"fields": roles, "from": source, "to": target} | build_prompt_parameters(prompt)
     job = model.job("translate", parameters, generation, source=likely_source, target=target)
     return run(job, records, spec)

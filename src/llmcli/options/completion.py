@@ -5,7 +5,7 @@ from contextlib import suppress
 
 from llmcli.errors import LlmcliError
 from llmcli.models import registry
-from llmcli.tasks import prompting
+from llmcli.tasks.presets import load_presets
 
 
 def _complete_from(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
@@ -21,10 +21,10 @@ def _languages() -> set[str]:
     """Return the languages of the example sentences."""
     from llmcli.tasks import translate
 
-    return {tag for sentence in translate.examples() for tag in sentence}
+    return {tag for sentence in translate.load_examples() for tag in sentence}
 
 
 models = _complete_from(lambda: [name for name in registry.models() if "{" not in name])
 languages = _complete_from(lambda: sorted(_languages()))
-presets = _complete_from(prompting.presets)
+presets = _complete_from(load_presets)
 devices = _complete_from(lambda: ("auto", "cpu", "cuda", "mps", "xpu"))
