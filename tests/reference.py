@@ -1,6 +1,8 @@
-"""docs/reference.md, from the help of the commands: `python tests/reference.py` writes it."""
+"""docs/reference.md, from the commands themselves: `python tests/reference.py` writes it."""
 
+import html
 import re
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -9,77 +11,101 @@ from typer.testing import CliRunner
 from llmcli.cli import app
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
-HEAD = """# Commands and options
+SHARED = ("Input", "Generation", "Model", "Output")  # sections of --help that commands share
+MIN_COMMANDS = 4  # an option that so many commands have is a common one
+HEAD = """# Commands
 
-The help of all commands, written by `make docs`. Options that several commands have in common are described once, under
-[Common options](#common-options).
+This page has what `llmcli COMMAND --help` prints. `make docs` writes it. Options that several commands share are listed
+once, under [Common options](#common-options).
 """
-COMMON_HEAD = """## Common options
 
-The page of each command lists the common options that it has.
-"""
-COMMON = ("Input", "Generation", "Model", "Output")  # sections; `generate` has all their options
+Options = dict[str, str]  # an option as help spells it -> what it does
 
 
 @cache
-def help(command: tuple[str, ...]) -> str:
-    """Return the help of `llmcli COMMAND`, at 80 columns."""
-    return CliRunner().invoke(app, [*command, "--help"], prog_name="llmcli", env={"COLUMNS": "80"}).output
+def help(command: tuple[str, ...], columns: int = 80) -> str:
+    """Return the help of `llmcli COMMAND`, at that width."""
+    return CliRunner().invoke(app, [*command, "--help"], prog_name="llmcli", env={"COLUMNS": str(columns)}).output
 
 
 def commands(group: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """Return the group, and all commands in it, as their help lists them."""
+    """Return the group, and all commands in it, in the order of their help."""
     listed = help(group).partition("\nCommands:\n")[2]
     names = re.findall(r"^  (\S+)", listed, re.MULTILINE)
     return [group, *(command for name in names for command in commands((*group, name)))]
 
 
-def split(command: tuple[str, ...]) -> tuple[str, dict[str, str]]:
-    """Return the help before the first section, and the text of each section by its title."""
-    text, *sections = re.split(r"^(\w.*):\n(?=  )", help(command), flags=re.MULTILINE)
-    return text, dict(zip(sections[::2], sections[1::2], strict=True))
-
-
-def common_sections() -> dict[str, str]:
-    """Return the text of the sections that commands have in common, by their titles."""
-    sections = split(("generate",))[1]
-    return {title: sections[title] for title in COMMON}
-
-
-def options(section: str) -> dict[str, str]:
-    """Return the options of a section by their names, each with its lines of help."""
-    entries = re.findall(r"^  -.*\n(?:   .*\n)*", section, re.MULTILINE)
-    return {re.findall(r"--[\w-]+", entry)[0]: entry for entry in entries}
-
-
-def describe(command: tuple[str, ...]) -> str:
-    """Return the part of the page about one command."""
-    text, sections = split(command)
-    links: list[str] = []
-    for title, common_text in common_sections().items():
-        if title not in sections:
+@cache
+def sections(command: tuple[str, ...]) -> dict[str, Options]:
+    """Return the sections of a command's help that hold options."""
+    found: dict[str, Options] = {}
+    for block in re.split(r"\n\n(?=\S)", help(command).rstrip()):
+        title, _, rows = block.partition(":\n")
+        if "\n" in title or not re.match(r"  -", rows):
             continue
-        common, own = options(common_text), options(sections[title])
-        same = [name for name in common if own.get(name, "").split() == common[name].split()]
-        sections[title] = "".join(entry for name, entry in own.items() if name not in same)
-        missing = [name for name in common if name not in same]
-        link = f"[{title.lower()}](#{title.lower()})"
-        if not missing:
-            links.append(f"all {link} options")
-        elif len(missing) < len(same):
-            links.append(f"all {link} options except {', '.join(f'`{name}`' for name in missing)}")
-        else:
-            links.append(f"the {link} options {', '.join(f'`{name}`' for name in same)}")
-    body = text + "\n".join(f"{title}:\n{section}" for title, section in sections.items() if section.strip())
-    body = re.sub(r"\n{3,}", "\n\n", body)
-    part = f"## `{' '.join(('llmcli', *command))}`\n\n```text\n{body.strip()}\n```\n"
-    return part + (f"\nCommon options: {'; '.join(links)}.\n" if links else "")
+        options = found.setdefault(title, {})
+        for row in re.split(r"\n(?=  -)", rows):
+            name, _, text = row.strip().partition("  ")
+            if not text:
+                name, _, text = row.strip().partition("\n")
+            options[name.strip()] = " ".join(text.split())
+        options.pop("-h, --help", None)
+    return found
+
+
+@cache
+def common() -> dict[str, Options]:
+    """Return the options that many commands share, by section."""
+    counts = Counter(
+        (title, name, text)
+        for command in commands()
+        for title in SHARED
+        for name, text in sections(command).get(title, {}).items()
+    )
+    return {
+        title: {name: text for (of, name, text), count in counts.items() if of == title and count >= MIN_COMMANDS}
+        for title in SHARED
+    }
 
 
 def page() -> str:
     """Return the whole page."""
-    common = [f"### {title}\n\n```text\n{text.rstrip()}\n```\n" for title, text in common_sections().items()]
-    return "\n".join([HEAD, *map(describe, commands()), COMMON_HEAD, *common])
+    parts = [HEAD, *(entry(command) for command in commands()), "## Common options\n"]
+    for title, options in common().items():
+        parts.append(f"### {title} options\n\n{table(options)}")
+    return "\n".join(parts)
+
+
+def entry(command: tuple[str, ...]) -> str:
+    """Return the part of the page about one command."""
+    usage = re.split(r"\n\n(?=Options:\n)", help(command).strip())[0]
+    listed = help(command).partition("\nCommands:\n")[2].rstrip()
+    usage += f"\n\nCommands:\n{listed}" if listed else ""
+    own: Options = {}
+    links = []
+    for title, options in sections(command).items():
+        shared = common().get(title, {})
+        own |= {name: text for name, text in options.items() if shared.get(name) != text}
+        if any(shared.get(name) == text for name, text in options.items()):
+            missing = [f"`{re.findall('--[a-z-]+', name)[0]}`" for name in shared if name not in options]
+            links.append(f"[{title}](#{title.lower()}-options)" + (f" except {', '.join(missing)}" if missing else ""))
+    parts = [f"## `{' '.join(('llmcli', *command))}`\n\n```text\n{usage}\n```\n"]
+    if own:
+        parts.append(table(own))
+    if links:
+        parts.append(f"Common options: {'; '.join(links)}.\n")
+    return "\n".join(parts)
+
+
+def table(options: Options) -> str:
+    """Return options as a Markdown table."""
+    rows = (f"| {code(name)} | {text.replace('|', '&#124;')} |" for name, text in options.items())
+    return "\n".join(["| option | description |", "|---|---|", *rows, ""])
+
+
+def code(text: str) -> str:
+    """Return the text in code font; Markdown dialects differ in how a table's code holds a `|`."""
+    return f"`{text}`" if "|" not in text else f"<code>{html.escape(text).replace('|', '&#124;')}</code>"
 
 
 if __name__ == "__main__":

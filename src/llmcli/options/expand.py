@@ -24,8 +24,8 @@ from collections.abc import Callable
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
-from typer.core import TyperCommand
 
+from llmcli.compat.typer import TyperCommand
 from llmcli.errors import ExitStatus
 
 PROBABLY_TEXT = re.compile(r"--?[^\s=]*\s|-\d")  # a word that begins like an option
