@@ -1,27 +1,30 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast lint docs bench clean
+.PHONY: demo test test-fast lint docs site bench clean
 
-demo: .venv/ready  ## fetch the default model and tell a story
+demo: .venv/ready  ## install, fetch the default model, tell a story
 	$(BIN)/llmcli generate "Once upon a time"
 
-test: .venv/ready  ## the whole suite, real model included
+test: .venv/ready  ## run the whole suite, with the real model
 	$(BIN)/pytest
 
-test-fast: .venv/ready  ## the inner loop: no network, no whole processes
+test-fast: .venv/ready  ## run the tests that need no network and start no processes
 	$(BIN)/pytest -m "not real and not slow"
 
-lint: .venv/ready
+lint: .venv/ready  ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-docs: .venv/ready  ## the command reference, and what the pages' commands print
+docs: .venv/ready  ## regenerate the command reference and the outputs in the pages
 	$(BIN)/python tests/reference.py
 	$(BIN)/python tests/pages.py $(wildcard *.md docs/*.md)
 
-bench: .venv/ready  ## ratios against peers, measured in one run
+site: .venv/docs  ## build the documentation site into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: .venv/ready  ## measure ratios against peers
 	$(BIN)/python benchmarks/run.py
 
 .venv/ready: pyproject.toml constraints.txt
@@ -29,5 +32,9 @@ bench: .venv/ready  ## ratios against peers, measured in one run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
+.venv/docs: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv site dist .pytest_cache .mypy_cache .ruff_cache

@@ -47,7 +47,7 @@ def main() -> list[str]:
         pairs = [(seconds([LLMCLI, *args]), seconds(apart)) for _ in range(RUNS + 1)][1:]
     ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratio = statistics.median(peer / mine for mine, peer in pairs)
-    return [f"| {RECORDS} records, a shared beginning | {ours:.1f} s | {theirs:.1f} s | {ratio:.2f} | 1.7 |"]
+    return [f"| {RECORDS} records with a common prefix | {ours:.1f} s | {theirs:.1f} s | {ratio:.2f} | 1.7 |"]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""make bench: every figure, measured here and now, into RESULTS.md with the machine and the versions. With names of
-sections, `run.py batch prefix`, those alone are measured again."""
+"""make bench: measure every figure and write RESULTS.md, with the machine and the versions.
+
+`run.py batch prefix` measures only the named sections again."""
 
 import os
 import platform
@@ -18,54 +19,58 @@ import worker
 
 SECTIONS: dict[str, tuple[str, str, str, Callable[[], list[str]]]] = {
     "startup": (
-        "Start-up",
-        """The peer of `--help` is a bare Typer program's; of a cold `generate`, the shortest transformers script that
-does the same with the same weights (float32, greedy).""",
-        "| what | llmcli | peer | ratio | at most | runs |\n|---|---|---|---|---|---|",
+        "Startup time",
+        """The peer of `--help` is the help of an empty Typer program. The peer of a cold `generate` is the shortest
+Transformers script that does the same with the same weights (float32, greedy decoding).""",
+        "| benchmark | llmcli | peer | ratio | maximum | runs |\n|---|---|---|---|---|---|",
         startup.main,
     ),
     "worker": (
-        "A warm worker",
-        f"""`--keep-alive`: SmolLM2, bfloat16, greedy; whole processes, medians of {worker.RUNS} runs in turn. The
-loop has {worker.WARM_LOOP} calls to a warm worker, or {worker.COLD_LOOP} cold ones; times are of one call.""",
-        "| what | warm | peer | ratio | bound |\n|---|---|---|---|---|",
+        "Warm worker",
+        f"""SmolLM2, bfloat16, greedy decoding, with `--keep-alive`. Times are those of whole processes, medians of
+{worker.RUNS} alternating runs. The loop has {worker.WARM_LOOP} warm calls or {worker.COLD_LOOP} cold calls, and shows
+the time of one call.""",
+        "| benchmark | warm | peer | ratio | bound |\n|---|---|---|---|---|",
         worker.main,
     ),
     "decode": (
-        "One stream",
-        f"""SmolLM2, {decode.TOKENS} new tokens, greedy, bfloat16; plain `generate` and llmcli in one process, in
-turn, medians of {decode.RUNS}. Perplexity is that of {decode.TEXT:,} tokens of this project's own pages; loading is
-that of a process of its own, first pass included, and the memory that it has then.""",
-        "| what | tokens/s | to plain | perplexity | loading | memory |\n|---|---|---|---|---|---|",
+        "Single stream",
+        f"""SmolLM2, {decode.TOKENS} new tokens, greedy decoding, bfloat16. Plain `generate` and llmcli alternate in
+one process; the figures are medians of {decode.RUNS} runs. Perplexity is measured on {decode.TEXT:,} tokens of this
+project's pages. Loading time includes the first forward pass, in a separate process, and memory is the memory of that
+process.""",
+        "| variant | tokens/s | relative to plain | perplexity | loading | memory |\n|---|---|---|---|---|---|",
         decode.main,
     ),
     "batch": (
-        "Batches",
-        f"""{batch.PROMPTS} prompts of 4 to 200 words, SmolLM2, bfloat16, {batch.TOKENS} new tokens each, greedy; whole
-processes, from the first import to the last line, median of {batch.RUNS}. The loops run each eighth prompt; llama.cpp
-reads weights of four bits.""",
-        "| what | tokens/s | llmcli's gain |\n|---|---|---|",
+        "Batch inference",
+        f"""{batch.PROMPTS} prompts of 4 to 200 words, SmolLM2, bfloat16, {batch.TOKENS} new tokens each, greedy
+decoding. Times are those of whole processes, from the first import to the last line, medians of {batch.RUNS}. The two
+loops run every eighth prompt, one prompt at a time. llama-cpp-python uses 4-bit weights, and its loop does not use
+the parallel decoding of llama.cpp, so that row does not compare the two programs.""",
+        "| variant | tokens/s | speedup of llmcli |\n|---|---|---|",
         batch.main,
     ),
     "score": (
-        "Scores",
-        f"""{score.LINES:,} lines of 3 to 15 words, SmolLM2, bfloat16; {score.PART:,} of them where they go one at a
-time. Lines a second of whole processes, less what they take for a single line; medians of {score.RUNS}, in turn.""",
-        "| what | lines/s | llmcli's gain |\n|---|---|---|",
+        "Scoring",
+        f"""{score.LINES:,} lines of 3 to 15 words, SmolLM2, bfloat16. The variants without batches run {score.PART:,}
+of these lines. The time for a single line is subtracted from the time of a whole process. Medians of {score.RUNS}
+alternating runs.""",
+        "| variant | lines/s | speedup of llmcli |\n|---|---|---|",
         score.main,
     ),
     "prefix": (
-        "A shared beginning",
-        """Short records behind an instruction and examples of 80 tokens; against llmcli made to read these with each
-record.""",
-        "| what | llmcli | apart | gain | at least |\n|---|---|---|---|---|",
+        "Prefix caching",
+        """Short records after a common prefix of 80 tokens (an instruction and examples), compared with llmcli
+without prefix caching.""",
+        "| benchmark | llmcli | without | gain | minimum |\n|---|---|---|---|---|",
         prefix.main,
     ),
     "overhead": (
-        "What llmcli itself costs",
-        f"""JSON Lines through `generate`, with a model that answers at once; and how much the resident set grows from
-{overhead.FEW:,} records to {overhead.MANY:,}.""",
-        "| what | records/s | at least | growth | at most |\n|---|---|---|---|---|",
+        "Overhead of llmcli",
+        f"""JSON Lines through `generate` with a model that returns immediately, and the growth of the resident memory
+from {overhead.FEW:,} to {overhead.MANY:,} records.""",
+        "| variant | records/s | minimum | growth | maximum |\n|---|---|---|---|---|",
         overhead.main,
     ),
 }
@@ -89,8 +94,8 @@ def main() -> None:
     machine = f"{processor()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
     head = f"""# Benchmarks
 
-Written by `make bench`: medians of whole processes, ours and the peers' in turn. Times vary with the machine, ratios
-little.
+`make bench` writes this page. llmcli and its peers run alternately on the same machine, in the same run. Both times and
+ratios depend on the machine: its CPU, its memory bandwidth, and its load.
 
 {machine}; {packages}.
 """

@@ -87,15 +87,15 @@ def main() -> list[str]:
         first, last = (statistics.median(times) for times in list(zip(*crowds, strict=True))[:2])
         grown = growth()
     return [
-        f"| a call of 1 token, to a cold one | {call.ours:.3f} s | {call.peer:.3f} s | {call.ratio:.3f} | 0.10 |",
-        f"| the same, beyond a bare Typer program | {bare.ours:.3f} s | {bare.peer:.3f} s "
+        f"| one call, 1 token (peer: cold) | {call.ours:.3f} s | {call.peer:.3f} s | {call.ratio:.3f} | 0.10 |",
+        f"| the same (peer: an empty Typer program) | {bare.ours:.3f} s | {bare.peer:.3f} s "
         f"| {bare.ours - bare.peer:+.3f} s | 0.15 s |",
-        f"| a call of 16 tokens in a shell loop, to a cold one | {warm:.3f} s | {cold:.3f} s | {gain:.1f} times faster "
+        f"| one call of a shell loop, 16 tokens (peer: cold) | {warm:.3f} s | {cold:.3f} s | {gain:.1f} times faster "
         "| 5 times |",
-        f"| {CLIENTS} clients at once, 16 tokens each: the last, to {CLIENTS} calls in a row | {last:.3f} s "
+        f"| {CLIENTS} concurrent clients, 16 tokens each: the last one (peer: {CLIENTS} calls in a row) | {last:.3f} s "
         f"| {CLIENTS * warm:.3f} s | {last / (CLIENTS * warm):.2f} | |",
-        f"| of these, the last to the first | {last:.3f} s | {first:.3f} s | {last / first:.2f} | |",
-        f"| memory after {JOBS:,} calls, to that after 50 | | | {grown:.3f} | 1.05 |",
+        f"| the same (peer: the first one) | {last:.3f} s | {first:.3f} s | {last / first:.2f} | |",
+        f"| memory after {JOBS:,} calls (peer: after 50) | | | {grown:.3f} | 1.05 |",
     ]
 
 

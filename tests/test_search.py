@@ -144,8 +144,11 @@ def kept(cache: Path) -> int:
         return 0
 
 
-NAMES = ("adding-a-task", "batch", "from-transformers-4", "models", "privacy", "scripting", "tasks", "worker")
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(page for page in sorted(ROOT.glob("docs/*.md")) if ".zh" not in page.name and page.stem != "reference"),
+]
 
 
 @pytest.mark.real
@@ -153,15 +156,15 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / f"{name
 @pytest.mark.parametrize(
     ("question", "answer"),
     [
-        ("How do I add a new task?", "a file in `src/llmcli/tasks/` holds the steps"),
-        ("Where do I write an alias for my own model?", "Your own aliases go into"),
-        ("Which exit code means that some records failed?", "some of many records failed"),
+        ("How do I add a new task?", "a file in `src/llmcli/tasks/` that defines `TASK`"),
+        ("Where do I write an alias for my own model?", "Each table is an alias."),
+        ("Which exit code means that some records failed?", "some records failed"),
         ("Does it work without a network?", "--offline"),
-        ("How do I translate a file into another language?", "To translate a file into another"),
-        ("Why are pickled weights refused?", "Pickled weights can run code"),
-        ("How do I get the same random text again?", "`--seed` repeats"),
+        ("How do I translate a file into another language?", "llmcli translate"),
+        ("Why are pickled weights refused?", "Pickle weights can run code"),
+        ("How do I get the same random text again?", "--seed"),
         ("How do I run the test suite?", "make test"),
-        ("What happens to a line that fails?", "A record that cannot be run"),
+        ("What happens to a line that fails?", "A record can fail"),
         ("How do I turn sentences into vectors?", "llmcli embed"),
     ],
 )
@@ -173,16 +176,16 @@ def test_this_projects_own_pages(llmcli, real_cache, question, answer):
 # Questions and pages were written before anything was searched; the phrase tells the right passage.
 ASKED = [
     ("docs/models.md", "can I use it without an internet connection", "--offline"),
-    ("README.md", "how does my script find out that some of the lines failed", "some of many records failed"),
+    ("docs/errors.md", "how does my script find out that some of the lines failed", "some of several records failed"),
     ("docs/models.md", "is it safe to open weights that somebody pickled", "--allow-pickle"),
-    ("docs/models.md", "which model translates when I name none", "opus-mt"),
+    ("docs/models.md", "which model translates when I name none", "opus-mt-FROM-TO"),
     (
-        "docs/from-transformers-4.md",
+        "docs/migrating.md",
         "I used the question-answering pipeline of transformers 4, what is the command now",
         "`llmcli qa`",
     ),
-    ("docs/tasks.md", "what happens to a report that is too long to be summarized at once", "summarized in parts"),
-    ("CONTRIBUTING.md", "which module is allowed to write to stdout", "It alone writes to stdout"),
+    ("docs/summarize.md", "what happens to a report that is too long to be summarized at once", "into parts"),
+    ("CONTRIBUTING.md", "which module is allowed to write to stdout", "only module that writes to stdout"),
     ("CONTRIBUTING.md", "how do I run the tests quickly while I change code", "make test-fast"),
     ("docs/adding-a-task.md", "make a new command out of a prompt", "src/llmcli/commands/"),
     ("docs/adding-a-task.md", "teach translate one more language", "translations.toml"),
