@@ -33,11 +33,11 @@ from pathlib import Path
 import psutil, torch, transformers
 from llmcli import pipelines
 from llmcli.models import loading
-from llmcli.job import Placement
+from llmcli.job import LoadOptions
 loading.quiet_libraries()
-pipelines.implementation("causal")
+pipelines.pipeline_class("causal")
 start = time.perf_counter()
-model = pipelines.load("causal", Path(sys.argv[1]), Placement(dtype=sys.argv[2], quantize=sys.argv[3])).model
+model = pipelines.load("causal", Path(sys.argv[1]), LoadOptions(dtype=sys.argv[2], quantize=sys.argv[3])).model
 model(torch.tensor([[1, 2, 3]]))
 print(json.dumps([time.perf_counter() - start, psutil.Process().memory_info().rss]))
 """

@@ -61,7 +61,7 @@ def growth() -> float:
         generation = {"max_new_tokens": 4, "do_sample": False}
         job = Job("generate", "smollm2", generation, load_options=LoadOptions(dtype="bfloat16"))
         text = f"{done} " + "the harbour in winter " * repeats[done % len(repeats)]
-        (result,) = engines.of(job).run(job, [Record({"text": text})])
+        (result,) = engines.engine_for(job).run(job, [Record({"text": text})])
         assert not result.failure, result.failure
         if done in (50, JOBS):
             after[done] = client.status()["memory"]

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all it starts, would ignore it
 # The cache that the suite shares with the user for the default model; tests of the cache itself make their own.
 REAL_CACHE = os.environ.get("LLMCLI_CACHE")
@@ -69,8 +71,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(home / "run"))  # which is not there, so no worker is
     config.settings.cache_clear()
     registry.models.cache_clear()
-    prompting.tables.cache_clear()
-    translate.examples.cache_clear()
+    prompting.load_prompts.cache_clear()
+    translate.load_examples.cache_clear()
     console.quiet = console.verbose = False
     return home
 

@@ -10,13 +10,13 @@ LONG = 10_000_000
 
 RUNS = None  # strange, and yet a record
 NO_JSON = ("invalid_json", "not JSON: ")
-NO_OBJECT = ("invalid_json", "not a JSON object but ")
-NO_TEXT = ("missing_field", "no field 'text': fields there: none")
-NOT_A_TEXT = ("wrong_type", "field 'text' is not a text")
+NO_OBJECT = ("invalid_json", "expected a JSON object, got ")
+NO_TEXT = ("missing_field", "missing field 'text': available fields: none")
+NOT_A_TEXT = ("wrong_type", "field 'text' must be a string")
 NO_UTF8 = ("invalid_utf8", "not UTF-8: byte 0x")
 BLANK = ("invalid_json", "blank line")
 HALF = ("invalid_text", "field 'text': lone surrogate at character ")
-TOO_LONG = ("context_length_exceeded", "the text has over 128 tokens, the model takes 64: ")
+TOO_LONG = ("context_length_exceeded", "text has over 128 tokens, which exceeds the context length of 64: ")
 
 # Five lines of each kind, and what comes of them: an error of that type, whose message begins so.
 BAD = {
@@ -31,8 +31,8 @@ BAD = {
         (b'{"text": 5}', NOT_A_TEXT),
         (b'{"text": null}', NOT_A_TEXT),
         (b'{"text": {"text": "the"}}', NOT_A_TEXT),
-        (b'"the fox"', (NO_OBJECT[0], "not a JSON object but a string")),
-        (b"5", (NO_OBJECT[0], "not a JSON object but a number")),
+        (b'"the fox"', (NO_OBJECT[0], "expected a JSON object, got a string")),
+        (b"5", (NO_OBJECT[0], "expected a JSON object, got a number")),
     ],
     "with NUL": [
         (b'{"text": "the\0fox"}', ("invalid_json", "not JSON: Invalid control character at character 13: '\\x00'")),
@@ -45,7 +45,7 @@ BAD = {
         (rb'{"text": "\ud800"}', HALF),
         (rb'{"text": "the fox\udfff"}', (HALF[0], HALF[1] + "7")),
         (rb'{"text": "\udc00\ud83d"}', HALF),
-        (rb'{"\ud800": "the fox"}', ("missing_field", "no field 'text': fields there: \ud800")),
+        (rb'{"\ud800": "the fox"}', ("missing_field", "missing field 'text': available fields: \ud800")),
         (rb'{"text": "the fox", "by": "\ud83d"}', RUNS),
     ],
     "not in UTF-8": [
@@ -58,12 +58,12 @@ BAD = {
     "of 10 MB": [
         (b'{"text": "' + b"x" * LONG + b'"}', TOO_LONG),
         (b'{"text": "' + b"the quick brown fox " * (LONG // 20) + b'"}', TOO_LONG),
-        (b'{"' + b"x" * LONG + b'": "the fox"}', ("missing_field", "no field 'text': fields there: xxx")),
+        (b'{"' + b"x" * LONG + b'": "the fox"}', ("missing_field", "missing field 'text': available fields: xxx")),
         (b"x" * LONG, ("invalid_json", "not JSON: Expecting value at character 0: 'x'")),
         (b'{"text": "' + b"x" * LONG, NO_JSON),
     ],
     "of arrays": [
-        (b"[[]]", (NO_OBJECT[0], "not a JSON object but an array")),
+        (b"[[]]", (NO_OBJECT[0], "expected a JSON object, got an array")),
         (b'[{"text": "the fox"}]', NO_OBJECT),
         (b'{"text": [["the"], ["fox"]]}', NOT_A_TEXT),
         (b"[" * 100_000, NO_JSON),

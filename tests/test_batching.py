@@ -4,42 +4,65 @@ import json
 
 import pytest
 
-from llmcli.engines.batching import BatchSize, alike, neighbours
+from llmcli.engines.batching import RowPolicy, TokenPolicy, bucket_by_length, bucket_by_tokens
 from llmcli.engines.memory import MemoryEstimator, MemoryUsage
-from llmcli.prefix import common
 
 
 def test_the_oldest_row_and_those_nearest_to_it_in_length():
-    assert sorted(neighbours([10, 50, 11, 9, 200, 12], 3)) == [0, 2, 3]
-    assert sorted(neighbours([5, 1], 8)) == [0, 1]
+    assert sorted(bucket_by_length([10, 50, 11, 9, 200, 12], 3)) == [0, 2, 3]
+    assert sorted(bucket_by_length([5, 1], 8)) == [0, 1]
 
 
 def test_rows_are_dealt_into_equal_batches():
     lengths = [40, 300, 10, 41, 9, 290, 42, 11, 310, 8]  # alone, the nearest four to 40 would leave 8..11 with 300
-    assert sorted(lengths[i] for i in neighbours(lengths, 4)) == [11, 40, 41]
+    assert sorted(lengths[i] for i in bucket_by_length(lengths, 4)) == [11, 40, 41]
+
+
+def plenty(reset: bool) -> MemoryUsage:
+    return MemoryUsage(used=0, peak=0, free=10**12)
+
+
+@pytest.fixture
+def memory() -> MemoryEstimator:
+    """Memory of which there is always enough."""
+    return MemoryEstimator(plenty)
 
 
 @pytest.mark.parametrize(("speeds", "sizes"), [([100, 190, 300], [32, 64, 64]), ([100, 20, 500], [32, 16, 16])])
-def test_a_batch_grows_until_a_token_gets_dearer(speeds, sizes):
-    size = BatchSize(None, "cpu")
-    found = []
+def test_policy_auto_grows_while_throughput_improves(memory, speeds, sizes):
+    policy = RowPolicy(None, "cpu", memory)
+    seen = []
     for speed in speeds:
-        size.learn(size.now, speed)
-        found.append(size.now)
-    assert found == sizes
+        policy.observe([10] * policy.size, speed)
+        seen.append(policy.size)
+    assert seen == sizes
 
 
-def test_a_batch_size_asked_for_stays():
-    size = BatchSize(5, "cpu")
-    size.learn(5, 100)
-    assert size.now == 5
-    size.halve()
-    assert size.now == 2
+def test_policy_keeps_the_batch_size_of_the_user(memory):
+    policy = RowPolicy(5, "cpu", memory)
+    policy.observe([10] * 5, 100)
+    assert len(policy.choose([10] * 20)) == 5
+    policy.observe_out_of_memory([10] * 5)
+    assert len(policy.choose([10] * 20)) == 2
 
 
-def test_what_all_begin_with():
-    assert common([[1, 2, 3], [1, 2], [1, 2, 9]]) == [1, 2]
-    assert common([[1], [2]]) == []
+def test_policy_out_of_memory_limits_tokens_not_rows(memory):
+    policy = RowPolicy(64, "cpu", memory, answer_tokens=20)
+    policy.observe_out_of_memory([10] * 63 + [1000])
+    assert len(policy.choose([10] * 63 + [1000])) >= 32  # the short rows alone are far below what failed
+    assert policy.choose([1000] + [10] * 63) != list(range(64))
+
+
+def test_policy_fixed_ignores_speed_and_free_memory():
+    policy = RowPolicy(None, "cpu", MemoryEstimator(lambda reset: MemoryUsage(0, 10**6, 0)), is_fixed=True)
+    policy.observe([10] * 16, 100)
+    assert (policy.size, len(policy.choose([10] * 40))) == (16, 13)
+
+
+def test_token_policy_measures_padded_tokens(memory):
+    policy = TokenPolicy(None, "cpu", memory)
+    assert len(policy.choose([1] * 400)) == 256  # 16 rows of 16 tokens
+    assert len(policy.choose([64] * 400)) == 4
 
 
 def test_a_shared_beginning_is_computed_once_and_changes_no_text(llmcli, chatty, monkeypatch):
@@ -72,18 +95,33 @@ def test_equal_records_of_a_greedy_job_run_once(llmcli, tiny, monkeypatch):
     assert len(seen) < 5
 
 
-def test_a_batch_for_which_memory_does_not_suffice_is_not_tried():
-    now = MemoryUsage(taken=1000, peak=1000, free=10_000)
-    memory = MemoryEstimator(lambda: now)
+def test_memory_estimator_rejects_batches_that_do_not_fit():
+    now = MemoryUsage(used=1000, peak=1000, free=10_000)
+    memory = MemoryEstimator(lambda reset: now)
     assert memory.fits(10**9)  # nothing is known yet
-    now = MemoryUsage(taken=1500, peak=3000, free=9500)
-    memory.learn(100)  # 20 bytes a token
+    now = MemoryUsage(used=1500, peak=3000, free=9500)
+    memory.observe(100)  # 20 bytes a token
     assert memory.fits(400)
     assert not memory.fits(401)
-    now = MemoryUsage(taken=1500, peak=9000, free=1000)
-    memory.learn(500)  # 16 a token, which is less
+    now = MemoryUsage(used=1500, peak=9000, free=1000)
+    memory.observe(500)  # 16 a token, which is less
     assert memory.fits(60)
     assert not memory.fits(61)
+
+
+def test_memory_estimator_counts_the_peak_of_each_batch():
+    usages = iter([
+        MemoryUsage(used=100, peak=5000, free=10_000),  # loading took more than any batch
+        MemoryUsage(used=100, peak=100, free=10_000),  # reset
+        MemoryUsage(used=100, peak=2100, free=10_000),  # 20 bytes a token
+        MemoryUsage(used=100, peak=2100, free=10_000),
+        MemoryUsage(used=100, peak=2100, free=10_000),
+    ])  # fmt: skip
+    memory = MemoryEstimator(lambda reset: next(usages))
+    memory.start_batch()
+    memory.observe(100)
+    assert memory.fits(400)
+    assert not memory.fits(401)
 
 
 @pytest.mark.parametrize("size", [2, 7, 40])
@@ -109,6 +147,88 @@ def test_batches_are_as_great_as_memory_allows(llmcli, tiny, monkeypatch, size):
 
 def test_batches_of_so_many_tokens_are_of_like_length():
     lengths = [10, 50, 11, 9, 200, 12, 10]
-    assert sorted(alike(lengths, 44)) == [0, 2, 3, 6]
-    assert alike([200, 10, 11], 100) == [0]  # one goes, however long
-    assert sorted(alike([1] * 5, 3)) == [0, 1, 2]
+    assert sorted(bucket_by_tokens(lengths, 44)) == [0, 2, 3, 6]
+    assert bucket_by_tokens([200, 10, 11], 100) == [0]  # one goes, however long
+    assert sorted(bucket_by_tokens([1] * 5, 3)) == [0, 1, 2]
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """The rows of every forward pass. A batch of more padded tokens than `forwards.budget` is out of memory."""
+    from llmcli.pipelines.causal import CausalPipeline
+
+    class Forwards(list[int]):
+        budget = 10**9
+
+    seen, whole = Forwards(), CausalPipeline._forward
+
+    def forward(self, inputs, **settings):
+        lengths = [len(ids) for ids in inputs["input_ids"]]
+        if len(lengths) * max(lengths) > seen.budget:
+            raise MemoryError
+        seen.append(len(lengths))
+        return whole(self, inputs, **settings)
+
+    monkeypatch.setattr(CausalPipeline, "_forward", forward)
+    return seen
+
+
+def test_one_long_record_does_not_shrink_later_batches(llmcli, chatty, forwards):
+    lines = [f"the fox {i}" for i in range(300)]
+    lines[3] = "the quick brown fox " * 60
+    args = ("generate", "--lines", "-m", chatty, "--max-new-tokens", 1, "--batch-size", 64, "--temperature", 0)
+    text = "".join(f"{line}\n" for line in lines).encode()
+    whole = llmcli(*args, stdin=text)
+    forwards.clear()
+    forwards.budget = 64 * 20
+    ran = llmcli(*args, stdin=text)
+    assert (ran.exit_status, ran.stdout) == (0, whole.stdout)
+    assert sum(forwards) == 300
+    assert len(forwards) < 16  # 6 without the long record
+    assert "warning: out of memory with a batch of " in ran.stderr
+
+
+def test_record_too_long_for_memory_fails_alone(llmcli, chatty, forwards):
+    forwards.budget = 64
+    lines = "the fox\n" * 20 + "the quick brown fox " * 40 + "\n"
+    ran = llmcli("generate", "--jsonl", "-m", chatty, "--max-new-tokens", 1, stdin=b"", is_terminal=False)
+    ran = llmcli("generate", "--lines", "--json", "-m", chatty, "--max-new-tokens", 1, stdin=lines.encode())
+    assert [record["error"]["type"] for record in ran.records if "error" in record] == ["out_of_memory"]
+    assert ran.exit_status == 3
+
+
+def test_seed_repeats_a_run_whatever_the_speed(llmcli, tiny, monkeypatch):
+    from llmcli.engines import batching
+
+    lines = "".join(f"the fox {i}\n" for i in range(120)).encode()
+    args = ("generate", "--lines", "-m", tiny, "--max-new-tokens", 4, "--seed", 7, "--temperature", 1)
+    first = llmcli(*args, stdin=lines)
+    observe = batching.BatchPolicy.observe
+    speeds = iter([100.0, 1.0] * 100)
+    monkeypatch.setattr(
+        batching.BatchPolicy, "observe", lambda self, lengths, speed: observe(self, lengths, next(speeds))
+    )
+    assert llmcli(*args, stdin=lines).stdout == first.stdout
+
+
+def test_rows_near_the_context_length_share_batches(llmcli, tiny, forwards):
+    words = [" ".join(["the fox"] * (1 + i % 12)) for i in range(64)]
+    text = "".join(f"{line}\n" for line in words).encode()
+    args = (
+        "generate",
+        "--lines",
+        "--json",
+        "-m",
+        tiny,
+        "--max-new-tokens",
+        64,
+        "--temperature",
+        0,
+        "--dtype",
+        "float32",
+    )
+    alone = llmcli(*args, "--batch-size", 1, stdin=text).records
+    forwards.clear()
+    together = llmcli(*args, stdin=text).records
+    assert together == alone
+    assert len(forwards) <= 5

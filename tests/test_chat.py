@@ -85,45 +85,67 @@ def test_a_model_without_a_chat_template(llmcli, tmp_path):
     assert "llmcli generate" in ran.stderr
 
 
-@pytest.mark.slow
-def test_a_conversation_at_the_terminal(tiny, tmp_path, reference):
-    """stdin and stderr are a terminal, stdout a file: the file holds the answers alone."""
-    answers = tmp_path / "answers"
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.environ["PROMPT_TOOLKIT_NO_CPR"] = "1"
-        os.dup2(os.open(answers, os.O_WRONLY | os.O_CREAT), 1)
-        args = ["chat", "-m", str(tiny), *map(str, GREEDY), "-s", "warm"]
-        os.execv(sys.executable, [sys.executable, "-m", "llmcli", *args])
-    screen = b""
+class Terminal:
+    """llmcli chat at a terminal. stdin and stderr are the terminal; stdout is a file, which holds the answers alone."""
 
-    def until(text: bytes) -> None:
-        nonlocal screen
+    def __init__(self, answers, *args):
+        self.screen = b""
+        self.pid, self.descriptor = pty.fork()
+        if self.pid == 0:
+            os.environ["PROMPT_TOOLKIT_NO_CPR"] = "1"
+            os.dup2(os.open(answers, os.O_WRONLY | os.O_CREAT), 1)
+            os.execv(sys.executable, [sys.executable, "-m", "llmcli", "chat", *map(str, args)])
+
+    def wait_for(self, text: bytes) -> None:
         deadline = time.monotonic() + 30
-        while text not in screen:
-            ready, _, _ = select.select([terminal], [], [], deadline - time.monotonic())
-            assert ready, screen
-            screen += os.read(terminal, 4096)
-        screen = screen[screen.index(text) + len(text) :]
+        while text not in self.screen:
+            ready, _, _ = select.select([self.descriptor], [], [], max(0, deadline - time.monotonic()))
+            assert ready, self.screen
+            self.screen += os.read(self.descriptor, 4096)
+        self.screen = self.screen[self.screen.index(text) + len(text) :]
 
-    def say(line: str) -> None:
-        until(b">>>")
-        os.write(terminal, line.encode() + b"\r")
+    def type(self, line: str) -> None:
+        self.wait_for(b">>>")
+        os.write(self.descriptor, line.encode() + b"\r")
         time.sleep(0.2)
 
-    say("the quick")
-    say("/system a lazy dog")
-    until(b"a new conversation")
-    say("the quick")
-    say("/system")
-    until(b"a new conversation")
-    say("the quick")
-    say("/nonsense")
-    until(b"/clear")
-    say("/exit")
-    assert os.waitpid(pid, 0)[1] == 0
-    os.close(terminal)
+    def leave(self) -> None:
+        self.type("/exit")
+        assert os.waitpid(self.pid, 0)[1] == 0
+        os.close(self.descriptor)
+
+
+@pytest.mark.slow
+def test_a_conversation_at_the_terminal(tiny, tmp_path, reference):
+    terminal = Terminal(tmp_path / "answers", "-m", tiny, *GREEDY, "-s", "warm")
+    terminal.type("the quick")
+    terminal.type("/system a lazy dog")
+    terminal.wait_for(b"new conversation")
+    terminal.type("the quick")
+    terminal.type("/system")
+    terminal.wait_for(b"new conversation")
+    terminal.type("the quick")
+    terminal.type("/nonsense")
+    terminal.wait_for(b"error: unknown command '/nonsense'")
+    terminal.wait_for(b"/clear")
+    terminal.leave()
     first = reference(("system", "warm"), ("user", "the quick"))
     second = reference(("system", "a lazy dog"), ("user", "the quick"))
     third = reference(("user", "the quick"))
-    assert answers.read_text() == f"{first}\n{second}\n{third}\n"
+    assert (tmp_path / "answers").read_text() == f"{first}\n{second}\n{third}\n"
+
+
+@pytest.mark.slow
+def test_conversation_beyond_the_context_suggests_clear(tiny, tmp_path, reference):
+    terminal = Terminal(tmp_path / "answers", "-m", tiny, *GREEDY)
+    long = "fox " * 25
+    terminal.type(long)
+    terminal.type(long)
+    terminal.type(long)
+    terminal.wait_for(b"error: the conversation exceeds the context length")
+    terminal.wait_for(b"hint: start over with /clear")
+    terminal.type("/clear")
+    terminal.wait_for(b"new conversation")
+    terminal.type("the quick")
+    terminal.leave()
+    assert (tmp_path / "answers").read_text().endswith(reference(("user", "the quick")) + "\n")

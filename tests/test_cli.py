@@ -1,6 +1,7 @@
 """The command line as a whole: help, exit codes, what is imported when."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -61,31 +62,34 @@ def test_version(llmcli):
     ("args", "says"),
     [
         (["generate", "--modle", "x"], "--model"),
-        (["generate", "x", "--lines", "--jsonl"], "--lines and --jsonl exclude each other"),
+        (["generate", "x", "--lines", "--jsonl"], "--lines cannot be used with --jsonl"),
         (["generate", "x", "-f", "missing.txt"], "missing.txt: no such file"),
-        (["generate", "x", "-f", "."], ". is a folder"),
+        (["generate", "x", "-f", "."], "'.' is a directory"),
         (["generate"], "no input"),
         (["generate", "x", "-o", "out.jsonl"], "--output out.jsonl"),
-        (["generate", "x", "-o", "novalue"], "-o takes KEY=VALUE"),
+        (["generate", "x", "-o", "novalue"], "-o requires KEY=VALUE, got 'novalue'"),
         (["generate", "x", "--batch-size", "0"], "--batch-size"),
         (["generate", "x", "--field", "nonsense=a"], "unknown role 'nonsense'"),
         (["generate", "x", "--prompt", "{"], "--prompt"),
-        (["generate", "x", "--prompt", "no field"], "names no field"),
+        (["generate", "x", "--prompt", "no field"], "--prompt has no placeholder"),
         (["generate", "x", "--stop", ""], "--stop"),
-        (["generate", "x", "--prompt", "{text!r}"], "a field is written {name}"),
+        (["generate", "x", "--prompt", "{text!r}"], "invalid placeholder, expected {name}"),
         (["generate", "--lines", "-n", "2", "x"], "generated_texts"),
         (["generate", "x", "--dtype", "int3"], "--dtype"),
-        (["generate", "x", "--max-memory", "much"], "not a size"),
+        (["generate", "x", "--max-memory", "much"], "invalid size 'much'"),
         (["generate", "x", "--device", "gpu"], "unknown device 'gpu'"),
         (["generate", "x", "--seed", "-1"], "--seed"),
         (["chat", "--json"], "no input"),
-        (["chat", "how", "are", "you"], "A text of several words goes into quotes; a file is named with -f."),
+        (["chat", "how", "are", "you"], "hint: quote a text of several words; name a file with -f"),
         (
             ["inspect", "next", "once", "upon", "a", "time"],
-            "A text of several words goes into quotes; a file is named with -f.",
+            "hint: quote a text of several words; name a file with -f",
         ),
-        (["score", "-1 degrees"], "A text that begins with - goes behind --: llmcli score -- TEXT"),
-        (["inspect", "next", "--the end"], "A text that begins with - goes behind --: llmcli inspect next -- TEXT"),
+        (["score", "-1 degrees"], "hint: put text that starts with '-' after '--': llmcli score -- TEXT"),
+        (
+            ["inspect", "next", "--the end"],
+            "hint: put text that starts with '-' after '--': llmcli inspect next -- TEXT",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -113,14 +117,14 @@ def test_what_may_have_been_meant(llmcli, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("the quick")
     ran = llmcli("score", "notes.txt", "-m", tiny)
-    assert ran.stderr == "note: 'notes.txt' is a text here: -f notes.txt reads the file\n"
+    assert ran.stderr == "note: 'notes.txt' is treated as text; to read the file, use -f notes.txt\n"
     ran = llmcli("score", "once", "upon", "time", "-m", tiny, is_terminal=True)
-    assert "note: these are 3 texts of a word each: quotes make one of them\n" in ran.stderr
+    assert "note: got 3 one-word texts; quote the words to pass a single text\n" in ran.stderr
     assert len(ran.stdout.splitlines()) == 3
     assert llmcli("score", "once", "upon", "time", "-m", tiny).stderr == ""
-    assert "quotes" not in llmcli("score", "好天气", "狗", "太阳", "x" * 5000, "-m", tiny, is_terminal=True).stderr
-    assert "quotes" not in llmcli("models", "show", "smollm2", "x").stderr
-    assert "behind" not in llmcli("score", "--modle=a b", "x").stderr
+    assert "quote" not in llmcli("score", "好天气", "狗", "太阳", "x" * 5000, "-m", tiny, is_terminal=True).stderr
+    assert "quote" not in llmcli("models", "show", "smollm2", "x").stderr
+    assert "after" not in llmcli("score", "--modle=a b", "x").stderr
 
 
 COMPLETIONS = [
@@ -157,3 +161,21 @@ def test_a_broken_file_of_ones_own_offers_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("LLMCLI_CONFIG", str(tmp_path / "config.toml"))
     registry.models.cache_clear()
     assert completion.models("") == []
+
+
+def test_system_exit_with_text_is_a_failure(llmcli, monkeypatch):
+    monkeypatch.setattr("llmcli.commands.generate.run", lambda *args: sys.exit("no more"))
+    ran = llmcli("generate", "x")
+    assert (ran.exit_status, ran.stderr) == (1, "error: no more\n")
+
+
+def test_main_restores_the_sigterm_handler(llmcli):
+    def handler(signum, frame):
+        raise AssertionError
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        assert llmcli("--version").exit_status == 0
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)

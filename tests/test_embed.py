@@ -53,7 +53,7 @@ def test_the_models_own_pooling(llmcli, encoder, tmp_path):
 def test_a_text_that_is_too_long(embed):
     ran = embed("dog " * 100)
     assert ran.exit_status == 1
-    assert "the model takes 64" in ran.stderr
+    assert "exceeds the context length of 64" in ran.stderr
     (record,) = embed("dog " * 100, "--truncate").records
     assert record["usage"]["prompt_tokens"] == 64
 
@@ -85,3 +85,14 @@ def test_the_default_encoder_knows_what_is_near(llmcli, real_cache):
     food, meal, market = (record["embedding"] for record in ran.records)
     near, far = (sum(a * b for a, b in zip(food, other, strict=True)) for other in (meal, market))
     assert near > 0.7 > 0.2 > far
+
+
+def test_embed_resumes_texts_and_files(llmcli, encoder, tmp_path):
+    (tmp_path / "a.txt").write_text("the fox")
+    args = ("embed", "a dog", "-f", tmp_path / "a.txt", "-m", encoder, "--output", tmp_path / "out", "--resume")
+    assert llmcli(*args).exit_status == 0
+    complete = (tmp_path / "out").read_bytes()
+    assert complete.count(b"\n") == 2
+    (tmp_path / "out").write_bytes(complete[:-10])
+    assert llmcli(*args).exit_status == 0
+    assert (tmp_path / "out").read_bytes() == complete

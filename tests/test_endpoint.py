@@ -158,7 +158,7 @@ def lines(*texts):
     return "".join(f"{text}\n" for text in texts).encode()
 
 
-def test_each_record_has_its_answer_whatever_befalls_others(served, server):
+def test_endpoint_failures_stay_with_their_record(served, server):
     kinds = ["fine", "busy", "flaky", "cut", "half", "slow", "broken", "long", "gibberish", "none", "gone"]
     texts = [f"{kind} {i}" for i in range(6) for kind in kinds]
     random.Random(1).shuffle(texts)
@@ -166,11 +166,11 @@ def test_each_record_has_its_answer_whatever_befalls_others(served, server):
     assert ran.exit_status == 3
     assert [record["text"] for record in ran.records] == texts
     messages = {
-        "broken": ("server_error", "the server says 503: out of order"),
-        "long": ("request_rejected", "the server says 400: the prompt is too long"),
-        "gibberish": ("invalid_response", "the server's answer makes no sense"),
-        "none": ("invalid_response", "the server gave 0 answers"),
-        "gone": ("server_unreachable", "the server cut the connection, 11 times"),
+        "broken": ("server_error", "server returned HTTP 503: out of order"),
+        "long": ("request_rejected", "server returned HTTP 400: the prompt is too long"),
+        "gibberish": ("invalid_response", "invalid response from server"),
+        "none": ("invalid_response", "server returned 0 answers"),
+        "gone": ("server_unreachable", "server closed the connection after 11 attempts"),
     }
     for record in ran.records:
         kind = record["text"].split()[0]
@@ -188,22 +188,22 @@ def test_each_record_has_its_answer_whatever_befalls_others(served, server):
 
 
 @pytest.mark.parametrize("count", [1, 5])
-def test_so_many_requests_are_under_way(served, server, count):
+def test_endpoint_limits_concurrency(served, server, count):
     texts = [f"slow {i}" for i in range(10)]
     ran = served("generate", "--lines", "--concurrency", count, stdin=lines(*texts[: 2 * count]))
     assert ran.stdout.splitlines() == [f"{text}{text}!" for text in texts[: 2 * count]]
     assert server.most_at_once == count
 
 
-def test_an_answer_that_does_not_come_is_asked_for_again(served, server, monkeypatch):
-    monkeypatch.setattr("llmcli.engines.endpoint.TIMEOUT", 0.2)
+def test_endpoint_retries_after_timeout(served, server, monkeypatch):
+    monkeypatch.setattr("llmcli.engines.endpoint.TIMEOUT_S", 0.2)
     ran = served("generate", "--lines", "--json", stdin=lines("late 0", "fine 0", "slow 0", "late 1"))
     assert [record.get("generated_text") for record in ran.records] == ["late 0!", "fine 0!", None, "late 1!"]
-    assert ran.records[2]["error"]["message"] == "the server did not answer in time, 11 times"
+    assert ran.records[2]["error"]["message"] == "server timed out after 11 attempts"
     assert server.tries["late 0"] == 3
 
 
-def test_a_slow_answer_holds_up_no_request(served, server):
+def test_endpoint_slow_answer_delays_no_request(served, server):
     texts = ["slow first", *[f"fine {i}" for i in range(100)]]
     ran = served("generate", "--lines", "--concurrency", 2, stdin=lines(*texts))
     assert ran.stdout.splitlines() == [f"{text}{text}!" for text in texts]
@@ -213,28 +213,28 @@ def test_a_slow_answer_holds_up_no_request(served, server):
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
-        ("secret", "the server says 401: who are you", "LLMCLI_API_KEY"),
-        ("unknown", "the server says 404: Not Found", "check -m NAME"),
+        ("secret", "server returned HTTP 401: who are you", "LLMCLI_API_KEY"),
+        ("unknown", "server returned HTTP 404: Not Found", "check -m NAME"),
     ],
 )
-def test_what_would_befall_all_ends_the_run(served, text, message, hint):
+def test_endpoint_ends_run_on_fatal_status(served, text, message, hint):
     ran = served("generate", "--lines", stdin=lines("fine", text, "fine"))
     said = ran.stderr.splitlines()
     assert (ran.exit_status, said[0]) == (4, f"error: {message}")
     assert hint in said[1]
 
 
-def test_nobody_answers(llmcli):
+def test_endpoint_unreachable_server_exits_4(llmcli):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     for name in ((), ("-m", "tiny")):
         ran = llmcli("generate", "the fox", "--endpoint", url, *name)
         assert ran.exit_status == 4
-        assert ran.stderr == f"error: {url}/ cannot be reached\nhint: is the server running?\n"
+        assert ran.stderr == f"error: cannot reach {url}/\nhint: check that the server is running\n"
 
 
-def test_a_server_that_goes_away_and_comes_back(served, server, llmcli, tmp_path):
+def test_endpoint_resumes_after_server_restart(served, server, llmcli, tmp_path):
     path = tmp_path / "out.jsonl"
     (tmp_path / "in").write_bytes(lines(*[f"fine {i}" for i in range(40)], *[f"slow {i}" for i in range(40)]))
     args = ("--lines", "--json", "-f", tmp_path / "in", "-m", "tiny", "--output", path, "--resume", "--concurrency", 4)
@@ -249,7 +249,7 @@ def test_a_server_that_goes_away_and_comes_back(served, server, llmcli, tmp_path
     leaving.start()
     ran = served("generate", *args)
     leaving.join()
-    assert (ran.exit_status, "cannot be reached" in ran.stderr) == (4, True)
+    assert (ran.exit_status, "cannot reach" in ran.stderr) == (4, True)
     done = path.read_bytes().count(b"\n")
     assert 40 <= done < 80
     back = Server()
@@ -262,19 +262,19 @@ def test_a_server_that_goes_away_and_comes_back(served, server, llmcli, tmp_path
     back.server_close()
 
 
-def test_the_model_is_the_servers_only_one(served, server):
+def test_endpoint_uses_only_model_of_server(served, server):
     assert served("generate", "the fox", "--json").records[0]["model"] == "tiny"
     server.models = ["one", "two"]
     ran = served("generate", "the fox")
     assert (ran.exit_status, ran.stderr) == (
-        2, "error: the server has 2 models: one, two\nhint: say which: -m NAME\n"
+        2, "error: the server has 2 models: one, two\nhint: choose one with -m NAME\n"
     )  # fmt: skip
     assert served("generate", "the fox", "-m", "two", "--json").records[0]["model"] == "two"
     server.models = []
-    assert "the server names no model" in served("generate", "the fox").stderr
+    assert "the server lists no model" in served("generate", "the fox").stderr
 
 
-def test_options_have_the_protocols_names(served, server):
+def test_endpoint_translates_option_names(served, server):
     options = ("--max-new-tokens", 7, "--temperature", 0.5, "--top-p", 0.9, "-n", 2, "--top-k", 5, "--seed", 3)
     ran = served("generate", "the fox", *options, "--stop", "x! 1", "-o", "guided_regex=a+", "--json")
     assert ran.records[0]["generated_texts"] == ["the fox!", "the fo"]
@@ -285,7 +285,7 @@ def test_options_have_the_protocols_names(served, server):
     ]  # fmt: skip
 
 
-def test_what_the_task_says_and_what_it_leaves_to_the_server(served, server):
+def test_endpoint_leaves_sampling_to_server(served, server):
     for command in (("generate",), ("chat", "--system", "be brief"), ("generate", "--temperature", 0)):
         served(*command, "the fox")
     assert server.bodies == [
@@ -305,7 +305,7 @@ def test_what_the_task_says_and_what_it_leaves_to_the_server(served, server):
         (("qa", "Who is quick?", "-c", "The fox is quick."), "answer"),
     ],
 )
-def test_tasks_that_are_put_as_a_prompt(served, server, args, field):
+def test_endpoint_runs_prompted_tasks(served, server, args, field):
     ran = served(*args, "--json")
     assert ran.exit_status == 0
     asked = server.bodies[0]["messages"][-1]["content"]
@@ -317,28 +317,28 @@ def test_tasks_that_are_put_as_a_prompt(served, server, args, field):
 
 
 @pytest.mark.parametrize("args", [("--num-beams", 2), ("--truncate",)])
-def test_what_a_server_cannot_do(served, server, args):
+def test_endpoint_rejects_unsupported_options(served, server, args):
     ran = served("generate", "the fox", *args)
-    assert (ran.exit_status, f"{args[0]} does not go with --endpoint" in ran.stderr) == (2, True)
+    assert (ran.exit_status, f"{args[0]} is not supported with --endpoint" in ran.stderr) == (2, True)
     assert server.bodies == []
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
-def test_a_terminal_sees_the_answer_as_it_comes(served, server, command, monkeypatch):
+def test_endpoint_streams_to_terminal(served, server, command, monkeypatch):
     pieces = []
-    monkeypatch.setattr("llmcli.io.output.Output.piece", lambda self, text: pieces.append(text))
+    monkeypatch.setattr("llmcli.io.output.Output.stream", lambda self, text: pieces.append(text))
     served(command, "the quick fox", is_terminal=True)
     assert pieces[-4:] == ["the ", "quick ", "fox!", ""]
     assert server.bodies[0]["stream"] is True
 
 
-def test_a_stream_that_breaks(served):
+def test_endpoint_reports_broken_stream(served):
     ran = served("chat", "torn in two", is_terminal=True)
     assert (ran.exit_status, ran.stdout) == (1, "torn in \n")
-    assert "the server broke off its answer" in ran.stderr
+    assert "server stopped in the middle of an answer" in ran.stderr
 
 
-def test_the_key_goes_to_whom_it_is_meant_for(served, server, monkeypatch):
+def test_endpoint_sends_own_key_only(served, server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "theirs")
     served("generate", "the fox")
     monkeypatch.setenv("LLMCLI_API_KEY", "mine")
@@ -347,12 +347,12 @@ def test_the_key_goes_to_whom_it_is_meant_for(served, server, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://x/y", "http://", "server"])
-def test_what_is_no_url(llmcli, url):
+def test_endpoint_rejects_invalid_url(llmcli, url):
     ran = llmcli("generate", "the fox", "--endpoint", url)
-    assert (ran.exit_status, "--endpoint takes a URL" in ran.stderr) == (2, True)
+    assert (ran.exit_status, "invalid --endpoint" in ran.stderr) == (2, True)
 
 
-def test_the_package_is_missing(llmcli, monkeypatch):
+def test_endpoint_reports_missing_package(llmcli, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     ran = llmcli("generate", "the fox", "--endpoint", "http://localhost:1")
     assert ran.exit_status == 2
@@ -360,7 +360,7 @@ def test_the_package_is_missing(llmcli, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_client_imports_nothing_heavy(server):
+def test_endpoint_imports_nothing_heavy(server):
     args = ["chat", "the fox", "--endpoint", server.url]
     heavy = "{'torch', 'transformers', 'rich'} & set(sys.modules)"
     code = f"import sys; from llmcli.cli import main; main({args}); sys.exit(str({heavy} or 0))"
@@ -369,7 +369,7 @@ def test_the_client_imports_nothing_heavy(server):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_it_at_once(server, tmp_path):
+def test_endpoint_ctrl_c_exits_at_once(server, tmp_path):
     (tmp_path / "in").write_bytes(lines(*[f"slow {i}" for i in range(1000)]))
     args = ["generate", "--lines", "-f", tmp_path / "in", "--endpoint", server.url, "--concurrency", "2"]
     running = subprocess.Popen([sys.executable, "-m", "llmcli", *args], stdout=subprocess.PIPE)
@@ -407,7 +407,7 @@ def serve(chatty, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["generate", "chat"])
-def test_transformers_serve_says_what_we_say(llmcli, serve, chatty, command):
+def test_transformers_serve_gives_equal_text(llmcli, serve, chatty, command):
     choose = random.Random(1)
     texts = [" ".join(choose.choices(WORDS, k=choose.randint(1, 20))) for _ in range(40)]
     args = (command, "--lines", "--json", "-m", chatty, "--temperature", 0, "--max-new-tokens", 8)

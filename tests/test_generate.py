@@ -133,7 +133,7 @@ def test_prompt_template(generate, reference):
     ran = generate("--jsonl", "--prompt", "{animal} {{n}} {n}", stdin=b'{"animal": "dog", "n": 3, "text": "x"}\n')
     assert "dog {n} 3" + ran.records[0]["generated_text"] == reference("dog {n} 3")
     ran = generate("--jsonl", "--prompt", "{animal}", stdin=b'{"text": "x"}\n')
-    assert ran.records[0]["error"]["message"].startswith("no field 'animal'")
+    assert ran.records[0]["error"]["message"].startswith("missing field 'animal'")
 
 
 def test_file_names_travel(generate, tmp_path):
@@ -151,7 +151,7 @@ def test_output_goes_to_a_new_file(generate, tmp_path):
     assert json.loads(path.read_text())["text"] == "the"
     ran = generate("the", "--json", "--output", path)
     assert ran.exit_status == 2
-    assert ran.stderr.startswith(f"error: {path} exists")
+    assert ran.stderr.startswith(f"error: '{path}' already exists")
 
 
 def test_stop_texts_are_not_printed(generate, reference):
@@ -196,7 +196,7 @@ def test_beams_and_any_option_of_generation_config(generate, reference):
 def test_what_failed_before_is_passed_on_and_said(generate):
     ran = generate("--jsonl", stdin=b'{"text": "the", "error": {"type": "old", "message": "m"}}\n')
     assert ran.stdout == '{"text": "the", "error": {"type": "old", "message": "m"}}\n'
-    assert ran.stderr == "note: 1 of 1 records came with an `error` and were passed on as they are\n"
+    assert ran.stderr == "note: 1 of 1 records already had an `error` and were passed on unchanged\n"
     assert ran.exit_status == 0
 
 
@@ -216,12 +216,12 @@ def test_a_prompt_longer_than_the_context(generate):
     text = "dog " * 100
     ran = generate(text)
     assert ran.exit_status == 1
-    assert "the model's context holds 64" in ran.stderr
+    assert "exceeds the context length of 64" in ran.stderr
     assert "--truncate" in ran.stderr
     ran = generate(text, "--truncate", "--json")
     assert ran.exit_status == 0
     assert ran.records[0]["usage"] == {"prompt_tokens": 58, "completion_tokens": 6}
-    assert ran.stderr == f"note: cut by {ran.records[0]['truncated']} tokens\n"
+    assert ran.stderr == f"warning: truncated by {ran.records[0]['truncated']} tokens\n"
 
 
 def test_an_answer_ends_with_the_context_and_alone(generate):
@@ -276,8 +276,8 @@ def test_a_terminal_sees_the_text_in_pieces(llmcli, tiny, monkeypatch):
     from llmcli.io.output import Output
 
     pieces = []
-    piece = Output.piece
-    monkeypatch.setattr(Output, "piece", lambda self, text: (pieces.append(text), piece(self, text)))
+    stream = Output.stream
+    monkeypatch.setattr(Output, "stream", lambda self, text: (pieces.append(text), stream(self, text)))
     args = ("generate", "the quick", "-m", tiny, *GREEDY)
     watched = llmcli(*args, is_terminal=True)
     assert pieces[0] == "the quick"

@@ -3,10 +3,10 @@
 import pytest
 from transformers import GenerationConfig
 
-from llmcli.config import size_in_bytes
 from llmcli.errors import UsageError
+from llmcli.io.units import parse_size
 from llmcli.models import generation
-from llmcli.options import key_value
+from llmcli.options import parse_key_value
 from llmcli.tasks.generated import SAMPLING
 
 DEFAULTS = SAMPLING | {"max_new_tokens": 128}
@@ -66,13 +66,13 @@ def test_unknown_and_impossible_options():
         generation.check({"num_return_sequences": 2, "do_sample": False}, DEFAULTS)
     generation.check({"num_return_sequences": 2}, DEFAULTS)
     for name, value in (("top_k", "abc"), ("temperature", "hot"), ("num_beams", True), ("num_return_sequences", None)):
-        with pytest.raises(UsageError, match=f"{name} takes a number"):
+        with pytest.raises(UsageError, match=f"invalid {name} .*: expected a number"):
             generation.check({name: value}, DEFAULTS)
 
 
 @pytest.mark.parametrize("name", ["max_length", "min_length"])
 def test_totals_would_depend_on_the_padding(name):
-    with pytest.raises(UsageError, match="counts the prompt too"):
+    with pytest.raises(UsageError, match="includes the prompt"):
         generation.check({name: 20}, DEFAULTS)
 
 
@@ -86,10 +86,36 @@ def test_whole_numbers_do_for_fractions():
      ("eos_token_id=[1,2]", [1, 2]), ("cache_implementation=static", "static")],
 )  # fmt: skip
 def test_key_value(item, value):
-    assert key_value(item) == (item.partition("=")[0], value)
+    assert parse_key_value(item) == (item.partition("=")[0], value)
 
 
 def test_sizes():
-    assert [size_in_bytes(text) for text in ("8GB", "1.5g", "2GiB", "100")] == [8 * 10**9, 1_500_000_000, 2**31, 100]
-    with pytest.raises(UsageError, match="not a size"):
-        size_in_bytes("much")
+    assert [parse_size(text) for text in ("8GB", "1.5g", "2GiB", "100")] == [8 * 10**9, 1_500_000_000, 2**31, 100]
+    with pytest.raises(UsageError, match="invalid size"):
+        parse_size("much")
+
+
+def test_max_length_of_the_user_counts_whatever_its_value():
+    for length in (19, 20, 21):
+        config = generation.merge(
+            GenerationConfig(max_length=142), {"max_length": length}, DEFAULTS, counts_prompt=False
+        )
+        assert (config.max_length, config.max_new_tokens) == (length, None)
+
+
+def test_max_length_that_transformers_4_wrote_does_not_count():
+    config = generation.merge(GenerationConfig(max_length=20), {}, DEFAULTS, counts_prompt=False)
+    assert (config.max_length, config.max_new_tokens) == (None, 128)
+
+
+def test_settings_of_the_task_come_before_the_model():
+    config = generation.merge(
+        GenerationConfig(max_new_tokens=9, num_beams=2), {}, DEFAULTS, {"max_length": 30, "num_beams": 3},
+        counts_prompt=False,
+    )  # fmt: skip
+    assert (config.max_length, config.max_new_tokens, config.num_beams) == (30, None, 3)
+
+
+def test_unknown_option_names_its_source():
+    with pytest.raises(UsageError, match=r"^org/name: task_specific_params: unknown generation option 'beams'"):
+        generation.check_known(["beams"], "org/name: task_specific_params")

@@ -79,7 +79,7 @@ def test_pull_fetches_safetensors_and_configuration_into_the_shared_cache(hub: H
     assert pulled(done) == home / "huggingface" / "hub" / "models--org--name" / "snapshots" / commit
     assert contents(pulled(done)) == MODEL
     assert sorted(hub.downloads()) == sorted(MODEL)
-    assert done.stderr == "note: pulling org/name, 2 MB from the hub (license: mit)\n"
+    assert done.stderr == "note: pulling org/name, 2 MB from the Hub (license: mit)\n"
 
 
 def test_license_and_size_are_told_before_the_download(hub: Hub) -> None:
@@ -87,7 +87,7 @@ def test_license_and_size_are_told_before_the_download(hub: Hub) -> None:
     hub.seconds["model.safetensors"] = 30
     pull = start("models", "pull", "org/name")
     assert pull.stderr
-    assert pull.stderr.readline() == "note: pulling org/name, 2 MB from the hub (license: not stated)\n"
+    assert pull.stderr.readline() == "note: pulling org/name, 2 MB from the Hub (license: not stated)\n"
     pull.terminate()
     assert pull.wait(timeout=3) == 143
 
@@ -185,21 +185,21 @@ def test_missing(hub: Hub, run: Run) -> None:
     for variables in ({}, {"HF_TOKEN": hub.token}):
         refused(
             run("models", "pull", "org/none", **variables),
-            f"org/none is not on the hub.*\n.*{hub.url}/org/none.*HF_TOKEN",
+            f"org/none is not on the Hub.*\n.*{hub.url}/org/none.*HF_TOKEN",
         )
 
 
 def test_not_a_hub_id(hub: Hub, run: Run) -> None:
     for command in ("pull", "path"):
-        refused(run("models", command, "org/na--me"), "org/na--me is not a hub id\n.*org/name")
+        refused(run("models", command, "org/na--me"), "org/na--me is not a Hub ID\n.*org/name")
 
 
 def test_private_needs_a_token(hub: Hub, run: Run) -> None:
     hub.add("org/name", MODEL, private=True)
-    refused(run("models", "pull", "org/name"), "org/name is not on the hub, or is private\n.*HF_TOKEN")
+    refused(run("models", "pull", "org/name"), "org/name is not on the Hub, or is private\n.*HF_TOKEN")
     refused(
         run("models", "pull", "org/name", HF_TOKEN="hf_wrong"),
-        "refuses access to org/name: Invalid credentials.*\n.*HF_TOKEN",
+        "refused access to org/name: Invalid credentials.*\n.*HF_TOKEN",
     )
     assert contents(pulled(run("models", "pull", "org/name", HF_TOKEN=hub.token))) == MODEL
 
@@ -216,7 +216,7 @@ def test_files_that_the_token_may_not_read(hub: Hub, run: Run) -> None:
     hub.capture_errors["/resolve/"] = 403
     refused(
         run("models", "pull", "-q", "org/name", HF_TOKEN=hub.token),
-        "refuses access to org/name: something is wrong\n.*HF_TOKEN",
+        "refused access to org/name: something is wrong\n.*HF_TOKEN",
     )
 
 
@@ -238,7 +238,7 @@ def test_unreachable_hub(hub: Hub, run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
     refused(
-        run("models", "pull", "org/name", HF_ENDPOINT=url), f"connection to the hub at {url} failed.*\n.*HF_ENDPOINT"
+        run("models", "pull", "org/name", HF_ENDPOINT=url), f"connection to the Hub at {url} failed.*\n.*HF_ENDPOINT"
     )
 
 
@@ -246,7 +246,7 @@ def test_silent_hub(hub: Hub, run: Run) -> None:
     hub.silent = True
     refused(
         run("models", "pull", "org/name", HF_HUB_ETAG_TIMEOUT="1"),
-        f"connection to the hub at {hub.url} failed: timed out",
+        f"connection to the Hub at {hub.url} failed: timed out",
     )
     hub.silent = False
 
@@ -264,7 +264,7 @@ def test_pickled_weights_only_where_allowed(hub: Hub, run: Run) -> None:
 @pytest.mark.parametrize("files", [{"config.json": b"{}"}, {"model.Q4_0.gguf": b"GGUF"}, {"model.safetensors": b""}])
 def test_repository_that_is_no_model(hub: Hub, run: Run, files: Mapping[str, bytes]) -> None:
     hub.add("org/name", files)
-    refused(run("models", "pull", "org/name"), "org/name holds no model that transformers can load")
+    refused(run("models", "pull", "org/name"), "org/name has no model that Transformers can load")
     assert hub.downloads() == []
 
 
@@ -284,7 +284,7 @@ def test_download_that_breaks_off_goes_on(hub: Hub, run: Run) -> None:
 def test_download_that_fails_leaves_no_model(hub: Hub, run: Run) -> None:
     hub.add("org/name", MODEL)
     hub.breaking = ["model.safetensors"] * 10
-    refused(run("models", "pull", "-q", "org/name"), "connection to the hub .* failed: peer closed.*\n.*again")
+    refused(run("models", "pull", "-q", "org/name"), "connection to the Hub .* failed: peer closed.*\n.*again")
     refused(run("models", "path", "org/name"), "not cached")
     hub.breaking.clear()
     assert contents(pulled(run("models", "pull", "org/name"))) == MODEL
@@ -341,7 +341,7 @@ def test_two_pulls_at_once(hub: Hub) -> None:
     assert first == second
     assert contents(Path(first.strip())) == MODEL
     assert sorted(hub.downloads()) == sorted(MODEL)
-    assert "being pulled by another process: waiting" in "".join(stderr for _, stderr in outputs)
+    assert "being pulled by another process; waiting" in "".join(stderr for _, stderr in outputs)
 
 
 def shards(stem: str, suffix: str, count: int) -> dict[str, bytes]:

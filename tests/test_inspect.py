@@ -111,9 +111,9 @@ def test_attention_is_softmax_of_q_and_k(inspect, tiny):
 def test_a_long_text_is_told_by_its_end(inspect, tmp_path):
     (tmp_path / "long.txt").write_text("the quick brown fox " * 40)
     ran = inspect("next", "-f", tmp_path / "long.txt", "--json")
-    assert (ran.exit_status, "tokens of its beginning are left out" in ran.stderr) == (0, True)
+    assert (ran.exit_status, "tokens at the beginning" in ran.stderr) == (0, True)
     assert inspect("next", "x", "-f", tmp_path / "long.txt").exit_status == 2
-    assert "is a text here: -f" in inspect("tokens", tmp_path / "long.txt").stderr
+    assert "is treated as text; to read the file, use -f" in inspect("tokens", tmp_path / "long.txt").stderr
 
 
 def test_attention_of_gpt2(llmcli, tiny, tmp_path):
@@ -176,10 +176,10 @@ def test_what_has_no_such_attention(inspect, llmcli, tiny, tmp_path):
     ran = inspect("attention", "the fox", "--dtype", "bfloat16")
     assert ran.exit_status == 0
     ran = inspect("attention", "the " * 600)
-    assert (ran.exit_status, "can be shown" in ran.stderr) == (1, True)
+    assert (ran.exit_status, "tokens, expected 1 to" in ran.stderr) == (1, True)
     folder = saved(MambaForCausalLM(MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2)), tmp_path, tiny)
     ran = llmcli("inspect", "attention", TEXT, "-m", folder)
-    assert (ran.exit_status, "mamba models do not tell their attention" in ran.stderr) == (4, True)
+    assert (ran.exit_status, "mamba models do not return attention weights" in ran.stderr) == (4, True)
     ran = llmcli("inspect", "attention", TEXT, "-m", "tests/golden/marian")
     assert (ran.exit_status, "marian models have an encoder and a decoder" in ran.stderr) == (4, True)
 
@@ -308,7 +308,7 @@ def test_no_screen_is_too_narrow(inspect, coloured, monkeypatch, width, args):
         assert ran.stdout.strip()
         assert all(cell_len(line) <= width for line in plain(ran.stdout).splitlines())
         assert "\x1b[31m" not in ran.stdout
-        assert ("the screen holds the first" in ran.stderr) == (args[0] == "attention")
+        assert ("the terminal shows the first" in ran.stderr) == (args[0] == "attention")
 
 
 def test_a_matrix_has_its_labels_on_the_diagonal(inspect, coloured, monkeypatch):
@@ -316,7 +316,7 @@ def test_a_matrix_has_its_labels_on_the_diagonal(inspect, coloured, monkeypatch)
     ran = inspect("attention", "the fox", is_terminal=True)
     header, *lines, of, scale = plain(ran.stdout).splitlines()
     assert (header, of) == (" 0 1", "mean of 2 layers, mean of 4 heads")
-    assert scale == "0   ░░▒▒▓▓██ 1: a row looks at columns"
+    assert scale == "0   ░░▒▒▓▓██ 1: rows attend to columns"
     assert [re.sub("[░▒▓█ ]{2}", "#", line.rstrip(), count=i + 1) for i, line in enumerate(lines)] == [
         "# 0 the",
         "## 1 ·fox",
@@ -333,9 +333,9 @@ def test_numbers_are_never_cut(width, token):
 
     tokens = [{"token": token, "logprob": -2.0, "probability": 0.1234, "sampling_probability": 4e-06}]
     screen = figures.Console(width=width)
-    shown = figures.drawn(figures.chances(tokens, "x", width), screen)
+    shown = figures.render(figures.sampling_table(tokens, "x", width), screen)
     assert ("0.1234" in shown, "4e-06" in shown) == (True, True)
-    shown = figures.drawn(figures.likelihoods(tokens, width), screen)
+    shown = figures.render(figures.probability_table(tokens, width), screen)
     assert ("0.1353" in shown, "PROBABILITY" in shown) == (True, True)
 
 
@@ -352,9 +352,9 @@ def test_tokens_are_no_markup(inspect, coloured, tmp_path, monkeypatch):
     from llmcli.draw import figures
 
     tokens = [{"token": "[/INST]", "logprob": -1.0, "probability": 0.5, "sampling_probability": 0.5}]
-    screen = figures.screen()
-    for picture in (figures.likelihoods(tokens, 80), figures.chances(tokens, "x", 80)):
-        assert "[/INST]" in figures.drawn(picture, screen)
+    screen = figures.terminal()
+    for picture in (figures.probability_table(tokens, 80), figures.sampling_table(tokens, "x", 80)):
+        assert "[/INST]" in figures.render(picture, screen)
 
 
 def test_files_that_need_nothing_beside_them(inspect, tmp_path):
@@ -364,7 +364,7 @@ def test_files_that_need_nothing_beside_them(inspect, tmp_path):
         svg, html = tmp_path / f"{args[0]}.svg", tmp_path / f"{args[0]}.html"
         ran = inspect(*args, "--svg", svg, "--html", html)
         assert (ran.stdout, ran.exit_status) == ("", 0)
-        assert ran.stderr == f"note: {svg} is drawn\nnote: {html} is drawn\n"
+        assert ran.stderr == f"note: saved {svg}\nnote: saved {html}\n"
         picture = svg.read_text(encoding="utf-8")
         ElementTree.fromstring(picture)
         assert picture in html.read_text(encoding="utf-8")
@@ -388,11 +388,13 @@ def test_wide_characters_fill_two_columns(inspect, tmp_path):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (("next", "x", "--svg", "notes.md"), "a picture's name ends in .svg"),
+        (("next", "x", "--svg", "notes.md"), "--svg requires a name that ends in .svg, got 'notes.md'"),
         (("next", "x", "--html", "/nowhere/x.html"), "no such file"),
-        (("next", "x", "--svg", "x.svg", "--html", "x.htm"), "a picture's name ends in .html"),
+        (("next", "x", "--svg", "x.svg", "--html", "x.htm"), "--html requires a name that ends in .html, got 'x.htm'"),
         (("next", "x", "-n", "0"), "--limit"),
         (("tokens",), "no input"),
+        (("next", "x", "--batch-size", "2"), "No such option: --batch-size"),
+        (("attention", "x", "--batch-size", "2"), "No such option: --batch-size"),
         (("attention", "x", "--head", "-1"), "--head"),
     ],
 )

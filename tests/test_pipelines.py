@@ -1,16 +1,26 @@
 """The pipelines, as transformers.Pipelines of their own right; and text that streams."""
 
+import types
+from pathlib import Path
+
+import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
-from llmcli.pipelines import implementation
-from llmcli.pipelines.answers import DeltaStreamer
+from llmcli import pipelines
+from llmcli.errors import RecordError
+from llmcli.job import LoadOptions
+from llmcli.pipelines import pipeline_class
+from llmcli.pipelines.answers import DeltaStreamer, TokenDecoder, make_result, slow_stream
 from llmcli.text.stops import first_stop, stop_prefix
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="module")
 def causal(tiny):
-    implementation("causal")  # makes it known to transformers
+    pipeline_class("causal")  # makes it known to transformers
     model = AutoModelForCausalLM.from_pretrained(tiny)
     return pipeline("llmcli-causal", model=model, tokenizer=AutoTokenizer.from_pretrained(tiny, padding_side="left"))
 
@@ -28,6 +38,29 @@ def iter_of(texts):
     yield from texts
 
 
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_row_limits_in_a_batch_give_the_text_of_each_alone(causal, settings):
+    config = GenerationConfig(do_sample=False, eos_token_id=1, pad_token_id=1, max_new_tokens=9, **settings)
+    prompts, limits = ["the quick", "a lazy dog and then", "once"], [3, 9, 1]
+    rows = [causal.preprocess(prompt) for prompt in prompts]
+
+    def run(rows, limits):
+        batch = {name: [row[name] for row in rows] for name in rows[0]}
+        output = causal.forward(batch, generation_config=config, max_new_tokens=limits)
+        return [
+            {name: value[i : i + 1] if name == "sequences" else value[i] for name, value in output.items()}
+            for i in range(len(rows))
+        ]
+
+    together = [causal.postprocess(output, config) for output in run(rows, limits)]
+    assert together == [
+        causal.postprocess(run([row], [limit])[0], config) for row, limit in zip(rows, limits, strict=True)
+    ]
+    sequences = settings.get("num_return_sequences", 1)
+    assert [fields["usage"]["completion_tokens"] for fields in together] == [limit * sequences for limit in limits]
+    assert {fields["finish_reason"] for fields in together} == {"length"}
+
+
 def test_a_sentencepiece_tokenizer_keeps_the_space_after_the_prompt(causal, monkeypatch):
     """Llama 2's decoder strips the first space of whatever it decodes."""
     from tokenizers import decoders
@@ -42,10 +75,9 @@ def test_a_sentencepiece_tokenizer_keeps_the_space_after_the_prompt(causal, monk
 
 def stream(pieces: list[str], stops: list[str]) -> list[str]:
     """What is passed on while the pieces come, one token each."""
-    import torch
-
     sent: list[str] = []
-    deltas = DeltaStreamer(lambda ids: "".join(pieces[i] for i in ids), stops, sent.append)
+    decoder = types.SimpleNamespace(stream=lambda: slow_stream(lambda ids: "".join(pieces[i] for i in ids)))
+    deltas = DeltaStreamer(decoder, stops, sent.append)
     deltas.put(torch.tensor([[0, 1]]))  # the prompt
     for token in range(len(pieces)):
         deltas.put(torch.tensor([token]))
@@ -67,6 +99,80 @@ def test_what_may_become_a_stop_text_waits():
     assert stream(["one E", "N", "D two"], ["END"]) == ["one "]
 
 
+@pytest.mark.parametrize("name", ["tiny", "t5", "marian"])
+def test_streamed_text_equals_the_decoded_text(tiny, name):
+    tokenizer = AutoTokenizer.from_pretrained(tiny if name == "tiny" else GOLDEN / name)
+    before, ids = tokenizer("the quick")["input_ids"], tokenizer("brown fox, w\u00f6rld a\n\nlazy dog")["input_ids"]
+    for decoder in (TokenDecoder(tokenizer, before), TokenDecoder(tokenizer)):
+        step = decoder.stream()
+        assert "".join(step(token) or "" for token in ids) == decoder(ids) != ""
+
+
+def test_stream_ends_when_a_token_changes_earlier_text():
+    def step(token):
+        if token == 1:
+            raise ValueError("Invalid prefix encountered")
+        return "abc"[token]
+
+    sent = []
+    deltas = DeltaStreamer(types.SimpleNamespace(stream=lambda: step), [], sent.append)
+    for tokens in ([0], [0], [1], [2]):
+        deltas.put(torch.tensor(tokens))
+    assert sent == ["a"]
+
+
+@pytest.mark.parametrize("length", [1, 7, 100])
+def test_finish_finds_the_token_of_a_stop_text_by_bisection(length):
+    decoded = []
+
+    def decode(ids):
+        decoded.append(ids)
+        return "".join("ab END"[min(i, 5)] if i > 1 else "ab"[i] for i in ids)
+
+    ids = [0, 1] * length + [2, 3, 4, 5] + [0, 1] * length
+    output = {"sequences": np.array([[ids]]), "input_ids": [0], "cut": 0}
+    result = make_result(output, decode, GenerationConfig(stop_strings=["END"], eos_token_id=9))
+    assert result["generated_text"] == "ab" * length + " "
+    assert result["usage"]["completion_tokens"] == 2 * length + 4
+    assert len(decoded) < 12
+
+
+def test_prefix_is_not_shared_by_models_that_take_distances_from_the_sequence(tiny, tmp_path):
+    from transformers import BloomConfig, BloomForCausalLM, FalconConfig, FalconForCausalLM, MptConfig, MptForCausalLM
+
+    size = {"vocab_size": 400, "hidden_size": 16, "num_attention_heads": 2}
+    falcon = FalconConfig(**size, num_hidden_layers=1, alibi=True)
+    models = [
+        MptForCausalLM(MptConfig(vocab_size=400, d_model=16, n_heads=2, n_layers=1)),
+        BloomForCausalLM(BloomConfig(vocab_size=400, hidden_size=16, n_head=2, n_layer=1)),
+        FalconForCausalLM(falcon),
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    for model in models:
+        causal = pipeline("llmcli-causal", model=model, tokenizer=tokenizer)
+        assert not causal.can_share_prefix
+        assert causal.prefill([2, 3, 4]) is None
+
+
+def test_prefix_is_shared_by_models_with_position_ids(causal):
+    assert causal.can_share_prefix
+    assert causal.prefill([2, 3, 4]).get_seq_length() == 3
+
+
+@pytest.mark.parametrize("kind", ["embedding", "attention", "causal_attention", "next_token"])
+def test_nan_is_a_failure_of_the_record(tiny, encoder, kind):
+    folder = encoder if kind in ("embedding", "attention") else tiny
+    broken = pipelines.load(kind, folder, LoadOptions(device="cpu", dtype="float32"))
+    with torch.no_grad():
+        for parameter in broken.model.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(RecordError, match="NaN or infinite") as info:
+        broken("the quick")
+    assert info.value.kind == "not_finite"
+    batch = {name: [value] * 2 for name, value in broken.preprocess("the quick").items()}
+    broken.forward(batch)  # does not end the other records
+
+
 def test_stops():
     assert first_stop("abcabc", ["c", "b"]) == 1
     assert first_stop("abc", []) is None
@@ -75,10 +181,9 @@ def test_stops():
 
 
 def test_a_cache_that_grows_in_place_holds_what_transformers_own_holds():
-    import torch
     from transformers.cache_utils import DynamicLayer
 
-    from llmcli.pipelines.cache import GrowingLayer
+    from llmcli.compat.cache import GrowingLayer
 
     torch.manual_seed(0)
     layers = [DynamicLayer(), GrowingLayer()]
@@ -108,15 +213,15 @@ def test_a_cache_that_grows_in_place_holds_what_transformers_own_holds():
 def test_only_models_that_keep_all_keys_and_values_get_it(tiny):
     from transformers import GenerationConfig, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
-    from llmcli.pipelines.cache import growing
+    from llmcli.compat.cache import growing_cache
 
     settings = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1}
     windowed = MistralConfig(
         **settings, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, sliding_window=8
     )
     llama, config = AutoModelForCausalLM.from_pretrained(tiny), GenerationConfig()
-    assert growing(llama, config)
-    assert growing(MistralForCausalLM(windowed), config) is None
-    assert growing(MambaForCausalLM(MambaConfig(**settings)), config) is None
+    assert growing_cache(llama, config)
+    assert growing_cache(MistralForCausalLM(windowed), config) is None
+    assert growing_cache(MambaForCausalLM(MambaConfig(**settings)), config) is None
     for other in ({"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static"}):
-        assert growing(llama, GenerationConfig(**other)) is None
+        assert growing_cache(llama, GenerationConfig(**other)) is None

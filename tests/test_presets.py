@@ -37,7 +37,7 @@ def test_an_unknown_preset_lists_those_there_are(llmcli, base):
     assert "did you mean 'poem'?" in ran.stderr
     assert "presets: story, screenplay, poem, dialogue" in ran.stderr
     ran = llmcli("generate", "the fox", "--preset", "poem", "--prompt", "{text}", "-m", base)
-    assert (ran.exit_status, "exclude each other" in ran.stderr) == (2, True)
+    assert (ran.exit_status, "cannot be used with" in ran.stderr) == (2, True)
 
 
 def test_only_what_it_begins_with_is_shown(llmcli, base):

@@ -14,12 +14,12 @@ import pytest
 
 from llmcli import console
 from llmcli.io import progress as progress_module
-from llmcli.io.progress import Progress, Tally
+from llmcli.io.progress import Progress, RunCounts
 from llmcli.job import Failure, Record, Result
 
 GREEDY = ("--temperature", 0, "--batch-size", 1, "--max-new-tokens", 8)
 LONG_NAME = "a field with a name that is longer than many a terminal is wide, which is no reason to break it"
-ERROR = f"error: {{path}}:2: no field 'text': fields there: {LONG_NAME}\n"
+ERROR = f"error: {{path}}:2: missing field 'text': available fields: {LONG_NAME}\n"
 COUNT = "error: 1 of 40 records failed\n"
 
 
@@ -118,8 +118,8 @@ def test_rich_is_not_imported_where_nobody_is_watching(tiny, lines):
 def test_the_rate_knows_nothing_of_loading_and_of_an_earlier_run(monkeypatch):
     now = 0.0
     monkeypatch.setattr(progress_module.time, "perf_counter", lambda: now)
-    progress = Progress(Tally(records=100, failed=2))
-    records = [Record({}, share=i / 1000) for i in range(1, 201)]
+    progress = Progress(RunCounts(records=100, failed=2))
+    records = [Record({}, input_fraction=i / 1000) for i in range(1, 201)]
     result = Result(records[0], {"usage": {"prompt_tokens": 5, "completion_tokens": 8}})
 
     def line(seconds, done):
@@ -129,7 +129,7 @@ def test_the_rate_knows_nothing_of_loading_and_of_an_earlier_run(monkeypatch):
             progress.done.add(result)
         return progress.line()
 
-    reading = progress.reading(records)
+    reading = progress.track(records)
     for _ in records:
         next(reading)
     progress.done.add(Result(records[0], failure=Failure("x", "y")))

@@ -58,7 +58,7 @@ def test_records_lack_nothing_that_the_command_line_gives(qa):
     assert ran.exit_status == 3
     assert [record["question"] for record in ran.records] == ["Who?", "When?", "Who?"]
     assert ran.records[2]["error"] == {
-        "type": "missing_field", "message": "no field 'text': fields there: question",
+        "type": "missing_field", "message": "missing field 'text': available fields: question",
     }  # fmt: skip
 
 
@@ -66,13 +66,13 @@ def test_records_lack_nothing_that_the_command_line_gives(qa):
     ("args", "status", "said"),
     [
         ((), 2, "no question"),
-        (("Who?", "-c", CLOCK, "--lines"), 2, "nothing to read"),
+        (("Who?", "-c", CLOCK, "--lines"), 2, "cannot combine QUESTION, -c and input files"),
         (("", "-c", CLOCK), 1, "the question is empty"),
-        (("Who?", "-c", CLOCK, "--temperature", "0.5"), 2, "temperature is for models that write"),
+        (("Who?", "-c", CLOCK, "--temperature", "0.5"), 2, "temperature cannot be used with"),
         (("Who?", "-c", CLOCK, "--doc-stride", "99999"), 2, "cannot overlap by 99999"),
-        (("Who?", "-f", "/"), 2, "is a folder"),
+        (("Who?", "-f", "/"), 2, "is a directory"),
         (("Who?", "-f", "absent.txt"), 2, "no such file"),
-        (("Who?", "-c", CLOCK, "--prompt", "{question}"), 2, "not prompted"),
+        (("Who?", "-c", CLOCK, "--prompt", "{question}"), 2, "--prompt cannot be used with"),
     ],
 )
 def test_what_is_wrong_is_said(qa, args, status, said):
@@ -99,7 +99,7 @@ def test_a_language_model_answers_with_a_passage(qa, chatty):
     assert CLOCK[record["start"] : record["end"]] == record["passage"]
     assert record["usage"]["completion_tokens"] <= 4
     ran = qa("Who?", "-c", CLOCK, "--top-k", 2, model=chatty)
-    assert (ran.exit_status, "top_k is for models that cut" in ran.stderr) == (2, True)
+    assert (ran.exit_status, "top_k is for extractive models" in ran.stderr) == (2, True)
 
 
 def test_of_a_long_text_the_nearest_passages_go_in(qa, chatty, encoder, home, tmp_path, monkeypatch):
@@ -131,7 +131,7 @@ def test_unknown_is_null(qa, chatty, home):
     first = qa("Who?", "-c", CLOCK, "--json", "--max-new-tokens", 4, model=chatty).records[0]["answer"]
     (home / "config" / "llmcli").mkdir(parents=True, exist_ok=True)
     (home / "config" / "llmcli" / "prompts.toml").write_text(f"[qa.chat]\nunknown = [{json.dumps(first)}]\n")
-    prompting.tables.cache_clear()
+    prompting.load_prompts.cache_clear()
     ran = qa("Who?", "-c", CLOCK, "--json", "--max-new-tokens", 4, model=chatty)
     assert (ran.exit_status, ran.records[0]["answer"], ran.records[0]["passage"]) == (0, None, None)
 
@@ -192,7 +192,7 @@ def test_prompts_that_make_no_sense(qa, base, home, text, says):
 
     (home / "config" / "llmcli").mkdir(parents=True)
     (home / "config" / "llmcli" / "prompts.toml").write_text(text)
-    prompting.tables.cache_clear()
+    prompting.load_prompts.cache_clear()
     ran = qa("Who?", "-c", CLOCK, model=base)
     assert (ran.exit_status, ran.stdout) == (2, "")
     assert says in ran.stderr

@@ -32,7 +32,7 @@ def copies():
 def test_a_layer_multiplies_as_the_one_it_replaces(kind, close, bias, rows):
     torch.manual_seed(0)
     linear = nn.Linear(64, 48, bias=bias)
-    layer = PackedLinear(linear.weight.bfloat16(), linear.bias) if kind is PackedLinear else kind.of(linear)
+    layer = PackedLinear(linear.weight.bfloat16(), linear.bias) if kind is PackedLinear else kind.from_linear(linear)
     if bias:
         layer.bias = nn.Parameter(linear.bias.bfloat16())
     x = torch.randn(2, rows, 64).bfloat16()
@@ -51,7 +51,7 @@ def test_what_four_bits_can_say_is_said_exactly():
     linear.weight.data = (codes * steps - 2).float()
     x = torch.eye(64).bfloat16()
     with torch.inference_mode():
-        assert torch.equal(Int4Linear.of(linear)(x).float(), linear(x.float()))
+        assert torch.equal(Int4Linear.from_linear(linear)(x).float(), linear(x.float()))
 
 
 @pytest.mark.parametrize(("scheme", "kind"), [("int8", Int8Linear), ("int4", Int4Linear)])
@@ -137,9 +137,9 @@ def test_rm_removes_it_too(llmcli, chatty, home):
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (("--quantize", "int4", "--dtype", "float32"), "multiplies in bfloat16, not float32"),
-        (("--quantize", "int4", "--offload-folder", "x"), "exclude each other"),
-        (("--quantize", "int4", "--device", "cuda"), "there is no device cuda here"),
+        (("--quantize", "int4", "--dtype", "float32"), "requires bfloat16, not --dtype float32"),
+        (("--quantize", "int4", "--offload-folder", "x"), "cannot be used with --offload-folder"),
+        (("--quantize", "int4", "--device", "cuda"), "device 'cuda' is not available"),
     ],
 )
 def test_what_does_not_go_with_it(llmcli, chatty, options, why, tmp_path, monkeypatch):

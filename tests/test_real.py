@@ -79,7 +79,7 @@ def test_the_batch_does_not_change_the_text(real):
 def test_a_prompt_longer_than_the_context_names_both_lengths(real):
     ran = real("generate", stdin=b"dog " * 8200)
     assert ran.exit_status == 1
-    assert "the prompt has 8201 tokens, the model's context holds 8192" in ran.stderr
+    assert "prompt has 8201 tokens, which exceeds the context length of 8192" in ran.stderr
 
 
 def test_several_languages_and_signs_survive(real):

@@ -6,7 +6,7 @@ import pytest
 
 from llmcli.errors import UsageError
 from llmcli.io.formats import InputFormat
-from llmcli.io.records import prompts, read, sources
+from llmcli.io.records import open_inputs, read_prompts, read_records
 from llmcli.job import Failure
 
 DATA = {
@@ -24,7 +24,7 @@ DATA = {
 def records(data: bytes, form: InputFormat, tmp_path) -> list:
     path = tmp_path / "input"
     path.write_bytes(data)
-    return list(read(sources([], [str(path)]), form))
+    return list(read_records(open_inputs([], [str(path)]), form))
 
 
 @pytest.mark.parametrize("form", InputFormat)
@@ -43,7 +43,7 @@ def test_every_form_from_every_source(form, source, tmp_path, monkeypatch):
     else:
         monkeypatch.setattr("sys.stdin", path.open())
         files = ["-"] if source == "dash" else []
-    found = list(read(sources(texts, files), form))
+    found = list(read_records(open_inputs(texts, files), form))
     assert [record.fields for record in found] == expected
     assert not any(record.failure for record in found)
     assert {record.file for record in found} == {{"file": str(path), "dash": "-"}.get(source)}
@@ -63,15 +63,15 @@ def test_of_files_a_record_knows_how_much_is_read_with_it(form, shares, tmp_path
     end = b"\0" if form is InputFormat.NULL else b"\n"
     path = tmp_path / "input"
     path.write_bytes(b"text" + end + b"1234" + end)
-    assert [record.share for record in read(sources([], [str(path), str(path)]), form)] == shares
+    assert [record.input_fraction for record in read_records(open_inputs([], [str(path), str(path)]), form)] == shares
     with path.open("rb", buffering=0) as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
         stdin.seek(5)
-        assert [record.share for record in read(sources([], []), form)][-1:] == shares[-1:] * (
+        assert [record.input_fraction for record in read_records(open_inputs([], []), form)][-1:] == shares[-1:] * (
             form is not InputFormat.CSV
         )
-    assert {record.share for record in read(sources(["text"], [str(path)]), form)} == {None}
-    assert {record.share for record in read(sources([], [str(path), "/dev/null"]), form)} == {None}
+    assert {record.input_fraction for record in read_records(open_inputs(["text"], [str(path)]), form)} == {None}
+    assert {record.input_fraction for record in read_records(open_inputs([], [str(path), "/dev/null"]), form)} == {None}
 
 
 @pytest.mark.parametrize("form", InputFormat)
@@ -90,12 +90,12 @@ def test_a_byte_order_mark_is_no_text(form, tmp_path):
     [
         (b"", "invalid_json", "blank line"),
         (b'{"text": ', "invalid_json", "not JSON: Expecting value at character 9"),
-        (b'["a"]', "invalid_json", "not a JSON object but an array"),
-        (b'"a"', "invalid_json", "not a JSON object but a string"),
-        (b"3", "invalid_json", "not a JSON object but a number"),
-        (b"null", "invalid_json", "not a JSON object but null"),
-        (b'{"x": NaN}', "invalid_json", "not JSON: NaN is no number"),
-        (b'{"x": 1e999}', "invalid_json", "not JSON: 1e999 is no number"),
+        (b'["a"]', "invalid_json", "expected a JSON object, got an array"),
+        (b'"a"', "invalid_json", "expected a JSON object, got a string"),
+        (b"3", "invalid_json", "expected a JSON object, got a number"),
+        (b"null", "invalid_json", "expected a JSON object, got null"),
+        (b'{"x": NaN}', "invalid_json", "not JSON: NaN is not a valid number"),
+        (b'{"x": 1e999}', "invalid_json", "not JSON: 1e999 is not a valid number"),
         (b'{"text": "a\xff"}', "invalid_utf8", "not UTF-8: byte 0xff at offset 11"),
         (b'{"a":' * 100_000, "invalid_json", None),
     ],
@@ -120,8 +120,8 @@ def test_invalid_utf8_is_reported_with_its_offset(tmp_path):
 
 def test_csv_rows_that_do_not_fit_the_header(tmp_path):
     short, long, broken, good = records(b"text,n\na\nb,1,2\nc\xff,3\nd,4\n", InputFormat.CSV, tmp_path)
-    assert short.failure.message == "1 fields where the header has 2"
-    assert long.failure.message == "3 fields where the header has 2; beyond it: 2"
+    assert short.failure.message == "expected 2 fields, got 1"
+    assert long.failure.message == "expected 2 fields, got 3; extra fields: 2"
     assert broken.failure.type == "invalid_utf8"
     assert good.fields == {"text": "d", "n": "4"}
 
@@ -130,24 +130,24 @@ def test_several_files_keep_their_names_and_line_numbers(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).write_text(f"{name}1\n{name}2\n")
     paths = [str(tmp_path / "a"), str(tmp_path / "b")]
-    found = [(r.fields["text"], r.file, r.line) for r in read(sources([], paths), InputFormat.LINES)]
+    found = [(r.fields["text"], r.file, r.line) for r in read_records(open_inputs([], paths), InputFormat.LINES)]
     assert found == [("a1", paths[0], 1), ("a2", paths[0], 2), ("b1", paths[1], 1), ("b2", paths[1], 2)]
 
 
 def test_text_and_files_make_one_prompt_files_first(tmp_path):
     (tmp_path / "diff").write_text("+ a line\n")
-    (record,) = prompts(["Describe this change"], [str(tmp_path / "diff")], InputFormat.WHOLE)
+    (record,) = read_prompts(["Describe this change"], [str(tmp_path / "diff")], InputFormat.WHOLE)
     assert record.fields == {"text": "+ a line\n\nDescribe this change"}
     assert record.file == str(tmp_path / "diff")
-    with pytest.raises(UsageError, match="exclude --lines"):
-        prompts(["Describe"], [str(tmp_path / "diff")], InputFormat.LINES)
+    with pytest.raises(UsageError, match="cannot be combined with --lines"):
+        read_prompts(["Describe"], [str(tmp_path / "diff")], InputFormat.LINES)
 
 
 def test_missing_input_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="no such file"):
-        sources([], [str(tmp_path / "missing")])
-    with pytest.raises(UsageError, match="is a folder"):
-        sources([], [str(tmp_path)])
+        open_inputs([], [str(tmp_path / "missing")])
+    with pytest.raises(UsageError, match="is a directory"):
+        open_inputs([], [str(tmp_path)])
 
 
 def test_a_long_line_is_a_line(tmp_path):

@@ -59,7 +59,7 @@ def test_a_name_is_an_alias_then_a_path_then_a_hub_id(tmp_path, monkeypatch, own
 @pytest.mark.parametrize(
     ("name", "says"),
     [("smolm2", "did you mean 'smollm2'"), ("./missing", "does not exist"), ("missing.gguf", "does not exist"),
-     ("a/b/c", "unknown model"), ("", "unknown model"), ("/etc/passwd", "neither a model folder nor a .gguf file")],
+     ("a/b/c", "unknown model"), ("", "unknown model"), ("/etc/passwd", "neither a model directory nor a .gguf file")],
 )  # fmt: skip
 def test_a_name_that_is_nothing(llmcli, name, says):
     ran = llmcli("generate", "x", "-m", name)
@@ -83,10 +83,10 @@ def test_the_users_models_are_laid_over_ours(own):
         ('[mine]\nhubb = "a/b"', "unknown key 'hubb'; did you mean 'hub'"),
         ('[mine]\nlicense = "MIT"', "needs exactly one of hub, wheels, path"),
         ('[mine]\nhub = "a/b"\npath = "/x"', "needs exactly one"),
-        ('[mine]\nwheels = ["a==1"]\nfiles = ["a"]', "'sha256' has to go with 'wheels'"),
-        ('[mine]\nhub = "a/b"\nsha256 = "0"', "'sha256' does not go with 'hub'"),
+        ('[mine]\nwheels = ["a==1"]\nfiles = ["a"]', "'sha256' is required by 'wheels'"),
+        ('[mine]\nhub = "a/b"\nsha256 = "0"', "'sha256' cannot be used with 'hub'"),
         ('[mine]\nhub = "a/b"\nsize = "big"', "'size' must be of type int"),
-        ('[mine]\nhub = "nonsense"', "is not a hub id"),
+        ('[mine]\nhub = "nonsense"', "is not a Hub ID"),
         ('mine = "a/b"', "is not a table"),
         ("[mine", "models.toml"),
     ],

@@ -6,6 +6,8 @@ import random
 
 import pytest
 
+from llmcli.io.run_log import ENTRY_BYTES
+
 WORDS = ["the", "quick", "brown", "fox", "a", "lazy", "dog", "sleeps"]
 
 
@@ -85,7 +87,7 @@ def test_what_was_run_twice_counts_once(llmcli, command, whole, tmp_path):
     path.write_bytes(whole[:2000])
     assert llmcli(*command, path).exit_status == 3
     assert path.read_bytes() == whole
-    assert llmcli(*command, path).stderr == f"note: {path} is whole: nothing to do\nerror: 6 of 300 records failed\n"
+    assert llmcli(*command, path).stderr == f"note: '{path}' is already complete\nerror: 6 of 300 records failed\n"
 
 
 def test_what_has_changed_is_refused(llmcli, command, whole, lines, tmp_path):
@@ -129,8 +131,8 @@ def test_csv_and_lines(llmcli, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("--resume", "--lines"), "--resume goes with --output"),
-        (("--resume", "--output", "out"), "tell records apart"),
+        (("--resume", "--lines"), "--resume requires --output"),
+        (("--resume", "--output", "out"), "--resume requires a structured format"),
     ],
 )
 def test_what_does_not_go_together(llmcli, tiny, args, said):
@@ -159,3 +161,10 @@ def test_two_runs_at_a_time_are_one_too_many(llmcli, command, whole, tmp_path):
         ran = llmcli(*command, path)
     assert (ran.exit_status, "is being written by another run" in ran.stderr) == (2, True)
     assert path.read_bytes() == whole
+
+
+def test_log_has_a_fixed_size_per_record(command, whole, tmp_path):
+    identity, _, entries = (tmp_path / "whole.jsonl.state").read_bytes().partition(b"\n")
+    assert json.loads(identity)["format"] == "json"
+    assert len(entries) == 301 * ENTRY_BYTES  # the last one says that the run is complete
+    assert ENTRY_BYTES < 32

@@ -7,6 +7,8 @@ import os
 
 import pytest
 
+from llmcli.io.run_log import ENTRY_BYTES
+
 GREEDY = ("--temperature", 0, "--max-new-tokens", 4, "--dtype", "float32")
 TEXTS = ["the fox", "the dog", "a lazy\nfox", "the sun", "fox", 'a "quick" dog', "the brown fox", "once"]
 FORMS = {
@@ -111,27 +113,30 @@ def test_the_first_that_fails_again_can_stop_it(llmcli, flaky, command, whole, f
     assert (failed.read_bytes(), flaky.asked) == (whole, 1)
 
 
-def test_a_crash_in_the_log_loses_nothing(llmcli, command, whole, failed, monkeypatch):
-    """Wherever in the log it comes: what stands there whole takes its place with the next run, the rest is retried."""
-    state = failed.with_name("out.state")
-    before, began = failed.read_bytes(), len(state.read_bytes())
-    assert llmcli(*command, failed, "--retry-errors").exit_status == 0
-    log = state.read_bytes()
-    end = log.index(b'{"merged"')
-    left = []
-    for cut in [*range(began, end, 40), end]:
-        failed.write_bytes(before)
-        state.write_bytes(log[:cut])
+def test_retry_keeps_results_of_a_cut_log(llmcli, command, whole, failed, monkeypatch):
+    """A crash can cut the new log anywhere. The next run keeps its complete entries, and copies the other results."""
+
+    def crash(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", crash)
+        assert llmcli(*command, failed, "--retry-errors").exit_status == 130
+    left = {path: path.read_bytes() for path in failed.parent.glob("out*")}
+    log = failed.with_name("out.state.retry")
+    assert sorted(path.name for path in left) == ["out", "out.state", "out.state.new", "out.state.retry"]
+    begin = left[log].index(b"\n") + 1
+    remaining = []
+    for cut in [0, begin - 1, *range(begin, len(left[log]), 20), len(left[log])]:
+        for path, data in left.items():
+            path.write_bytes(data if path != log else data[:cut])
         ran = llmcli(*command, failed)
-        said = ran.stderr.splitlines()[-1]
-        left.append(int(said.split()[1]) if ran.exit_status == 3 else 0)
-        assert left[-1] == 4 - sum(
-            line.startswith(b'{"retried"') and line.endswith(b"\n") for line in log[began:cut].splitlines(keepends=True)
-        )
+        remaining.append(int(ran.stderr.splitlines()[-1].split()[1]) if ran.exit_status == 3 else 0)
+        retried = [text for text in TEXTS[: max(0, cut - begin) // ENTRY_BYTES] if "fox" in text]
+        assert remaining[-1] == 4 - len(retried)
         assert llmcli(*command, failed, "--retry-errors").exit_status == 0
         assert failed.read_bytes() == whole
-    assert left[0] == 4
-    assert left[-1] == 0
+    assert (remaining[0], remaining[-1]) == (4, 0)
 
 
 @pytest.mark.parametrize("step", ["chmod", "replace", "replaced"])
@@ -214,7 +219,7 @@ def test_what_was_passed_on_can_be_tried_later(llmcli, tiny, tmp_path):
     assert (ran.exit_status, ran.stderr) == (0, "")
     records = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert [(record["text"], "error" in record) for record in records] == [("the", False), ("dog", False)]
-    assert llmcli(*args, "--retry-errors").stderr == f"note: {tmp_path / 'out'} is whole: nothing to do\n"
+    assert llmcli(*args, "--retry-errors").stderr == f"note: '{tmp_path / 'out'}' is already complete\n"
 
 
 def test_qa_asks_its_question_of_a_record_that_is_tried_again(llmcli, chatty):

@@ -241,7 +241,7 @@ def test_a_filter_keeps_order_and_fields(score, scored):
 def test_a_filter_that_passes_nothing_is_1_as_grep(score):
     ran = score("--lines", "--max-perplexity", 1, stdin=b"the quick\nbrown fox\n\nthe\n")
     assert (ran.stdout, ran.exit_status) == ("", 1)
-    assert ran.stderr == "note: records of fewer than two tokens pass no filter: 2\n"
+    assert ran.stderr == "note: records with fewer than two tokens pass no filter: 2\n"
     assert score("--lines", "--max-perplexity", 1, stdin=b"the quick\n").stderr == ""
 
 
@@ -276,15 +276,15 @@ def test_a_heat_map_shows_whole_characters():
     from llmcli.draw import figures
 
     tokens = [("a", None), (" \\xf0\\x9f", -7.0), ("\\xa6", -1.0), ("\\x8a", -0.1), ("é\n", -0.01), ("\\xe4", -9.0)]
-    text = figures.heat([{"token": token, "logprob": logprob} for token, logprob in tokens])
+    text = figures.heat_map([{"token": token, "logprob": logprob} for token, logprob in tokens])
     assert text.plain == "a 🦊é\n\N{REPLACEMENT CHARACTER}"
-    assert figures.heat([{"token": "a\x1b[31m\n", "logprob": None}]).plain == "a\\x1b[31m\n"
-    broken = figures.heat([{"token": "\\xe9", "logprob": None}, {"token": " b", "logprob": -9.0}])
+    assert figures.heat_map([{"token": "a\x1b[31m\n", "logprob": None}]).plain == "a\\x1b[31m\n"
+    broken = figures.heat_map([{"token": "\\xe9", "logprob": None}, {"token": " b", "logprob": -9.0}])
     assert (broken.plain, len(broken.spans)) == ("\N{REPLACEMENT CHARACTER} b", 1)
     assert "".join(text.plain[span.start : span.end] for span in text.spans) == " 🦊"
     assert {span.style.bgcolor.triplet for span in text.spans} == {(204, 76, 2)}
-    table = figures.likelihoods([{"token": "x" * 80, "logprob": -0.1}], 40)
-    shown = figures.drawn(table, figures.Console(width=40)).splitlines()
+    table = figures.probability_table([{"token": "x" * 80, "logprob": -0.1}], 40)
+    shown = figures.render(table, figures.Console(width=40)).splitlines()
     assert all(figures.cell_len(line) <= 40 for line in shown)
 
 
@@ -339,8 +339,8 @@ def test_a_filtered_table_keeps_its_header_when_failures_are_tried_again(score, 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--lines", "--condition", "q"], "--condition names a field"),
-        (["--lines", "--tokens"], "--tokens shows whole texts"),
+        (["--lines", "--condition", "q"], "--condition requires records with fields"),
+        (["--lines", "--tokens"], "--tokens requires whole texts"),
         (["--stride", "0"], "--stride"),
         (["--max-perplexity", "0.5"], "--max-perplexity"),
         (["--stride", "64"], "windows of this model have 64 tokens"),

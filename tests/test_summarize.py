@@ -66,7 +66,7 @@ def test_condensed_texts_have_a_sentence_of_each_part(encoder, chatty, home, mon
     from llmcli.engines.local import LocalEngine
     from llmcli.job import Job
     from llmcli.tasks import Strategy, Task, TaskResult
-    from llmcli.tasks.condense import condensed
+    from llmcli.tasks.condense import condense
 
     (home / "config" / "llmcli").mkdir(parents=True)
     (home / "config" / "llmcli" / "config.toml").write_text(f'[defaults]\nembed = "{encoder}"\n')
@@ -74,7 +74,7 @@ def test_condensed_texts_have_a_sentence_of_each_part(encoder, chatty, home, mon
     parts = [f"{SENTENCES[0]} {SENTENCES[1]}", f"{SENTENCES[1]} And what of that?"]
 
     def steps(job, prepared, model):
-        text = yield from condensed(job, parts, lambda text: len(text.split()), 40)
+        text = yield from condense(job, parts, lambda text: len(text.split()), 40)
         return TaskResult({}, text)
 
     from llmcli import tasks
@@ -121,7 +121,7 @@ def test_a_file_that_is_no_text_harms_no_other(llmcli, tmp_path):
         "error": {"type": "invalid_utf8", "message": "not UTF-8: byte 0xff at offset 0"}, "file": str(files[1]),
     }  # fmt: skip
     assert (done["file"], bool(done["summary_text"]), ran.exit_status) == (str(files[3]), True, 3)
-    assert "is a folder" in llmcli("summarize", "-m", GOLDEN / "bart", "-f", tmp_path).stderr
+    assert "is a directory" in llmcli("summarize", "-m", GOLDEN / "bart", "-f", tmp_path).stderr
 
 
 def test_a_model_that_is_cached_stands_in_for_one_that_is_not(llmcli, home, monkeypatch):
@@ -133,7 +133,7 @@ def test_a_model_that_is_cached_stands_in_for_one_that_is_not(llmcli, home, monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config.settings.cache_clear()
     args = ("summarize", "A fox.", "--max-new-tokens", 4)
-    assert f"using {GOLDEN / 'bart'} in place of no-such/model, which is not cached" in llmcli(*args).stderr
+    assert f"no-such/model is not cached; using {GOLDEN / 'bart'}" in llmcli(*args).stderr
     assert llmcli(*args, "-q").stderr == ""
 
 
@@ -149,4 +149,4 @@ def test_of_models_none_of_which_is_cached_the_first_that_can_be_pulled(llmcli, 
     config.settings.cache_clear()
     ran = llmcli("summarize", "the fox", "--prompt", "{text}", "--max-new-tokens", 4, "--offline")
     assert ran.exit_status == 0
-    assert "in place of no-such/model: no-such/model is not cached, and this call is offline" in ran.stderr
+    assert "instead of no-such/model: no-such/model is not cached, and this call is offline" in ran.stderr

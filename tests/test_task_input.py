@@ -80,8 +80,8 @@ def own(home, name, text):
     (home / "config" / "llmcli").mkdir(parents=True, exist_ok=True)
     (home / "config" / "llmcli" / name).write_text(text)
     config.settings.cache_clear()
-    prompting.tables.cache_clear()
-    translate.examples.cache_clear()
+    prompting.load_prompts.cache_clear()
+    translate.load_examples.cache_clear()
 
 
 @pytest.mark.parametrize(

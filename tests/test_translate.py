@@ -1,9 +1,11 @@
 """llmcli translate: languages, long texts, defaults that fall back."""
 
 import csv
+import gc
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,9 +57,9 @@ def test_languages_are_written_in_many_ways(translate, model, said, tags):
         (("--to", "frnch", "-m", MARIAN), ["unknown language 'frnch'", "French"]),
         (("--to", "de", "-m", MARIAN), ["does not translate to German (de)", "fr (French)"]),
         (("--from", "de", "--to", "fr", "-m", MARIAN), ["does not translate from German (de)", "en (English)"]),
-        (("--from", "en", "--to", "tlh", "-m", NLLB), ["does not translate to Klingon", "nearest first"]),
+        (("--from", "en", "--to", "tlh", "-m", NLLB), ["does not translate to Klingon", "nearest supported"]),
         (("--to", "it", "-m", T5), ["does not translate to Italian", "fr (French)"]),
-        (("--to", "fr", "-m", MARIAN, "--prompt", "{text}"), ["not prompted"]),
+        (("--to", "fr", "-m", MARIAN, "--prompt", "{text}"), ["--prompt cannot be used with"]),
     ],
 )
 def test_what_cannot_be_translated_is_said_with_what_can(translate, args, said):
@@ -149,11 +151,11 @@ def test_the_prompt_can_be_ones_own(translate, chatty, home, monkeypatch):
     own.write_text('[translate.chat]\nuser = "{from} to {to}: {text}"\n')
     from llmcli.tasks import prompting
 
-    prompting.tables.cache_clear()
+    prompting.load_prompts.cache_clear()
     translate(*args)
     assert [messages[-1]["content"] for messages in seen] == ["Say the fox in French", "English to French: the fox"]
     own.write_text("[translate.chat]\nusr = 1\n")
-    prompting.tables.cache_clear()
+    prompting.load_prompts.cache_clear()
     ran = translate(*args)
     assert (ran.exit_status, "unknown key 'usr'" in ran.stderr) == (2, True)
 
@@ -168,7 +170,7 @@ def test_the_first_default_that_is_there_is_used(translate, home):
     ran = translate("The fox sleeps.", "--from", "en", "--to", "fr", "--offline", "--json")
     assert ran.exit_status == 0, ran.stderr
     assert ran.records[0]["model"] == str(MARIAN)
-    assert f"using {MARIAN} in place of opus-mt-en-fr" in ran.stderr
+    assert f"opus-mt-en-fr is not cached; using {MARIAN}" in ran.stderr
     own.write_text('[defaults]\ntranslate = ["opus-mt-{from}-{to}", "nllb-600m"]\n')
     config.settings.cache_clear()
     ran = translate("The fox sleeps.", "--from", "en", "--to", "fr", "--offline")
@@ -204,7 +206,7 @@ def test_a_field_of_ones_own_and_a_record_without_it(translate):
     done, failed = ran.records
     assert (done["id"], done["from"], done["to"]) == (1, "zh-Hans", "en")
     assert "今天天气很好" in ran.stdout
-    assert failed["error"]["message"] == "no field 'body': fields there: text"
+    assert failed["error"]["message"] == "missing field 'body': available fields: text"
     assert ran.exit_status == 3
 
 
@@ -221,10 +223,47 @@ def test_csv_in_csv_out(translate):
 def test_the_nearest_languages_are_named(translate):
     ran = translate("The fox sleeps.", "--from", "en", "--to", "br", "-m", NLLB)
     assert ran.exit_status == 2
-    assert "it translates to these, the nearest first: fr (French), oc (Occitan)" in ran.stderr
+    assert "nearest supported: fr (French), oc (Occitan)" in ran.stderr
 
 
 def test_a_field_that_the_prompt_names_and_nobody_has(translate, base):
     ran = translate("the fox", "--from", "en", "--to", "fr", "-m", base, "--prompt", "{nope} {text}")
     assert ran.exit_status == 1
-    assert "no field 'nope'" in ran.stderr
+    assert "missing field 'nope'" in ran.stderr
+
+
+def test_translation_plan_many_records_made_once(translate, monkeypatch):
+    from llmcli.text import languages
+
+    calls: list[int] = []
+    find_codes = languages.find_codes
+    monkeypatch.setattr(languages, "find_codes", lambda tokens: (calls.append(1), find_codes(tokens))[1])
+    ran = translate("--from", "en", "--to", "fr", "-m", NLLB, "--lines", stdin=b"The fox.\nThe dog.\nThe cat.\n")
+    assert (ran.exit_status, len(ran.stdout.splitlines()), len(calls)) == (0, 3, 1)
+
+
+def test_translation_plan_is_made_per_model_and_languages(translate):
+    for model, target in ((NLLB, "fr"), (NLLB, "zh-Hans"), (MARIAN, "fr"), (NLLB, "fr")):
+        (record,) = translate("The fox.", "--from", "en", "--to", target, "-m", model, "--json").records
+        assert (record["model"], record["to"]) == (str(model), target)
+    ran = translate("The fox.", "--from", "en", "--to", "zh-Hans", "-m", MARIAN)
+    assert (ran.exit_status, "does not translate to Simplified Chinese" in ran.stderr) == (2, True)
+
+
+def test_translation_plans_end_with_their_model():
+    from llmcli.job import Job
+    from llmcli.tasks.translation_plan import _plans, plan_for
+
+    tokens = {"eng_Latn": 1, "fra_Latn": 2}
+
+    class FakeModel:
+        config = SimpleNamespace(model_type="m2m_100")
+        tokenizer = SimpleNamespace(get_added_vocab=lambda: tokens, convert_tokens_to_ids=tokens.get)
+
+    job, count = Job("translate", "nllb", parameters={"to": "fr"}), len(_plans)
+    one, other = FakeModel(), FakeModel()
+    assert plan_for(job, one) is plan_for(job, one) is not plan_for(job, other)
+    assert plan_for(job, one).settings == {"forced_bos_token_id": 2}
+    del one, other
+    gc.collect()
+    assert len(_plans) == count

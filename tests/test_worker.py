@@ -1,24 +1,26 @@
 """The warm worker: the same results as without it, for many calls at once, and for as long as it is wanted."""
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from processes import check_line_by_line, is_running, start, wait_until
 from workers import LONG, end, jobs, settle
 
-from llmcli import engines
+from llmcli import engines, pipelines
+from llmcli.engines.local import LocalEngine
 from llmcli.engines.worker import client, protocol
-from llmcli.engines.worker.device_lock import DeviceLock, FairLock
-from llmcli.engines.worker.model_cache import LRUModelCache, ModelLease
-from llmcli.errors import ModelTooLargeError, ModelUnavailableError
+from llmcli.engines.worker.protocol import MessageTooLargeError
+from llmcli.engines.worker.server import Worker
 from llmcli.job import Job, Record
 
 pytestmark = pytest.mark.slow
@@ -38,8 +40,7 @@ def warm(desk, monkeypatch):
     """Calls go to a worker that stays from test to test."""
     settle(desk, monkeypatch)
     monkeypatch.setenv("LLMCLI_KEEP_ALIVE", "10m")
-    with suppress(client.WorkerUnavailableError):
-        wait_until(lambda: jobs() == 0)  # of the test before
+    wait_until(lambda: not jobs())  # of the test before
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,7 +81,7 @@ LINES = b'{"id": 1, "text": "the quick"}\n{"id": 2}\nnot JSON\n{"id": 3, "text":
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_the_same_as_in_this_process(warm, process, chatty, call):
+def test_worker_call_equals_local_call(warm, process, chatty, call):
     """stdout, stderr and exit code."""
     args = CALLS[call] if "-m" in CALLS[call] else [*CALLS[call], "-m", chatty]
     if "--seed" not in args and args[0] in ("generate", "chat"):
@@ -92,12 +93,12 @@ def test_the_same_as_in_this_process(warm, process, chatty, call):
     wait_until(lambda: jobs() == 0)
 
 
-def test_a_folder_is_found_from_where_the_call_is(warm, process, chatty):
+def test_worker_resolves_relative_model_path(warm, process, chatty):
     ran = process("generate", "dog", "-m", chatty.name, "--json", "--max-new-tokens", 2, cwd=chatty.parent)
     assert json.loads(ran.stdout)["model"] == chatty.name
 
 
-def test_what_nobody_foresaw_is_told_as_in_this_process(warm, process, encoder, tmp_path):
+def test_worker_reports_unexpected_error_as_locally(warm, process, encoder, tmp_path):
     folder = shutil.copytree(encoder, tmp_path / "odd")
     (folder / "modules.json").write_text("no JSON")
     here, there = (process("embed", "dog", "-m", folder, "--keep-alive", each) for each in (0, "5m"))
@@ -108,7 +109,7 @@ def test_what_nobody_foresaw_is_told_as_in_this_process(warm, process, encoder, 
     assert b"encoder.py" in told
 
 
-def test_the_client_imports_nothing_heavy(warm, chatty):
+def test_worker_client_imports_nothing_heavy(warm, chatty):
     code = """
 import sys
 from llmcli.cli import main
@@ -121,27 +122,28 @@ print(sorted({"torch", "transformers", "numpy", "huggingface_hub", "tokenizers"}
     assert ran.stdout.splitlines()[-1] == "[] 0"
 
 
-def test_a_caller_that_captures_output_does_not_wait_for_the_worker(place, chatty):
+def test_worker_start_releases_captured_output(place, chatty):
     args = ["generate", "dog", "-m", str(chatty), "--max-new-tokens", "2", "--keep-alive", "10m"]
     ran = subprocess.run([sys.executable, "-m", "llmcli", *args], capture_output=True, text=True, timeout=60)
     assert ran.stdout.startswith("dog")
-    assert is_running(client.status()["process"])
+    assert is_running(client.status()["pid"])
 
 
-def test_a_slow_input_is_answered_line_by_line(warm, chatty):
+def test_worker_slow_input_is_answered_line_by_line(warm, chatty):
     check_line_by_line(start("generate", "-m", chatty, "--lines", "--max-new-tokens", 3, "--temperature", 0))
 
 
-def test_text_streams(warm, chatty):
+def test_worker_streams_text(warm, chatty):
     job = Job("generate", str(chatty), {"max_new_tokens": 30, "do_sample": False}, {"full_text": True}, keep_alive=600)
     pieces: list[str] = []
-    (result,) = engines.of(job).run(job, [Record({"text": "the quick"})], pieces.append)
+    (result,) = engines.engine_for(job).run(job, [Record({"text": "the quick"})], pieces.append)
     assert len(pieces) > 5
     assert result.text.startswith("".join(pieces))
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_the_job_of_a_call_that_ends_is_cancelled(warm, chatty, number, status):
+def test_worker_cancels_job_when_call_exits(warm, process, chatty, number, status):
+    process("generate", "dog", "-m", chatty, "--max-new-tokens", 2)  # loads the model
     call = start("generate", "the quick", "-m", chatty, *LONG)
     wait_until(lambda: jobs() == 1)
     call.send_signal(number)
@@ -150,7 +152,7 @@ def test_the_job_of_a_call_that_ends_is_cancelled(warm, chatty, number, status):
     assert call.stderr.read() == b""
 
 
-def test_a_reader_that_goes_away(warm, chatty):
+def test_worker_cancels_job_when_reader_exits(warm, chatty):
     call = start("generate", "-m", chatty, "--lines", "--max-new-tokens", 3, "--batch-size", 1)
     call.stdin.write(b"the quick brown fox\n" * 500)
     call.stdin.flush()
@@ -160,7 +162,7 @@ def test_a_reader_that_goes_away(warm, chatty):
     wait_until(lambda: jobs() == 0, seconds=5)
 
 
-def test_eight_clients_at_once_get_each_its_own(warm, process, chatty, many_lines):
+def test_worker_eight_clients_get_their_own_results(warm, process, chatty, many_lines):
     path = many_lines(60)
     args = ["generate", "--jsonl", "-m", chatty, "--dtype", "float32", "--temperature", "0", "--max-new-tokens"]
     calls = [start(*args, 5 + number, "-f", path) for number in range(8)]
@@ -170,7 +172,7 @@ def test_eight_clients_at_once_get_each_its_own(warm, process, chatty, many_line
     assert len(set(outputs)) == 8
 
 
-def test_a_seed_repeats_beside_others(warm, process, chatty):
+def test_worker_seed_repeats_beside_other_jobs(warm, process, chatty):
     args = ["generate", "the quick", "-m", chatty, "--max-new-tokens", 200]
     alone = process(*args, "--seed", 5).stdout
     others = [start(*args) for _ in range(3)]
@@ -178,7 +180,7 @@ def test_a_seed_repeats_beside_others(warm, process, chatty):
     assert len({other.communicate(timeout=60)[0] for other in others}) == 3  # nobody's numbers are another's
 
 
-def test_a_short_job_does_not_wait_for_a_long_one(warm, process, chatty):
+def test_worker_short_job_runs_beside_long_one(warm, process, chatty):
     long = start("generate", "the quick", "-m", chatty, *LONG)
     wait_until(lambda: jobs() == 1)
     assert process("generate", "dog", "-m", chatty, "--max-new-tokens", 3).returncode == 0
@@ -187,7 +189,7 @@ def test_a_short_job_does_not_wait_for_a_long_one(warm, process, chatty):
     long.wait()
 
 
-def test_ps_and_stop(place, llmcli, chatty):
+def test_ps_shows_model_and_stop_ends_worker(place, llmcli, chatty):
     nothing = llmcli("ps")
     assert (nothing.stdout, nothing.exit_status) == ("", 0)
     assert "no worker is running" in nothing.stderr
@@ -197,38 +199,38 @@ def test_ps_and_stop(place, llmcli, chatty):
     (model,) = status["models"]
     assert (model["model"], model["dtype"], model["device"], model["jobs"]) == (str(chatty), "float32", "cpu", 0)
     assert model["bytes"] > 4 * 400 * 32  # its words alone, as float32
-    assert 0 <= model["idle"] < 60
-    assert 200 < model["left"] <= 300
+    assert 0 <= model["idle_seconds"] < 60
+    assert 200 < model["expires_in_seconds"] <= 300
     row = llmcli("ps").stdout.split("\t")
     assert row[1:5] == ["cpu", "float32", f"{model['bytes'] / 1e6:.0f} MB", "0"]
-    assert (llmcli("stop").exit_status, llmcli("stop").stderr) == (0, "error: no worker is running\n")
-    assert not is_running(status["process"])
+    assert (llmcli("stop").exit_status, llmcli("stop").stderr) == (0, "note: no worker is running\n")
+    assert not is_running(status["pid"])
     assert not list((place / "run" / "llmcli").glob("*.sock"))
 
 
-def test_a_model_goes_after_its_time_and_the_worker_with_the_last(place, process, chatty, base):
+def test_worker_exits_after_last_model_expires(place, process, chatty, base):
     process("generate", "dog", "-m", chatty, "--max-new-tokens", 2, "--keep-alive", "2s")
     process("generate", "dog", "-m", base, "--max-new-tokens", 2, "--keep-alive", "6s")
-    number = client.status()["process"]
+    number = client.status()["pid"]
     wait_until(lambda: [each["model"] for each in client.status()["models"]] == [str(base)])
     wait_until(lambda: not is_running(number))
     assert not list((place / "run" / "llmcli").glob("*.sock"))
 
 
-def test_serve_runs_in_the_foreground(place, process, chatty):
+def test_serve_runs_in_foreground(place, process, chatty):
     served = start("serve")
     wait_until(lambda: (place / "run" / "llmcli" / "worker.sock").exists())
     assert process("generate", "dog", "-m", chatty, "--max-new-tokens", 2).returncode == 0  # finds it by itself
-    assert [each["left"] for each in client.status()["models"]] == [None]
+    assert [each["expires_in_seconds"] for each in client.status()["models"]] == [None]
     second = process("serve")
-    assert (second.returncode, second.stderr.splitlines()[0]) == (1, b"error: a worker is running already")
+    assert (second.returncode, second.stderr.splitlines()[0]) == (1, b"error: a worker is already running")
     served.send_signal(signal.SIGINT)
     assert served.wait(20) == 130
     assert served.stderr.read() == b""
     assert not (place / "run" / "llmcli" / "worker.sock").exists()
 
 
-def test_keep_alive_0_uses_none(place, process, chatty):
+def test_keep_alive_zero_bypasses_worker(place, process, chatty):
     served = start("serve")
     wait_until(lambda: (place / "run" / "llmcli" / "worker.sock").exists())
     assert process("generate", "dog", "-m", chatty, "--max-new-tokens", 2, "--keep-alive", 0).returncode == 0
@@ -237,32 +239,30 @@ def test_keep_alive_0_uses_none(place, process, chatty):
     served.wait()
 
 
-def test_no_worker_is_started_unasked(place, llmcli, chatty):
+def test_call_without_keep_alive_starts_no_worker(place, llmcli, chatty):
     assert llmcli("generate", "dog", "-m", chatty, "--max-new-tokens", 2).exit_status == 0
     assert not (place / "run" / "llmcli").exists()
 
 
 @pytest.mark.parametrize("duration", ["soon", "10 minutes", "-1", ""])
-def test_a_duration_that_is_none(llmcli, chatty, monkeypatch, duration):
+def test_keep_alive_rejects_invalid_duration(llmcli, chatty, monkeypatch, duration):
     monkeypatch.setenv("LLMCLI_KEEP_ALIVE", duration)
     ran = llmcli("generate", "dog", "-m", chatty, "--max-new-tokens", 2)
     assert ran.exit_status == (2 if duration else 0)
 
 
-def test_one_of_another_environment_is_not_used_and_makes_place_for_one_that_is_asked_for(
-    place, process, chatty, monkeypatch
-):
+def test_worker_of_other_environment_is_replaced(place, process, chatty, monkeypatch):
     args = ["generate", "dog", "-m", chatty, "--max-new-tokens", 2, "-v"]
     process(*args, "--keep-alive", "5m")
-    first = client.status()["process"]
+    first = client.status()["pid"]
     long = start("generate", "dog", "-m", chatty, *LONG)
     wait_until(lambda: jobs() == 1)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     ran = process(*args)
-    assert b"another environment: this process runs the model" in ran.stderr
-    assert (ran.returncode, client.status()["process"]) == (0, first)
+    assert b"the worker refuses: it has another version or environment; this process runs the model" in ran.stderr
+    assert (ran.returncode, client.status()["pid"]) == (0, first)
     assert process(*args, "--keep-alive", "5m").returncode == 0
-    assert client.status()["process"] != first
+    assert client.status()["pid"] != first
     assert long.poll() is None  # what the first was doing, it goes on doing
     long.kill()
     long.wait()
@@ -271,58 +271,74 @@ def test_one_of_another_environment_is_not_used_and_makes_place_for_one_that_is_
 
 
 @pytest.mark.parametrize("what", ["models.toml", "config.toml"])
-def test_a_changed_configuration_is_another_environment(place, what):
-    before = protocol.environment()
+def test_fingerprint_changes_with_configuration(place, what):
+    before = protocol.environment_fingerprint()
     (place / "config" / "llmcli").mkdir(parents=True)
     (place / "config" / "llmcli" / what).write_text("")
-    assert protocol.environment() != before
+    assert protocol.environment_fingerprint() != before
 
 
-def test_the_least_recently_used_gives_way_where_memory_is_short():
-    models, loads, room = LRUModelCache(100), [], 2
+@pytest.fixture
+def local_worker(place):
+    """A worker in a thread of this process, for tests that watch it or change its limits."""
+    with Worker(math.inf) as worker:
 
-    def load(name):
-        def now():
-            if len(models) == room:
-                raise ModelTooLargeError("the model needs more")
-            loads.append(name)
-            return name
+        def serve():
+            while not worker.is_finished:
+                worker.handle_request()
 
-        return now
-
-    def use(name):
-        borrowed = ModelLease(models)
-        borrowed.get(name, name, load(name))
-        return borrowed
-
-    for name in ("a", "b", "a", "c", "a"):
-        use(name).give_back(None)
-    assert loads == ["a", "b", "c"]  # b gave way to c
-    held = [use("a"), use("c")]
-    with pytest.raises(ModelUnavailableError):
-        use("d")
-    held[1].give_back(None)
-    use("d")
-    assert loads[-1] == "d"
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield worker
+        finally:
+            worker.stop()
+            thread.join()
 
 
-def test_turns_nest_and_who_waits_longest_is_next():
-    baton = FairLock()
-    mine, other = DeviceLock(baton), DeviceLock(baton)
-    order = []
-    with mine:
-        with mine:
-            import threading
+def ask(job, *texts):
+    """The results of a job, through the engine that a call would use."""
+    return list(engines.engine_for(job).run(job, [Record({"text": text}) for text in texts]))
 
-            def theirs():
-                with other:
-                    order.append("other")
 
-            thread = threading.Thread(target=theirs)
-            thread.start()
-            wait_until(lambda: baton.is_wanted)
-            order.append("mine")
-            mine.offer()
-            order.append("mine again")
-        thread.join()
-    assert order == ["mine", "other", "mine again"]
+def test_worker_simultaneous_cold_calls_load_model_once(local_worker, chatty, monkeypatch):
+    loads, load = [], pipelines.load
+
+    def counted(*args):
+        loads.append(args)
+        wait_until(lambda: local_worker.jobs == 4)
+        return load(*args)
+
+    monkeypatch.setattr(pipelines, "load", counted)
+    job = Job("generate", str(chatty), {"max_new_tokens": 5, "do_sample": False})
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: ask(job, "the quick")[0], range(4), timeout=60))
+    assert len(loads) == 1
+    assert len({result.text for result in results}) == 1
+    assert not any(result.failure for result in results)
+
+
+def test_worker_result_over_limit_fails_its_record_only(local_worker, chatty, monkeypatch):
+    monkeypatch.setattr(protocol, "MAX_MESSAGE_BYTES", 2450)
+    job = Job("generate", str(chatty), {"max_new_tokens": 5, "do_sample": False}, {"full_text": True})
+    results = ask(job, "dog", "quick " * 400, "fox")  # 2,400 bytes, and the answer is longer
+    assert [result.failure and result.failure.type for result in results] == [None, "too_large", None]
+    assert "--keep-alive 0" in results[1].failure.message
+
+
+def test_worker_job_over_limit_hints_at_keep_alive(local_worker, chatty, monkeypatch):
+    monkeypatch.setattr(protocol, "MAX_MESSAGE_BYTES", 3000)
+    job = Job("qa", str(chatty), parameters={"context": "dog " * 1000})
+    with pytest.raises(MessageTooLargeError) as caught:
+        ask(job, "Who?")
+    assert caught.value.hint == "pass --keep-alive 0 to run without the worker"
+
+
+def test_worker_starts_for_a_very_short_keep_alive(place, process, chatty):
+    ran = process("generate", "dog", "-m", chatty, "--max-new-tokens", 2, "--keep-alive", "0.00001", "-v")
+    assert ran.returncode == 0
+    assert b"this process runs the model" not in ran.stderr
+
+
+def test_engine_without_worker_is_local(place):
+    assert isinstance(engines.engine_for(Job("generate", "smollm2")), LocalEngine)

@@ -18,8 +18,7 @@ from workers import LONG, jobs
 
 from llmcli.engines.worker import client, protocol
 from llmcli.engines.worker.protocol import ConnectionClosedError
-from llmcli.engines.worker.server import LARGEST_HELLO
-from llmcli.errors import LlmcliError
+from llmcli.engines.worker.server import MAX_HANDSHAKE_BYTES
 
 pytestmark = pytest.mark.slow
 
@@ -48,23 +47,23 @@ def connected(at):
     return mine
 
 
-def test_it_is_killed_in_the_middle_of_a_text(place, call, chatty):
+def test_call_reports_killed_worker(place, call, chatty):
     call()
-    first = client.status()["process"]
+    first = client.status()["pid"]
     long = start("generate", "the quick", "-m", chatty, *LONG)
     wait_until(lambda: jobs() == 1)
     os.kill(first, signal.SIGKILL)
     _, said = long.communicate(timeout=20)
     assert long.returncode == 1
     assert said.decode().splitlines() == [
-        "error: the worker ended before the work was done",
-        "error: run it again; --keep-alive 0 needs no worker",
+        "error: worker exited unexpectedly",
+        "hint: run the command again, or pass --keep-alive 0",
     ]
     assert call().returncode == 0
-    assert client.status()["process"] != first
+    assert client.status()["pid"] != first
 
 
-def test_it_is_killed_again_and_again_under_a_run_that_resumes(place, process, chatty, many_lines, tmp_path):
+def test_resume_completes_after_repeated_worker_kills(place, process, chatty, many_lines, tmp_path):
     """Nothing is lost, and nothing is there twice."""
     args = ["generate", "--jsonl", "-m", chatty, "-f", many_lines(300), "--dtype", "float32", "--temperature", 0,
             "--max-new-tokens", 8, "--batch-size", 4, "--resume", "--output"]  # fmt: skip
@@ -73,23 +72,23 @@ def test_it_is_killed_again_and_again_under_a_run_that_resumes(place, process, c
         run = start(*args, tmp_path / "out", "--keep-alive", "10m")
         lines = tmp_path / "out"
         wait_until(lambda n=at_line, f=lines: f.exists() and f.read_bytes().count(b"\n") > n, seconds=60)
-        os.kill(client.status()["process"], signal.SIGKILL)
+        os.kill(client.status()["pid"], signal.SIGKILL)
         assert run.wait(20) == 1
     assert process(*args, tmp_path / "out", "--keep-alive", "10m").returncode == 3  # every fiftieth has no text
     assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def test_a_socket_that_nobody_listens_at(at, call):
+def test_worker_replaces_stale_socket(at, call):
     at.mkdir(mode=0o700)
     left = socket.socket(socket.AF_UNIX)
     left.bind(str(at / "worker.sock"))
     left.close()
     assert call().returncode == 0
-    assert client.status()["process"]
+    assert client.status()["pid"]
 
 
 @pytest.mark.parametrize("what", ["a file", "a link", "open to others"])
-def test_a_folder_that_others_could_have_made_is_not_used(at, call, tmp_path, what):
+def test_worker_rejects_unsafe_directory(at, call, tmp_path, what):
     if what == "a file":
         at.write_text("")
     elif what == "a link":
@@ -100,18 +99,18 @@ def test_a_folder_that_others_could_have_made_is_not_used(at, call, tmp_path, wh
         at.chmod(0o755)
     ran = call()
     assert ran.returncode == 0
-    assert f"no worker: {at} is not a folder that you alone may enter: this process runs" in ran.stderr.decode()
+    assert f"note: {at} is not a private directory; this process runs the model" in ran.stderr.decode()
     assert not (tmp_path / "theirs" / "worker.sock").exists()
 
 
-def test_only_the_user_may_enter(at, call):
+def test_worker_socket_is_private(at, call):
     call()
     assert stat.S_IMODE(at.stat().st_mode) == 0o700
     assert stat.S_IMODE((at / "worker.sock").stat().st_mode) == 0o600
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
-def test_another_user_is_not_let_in(at, call):
+def test_worker_rejects_other_user(at, call):
     call()
     for path, mode in ((at.parent.parent, 0o755), (at.parent, 0o755), (at, 0o755), (at / "worker.sock", 0o666)):
         path.chmod(mode)  # the doors that keep others out are opened: the worker looks who comes
@@ -129,10 +128,10 @@ except (BrokenPipeError, ConnectionResetError):
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
     assert (ran.stdout, ran.stderr) == ("b''\n", "")
     at.chmod(0o700)
-    assert client.status()["process"]
+    assert client.status()["pid"]
 
 
-def test_no_room_for_its_files(at, call):
+def test_call_runs_locally_when_disk_is_full(at, call):
     at.parent.rmdir()
     at.parent.mkdir()
     mounted = subprocess.run(
@@ -143,13 +142,12 @@ def test_no_room_for_its_files(at, call):
     try:
         ran = call()
         assert ran.returncode == 0
-        assert b"no worker: " in ran.stderr
-        assert b"o space left on device: this process runs the model" in ran.stderr
+        assert b"o space left on device; this process runs the model" in ran.stderr
     finally:
         subprocess.run(["umount", "--lazy", at.parent], check=True)
 
 
-def test_a_thousand_that_say_nothing(at, call):
+def test_worker_survives_thousand_silent_clients(at, call):
     call()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
@@ -164,16 +162,16 @@ def test_a_thousand_that_say_nothing(at, call):
     wait_until(lambda: jobs() == 0)
 
 
-def test_one_that_says_hello_and_no_more(at, call):
+def test_worker_drops_client_without_job(at, call):
     call()
     mine = connected(at)
-    mine.sendall(json.dumps({"do": "run", "environment": protocol.environment()}).encode() + b"\n")
-    assert json.loads(mine.recv(1000)) == {"worker": client.status()["process"]}
+    mine.sendall(json.dumps({"do": "run", "environment": protocol.environment_fingerprint()}).encode() + b"\n")
+    assert json.loads(mine.recv(1000)) == {"worker": client.status()["pid"]}
     assert jobs() == 1
     wait_until(lambda: jobs() == 0)
 
 
-def test_one_that_stops_reading(place, call, chatty, tmp_path):
+def test_stopped_reader_blocks_no_other_job(place, call, chatty, tmp_path):
     """It holds up nobody but itself."""
     call()
     lines = tmp_path / "in"
@@ -200,15 +198,15 @@ def garbage():
     yield b'{"do": "run"}\n'
     yield b'{"do": "run", "environment": 5, "replace": "no"\n'
     yield b"[" * 4000 + b"\n"
-    yield b'{"do": "' + b"x" * (LARGEST_HELLO * 3)
+    yield b'{"do": "' + b"x" * (MAX_HANDSHAKE_BYTES * 3)
     yield b"\xff\xfe\x00\n"
     for _ in range(200):
         yield choose.randbytes(choose.randint(1, 3000)) + choose.choice([b"", b"\n"])
 
 
-def test_garbage(at, call):
+def test_worker_survives_garbage(at, call):
     call()
-    number = client.status()["process"]
+    number = client.status()["pid"]
     for data in garbage():
         mine = connected(at)
         try:
@@ -220,7 +218,7 @@ def test_garbage(at, call):
             pass  # it would not hear more
         mine.close()
     wait_until(lambda: jobs() == 0)
-    assert client.status()["process"] == number
+    assert client.status()["pid"] == number
     assert call().returncode == 0
 
 
@@ -228,19 +226,19 @@ JOBS = [
     {},
     {"job": None},
     {"job": {"task": "generate"}},
-    {"job": {"task": "fly", "model": "x", "placement": {}}},
-    {"job": {"task": "../serve", "model": "x", "placement": {}}},
-    {"job": {"task": "generate", "model": 5, "placement": {}}},
-    {"job": {"task": "generate", "model": "x", "placement": {"colour": "red"}}},
-    {"job": {"task": "generate", "model": "x", "generation": [1], "placement": {}}},
-    {"job": {"task": "generate", "model": "x", "placement": {}, "keep_alive": "long"}},
+    {"job": {"task": "fly", "model": "x", "load_options": {}}},
+    {"job": {"task": "../serve", "model": "x", "load_options": {}}},
+    {"job": {"task": "generate", "model": 5, "load_options": {}}},
+    {"job": {"task": "generate", "model": "x", "load_options": {"colour": "red"}}},
+    {"job": {"task": "generate", "model": "x", "generation": [1], "load_options": {}}},
+    {"job": {"task": "generate", "model": "x", "load_options": {}, "keep_alive": "long"}},
 ]
 
 
 @pytest.mark.parametrize("job", JOBS, ids=str)
-def test_a_job_that_is_none(place, call, job):
+def test_worker_rejects_invalid_job(place, call, job):
     call()
-    reached = client.greet("run")
+    reached = client.connect("run")
     reached.send(**job)
     with suppress(ConnectionClosedError):  # it may have hung up already
         reached.send(record=[{"text": "dog"}, None])
@@ -252,30 +250,30 @@ def test_a_job_that_is_none(place, call, job):
 
 
 @pytest.mark.parametrize("record", [5, [], ["dog", None], [{"text": "dog"}, 5], [{"text": "dog"}, {"colour": "red"}]])
-def test_a_record_that_is_none(place, call, chatty, record):
+def test_worker_rejects_invalid_record(place, call, chatty, record):
     call()
-    reached = client.greet("run")
-    reached.send(job={"task": "generate", "model": str(chatty), "placement": {}})
+    reached = client.connect("run")
+    reached.send(job={"task": "generate", "model": str(chatty), "load_options": {}})
     reached.send(record=record)
     assert "error" in reached.receive()
     reached.close()
     wait_until(lambda: jobs() == 0)
 
 
-def test_a_message_beyond_the_limit(at, call, chatty):
+def test_worker_rejects_message_over_limit(at, call, chatty):
     """It is not read to its end, and the memory that it would have taken is not taken."""
     call()
-    reached = client.greet("run")
-    reached.send(job={"task": "generate", "model": str(chatty), "placement": {}})
+    reached = client.connect("run")
+    reached.send(job={"task": "generate", "model": str(chatty), "load_options": {}})
     with pytest.raises((BrokenPipeError, ConnectionResetError)):
-        reached.socket.sendall(b"x" * (2 * protocol.LARGEST))
+        reached.socket.sendall(b"x" * (2 * protocol.MAX_MESSAGE_BYTES))
     wait_until(lambda: jobs() == 0)
     assert call().returncode == 0
 
 
-def test_a_record_beyond_the_limit_fails_and_the_others_go_on(place, process, chatty, monkeypatch):
+def test_record_over_limit_fails_alone(place, process, chatty, monkeypatch):
     process("generate", "dog", "-m", chatty, "--max-new-tokens", 2, "--keep-alive", "10m")
-    lines = [json.dumps({"text": text}) for text in ("dog", "x" * protocol.LARGEST, "fox")]
+    lines = [json.dumps({"text": text}) for text in ("dog", "x" * protocol.MAX_MESSAGE_BYTES, "fox")]
     args = ["generate", "--jsonl", "-m", chatty, "--max-new-tokens", 2]
     ran = process(*args, input="\n".join(lines).encode())
     assert ran.returncode == 3
@@ -283,19 +281,19 @@ def test_a_record_beyond_the_limit_fails_and_the_others_go_on(place, process, ch
     assert kinds == [None, "too_large", None]
 
 
-def test_the_models_folder_is_deleted_under_it(place, call, chatty, tmp_path):
+def test_worker_survives_deleted_model(place, call, chatty, tmp_path):
     folder = shutil.copytree(chatty, tmp_path / "model")
     args = ("generate", "dog", "-m", folder, "--max-new-tokens", 3)
     assert call(*args).returncode == 0
-    number = client.status()["process"]
+    number = client.status()["pid"]
     shutil.rmtree(folder)
     ran = call(*args)
     assert (ran.returncode, ran.stderr.splitlines()[0].decode()) == (4, f"error: model '{folder}' does not exist")
     assert call().returncode == 0
-    assert client.status()["process"] == number
+    assert client.status()["pid"] == number
 
 
-def test_a_model_that_changed_is_loaded_anew(place, call, chatty, base, tmp_path):
+def test_worker_reloads_changed_model(place, call, chatty, base, tmp_path):
     folder = shutil.copytree(chatty, tmp_path / "model")
     args = ("generate", "dog", "-m", folder, "--max-new-tokens", 3)
     call(*args)
@@ -305,12 +303,11 @@ def test_a_model_that_changed_is_loaded_anew(place, call, chatty, base, tmp_path
     assert len(client.status()["models"]) == 2
 
 
-def test_one_that_does_not_answer_is_no_worker(at, call, monkeypatch):
+def test_unresponsive_worker_is_not_used(at, call, monkeypatch):
     at.mkdir(mode=0o700)
     deaf = socket.socket(socket.AF_UNIX)
     deaf.bind(str(at / "worker.sock"))
     deaf.listen()
-    monkeypatch.setattr(client, "ANSWER", 0.5)
-    with pytest.raises(LlmcliError, match="none is running"):
-        client.reach("run", None)
+    monkeypatch.setattr(client, "HANDSHAKE_TIMEOUT_S", 0.5)
+    assert client.connect_or_start("run", None) is None
     deaf.close()

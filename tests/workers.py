@@ -8,7 +8,9 @@ from processes import is_running, wait_until
 from llmcli.engines.worker import client
 from llmcli.errors import LlmcliError
 
-LONG = ("--max-new-tokens", 1900, "--min-new-tokens", 1900, "--temperature", 0)
+# More texts for a call, and options that make each take seconds.
+LONG = ("fox", "lazy dog", "warm sun", "--batch-size", 1, "--max-new-tokens", 1900, "--min-new-tokens", 1900,
+        "--temperature", 0)  # fmt: skip
 
 
 def settle(folder, monkeypatch):
@@ -26,12 +28,15 @@ def settle(folder, monkeypatch):
 def end():
     """The worker that is there, however it feels."""
     try:
-        number = client.status()["process"]
+        status = client.status()
     except LlmcliError:
         return
-    os.kill(number, signal.SIGKILL)
-    wait_until(lambda: not is_running(number))
+    if status:
+        os.kill(status["pid"], signal.SIGKILL)
+        wait_until(lambda: not is_running(status["pid"]))
 
 
 def jobs():
-    return client.status()["jobs"]
+    """Jobs that the worker runs; None if there is no worker."""
+    status = client.status()
+    return status["jobs"] if status else None

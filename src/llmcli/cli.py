@@ -1,4 +1,4 @@
-"""The command tree, and main(): the only place that catches and chooses the exit code."""
+"""The command tree, and main(), the only function that turns exceptions into exit codes."""
 
 import contextlib
 import importlib
@@ -6,7 +6,9 @@ import os
 import pkgutil
 import signal
 import sys
-from typing import Annotated, Any, NoReturn
+from collections.abc import Iterator
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -16,9 +18,9 @@ from llmcli.options.expand import Command
 
 app = typer.Typer(
     name="llmcli",
-    help="Every local language model as a Unix filter.",
+    help="Run Transformers models from the command line.",
     no_args_is_help=True,
-    rich_markup_mode=None,  # plain help: quicker, and it reads well in a pipe
+    rich_markup_mode=None,  # plain help is faster, and readable in a pipe
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
@@ -45,8 +47,10 @@ def root(
 
 
 def run() -> NoReturn:
-    """What the shell calls: `main`, and then the end at once. To take a model apart again is slow, and threads that
-    wait for input, or for another process, would be waited for."""
+    """Run the command line of the process, and end the process.
+
+    Freeing a model is slow, and threads that wait for input or for another process would delay the exit.
+    """
     status = main()
     try:
         if sys.stdout:
@@ -60,31 +64,57 @@ def run() -> NoReturn:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run one command line (default: the process's own) and return its exit status."""
-    with contextlib.suppress(ValueError):  # not the main thread: somebody's program calls us
-        signal.signal(signal.SIGTERM, _terminate)
-    try:
-        app(args, prog_name="llmcli")
-    except SystemExit as exit:
-        return exit.code if isinstance(exit.code, int) else ExitStatus.OK
-    except OutputClosedError as gone:
-        return gone.status
-    except LlmcliError as exc:
-        console.error(exc.message, exc.hint, exc)
-        return exc.status
-    except KeyboardInterrupt:
-        return ExitStatus.INTERRUPTED
-    except TerminatedError:
-        return ExitStatus.TERMINATED
-    except OSError as exc:
-        console.error(f"{exc.filename or 'stdout'}: {exc.strerror or exc}", None, exc)
-        return ExitStatus.FAILED
-    except Exception as exc:
-        hint = None if console.verbose else "this is a bug in llmcli: run it again with -v, and please report it"
-        console.error(f"unexpected {type(exc).__name__}: {exc}", hint, exc)
-        return ExitStatus.FAILED
+    """Run a command line and return its exit status.
+
+    Args:
+        args: Words of the command line, without the program; None means those of the process.
+    """
+    with _raise_on_sigterm():
+        try:
+            app(args, prog_name="llmcli")
+        except SystemExit as exc:
+            return _exit_status(exc)
+        except OutputClosedError as exc:
+            return exc.status
+        except LlmcliError as exc:
+            console.error(exc.message, exc.hint, exc)
+            return exc.status
+        except KeyboardInterrupt:
+            return ExitStatus.INTERRUPTED
+        except TerminatedError:
+            return ExitStatus.TERMINATED
+        except OSError as exc:
+            console.error(f"{exc.filename or 'stdout'}: {exc.strerror or exc}", None, exc)
+            return ExitStatus.FAILED
+        except Exception as exc:
+            hint = None if console.verbose else "this is a bug; please report it with the output of -v and `llmcli env`"
+            console.error(f"unexpected {type(exc).__name__}: {exc}", hint, exc)
+            return ExitStatus.FAILED
     return ExitStatus.OK
 
 
-def _terminate(signum: int, frame: Any) -> None:
+def _exit_status(exc: SystemExit) -> int:
+    """Return the status as Python's own exit does: a text is printed, and means failure."""
+    if exc.code is None or isinstance(exc.code, int):
+        return exc.code or ExitStatus.OK
+    console.error(exc.code)
+    return ExitStatus.FAILED
+
+
+@contextlib.contextmanager
+def _raise_on_sigterm() -> Iterator[None]:
+    """Raise TerminatedError when SIGTERM arrives; a program that calls `main` gets its own handler back."""
+    try:
+        previous = signal.signal(signal.SIGTERM, _terminate)
+    except ValueError:  # Only the main thread may set a handler.
+        yield
+        return
+    try:
+        yield
+    finally:
+        if previous is not None:  # None: the handler was not set from Python.
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
     raise TerminatedError

@@ -1,4 +1,4 @@
-"""stderr: errors, notices, progress. Nothing here ever writes to stdout."""
+"""Write errors, notes and progress to stderr. Nothing here writes to stdout."""
 
 import sys
 import time
@@ -6,72 +6,76 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from llmcli import config
+
+if TYPE_CHECKING:
+    from rich.live import Live
 
 Relay = Callable[[Literal["note", "warning", "working"], str], None]
 
 quiet = False
 verbose = False
-REFRESH = 5  # times a second
+REFRESH = 5  # times per second
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
-_parts: list[Callable[[], str]] = []  # what the live line is made of
-_live: Any = None  # rich's Live, while the line is on the screen
+_statuses: list[Callable[[], str]] = []  # parts of the live line, the outermost first
+_live: "Live | None" = None  # while the line is on the screen
 _relay: ContextVar[Relay | None] = ContextVar("relay", default=None)
 
 
-def be_quiet(value: bool) -> None:
-    """Set by -q: errors only."""
+def set_quiet(value: bool) -> None:
+    """Print errors only (-q)."""
     global quiet
     quiet = value
 
 
-def be_verbose(value: bool) -> None:
-    """Set by -v: tracebacks, and the libraries' own warnings."""
+def set_verbose(value: bool) -> None:
+    """Print tracebacks, and the warnings of libraries (-v)."""
     global verbose
     verbose = value
 
 
 def is_terminal() -> bool:
+    """Return whether stderr is a terminal."""
     return bool(sys.stderr) and sys.stderr.isatty()
 
 
 def is_watched() -> bool:
-    """Whether a person is there who wants to see what goes on."""
+    """Return whether a person wants to see progress."""
     return is_terminal() and not quiet and not _relay.get()
 
 
 def notice(message: str, label: Literal["note", "warning"] = "note") -> None:
-    """Print a line that is good to know; -q hides it."""
+    """Print something that is useful to know; -q hides it."""
     if relay := _relay.get():
         relay(label, message)
     elif not quiet:
-        _say(label, message)
+        _print_labeled(label, message)
 
 
 def warning(message: str) -> None:
-    """Print a line about something that may be wrong; -q hides it."""
+    """Print something that may be wrong; -q hides it."""
     notice(message, "warning")
 
 
 def error(message: str, hint: str | None = None, cause: BaseException | None = None) -> None:
-    """Print what happened and what to do about it; under -v, the traceback too."""
-    _say("error", message)
+    """Print what happened and what to do; with -v, the traceback too."""
+    _print_labeled("error", message)
     if hint:
-        _say("hint", hint)
+        _print_labeled("hint", hint)
     if verbose and cause:
         traceback.print_exception(cause, file=sys.stderr)
 
 
-def _say(label: str, message: str) -> None:
+def _print_labeled(label: str, message: str) -> None:
     process = f"process {config.rank()}: " if config.rank() else ""
-    say(f"{label}: {process}" + message.replace("\n", " "))
+    print_line(f"{label}: {process}" + message.replace("\n", " "))
 
 
-def say(line: str) -> None:
-    """The line as it is, above the live one."""
-    # A full disk or a closed terminal behind stderr must not hide the exit code.
+def print_line(line: str) -> None:
+    """Print a line to stderr, above the live line."""
+    # A full disk or a closed terminal must not hide the exit status.
     with suppress(OSError):
         if _live:
             _live.console.out(line, highlight=False)
@@ -80,24 +84,27 @@ def say(line: str) -> None:
 
 
 def working(message: str) -> AbstractContextManager[None]:
-    """A message while something takes its time."""
-    return showing(lambda: message)
+    """Show a message on the live line while something takes its time."""
+    return live_status(lambda: message)
 
 
 @contextmanager
-def showing(part: Callable[[], str]) -> Iterator[None]:
-    """One live line on a terminal, gone at the end. `part` is asked for its text at every refresh; what is shown within
-    stands after it."""
+def live_status(status: Callable[[], str]) -> Iterator[None]:
+    """Show a line on a terminal that disappears at the end.
+
+    Args:
+        status: Returns the text at every refresh. The text of an inner status follows the text of an outer one.
+    """
     global _live
     if relay := _relay.get():
-        relay("working", part())
+        relay("working", status())
         yield
         relay("working", "")
         return
     if not is_watched():
         yield
         return
-    _parts.append(part)
+    _statuses.append(status)
     is_outermost = not _live
     if is_outermost:
         _live = _live_line()
@@ -106,22 +113,22 @@ def showing(part: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     finally:
-        _parts.remove(part)
-        if is_outermost:
+        _statuses.remove(status)
+        if is_outermost and _live:
             with suppress(OSError):
                 _live.stop()
             _live = None
 
 
-def _live_line() -> Any:
+def _live_line() -> "Live":
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
     def line() -> Text:
         spinner = SPINNER[int(time.monotonic() * REFRESH) % len(SPINNER)]
-        said = ", ".join(filter(None, [part() for part in _parts]))
-        return Text(f"{spinner} {said}", no_wrap=True, overflow="ellipsis")
+        text = ", ".join(filter(None, [status() for status in _statuses]))
+        return Text(f"{spinner} {text}", no_wrap=True, overflow="ellipsis")
 
     screen = Console(stderr=True)
     return Live(console=screen, get_renderable=line, refresh_per_second=REFRESH, transient=True, redirect_stdout=False)
@@ -129,18 +136,17 @@ def _live_line() -> Any:
 
 @contextmanager
 def relayed(relay: Relay) -> Iterator[None]:
-    """What this thread has to say goes to another process's stderr: notices, and what is being worked on, which ends
-    with an empty text."""
-    before = _relay.set(relay)
+    """Send the notes and statuses of this thread to another process; an empty status ends the last one."""
+    token = _relay.set(relay)
     try:
         yield
     finally:
-        _relay.reset(before)
+        _relay.reset(token)
 
 
 @contextmanager
 def without_live_line() -> Iterator[None]:
-    """The terminal is free for others' bars."""
+    """Hide the live line, so that a library can show its own progress."""
     with suppress(OSError):
         if _live:
             _live.stop()
@@ -154,7 +160,7 @@ def without_live_line() -> Iterator[None]:
 
 @contextmanager
 def progress(message: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes on a terminal, one line elsewhere; yields a function told how many are done."""
+    """Show a progress bar for bytes on a terminal, and a note elsewhere; yield a function that sets the bytes done."""
     if not is_watched():
         notice(message)
         yield lambda done: None

@@ -1,29 +1,40 @@
-"""What can go wrong, and the exit status that each brings."""
+"""Exceptions, and the exit status that each one causes."""
 
 from enum import IntEnum
 
 
 class ExitStatus(IntEnum):
-    """How a call ended; scripts depend on these numbers."""
+    """How a call ended. Scripts depend on these numbers."""
 
     OK = 0
     FAILED = 1  # the single input failed, or --on-error stop
-    USAGE = 2  # wrong command line, missing input file
+    USAGE = 2  # invalid command line, missing input file
     PARTIAL = 3  # some of many records failed
-    UNAVAILABLE = 4  # model unknown, unreachable, gated, damaged, too big
+    UNAVAILABLE = 4  # model unknown, unreachable, gated, damaged or too large
     INTERRUPTED = 130
     TERMINATED = 143
 
     @classmethod
-    def of(cls, failed: int, total: int) -> "ExitStatus":
-        """Of a run of which so many of the records failed."""
+    def from_counts(cls, failed: int, total: int) -> "ExitStatus":
+        """Return the status of a run.
+
+        Args:
+            failed: Number of records that failed.
+            total: Number of records.
+        """
         if not failed:
             return cls.OK
         return cls.FAILED if total == 1 else cls.PARTIAL
 
 
 class LlmcliError(Exception):
-    """An error a person can act on: one line of what happened, one of what to do."""
+    """An error that the user can act on.
+
+    Args:
+        message: What happened, in one line.
+        hint: What to do, in one line.
+        status: The exit status, if it is not the one of the class.
+    """
 
     status = ExitStatus.FAILED
 
@@ -35,23 +46,29 @@ class LlmcliError(Exception):
 
 
 class UsageError(LlmcliError):
-    """The command line, the configuration or an input path is wrong."""
+    """The command line, the configuration or an input path is invalid."""
 
     status = ExitStatus.USAGE
 
 
 class ModelUnavailableError(LlmcliError):
-    """The model cannot be had, or cannot be run here."""
+    """The model cannot be loaded, or cannot run here."""
 
     status = ExitStatus.UNAVAILABLE
 
 
 class ModelTooLargeError(ModelUnavailableError):
-    """The model does not fit in the memory there is now."""
+    """The model does not fit in the memory that is available."""
 
 
 class RecordError(LlmcliError):
-    """One record cannot be run; the others can. `kind` is the `type` in the JSON output."""
+    """One record cannot be run; the others can.
+
+    Args:
+        kind: Type of the error, the field `error.type` of the output.
+        message: What happened, in one line.
+        hint: What to do, in one line.
+    """
 
     def __init__(self, kind: str, message: str, hint: str | None = None) -> None:
         super().__init__(message, hint)
@@ -59,15 +76,15 @@ class RecordError(LlmcliError):
 
 
 class OutputClosedError(LlmcliError):
-    """Whoever read our standard output has stopped, as `head` does. Not a failure."""
+    """The reader of stdout is gone, e.g. `head`. This is not a failure."""
 
     status = ExitStatus.OK
 
 
-def reason(exc: OSError) -> str:
-    """`no such file or directory`: what the system says, for the end of a sentence."""
-    return (exc.strerror or str(exc)).lower()
-
-
 class TerminatedError(BaseException):
-    """SIGTERM arrived. Like KeyboardInterrupt, not an Exception: nothing may swallow it."""
+    """SIGTERM arrived. Like KeyboardInterrupt, it is not an Exception, so that nothing swallows it."""
+
+
+def reason(exc: OSError) -> str:
+    """Return the message of the system for the end of a sentence, e.g. `no such file or directory`."""
+    return (exc.strerror or str(exc)).lower()

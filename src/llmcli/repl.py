@@ -8,21 +8,21 @@ from llmcli import config, console, engines
 from llmcli.engines.engine import Engine
 from llmcli.errors import ExitStatus
 from llmcli.io.output import Output, OutputFormat
-from llmcli.job import Job, Record
+from llmcli.job import Failure, Job, Record
 from llmcli.tasks.chat import Message
 
 COMMANDS = {
-    "/system": "/system TEXT   set the system message and start over; without TEXT, drop it",
+    "/system": "/system TEXT   set the system message and start over; without TEXT, remove it",
     "/clear": "/clear         start over",
     "/exit": "/exit          leave (also Ctrl-D)",
-    "/help": "/help          this",
+    "/help": "/help          show this help",
 }
 
 
 def converse(job: Job) -> ExitStatus:
-    """Read messages until /exit or the end of input. Ctrl-C stops an answer, or drops a half-typed line.
+    """Read messages until /exit or the end of input. Ctrl-C stops an answer, or clears the line.
 
-    Prompts and notices go to stderr, answers to stdout: `llmcli chat > answers.txt` holds answers alone.
+    Prompts and notes go to stderr and answers to stdout: `llmcli chat > answers.txt` saves the answers alone.
     """
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
@@ -30,18 +30,18 @@ def converse(job: Job) -> ExitStatus:
     from prompt_toolkit.output import create_output
 
     session: PromptSession[str] = PromptSession(
-        history=FileHistory(str(_history())),
+        history=FileHistory(str(_history_file())),
         completer=WordCompleter(list(COMMANDS), sentence=True),
         complete_while_typing=False,
         output=create_output(stdout=sys.stderr),
     )
-    engine = engines.of(job)
+    engine = engines.engine_for(job)
     engine.load(job)
-    console.notice(f"{job.model}: /help shows the commands, Ctrl-D leaves")
+    console.notice(f"{job.model}: type /help for commands, Ctrl-D to leave")
     system = job.parameters.get("system")
-    messages = _opening(system)
-    one_answer = {name: value for name, value in job.generation.items() if name != "num_return_sequences"}
-    job = dataclasses.replace(job, parameters={}, generation=one_answer)
+    messages = _new_conversation(system)
+    generation = {name: value for name, value in job.generation.items() if name != "num_return_sequences"}
+    job = dataclasses.replace(job, parameters={}, generation=generation)
     while True:
         try:
             line = session.prompt(">>> ").strip()
@@ -54,42 +54,50 @@ def converse(job: Job) -> ExitStatus:
             return ExitStatus.OK
         if command in ("/clear", "/system"):
             system = (argument.strip() or None) if command == "/system" else system
-            messages = _opening(system)
-            console.notice(f"a new conversation, {f'system message: {system}' if system else 'no system message'}")
+            messages = _new_conversation(system)
+            console.notice(f"new conversation, {f'system message: {system}' if system else 'no system message'}")
         elif command.startswith("/"):
             if command != "/help":
-                console.notice(f"there is no {command}")
+                console.error(f"unknown command {command!r}")
             print("\n".join(COMMANDS.values()), file=sys.stderr)
         elif line:
-            messages = _turn(engine, job, [*messages, {"role": "user", "content": line}])
+            messages = _answer(engine, job, [*messages, {"role": "user", "content": line}])
 
 
-def _turn(engine: Engine, job: Job, messages: list[Message]) -> list[Message]:
-    """Answer the last message; returns the conversation with the answer, as far as it came."""
-    said: list[str] = []
+def _answer(engine: Engine, job: Job, messages: list[Message]) -> list[Message]:
+    """Print the answer to the last message, and return the conversation with it."""
+    parts: list[str] = []
     with Output(OutputFormat.TEXT, model=job.model) as output:
 
-        def on_text(piece: str) -> None:
-            said.append(piece)
-            output.piece(piece)
+        def on_text(text: str) -> None:
+            parts.append(text)
+            output.stream(text)
 
         try:
             for result in engine.run(job, [Record({"messages": messages})], on_text):
                 if result.failure:
-                    console.error(result.failure.message)
+                    _report(result.failure, is_first=len(messages) <= 2)
                     return messages[:-1]
-                said = [result.text]
+                parts = [result.text]
                 output.write(result)
         except KeyboardInterrupt:
-            pass  # what was said so far stays in the conversation
-    return [*messages, {"role": "assistant", "content": "".join(said)}] if said else messages[:-1]
+            pass  # The conversation keeps what has been generated.
+    return [*messages, {"role": "assistant", "content": "".join(parts)}] if parts else messages[:-1]
 
 
-def _opening(system: str | None) -> list[Message]:
+def _report(failure: Failure, *, is_first: bool) -> None:
+    """Print why there is no answer, and how to go on if the conversation is too long."""
+    if failure.type == "context_length_exceeded" and not is_first:
+        console.error("the conversation exceeds the context length", hint="start over with /clear")
+    else:
+        console.error(failure.message)
+
+
+def _new_conversation(system: str | None) -> list[Message]:
     return [{"role": "system", "content": system}] if system else []
 
 
-def _history() -> Path:
+def _history_file() -> Path:
     path = config.cache_dir() / "chat_history"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o600)

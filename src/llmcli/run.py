@@ -2,13 +2,12 @@
 
 from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext
-from functools import partial
 from typing import Any
 
 from llmcli import config, console, engines, tasks
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.io.output import Output, OutputFormat, OutputSpec
-from llmcli.io.progress import Progress, Tally, summary
+from llmcli.io.progress import Progress, RunCounts, print_statistics
 from llmcli.io.resume import Journal
 from llmcli.job import Job, Record, Result
 
@@ -22,58 +21,64 @@ def run(job: Job, records: Iterable[Record], target: OutputSpec) -> ExitStatus:
     if config.rank():
         from llmcli.engines.distributed import serve
 
-        return serve(engines.of(job))
+        return serve(engines.engine_for(job))
     names = _names(job, target.format)
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(target, job)) if target.resume else None
-        tally = journal.tally() if journal else Tally()
+        counts = journal.counts() if journal else RunCounts()
         if target.stats:
-            stack.enter_context(summary(job.model, tally))
+            stack.enter_context(print_statistics(job.model, counts))
+        counts.records += target.extra_records
         if journal and journal.is_complete:
-            console.notice(f"{target.path} is whole: nothing to do")
+            console.notice(f"'{target.path}' is already complete")
             list(_engine(job).run(job, ()))  # other processes wait to be told
-            return _ended(tally, target)
-        progress = Progress(tally)
-        records = progress.reading(records)
+            return _ended(counts, target)
+        progress = Progress(counts)
+        records = progress.track(records)
         if journal:
             records = journal.remaining(records)
         if target.retry:
             records = map(Record.drop_error, records)
-        output = Output(target.format, path=target.path, names=names, model=job.model, append=journal is not None)
+        path = journal.output if journal else target.path
+        output = Output(target.format, path=path, names=names, model=job.model, append=journal is not None)
         shows = console.is_watched() and not output.is_watched
-        with output, console.showing(progress.line) if shows else nullcontext():
-            write = partial(journal.write, output) if journal else output.write
-            on_text, on_result = output.piece if output.streams else None, progress.done.add if shows else None
+        with output, console.live_status(progress.line) if shows else nullcontext():
+            on_text, on_result = output.stream if output.streams else None, progress.done.add if shows else None
             for result in _engine(job).run(job, records, on_text, on_result):
-                if target.finish:
-                    result = target.finish(result)
-                write(result)
-                tally.add(result)
+                written = target.finish(result) if target.finish else [result]
+                if journal:
+                    journal.write(output, result, written)
+                else:
+                    for part in written:
+                        output.write(part)
+                counts.add(result, len(written))
                 _say(result)
                 if result.failure and target.stop_on_error:
                     return ExitStatus.FAILED
         if journal:
             journal.mark_complete()
-        if tally.carried_over:
+        if counts.carried_over:
             console.notice(
-                f"{tally.carried_over} of {tally.records} records came with an `error` and were passed on as they are"
+                f"{counts.carried_over} of {counts.records} records already had an `error` and were passed on unchanged"
             )
-        return _ended(tally, target)
+        return _ended(counts, target)
 
 
 def _engine(job: Job) -> Any:
     if config.world_size() == 1:
-        return engines.of(job)
+        return engines.engine_for(job)
     from llmcli.engines.distributed import DistributedEngine
 
-    return DistributedEngine(engines.of(job))
+    return DistributedEngine(engines.engine_for(job))
 
 
 def _names(job: Job, format: OutputFormat) -> list[str]:
     """The fields that the task adds to a record."""
     several = (job.generation.get("num_return_sequences") or 1) > 1
     if several and format is OutputFormat.LINES:
-        raise UsageError("-n above 1 does not go with --lines", hint="--json gives all of them: generated_texts")
+        raise UsageError(
+            "-n greater than 1 cannot be used with --lines", hint="--json writes all of them in generated_texts"
+        )
     several = several or (job.parameters.get("top_k") or 1) > 1
     outputs = tasks.find(job.task).outputs
     extra = ["token_logprobs"] * bool(job.parameters.get("token_logprobs"))
@@ -82,16 +87,16 @@ def _names(job: Job, format: OutputFormat) -> list[str]:
 
 def _say(result: Result) -> None:
     if cut := result.output.get("truncated"):
-        console.notice(f"{result.record.where}cut by {cut} tokens")
+        console.warning(f"{result.record.where}truncated by {cut} tokens")
     if result.failure:
         console.error(f"{result.record.where}{result.failure.message}")
 
 
-def _ended(tally: Tally, target: OutputSpec) -> ExitStatus:
+def _ended(counts: RunCounts, target: OutputSpec) -> ExitStatus:
     """The status of a whole run; of many records, how many failed is said."""
-    status = ExitStatus.of(tally.failed, tally.records)
+    status = ExitStatus.from_counts(counts.failed, counts.records)
     if status is ExitStatus.PARTIAL:
-        console.error(f"{tally.failed} of {tally.records} records failed")
-    if not status and target.filters and not tally.written:
+        console.error(f"{counts.failed} of {counts.records} records failed")
+    if not status and target.is_filter and not counts.written:
         return ExitStatus.FAILED  # as grep
     return status

@@ -7,11 +7,11 @@ import typer
 
 from llmcli.errors import ExitStatus
 from llmcli.io.output import OutputSpec
-from llmcli.io.records import prompts
+from llmcli.io.records import read_prompts
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.options.expand import expand_options
 from llmcli.run import run
-from llmcli.tasks.fields import template
+from llmcli.tasks.templates import build_prompt_parameters
 
 
 @expand_options
@@ -25,21 +25,23 @@ def chat(
     model: ServedModelOptions,
     output: OutputOptions,
 ) -> ExitStatus:
-    """Answer through the model's chat template. Without TEXT at a terminal: a conversation.
+    """Chat with a model.
+
+    The model's chat template is used. Without TEXT at a terminal, a conversation starts.
 
     \b
-    llmcli chat "Name three colours"
+    llmcli chat "Name three colors"
     git diff | llmcli chat "Write a commit message" -f -
     llmcli chat --jsonl < conversations.jsonl        fields: messages, or text
     llmcli chat                                      /system, /clear, /exit
     """
-    form = input.form()
-    target = output.target(form, [text] if text is not None else [], input.files)
-    parameters = {"fields": input.roles("text", "messages"), "system": system} | template(prompt)
-    job = model.job("chat", generation, parameters)
-    is_plain = target == OutputSpec() and not prompt
-    if text is None and not input.files and is_plain and sys.stdin and sys.stdin.isatty():
+    format, texts = input.format(), [] if text is None else [text]
+    spec = output.spec(format, texts, input.files)
+    parameters = {"fields": input.roles("text", "messages"), "system": system} | build_prompt_parameters(prompt)
+    job = model.job("chat", parameters, generation)
+    has_input = texts or input.files or prompt or spec != OutputSpec()
+    if not has_input and sys.stdin and sys.stdin.isatty():
         from llmcli.repl import converse
 
         return converse(job)
-    return run(job, prompts([text] if text is not None else [], input.files, form), target)
+    return run(job, read_prompts(texts, input.files, format), spec)

@@ -1,6 +1,5 @@
-"""llmcli embed: texts to vectors."""
+"""llmcli embed: compute text embeddings."""
 
-from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -8,41 +7,34 @@ import typer
 from llmcli.errors import ExitStatus
 from llmcli.io.formats import InputFormat
 from llmcli.io.output import OutputFormat
-from llmcli.io.records import read, sources
-from llmcli.job import Job
-from llmcli.options import InputOptions, ModelOptions, OutputOptions
+from llmcli.io.records import open_inputs, read_records
+from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, Texts
 from llmcli.options.expand import expand_options
 from llmcli.run import run
 
 
 @expand_options
 def embed(
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT", default_factory=list, show_default=False)],
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut the end of a text that is too long.")] = False,
+    texts: Texts,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Truncate inputs longer than the context length.")
+    ] = False,
     *,
     input: InputOptions,
-    model: ModelOptions,
+    model: BatchModelOptions,
     output: OutputOptions,
 ) -> ExitStatus:
-    """Print each text's vector, as JSON Lines.
+    """Compute text embeddings.
 
-    Vectors have length 1: the nearer in meaning, the greater their dot product.
+    The output is JSON Lines, or CSV with --csv. Vectors have length 1: texts with a similar meaning have a large dot
+    product.
 
     \b
-    llmcli embed "The harbour clock was repaired in 1951."
+    llmcli embed "The harbor clock was repaired in 1951."
     llmcli embed --lines -f sentences.txt > vectors.jsonl
     """
-    form = input.form()
-    target = output.target(form, texts, input.files)
-    if form is not InputFormat.CSV:
-        target = replace(target, format=OutputFormat.JSON)
-    job = Job(
-        task="embed",
-        model=model.name("embed"),
-        parameters={"fields": input.roles("text")},
-        load_options=model.load_options(),
-        batch_size=model.batch(),
-        keep_alive=model.kept(),
-        truncate=truncate,
-    )
-    return run(job, read(sources(texts, input.files), form), target)
+    format = input.format()
+    output_format = OutputFormat.CSV if format is InputFormat.CSV else OutputFormat.JSON
+    spec = output.spec(format, texts, input.files, format=output_format)
+    job = model.job("embed", {"fields": input.roles("text")}, truncate=truncate)
+    return run(job, read_records(open_inputs(texts, input.files), format), spec)

@@ -1,9 +1,8 @@
-"""llmcli env: versions, devices, paths, and what is cached."""
+"""llmcli env: print environment information for bug reports."""
 
 import platform
 import sys
 from importlib.metadata import version
-from typing import Any
 
 from llmcli import __version__, config
 from llmcli.io.output import print_lines, to_json
@@ -16,26 +15,31 @@ PACKAGES = ("transformers", "torch", "accelerate", "huggingface_hub", "tokenizer
 
 @expand_options
 def env(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Show versions, devices, paths: for a bug report.
+    """Print environment information for bug reports.
 
     \b
     llmcli env
     """
-    about: dict[str, Any] = {"llmcli": __version__, "python": f"{platform.python_version()} ({sys.executable})"}
-    about["platform"] = platform.platform()
-    about |= {name: version(name) for name in PACKAGES}
-    about |= _devices()
-    about |= {"cache": str(config.cache_dir()), "config": str(config.config_file()), "hub cache": _hub_cache()}
-    about["offline"] = config.settings().offline
-    about["cached"] = [spec.name for spec in registry.models().values() if store.listed(spec)]
+    info = {
+        "llmcli": __version__,
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "platform": platform.platform(),
+        **{name: version(name) for name in PACKAGES},
+        **_devices(),
+        "cache": str(config.cache_dir()),
+        "config": str(config.config_file()),
+        "hub cache": _hub_cache(),
+        "offline": config.settings().offline,
+        "cached": [spec.name for spec in registry.models().values() if store.find_or_none(spec)],
+    }
     if json:
-        print_lines([to_json(about)])
+        print_lines([to_json(info)])
     else:
-        width = max(map(len, about))
-        print_lines(f"{key:{width}}  {_plain(value)}" for key, value in about.items())
+        width = max(map(len, info))
+        print_lines(f"{key:{width}}  {_format(value)}" for key, value in info.items())
 
 
-def _devices() -> dict[str, Any]:
+def _devices() -> dict[str, object]:
     import psutil
     import torch
 
@@ -58,7 +62,7 @@ def _hub_cache() -> str:
     return str(constants.HF_HUB_CACHE)
 
 
-def _plain(value: Any) -> str:
+def _format(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(value) or "nothing"
     return ("no", "yes")[value] if isinstance(value, bool) else str(value)

@@ -1,21 +1,21 @@
-"""llmcli generate: continue a text."""
+"""llmcli generate: generate text from a prompt."""
 
 from typing import Annotated
 
 import typer
 
 from llmcli.errors import ExitStatus, UsageError
-from llmcli.io.records import prompts
-from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, completion
+from llmcli.io.records import read_prompts
+from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, Texts, completion
 from llmcli.options.expand import expand_options
 from llmcli.run import run
-from llmcli.tasks import prompting
-from llmcli.tasks.fields import template
+from llmcli.tasks.presets import load_preset
+from llmcli.tasks.templates import build_prompt_parameters
 
 
 @expand_options
 def generate(
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT", default_factory=list, show_default=False)],
+    texts: Texts,
     prompt: Prompt = None,
     preset: Annotated[
         str | None,
@@ -23,28 +23,30 @@ def generate(
             "--preset",
             metavar="NAME",
             autocompletion=completion.presets,
-            help="Fiction: story, screenplay, poem, dialogue.",
+            help="Writing preset: story, screenplay, poem or dialogue.",
         ),
     ] = None,
-    full_text: Annotated[bool, typer.Option(help="Print the prompt too, in text mode.")] = True,
+    full_text: Annotated[bool, typer.Option(help="Include the prompt in text output.")] = True,
     *,
     input: InputOptions,
     generation: GenerationOptions,
     model: ServedModelOptions,
     output: OutputOptions,
 ) -> ExitStatus:
-    """Continue a text. Each TEXT is a prompt of its own, unless -f makes them one.
+    """Generate text from a prompt.
+
+    Each TEXT is one prompt. With -f, the files and TEXT together are one prompt.
 
     \b
     llmcli generate "Once upon a time"
-    llmcli generate --preset poem "the harbour in winter"
+    llmcli generate --preset poem "the harbor in winter"
     llmcli generate --lines -f openings.txt --max-new-tokens 40
     llmcli generate --jsonl --prompt "Sentiment of this review: {text}" < reviews.jsonl
     """
-    form = input.form()
+    format = input.format()
     if prompt is not None and preset is not None:
-        raise UsageError("--prompt and --preset exclude each other")
-    kind = prompting.preset(preset)
-    parameters = {"fields": input.roles("text"), "full_text": full_text} | template(prompt) | kind.get("frame", {})
-    job = model.job("generate", generation, parameters, kind.get("options"))
-    return run(job, prompts(texts, input.files, form), output.target(form, texts, input.files))
+        raise UsageError("--prompt cannot be used with --preset")
+    chosen, own = load_preset(preset), build_prompt_parameters(prompt)
+    parameters = {"fields": input.roles("text"), "full_text": full_text, **own, **chosen.parameters}
+    job = model.job("generate", parameters, generation, defaults=chosen.options)
+    return run(job, read_prompts(texts, input.files, format), output.spec(format, texts, input.files))

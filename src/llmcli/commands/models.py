@@ -1,40 +1,41 @@
-"""llmcli models: what models there are, where they lie, and what may be done about it."""
+"""llmcli models: list, show, pull and delete models."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from llmcli.config import settings
 from llmcli.errors import ModelUnavailableError
-from llmcli.io.output import megabytes, print_lines, print_table, to_json
+from llmcli.io.output import print_lines, print_table, to_json
+from llmcli.io.units import format_megabytes
 from llmcli.models import registry, store
 from llmcli.models.registry import FolderSource, GgufSource, HubSource, ModelSpec, WheelSource
 from llmcli.options import AllowPickle, Json, Offline, Quiet, Verbose, completion
 from llmcli.options.expand import Command, expand_options
 
-app = typer.Typer(help="Models: list, show, pull, rm, path.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Manage models.", no_args_is_help=True, rich_markup_mode=None)
 Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False, autocompletion=completion.models)]
 
 
 @app.command("list", cls=Command)
 @expand_options
 def list_models(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """List the models that have a short name.
+    """List model aliases.
 
     \b
     llmcli models list
     llmcli models list --json
     """
-    rows = [_about(spec) for spec in registry.models().values()]
+    models = registry.models().values()
     if json:
-        print_lines(map(to_json, rows))
+        print_lines(to_json(_describe(spec)) for spec in models)
         return
     print_table(
         ("NAME", "CACHED", "DOWNLOAD", "TASKS", "LICENSE"),
         [
-            (row["name"], "yes" if row["path"] else "no", megabytes(row["download"]), " ".join(row["tasks"]),
-             row["license"] or "-")
-            for row in rows
+            (spec.name, "yes" if store.find_or_none(spec) else "no", format_megabytes(spec.size), " ".join(spec.tasks),
+             spec.license or "-")
+            for spec in models
         ],
     )  # fmt: skip
 
@@ -42,18 +43,19 @@ def list_models(json: Json = False, quiet: Quiet = False, verbose: Verbose = Fal
 @app.command(cls=Command)
 @expand_options
 def show(name: Name, json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Show all that is known of one model.
+    """Show the details of a model.
 
     \b
     llmcli models show smollm2
     """
-    about = _about(registry.resolve(name))
+    spec = registry.resolve(name)
+    fields = _describe(spec)
     if json:
-        print_lines([to_json(about)])
+        print_lines([to_json(fields)])
         return
-    about |= {"tasks": ", ".join(about["tasks"]) or None, "download": megabytes(about["download"])}
-    about["on disk"] = megabytes(about["on disk"])
-    print_lines(f"{key:12} {value}" for key, value in about.items() if value not in (None, "", "-"))
+    sizes = {"download": format_megabytes(spec.size), "on disk": format_megabytes(_disk_bytes(spec))}
+    fields |= {"tasks": ", ".join(spec.tasks), **sizes}
+    print_lines(f"{key:12} {value}" for key, value in fields.items() if value not in (None, "", "-"))
 
 
 @app.command(cls=Command)
@@ -65,7 +67,9 @@ def pull(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Fetch a model now, or a newer revision of it, and print its folder.
+    """Download a model and print its path.
+
+    A model that is cached is updated to its newest revision.
 
     \b
     llmcli models pull qwen3-4b
@@ -90,31 +94,38 @@ def rm(name: Name, quiet: Quiet = False, verbose: Verbose = False) -> None:
 @app.command(cls=Command)
 @expand_options
 def path(name: Name, allow_pickle: AllowPickle = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Print the folder of ready weights; exit 4 when they are not there.
+    """Print the path of a cached model.
+
+    The exit code is 4 if the model is not cached.
 
     \b
     llmcli models path smollm2
     """
     if not (folder := store.find(registry.resolve(name), allow_pickle=allow_pickle)):
-        raise ModelUnavailableError(f"{name} is not cached", hint=f"`llmcli models pull {name}` fetches it")
+        raise ModelUnavailableError(f"{name} is not cached", hint=f"run `llmcli models pull {name}`")
     print_lines([str(folder)])
 
 
-def _about(spec: ModelSpec) -> dict[str, Any]:
-    folder = store.listed(spec)
+def _describe(spec: ModelSpec) -> dict[str, object]:
+    folder = store.find_or_none(spec)
     return {
         "name": spec.name,
         "description": spec.description,
-        "source": _source(spec),
+        "source": _describe_source(spec),
         "license": spec.license,
         "download": spec.size,
         "tasks": list(spec.tasks),
         "path": str(folder) if folder else None,
-        "on disk": sum(file.stat().st_size for file in folder.iterdir()) if folder else None,
+        "on disk": _disk_bytes(spec),
     }
 
 
-def _source(spec: ModelSpec) -> str:
+def _disk_bytes(spec: ModelSpec) -> int | None:
+    folder = store.find_or_none(spec)
+    return sum(file.stat().st_size for file in folder.iterdir()) if folder else None
+
+
+def _describe_source(spec: ModelSpec) -> str:
     match spec.source:
         case WheelSource(wheels=wheels):
             return f"package index: {' '.join(wheels)}"

@@ -1,39 +1,40 @@
-"""llmcli ps: what the worker keeps warm."""
+"""llmcli ps: the models that the worker has loaded."""
 
 from llmcli import console
 from llmcli.engines.worker import client
-from llmcli.io.output import megabytes, print_lines, print_table, to_json
+from llmcli.io.output import print_lines, print_table, to_json
+from llmcli.io.units import format_megabytes
 from llmcli.options import Json, Quiet, Verbose
 from llmcli.options.expand import expand_options
 
 
 @expand_options
 def ps(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Show what the worker keeps warm: models, memory, idle times.
+    """List models loaded in the worker.
+
+    Shows the memory of each, the jobs that use it, how long it has been idle, and when it expires.
 
     \b
     llmcli ps
     """
-    try:
-        status = client.status()
-    except client.WorkerUnavailableError:
-        console.notice("no worker is running: --keep-alive 10m starts one, and so does `llmcli serve`")
-        return
-    if json:
+    status = client.status()
+    if status is None:
+        console.notice("no worker is running; start one with --keep-alive 10m or `llmcli serve`")
+    elif json:
         print_lines([to_json(status)])
-        return
-    print_table(
-        ("MODEL", "DEVICE", "DTYPE", "MEMORY", "JOBS", "IDLE", "LEFT"),
-        [
-            (each["model"], each["device"], each["dtype"], megabytes(each["bytes"]), str(each["jobs"]),
-             _seconds(each["idle"]), _seconds(each["left"]))
-            for each in status["models"]
-        ],
-    )  # fmt: skip
-    console.notice(f"worker {status['process']}: {megabytes(status['memory'])}, {status['jobs']} jobs")
+    else:
+        print_table(
+            ("MODEL", "DEVICE", "DTYPE", "MEMORY", "JOBS", "IDLE", "EXPIRES"),
+            [
+                (model["model"], model["device"], model["dtype"], format_megabytes(model["bytes"]), str(model["jobs"]),
+                 _duration(model["idle_seconds"]), _duration(model["expires_in_seconds"]))
+                for model in status["models"]
+            ],
+        )  # fmt: skip
+        console.notice(f"worker {status['pid']}: {format_megabytes(status['memory'])}, {status['jobs']} jobs")
 
 
-def _seconds(value: float | None) -> str:
-    if value is None:
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
         return "-"
-    return f"{value:.0f}s" if value < 100 else f"{value / 60:.0f}m"
+    return f"{seconds:.0f}s" if seconds < 100 else f"{seconds / 60:.0f}m"

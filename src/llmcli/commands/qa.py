@@ -1,32 +1,37 @@
 """llmcli qa: answer a question from a text."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
-from llmcli.errors import ExitStatus
-from llmcli.io.records import questions
+from llmcli.errors import ExitStatus, UsageError
+from llmcli.io.formats import InputFormat
+from llmcli.io.records import add_fields, decode_argument, open_inputs, read_documents, read_records, rename_text
+from llmcli.job import JsonObject, Record
 from llmcli.options import CommonGenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.options.expand import expand_options
 from llmcli.run import run
-from llmcli.tasks.fields import template
+from llmcli.tasks.templates import build_prompt_parameters
 
 
 @dataclass
-class AnswerOptions:
-    """Answers cut out of the text (models with a question-answering head)"""
+class ExtractiveOptions:
+    """Extractive QA models"""
 
-    top_k: Annotated[int | None, typer.Option(metavar="N", min=1, help="How many answers.")] = None
-    max_answer_len: Annotated[int | None, typer.Option(metavar="N", min=1, help="Most tokens of an answer.")] = None
+    top_k: Annotated[int | None, typer.Option(metavar="N", min=1, help="Number of answers to return.")] = None
+    max_answer_len: Annotated[int | None, typer.Option(metavar="N", min=1, help="Maximum answer length in tokens.")] = (
+        None
+    )
     doc_stride: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Tokens that two windows of a long text share.")
+        int | None, typer.Option(metavar="N", min=1, help="Overlap between context windows, in tokens.")
     ] = None
     max_seq_len: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Tokens of a window, the question included.")
+        int | None, typer.Option(metavar="N", min=1, help="Window length in tokens, including the question.")
     ] = None
     allow_no_answer: Annotated[
-        bool, typer.Option("--allow-no-answer", help="An empty answer where that is the likeliest.")
+        bool, typer.Option("--allow-no-answer", help="Return an empty answer if it scores highest.")
     ] = False
 
 
@@ -34,37 +39,61 @@ class AnswerOptions:
 def qa(
     question: Annotated[str | None, typer.Argument(metavar="QUESTION", show_default=False)] = None,
     context: Annotated[
-        str | None, typer.Option("--context", "-c", metavar="TEXT", help="The text to find the answer in.")
+        str | None, typer.Option("--context", "-c", metavar="TEXT", help="Text that contains the answer.")
     ] = None,
     prompt: Prompt = None,
     *,
     input: InputOptions,
-    answers: AnswerOptions,
+    extractive: ExtractiveOptions,
     generation: CommonGenerationOptions,
     model: ServedModelOptions,
     output: OutputOptions,
 ) -> ExitStatus:
-    """Answer QUESTION from a text: -c TEXT, all -f files together, or stdin.
+    """Answer a question from a text.
 
-    Records (--jsonl, --csv) have a question and a context; QUESTION and -c stand in where they lack one.
+    The text is -c TEXT, all -f files together, or stdin. Records (--jsonl, --csv) have a question and a context;
+    QUESTION and -c are used for records that lack them.
 
     \b
     llmcli qa "Who repaired the clock?" -c "The clock was repaired by an apprentice."
     llmcli qa "How do I undo a commit?" -f manual.txt -f faq.md
     llmcli qa --jsonl -m deepset/roberta-base-squad2 < questions.jsonl
     """
-    form = input.form()
-    target = output.target(form, [text for text in (question, context) if text is not None], input.files)
+    format = input.format()
+    spec = output.spec(format, [text for text in (question, context) if text is not None], input.files)
     roles = input.roles("question", "context")
-    records, documents = questions(question, context, input.files, form, roles, retry=output.retry_errors)
+    given = {roles["question"]: question, roles["context"]: context}
+    fields = {name: decode_argument(text) for name, text in given.items() if text is not None}
+    documents = None
+    if question is not None and context is None and format is InputFormat.WHOLE and input.files:
+        records, documents = read_documents(input.files, fields)
+        source: Iterable[Record] = records
+    else:
+        source = _read_questions(fields, roles, input.files, format, retry=output.retry_errors)
     parameters = {
         "fields": roles,
-        "documents": documents,
-        "top_k": answers.top_k,
-        "max_answer_len": answers.max_answer_len,
-        "doc_stride": answers.doc_stride,
-        "max_seq_len": answers.max_seq_len,
-        "handle_impossible_answer": answers.allow_no_answer or None,
+        "documents": documents or None,
+        "top_k": extractive.top_k,
+        "max_answer_len": extractive.max_answer_len,
+        "doc_stride": extractive.doc_stride,
+        "max_seq_len": extractive.max_seq_len,
+        "handle_impossible_answer": extractive.allow_no_answer or None,
     }
-    job = model.job("qa", generation, parameters | template(prompt))
-    return run(job, records, target)
+    job = model.job("qa", parameters | build_prompt_parameters(prompt), generation)
+    return run(job, source, spec)
+
+
+def _read_questions(
+    fields: JsonObject, roles: dict[str, str], files: Sequence[str], format: InputFormat, *, retry: bool
+) -> Iterable[Record]:
+    """Return records with a question and a context. `fields` are those that the command line gives."""
+    if format.has_fields:
+        return add_fields(read_records(open_inputs([], files), format), fields, retry=retry)
+    if len(fields) == 2:
+        if files or format is not InputFormat.WHOLE:
+            raise UsageError("cannot combine QUESTION, -c and input files", hint="drop -c or the files")
+        return [Record(fields)]
+    if not fields:
+        raise UsageError("no question", hint='e.g. llmcli qa "Who wrote it?" -f FILE')
+    role = "context" if roles["question"] in fields else "question"
+    return rename_text(read_records(open_inputs([], files), format), roles[role], fields)

@@ -1,56 +1,58 @@
-"""llmcli score: how likely a model finds a text."""
+"""llmcli score: compute the perplexity of texts."""
 
 import math
-from dataclasses import replace
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import typer
 
 from llmcli import console
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.io.formats import InputFormat
-from llmcli.io.output import OutputFormat, is_terminal, share, to_json
-from llmcli.io.records import read, sources
-from llmcli.job import Job, Result
-from llmcli.options import InputOptions, ModelOptions, OutputOptions
+from llmcli.io.output import OutputFormat, is_terminal, to_json
+from llmcli.io.records import open_inputs, read_records
+from llmcli.io.units import format_probability
+from llmcli.job import JsonObject, Result
+from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, Texts
 from llmcli.options.expand import expand_options
 from llmcli.run import run
 
 TOKENS = "token_logprobs"
-BRIEF = 60  # characters of a text that is no line of a file
+EXCERPT_CHARACTERS = 60  # of a text that is not a line of a file
 
 
 @expand_options
 def score(
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT", default_factory=list, show_default=False)],
+    texts: Texts,
     condition: Annotated[
         str | None,
-        typer.Option(metavar="FIELD", help="Score the text behind this field's, joined as they are."),
+        typer.Option(metavar="FIELD", help="Field to use as the prefix that the text is conditioned on."),
     ] = None,
     max_perplexity: Annotated[
-        float | None, typer.Option(metavar="X", min=1, help="Only records whose perplexity is at most this.")
+        float | None, typer.Option(metavar="X", min=1, help="Keep only records with perplexity <= X.")
     ] = None,
     min_perplexity: Annotated[
-        float | None, typer.Option(metavar="X", min=1, help="Only records whose perplexity is at least this.")
+        float | None, typer.Option(metavar="X", min=1, help="Keep only records with perplexity >= X.")
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Tokens from window to window over a long text (default: half of one)."),
+        typer.Option(metavar="N", min=1, help="Sliding-window stride in tokens (default: half the context)."),
     ] = None,
-    tokens: Annotated[bool, typer.Option("--tokens", help="Show how likely each token is.")] = False,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Show the probability of each token.")] = False,
     *,
     input: InputOptions,
-    model: ModelOptions,
+    model: BatchModelOptions,
     output: OutputOptions,
 ) -> ExitStatus:
-    """Print each text's perplexity, and the text. Lower is likelier.
+    """Compute the perplexity of texts.
 
-    --json gives all: logprob (natural logarithm), perplexity, bits per byte, tokens. The first token has nothing before
-    it and is not scored; what has no other has no perplexity, shown as -, and passes no filter.
+    Lower means more likely. --json adds the log-probability (natural logarithm), bits per byte and the number of
+    tokens. The first token has no context and is not scored. A text with fewer than two tokens has no perplexity (shown
+    as -) and never passes a filter.
 
-    With --max-perplexity or --min-perplexity, text mode prints the texts that pass, and no numbers. Where none does,
-    the exit code is 1, as grep's. In bfloat16 a score varies by a few percent with its batch: --dtype float32 is
-    exact.
+    With --max-perplexity or --min-perplexity, text mode prints the texts that pass, without numbers. If none passes,
+    the exit code is 1, as for grep. In bfloat16, a perplexity varies by a few percent with its batch: use --dtype
+    float32 for exact results.
 
     \b
     llmcli score "The cat sat on the mat." "The cat mat on sat the."
@@ -59,69 +61,107 @@ def score(
     llmcli score --jsonl --field answer --condition question < pairs.jsonl
     llmcli score --tokens "The cat sat on the moon."
     """
-    form, roles = input.form(), input.roles("text")
-    target = output.target(form, texts, input.files)
-    is_text = target.format not in (OutputFormat.JSON, OutputFormat.CSV)
-    filters = max_perplexity is not None or min_perplexity is not None
-    if condition is not None and form not in (InputFormat.JSONL, InputFormat.CSV):
-        raise UsageError("--condition names a field of the records", hint="which have fields with --jsonl or --csv")
-    if tokens and is_text and (form is not InputFormat.WHOLE or filters):
-        raise UsageError("--tokens shows whole texts", hint=f"--json gives the tokens of records: {TOKENS}")
-
-    unscored = 0
-
-    def finish(result: Result) -> Result:
-        nonlocal unscored
-        if result.record.has_error:
-            return result
-        if result.failure:
-            return replace(result, dropped=filters and is_text)
-        if tokens:  # an empty text has none
-            result = replace(result, output={**result.output, TOKENS: result.output.get(TOKENS, [])})
-        perplexity = result.output["perplexity"]
-        unscored += filters and perplexity is None
-        passes = not filters or (
-            perplexity is not None and (min_perplexity or 0) <= perplexity <= (max_perplexity or math.inf)
-        )
-        text = result.record.fields[roles["text"]]
-        if form is InputFormat.WHOLE and not filters:
-            text = result.record.file or " ".join(text.split())[:BRIEF]
-        if tokens and is_text:
-            text = _heat(text, result.output[TOKENS], for_people=is_terminal() and not output.output)
-        return replace(result, text=text if filters else f"{_shown(perplexity)}\t{text}", dropped=not passes)
-
-    parameters: dict[str, Any] = {"fields": roles, "condition": condition, "stride": stride, TOKENS: tokens}
-    parameters |= {"max_perplexity": max_perplexity, "min_perplexity": min_perplexity}
-    job = Job(
-        task="score",
-        model=model.name("score"),
-        parameters=parameters,
-        load_options=model.load_options(),
-        batch_size=model.batch(),
-        keep_alive=model.kept(),
+    format, roles = input.format(), input.roles("text")
+    spec = output.spec(format, texts, input.files)
+    is_text = spec.format not in (OutputFormat.JSON, OutputFormat.CSV)
+    finisher = ScoreFinisher(
+        field=roles["text"],
+        minimum=min_perplexity,
+        maximum=max_perplexity,
+        is_text=is_text,
+        shows_excerpt=format is InputFormat.WHOLE,
+        shows_tokens=tokens,
+        for_terminal=is_terminal() and not output.output,
     )
-    status = run(job, read(sources(texts, input.files), form), replace(target, finish=finish, filters=filters))
-    if unscored:
-        console.notice(f"records of fewer than two tokens pass no filter: {unscored}")
+    if condition is not None and not format.has_fields:
+        raise UsageError("--condition requires records with fields", hint="use --jsonl or --csv")
+    if tokens and is_text and (format is not InputFormat.WHOLE or finisher.is_filter):
+        raise UsageError("--tokens requires whole texts", hint=f"--json writes the tokens of records in {TOKENS}")
+    parameters = {
+        "fields": roles,
+        "condition": condition,
+        "stride": stride,
+        TOKENS: tokens,
+        "max_perplexity": max_perplexity,
+        "min_perplexity": min_perplexity,
+    }
+    job = model.job("score", parameters)
+    records = read_records(open_inputs(texts, input.files), format)
+    status = run(job, records, replace(spec, finish=finisher.finish, is_filter=finisher.is_filter))
+    if finisher.unscored:
+        console.notice(f"records with fewer than two tokens pass no filter: {finisher.unscored}")
     return status
 
 
-def _heat(text: str, tokens: list[dict[str, Any]], *, for_people: bool) -> str:
-    """The tokens, coloured by how likely they are; without colours, a line each behind the text."""
-    if not for_people:
-        chances = [None if token["logprob"] is None else math.exp(token["logprob"]) for token in tokens]
-        rows = zip(map(share, chances), tokens, strict=True)
-        return "\n".join([text, *(f"{chance}\t{to_json(token['token'])}" for chance, token in rows)])
+@dataclass
+class ScoreFinisher:
+    """Filter results by perplexity, and give them their text.
+
+    Attributes:
+        unscored: Number of records without a perplexity that a filter has dropped.
+    """
+
+    field: str
+    minimum: float | None
+    maximum: float | None
+    is_text: bool
+    shows_excerpt: bool
+    shows_tokens: bool
+    for_terminal: bool
+    unscored: int = 0
+
+    @property
+    def is_filter(self) -> bool:
+        """Whether results may be dropped."""
+        return self.minimum is not None or self.maximum is not None
+
+    def finish(self, result: Result) -> list[Result]:
+        """Return the result with its text; nothing if it does not pass the filter."""
+        if result.record.has_error:
+            return [result]
+        if result.failure:
+            return [] if self.is_filter and self.is_text else [result]
+        if self.shows_tokens:  # The result of an empty text has none.
+            result = replace(result, output={TOKENS: [], **result.output})
+        if not self._passes(result.output["perplexity"]):
+            return []
+        return [replace(result, text=self._format(result))]
+
+    def _passes(self, perplexity: float | None) -> bool:
+        if not self.is_filter:
+            return True
+        if perplexity is None:
+            self.unscored += 1
+            return False
+        return (self.minimum or 0) <= perplexity <= (self.maximum or math.inf)
+
+    def _format(self, result: Result) -> str:
+        text: str = result.record.fields[self.field]
+        if self.is_filter:
+            return text
+        if self.shows_excerpt:
+            text = result.record.file or " ".join(text.split())[:EXCERPT_CHARACTERS]
+        if self.shows_tokens and self.is_text:
+            text = _format_tokens(text, result.output[TOKENS], for_terminal=self.for_terminal)
+        return f"{_format_perplexity(result.output['perplexity'])}\t{text}"
+
+
+def _format_tokens(text: str, tokens: list[JsonObject], *, for_terminal: bool) -> str:
+    """Return the tokens in colors that show how likely they are; outside a terminal, one line per token."""
+    if not for_terminal:
+        probabilities = [None if token["logprob"] is None else math.exp(token["logprob"]) for token in tokens]
+        rows = zip(map(format_probability, probabilities), tokens, strict=True)
+        return "\n".join([text, *(f"{probability}\t{to_json(token['token'])}" for probability, token in rows)])
     from llmcli.draw import figures
 
-    screen = figures.screen()
-    if figures.has_colours(screen):
-        return figures.drawn(figures.heat(tokens), screen)
-    return f"{text}\n{figures.drawn(figures.likelihoods(tokens, screen.width), screen)}"
+    screen = figures.terminal()
+    if figures.has_colors(screen):
+        return figures.render(figures.heat_map(tokens), screen)
+    return f"{text}\n{figures.render(figures.probability_table(tokens, screen.width), screen)}"
 
 
-def _shown(perplexity: float | None) -> str:
-    """With as many digits as mean something."""
+def _format_perplexity(perplexity: float | None) -> str:
+    """Return a perplexity with the digits that are significant."""
     if perplexity is None:
         return "-"
     return f"{perplexity:.{2 if perplexity < 100 else 1 if perplexity < 1000 else 0}f}"

@@ -1,72 +1,68 @@
-"""llmcli search: passages nearest in meaning, printed as grep prints."""
+"""llmcli search: search files by meaning, and print passages as grep does."""
 
-from contextlib import nullcontext
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
-from llmcli import config, console, engines
+from llmcli import config
 from llmcli.errors import ExitStatus, LlmcliError, UsageError
 from llmcli.io.formats import InputFormat
-from llmcli.io.output import Output, OutputFormat
-from llmcli.io.progress import Tally, summary
-from llmcli.io.records import read, sources
-from llmcli.job import Job, Record, Result
-from llmcli.options import ModelOptions, OutputOptions
+from llmcli.io.records import decode_argument, open_inputs, read_records
+from llmcli.job import Record, Result
+from llmcli.options import BatchModelOptions, OutputOptions
 from llmcli.options.expand import expand_options
+from llmcli.run import run
 
-BATCH_SIZE = 32
+BATCH_SIZE = 32  # passages, unless --batch-size is given
 
 
 @expand_options
 def search(
     query: Annotated[str, typer.Argument(metavar="QUERY", show_default=False)],
     files: Annotated[list[str], typer.Argument(metavar="FILE", default_factory=list, show_default=False)],
-    limit: Annotated[int, typer.Option("--limit", "-n", metavar="N", min=1, help="How many passages to show.")] = 5,
+    limit: Annotated[int, typer.Option("--limit", "-n", metavar="N", min=1, help="Number of passages to print.")] = 5,
     *,
-    model: ModelOptions,
+    model: BatchModelOptions,
     output: OutputOptions,
 ) -> ExitStatus:
-    """Print the passages nearest in meaning to QUERY.
+    """Search files by meaning.
 
-    The best comes first, as file:line: passage (score). Without FILE, the lines of stdin. What was embedded once is
-    kept: a second search is quick.
+    Prints the passages most similar to QUERY, the best first, as file:line: passage (score). Without FILE, searches the
+    lines of stdin. Embeddings are cached, so the next search of the same files is fast.
 
     \b
     llmcli search "how to undo a commit" docs/*.md
     history | llmcli search "the command that fixed the network" -n 3
     """
+    query = decode_argument(query)
     if not query.strip():
-        raise UsageError("the query is empty")
+        raise UsageError("QUERY must not be empty")
     if config.world_size() > 1:
-        raise UsageError("search runs in one process")
+        raise UsageError("search cannot run in several processes")
     if output.resume or output.retry_errors:
-        raise UsageError("search does not go with --resume and --retry-errors: it ends with all passages or none")
-    found = list(read(sources([], files), InputFormat.WHOLE if files else InputFormat.LINES))
-    name, tally = model.name("search"), Tally()
-    with summary(name, tally) if output.stats else nullcontext():
-        for record in found:
-            tally.add(Result(record, failure=record.failure))
-            if record.failure:
-                console.error(f"{record.where}{record.failure.message}")
-        if tally.failed and output.on_error == "stop":
-            return ExitStatus.FAILED
-        job = Job(
-            task="search",
-            model=name,
-            parameters={"limit": limit},
-            load_options=model.load_options(),
-            batch_size=model.batch() or BATCH_SIZE,
-            keep_alive=model.kept(),
-        )
-        texts = [{**record.fields, "file": record.file, "line": record.line} for record in found if not record.failure]
-        (result,) = engines.of(job).run(job, [Record({"query": query, "texts": texts})])
-        if result.failure:
-            raise LlmcliError(result.failure.message)
-        with Output(OutputFormat.JSON if output.json else OutputFormat.TEXT, path=output.output, model=name) as out:
-            for match in result.output["matches"]:
-                place = f"{match['file']}:{match['line']}" if match["file"] else str(match["line"])
-                text = f"{place}: {' '.join(match['text'].split())} ({match['score']:.3f})"
-                record = Record({"line": match["line"], "text": match["text"]}, match["file"])
-                out.write(Result(record, {"score": match["score"]}, text))
-    return ExitStatus.of(tally.failed, tally.records)
+        raise UsageError("search does not support --resume or --retry-errors")
+    inputs = list(read_records(open_inputs([], files), InputFormat.WHOLE if files else InputFormat.LINES))
+    job = model.job("search", {"limit": limit})
+    job = replace(job, batch_size=job.batch_size or BATCH_SIZE)
+    records = [record for record in inputs if record.failure]
+    texts = [{**record.fields, "file": record.file, "line": record.line} for record in inputs if not record.failure]
+    if texts:
+        records.append(Record({"query": query, "texts": texts}))
+    spec = replace(output.spec(InputFormat.WHOLE), finish=_expand_matches, extra_records=len(inputs) - len(records))
+    return run(job, records, spec)
+
+
+def _expand_matches(result: Result) -> list[Result]:
+    """Return one result per passage; nothing for a file that cannot be read."""
+    if result.record.failure:
+        return []
+    if result.failure:
+        raise LlmcliError(result.failure.message)
+    return [_format_match(**match) for match in result.output["matches"]]
+
+
+def _format_match(*, file: str | None, line: int, text: str, score: float, **_: object) -> Result:
+    place = f"{file}:{line}" if file else str(line)
+    record = Record({"line": line, "text": text}, file)
+    return Result(record, {"score": score}, f"{place}: {' '.join(text.split())} ({score:.3f})")

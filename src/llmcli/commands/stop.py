@@ -1,4 +1,4 @@
-"""llmcli stop: end the worker."""
+"""llmcli stop: stop the worker."""
 
 from llmcli import console
 from llmcli.engines.worker import client
@@ -8,12 +8,10 @@ from llmcli.options.expand import expand_options
 
 @expand_options
 def stop(quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """End the worker, and what it is doing.
+    """Stop the worker and cancel its jobs.
 
     \b
     llmcli stop
     """
-    try:
-        client.stop()
-    except client.WorkerUnavailableError:
+    if not client.stop():
         console.notice("no worker is running")

@@ -1,20 +1,16 @@
-"""llmcli summarize: say the same in fewer words."""
-
-from typing import Annotated
-
-import typer
+"""llmcli summarize: summarize texts of any length."""
 
 from llmcli.errors import ExitStatus
-from llmcli.io.records import read, sources
-from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
+from llmcli.io.records import open_inputs, read_records
+from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, Texts
 from llmcli.options.expand import expand_options
 from llmcli.run import run
-from llmcli.tasks.fields import template
+from llmcli.tasks.templates import build_prompt_parameters
 
 
 @expand_options
 def summarize(
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT", default_factory=list, show_default=False)],
+    texts: Texts,
     prompt: Prompt = None,
     *,
     input: InputOptions,
@@ -22,15 +18,16 @@ def summarize(
     model: ServedModelOptions,
     output: OutputOptions,
 ) -> ExitStatus:
-    """Summarize each TEXT, of any length.
+    """Summarize texts of any length.
 
-    One that is longer than the model takes is summarized in parts, then the parts together.
+    A text longer than the context length is summarized in parts. Then the summaries are summarized together.
 
     \b
     llmcli summarize -f report.txt
     man rsync | llmcli summarize --max-new-tokens 80
     llmcli summarize -m facebook/bart-large-cnn --jsonl --field article < news.jsonl
     """
-    form = input.form()
-    job = model.job("summarize", generation, {"fields": input.roles("text")} | template(prompt))
-    return run(job, read(sources(texts, input.files), form), output.target(form, texts, input.files))
+    format = input.format()
+    job = model.job("summarize", {"fields": input.roles("text")} | build_prompt_parameters(prompt), generation)
+    records = read_records(open_inputs(texts, input.files), format)
+    return run(job, records, output.spec(format, texts, input.files))

@@ -1,28 +1,25 @@
-"""Engines turn a Job and Records into Results, in input order. One contract, the same results.
+"""Engines turn a job and records into results, in input order: here, in the worker, or at a server."""
 
-    run(job, records, on_text, on_done) -> Iterator[Result]
-    load(job)                              has the model ready before there is a record
-
-`on_text`, where given, gets the text of a record in pieces while it is generated, before its Result,
-whenever the engine works on that record alone and no other waits for its turn. `on_done`, where given,
-gets every Result as soon as it is there, which may be before its turn.
-"""
-
-from llmcli import config
+from llmcli import config, console
 from llmcli.engines.engine import Engine
 from llmcli.job import Job
 
 
-def of(job: Job) -> Engine:
-    """The engine that runs a job."""
+def engine_for(job: Job) -> Engine:
+    """Return the engine that runs a job."""
     if job.endpoint:
         from llmcli.engines.endpoint import EndpointEngine
 
         return EndpointEngine()
     if job.keep_alive != 0 and config.world_size() == 1:
-        from llmcli.engines.worker.client import WorkerEngine
+        from llmcli.engines.worker import protocol
 
-        return WorkerEngine()
+        if job.keep_alive or protocol.has_socket():
+            from llmcli.engines.worker.client import WorkerEngine
+
+            return WorkerEngine()
+        if console.verbose:
+            console.notice("no worker is running; this process runs the model")
     from llmcli.engines.local import LocalEngine
 
     return LocalEngine()

@@ -1,28 +1,139 @@
-"""Which rows run together, and how many."""
+"""Batching policies: which rows run together, and how many."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 
-FIRST = 16
-MOST = {"cpu": 64}  # more gains nothing there
-MOST_ELSEWHERE = 256
-UNIT = {"cpu": 16}  # tokens of a row, where batches are measured in tokens
-UNIT_ELSEWHERE = 64
-LOSS = 0.7  # how slow a greater batch may seem: the next rows may just be longer, and attention slower for that
+from llmcli.engines.memory import MemoryEstimator
+
+INITIAL_ROWS = 16
+MAX_ROWS = {"cpu": 64}  # larger batches gain nothing there
+MAX_ROWS_ACCELERATOR = 256
+TOKENS_PER_ROW = {"cpu": 16}  # the length of a row where a batch is measured in tokens
+TOKENS_PER_ROW_ACCELERATOR = 64
+MIN_SPEED_RATIO = 0.7  # a larger batch may seem slower only because its rows are longer
 
 
-def neighbours(lengths: Sequence[int], size: int) -> list[int]:
-    """Indices of at most `size` rows: the first, which has waited longest, and rows of about its length. In the order
-    of length all rows are dealt into equal batches, as few as can be, so that none is left for the odd ones."""
+class BatchPolicy(ABC):
+    """Chooses batches. `choose` one, then report by `observe` or `observe_out_of_memory` how it went.
+
+    The size of a batch is `batch_size` or, if that is None, doubles while throughput improves, unless `is_fixed`. A
+    batch also has to fit in memory, with `answer_tokens` for each row. A batch that ran out of memory limits the tokens
+    of later ones, not their rows: one long record does not make batches of short records smaller.
+    """
+
+    def __init__(
+        self,
+        batch_size: int | None,
+        device_type: str,
+        memory: MemoryEstimator,
+        *,
+        answer_tokens: int = 0,
+        is_fixed: bool = False,
+    ) -> None:
+        self.size = batch_size or INITIAL_ROWS
+        self._max_size = batch_size or MAX_ROWS.get(device_type, MAX_ROWS_ACCELERATOR)
+        self._memory = memory
+        self._answer_tokens = answer_tokens
+        self._is_settled = is_fixed or batch_size is not None
+        self._is_fixed = is_fixed
+        self._best_speed = 0.0
+
+    def choose(self, lengths: Sequence[int]) -> list[int]:
+        """Return the indices of the rows of the next batch: the first one, which has waited longest, and similar ones.
+
+        `lengths` are the tokens of the waiting rows.
+        """
+        size = self.size
+        while True:
+            batch = self._select(lengths, size)
+            chosen = [lengths[i] for i in batch]
+            if len(batch) == 1 or self._fits(chosen):
+                return batch
+            size = max(1, self._measure(chosen) // 2)
+
+    def start_batch(self) -> None:
+        """Prepare to measure the memory of a batch."""
+        self._memory.start_batch()
+
+    def observe(self, lengths: Sequence[int], tokens_per_second: float) -> None:
+        """Learn from a batch that has run."""
+        self._memory.observe(self._count_tokens(lengths))
+        rows = self._measure(lengths)
+        if self._is_settled or rows <= self.size // 2:  # the last rows of an input tell nothing about a full batch
+            return
+        if tokens_per_second < MIN_SPEED_RATIO * self._best_speed:
+            self._is_settled = True
+            self.size = max(INITIAL_ROWS, self.size // 2)
+        else:
+            self._best_speed = max(tokens_per_second, self._best_speed)
+            self.size = min(2 * self.size, self._max_size)
+            self._is_settled = self.size == self._max_size
+
+    def observe_out_of_memory(self, lengths: Sequence[int]) -> None:
+        """Learn from a batch that ran out of memory."""
+        self._memory.observe_failure(self._count_tokens(lengths))
+
+    def _fits(self, lengths: Sequence[int]) -> bool:
+        tokens = self._count_tokens(lengths)
+        return self._memory.is_below_failure(tokens) if self._is_fixed else self._memory.fits(tokens)
+
+    def _count_tokens(self, lengths: Sequence[int]) -> int:
+        """Return the tokens of a batch, with padding and answers."""
+        return len(lengths) * (max(lengths) + self._answer_tokens)
+
+    @abstractmethod
+    def _select(self, lengths: Sequence[int], size: int) -> list[int]:
+        """Return the first row and similar ones, at most `size`."""
+
+    @abstractmethod
+    def _measure(self, lengths: Sequence[int]) -> int:
+        """Return the size of a batch in the unit of `size`."""
+
+
+class RowPolicy(BatchPolicy):
+    """Measures a batch in rows: for generation, where each step takes as long for long rows as for short ones."""
+
+    def observe(self, lengths: Sequence[int], tokens_per_second: float) -> None:
+        if len(lengths) > 1:  # what a single row costs tells little about a batch
+            super().observe(lengths, tokens_per_second)
+
+    def _select(self, lengths: Sequence[int], size: int) -> list[int]:
+        return bucket_by_length(lengths, size)
+
+    def _measure(self, lengths: Sequence[int]) -> int:
+        return len(lengths)
+
+
+class TokenPolicy(BatchPolicy):
+    """Measures a batch in tokens: where one forward pass reads all of them. `size` counts rows of a fixed length."""
+
+    def __init__(self, batch_size: int | None, device_type: str, memory: MemoryEstimator) -> None:
+        super().__init__(batch_size, device_type, memory)
+        self._tokens_per_row = TOKENS_PER_ROW.get(device_type, TOKENS_PER_ROW_ACCELERATOR)
+
+    def _select(self, lengths: Sequence[int], size: int) -> list[int]:
+        return bucket_by_tokens(lengths, size * self._tokens_per_row)
+
+    def _measure(self, lengths: Sequence[int]) -> int:
+        return self._count_tokens(lengths) // self._tokens_per_row
+
+
+def bucket_by_length(lengths: Sequence[int], size: int) -> list[int]:
+    """Return the indices of the first row and of rows of similar length, at most `size`.
+
+    Sorted by length, all rows are divided into as few equal batches as possible, so that no batch mixes what is left.
+    """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    batches = -(-len(order) // size)
-    ends = [i * len(order) // batches for i in range(batches + 1)]
-    return next(batch for a, b in pairwise(ends) if 0 in (batch := order[a:b]))
+    count = -(-len(order) // size)
+    ends = [i * len(order) // count for i in range(count + 1)]
+    position = order.index(0)
+    start, end = next((start, end) for start, end in pairwise(ends) if start <= position < end)
+    return order[start:end]
 
 
-def alike(lengths: Sequence[int], tokens: int) -> list[int]:
-    """The same by tokens: as many rows of about the first one's length as have so many with their padding; one at
-    least."""
+def bucket_by_tokens(lengths: Sequence[int], tokens: int) -> list[int]:
+    """Return the indices of the first row and of similar ones: at most `tokens` with padding, at least one row."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     batch: list[int] = []
     for i in order:
@@ -32,31 +143,3 @@ def alike(lengths: Sequence[int], tokens: int) -> list[int]:
             batch = []
         batch.append(i)
     return batch
-
-
-class BatchSize:
-    """Rows a batch: as asked for or, where that is None, doubled until a token gets dearer or the device
-    has work enough. Memory that runs out halves it for good."""
-
-    def __init__(self, asked: int | None, device: str) -> None:
-        self.now = asked or FIRST
-        self.most = asked or MOST.get(device, MOST_ELSEWHERE)
-        self._settled = asked is not None
-        self._best = 0.0
-
-    def learn(self, rows: int, speed: float) -> None:
-        """A batch of so many rows ran at `speed`, in tokens a second."""
-        if self._settled or rows <= self.now // 2:  # the last rows of an input say nothing of a full batch
-            return
-        if speed < LOSS * self._best:
-            self._settled = True
-            self.now = max(FIRST, self.now // 2)
-        else:
-            self._best = max(speed, self._best)
-            self.now = min(2 * self.now, self.most)
-            self._settled = self.now == self.most
-
-    def halve(self) -> None:
-        """Memory ran out."""
-        self.now = self.most = max(1, self.now // 2)
-        self._settled = True

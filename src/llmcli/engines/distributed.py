@@ -1,5 +1,5 @@
-"""One run by several processes, on one machine or on many: the first deals out the records, every one runs its share,
-and the first takes the results together in input order."""
+"""One run by several processes: rank 0 deals out the records, every rank runs its part, and rank 0 collects the results
+in input order."""
 
 import threading
 from collections.abc import Iterable, Iterator
@@ -8,19 +8,40 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmcli.engines.engine import WINDOW, Engine, OnResult
-from llmcli.engines.readahead import ReadAhead
-from llmcli.engines.request import OnText
+from llmcli import console
+from llmcli.engines.engine import MAX_IN_FLIGHT, Engine
+from llmcli.engines.job_run import OnResult
+from llmcli.engines.read_ahead import ReadAhead
+from llmcli.engines.requests import OnText
 from llmcli.errors import ExitStatus, LlmcliError
-from llmcli.job import Job, Record, Result
+from llmcli.job import Failure, Job, JsonObject, Record, Result
 
-FOREVER = timedelta(days=365)  # how long one process may wait for another
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+JOIN_TIMEOUT_S = 300.0  # for all ranks to start
+MESSAGE_TIMEOUT = timedelta(days=365)  # a rank may wait this long for input, or for a slow batch of another one
+
+Outcome = tuple[JsonObject, str, Failure | None]  # a Result without its record
+
+
+class RankExitedError(LlmcliError):
+    """Another process exited before its work was done."""
+
+
+@dataclass(frozen=True, slots=True)
+class _RemoteError:
+    """An LlmcliError of another rank."""
+
+    message: str
+    hint: str | None
+    status: ExitStatus
 
 
 class DistributedEngine:
-    """The first process's; `engine` runs its own share."""
+    """The engine of rank 0. `engine` runs the records of this process."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -28,102 +49,119 @@ class DistributedEngine:
     def run(
         self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_result: OnResult | None = None
     ) -> Iterator[Result]:
-        """Results in the order of the records. Raises what `engine` raises, here or in another process; LlmcliError
-        where that has ended."""
-        others = [_Other(rank, job) for rank in range(1, _state().num_processes)]
-        own = self._engine.run(_placed(job), _own_share(records, others), on_result=on_result)
-        with ReadAhead(own, WINDOW) as results:  # a thread, so that it goes on while others are waited for
-            while result := next(iter(results.take(1, least=1)), None):
+        """Yield the results in the order of the records. Raises what the engine of any rank raises."""
+        remotes = [_RemoteRank(rank, job) for rank in range(1, _group().size())]
+        own = self._engine.run(_job_of_rank(job), _deal(records, remotes), on_result=on_result)
+        with ReadAhead(own, MAX_IN_FLIGHT) as results:  # goes on computing while other ranks are waited for
+            while result := next(iter(results.take(1, minimum=1)), None):
                 yield result
-                for other in others:
-                    if result := other.next():
+                for remote in remotes:
+                    if result := remote.next_result():
                         if on_result:
                             on_result(result)
                         yield result
-            for other in others:
-                other.end()
+            for remote in remotes:
+                remote.wait()
         _leave()
 
 
-class _Other:
-    """Another process, as the first one sees it."""
+class _RemoteRank:
+    """Another process, as rank 0 sees it."""
 
     def __init__(self, rank: int, job: Job) -> None:
         self._rank = rank
-        self._given: SimpleQueue[Record | None] = SimpleQueue()
+        self._sent: SimpleQueue[Record | None] = SimpleQueue()
         self._to_send: SimpleQueue[Record | None] = SimpleQueue()
         _send(job, rank)
-        threading.Thread(target=self._deal, daemon=True).start()
-        self._answers = ReadAhead(_received(rank), WINDOW)
+        threading.Thread(target=self._send_records, daemon=True).start()
+        self._outcomes: ReadAhead[Outcome] = ReadAhead(_receive(rank), MAX_IN_FLIGHT)
 
-    def give(self, record: Record | None) -> None:
-        """The next record of its share; None: there is none left."""
-        self._given.put(record)
+    def send(self, record: Record | None) -> None:
+        """Send the rank its next record, or None after the last one."""
+        self._sent.put(record)
         self._to_send.put(record)
 
-    def next(self) -> Result | None:
-        """What became of the next record of its share, if there is one."""
-        if (record := self._given.get()) is None:
+    def next_result(self) -> Result | None:
+        """Return the result of the rank's next record, or None after the last one."""
+        if (record := self._sent.get()) is None:
             return None
-        ((output, text, failure),) = self._answers.take(1, least=1)
+        ((output, text, failure),) = self._outcomes.take(1, minimum=1)
         return Result(record, output, text, failure)
 
-    def end(self) -> None:
-        """Wait for its last word."""
-        self._answers.take(1, least=1)
+    def wait(self) -> None:
+        """Wait until the rank is done."""
+        self._outcomes.take(1, minimum=1)
 
-    def _deal(self) -> None:
-        with suppress(ProcessEndedError):  # whoever waits for its answers will say so
+    def _send_records(self) -> None:
+        with suppress(RankExitedError):  # next_result raises it too
             while record := self._to_send.get():
                 _send(record, self._rank)
             _send(None, self._rank)
 
 
 def serve(engine: Engine) -> ExitStatus:
-    """What every process but the first does, whatever input its command line names."""
+    """Run the records that rank 0 sends to this process, whatever input its command line names."""
+    _group()  # raises if rank 0 cannot be joined
     try:
-        job = next(_received(0))
-        for result in engine.run(_placed(job), _received(0)):
+        job = next(_receive(0))
+        for result in engine.run(_job_of_rank(job), _receive(0)):
             _send((result.output, result.text, result.failure), 0)
         _send(None, 0)
-    except ProcessEndedError:
-        return ExitStatus.OK  # it knows why
+    except RankExitedError:
+        return ExitStatus.OK  # rank 0 has reported why
     except LlmcliError as exc:
-        _send(_Problem(exc.message, exc.hint, exc.status), 0)
+        with suppress(RankExitedError):
+            _send(_RemoteError(exc.message, exc.hint, exc.status), 0)
         return exc.status
     _leave()
     return ExitStatus.OK
 
 
-def _own_share(records: Iterable[Record], others: list[_Other]) -> Iterator[Record]:
-    """Each process gets a record in its turn; the first one's own are yielded."""
+def _deal(records: Iterable[Record], remotes: list[_RemoteRank]) -> Iterator[Record]:
+    """Give each rank a record in turn; yield those of this process."""
     for number, record in enumerate(records):
-        if turn := number % (len(others) + 1):
-            others[turn - 1].give(record)
+        if rank := number % (len(remotes) + 1):
+            remotes[rank - 1].send(record)
         else:
             yield record
-    for other in others:
-        other.give(None)
+    for remote in remotes:
+        remote.send(None)
 
 
 @cache
-def _state() -> Any:
-    """This process among the others, whom it has joined."""
+def _group() -> "ProcessGroup":
+    """Join the other processes. Messages go over the CPU (gloo), whatever device each process computes on."""
+    import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=True, timeout=FOREVER)  # the wire is the processors'; each has its own device, if any
+    try:
+        with console.working("waiting for the other processes"):
+            PartialState(cpu=True, timeout=timedelta(seconds=JOIN_TIMEOUT_S))
+            return torch.distributed.new_group(timeout=MESSAGE_TIMEOUT)
+    except (RuntimeError, ValueError) as exc:
+        why, *_ = str(exc).split("\n")
+        raise LlmcliError(
+            f"cannot join the other processes: {why}",
+            hint="start all with torchrun; to run one process, unset RANK and WORLD_SIZE",
+        ) from exc
 
 
-def _placed(job: Job) -> Job:
-    """On this process's device, where each has one of its own."""
+def _job_of_rank(job: Job) -> Job:
+    """Return the job with this rank's own device, if there are several, and its own seed.
+
+    With one seed for all, equal records would get equal samples in every rank.
+    """
     from llmcli.models.loading import choose_device
 
+    if job.seed is not None:
+        job = replace(job, seed=(job.seed + _group().rank()) % 2**32)
     device = choose_device(job.load_options.device)
     if job.load_options.device != "auto" or device == "cpu":
         return job
     import torch
+    from accelerate import PartialState
 
-    index = _state().local_process_index % torch.accelerator.device_count()
+    index = PartialState().local_process_index % torch.accelerator.device_count()
     return replace(job, load_options=replace(job.load_options, device=f"{device}:{index}"))
 
 
@@ -133,44 +171,28 @@ def _leave() -> None:
     torch.distributed.destroy_process_group()
 
 
-@dataclass(frozen=True, slots=True)
-class _Problem:
-    """An error, on the wire."""
-
-    message: str
-    hint: str | None
-    status: ExitStatus
-
-
-class ProcessEndedError(LlmcliError):
-    """Another process has ended before its work was done."""
-
-
-def _send(value: Any, rank: int) -> None:
+def _send(item: object, rank: int) -> None:
     import torch
 
-    _state()
     try:
-        torch.distributed.send_object_list([value], dst=rank)
+        torch.distributed.send_object_list([item], dst=rank, group=_group())
     except RuntimeError as exc:
-        raise ProcessEndedError(f"process {rank} has ended") from exc
+        raise RankExitedError(f"process {rank} has exited") from exc
 
 
-def _received(rank: int) -> Iterator[Any]:
-    """What another process sends, to the None that ends it. Raises what it raised."""
+def _receive(rank: int) -> Iterator[Any]:
+    """Yield what another rank sends, up to None. Raises what the rank raised."""
     import torch
 
-    _state()
     while True:
-        box = [None]
+        items: list[object] = [None]
         try:
-            torch.distributed.recv_object_list(box, src=rank)
+            torch.distributed.recv_object_list(items, src=rank, group=_group())
         except RuntimeError as exc:
-            raise ProcessEndedError(
-                f"process {rank} has ended", hint="the same command, with --resume, goes on"
-            ) from exc
-        if isinstance(found := box[0], _Problem):
-            raise LlmcliError(f"process {rank}: {found.message}", found.hint, found.status)
-        if found is None:
+            raise RankExitedError(f"process {rank} has exited", hint="run the command again with --resume") from exc
+        (item,) = items
+        if isinstance(item, _RemoteError):
+            raise LlmcliError(f"process {rank}: {item.message}", item.hint, item.status)
+        if item is None:
             return
-        yield found
+        yield item

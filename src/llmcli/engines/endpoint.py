@@ -1,250 +1,261 @@
-"""The engine of a server that speaks the OpenAI protocol: vLLM, TGI, llama.cpp's, `transformers serve`."""
+"""The engine of an OpenAI-compatible server: vLLM, TGI, llama.cpp, `transformers serve`."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from llmcli.engines.engine import TaskEngine
-from llmcli.engines.request import OnText, Request, capture_errors
+from llmcli.engines.requests import OnText, Request, capture_errors
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
-from llmcli.job import Job
-from llmcli.tasks import Strategy
+from llmcli.job import Job, JsonObject
+from llmcli.tasks import Prompt, Strategy
 from llmcli.text import stops
 
-RETRIES = 10  # with pauses of 0.5 to 8 seconds, or as long as the server says: about a minute
-TIMEOUT = 600  # seconds for an answer
-POLL = 0.1  # seconds after which new records are looked for
-NAMES = {
+if TYPE_CHECKING:
+    from openai import APIStatusError, OpenAI
+    from openai.types import CompletionUsage, Model
+
+MAX_RETRIES = 10  # with pauses of 0.5 to 8 seconds, or as long as the server says: about a minute
+TIMEOUT_S = 600  # for an answer
+POLL_S = 0.1  # after which the engine looks for new records
+BYTES_PER_TOKEN = 4  # an estimate
+PROTOCOL_NAMES = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
     "stop_strings": "stop",
     "num_return_sequences": "n",
 }
-SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # asking for one asks for sampling
-STANDARD = ("max_tokens", "stop", "n", "temperature", "top_p", "seed")  # others are extensions of one server or another
+SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p")  # any of them turns sampling on
+STANDARD_OPTIONS = ("max_tokens", "stop", "n", "temperature", "top_p", "seed")  # servers extend these as they like
 
 
 class EndpointEngine(TaskEngine):
-    """Sends what steps ask for to the job's server; nothing of it runs here."""
+    """Sends model calls to the job's server. Nothing of the model runs here."""
 
     def check(self, job: Job) -> None:
         if (job.generation.get("num_beams") or 1) > 1:
-            raise UsageError("--num-beams does not go with --endpoint: servers do not search")
+            raise UsageError("--num-beams is not supported with --endpoint")
         if job.truncate:
-            raise UsageError("--truncate does not go with --endpoint: the server alone knows how long a text is")
+            raise UsageError("--truncate is not supported with --endpoint: only the server can count tokens")
 
-    def model(self, job: Job) -> "RemoteModel":
+    def find_model(self, job: Job) -> "RemoteModel":
         assert job.endpoint
-        return RemoteModel(job.model, server(job.endpoint))
+        return RemoteModel(job.model, make_client(job.endpoint))
 
-    def runner(self, job: Job, strategy: Strategy, model: "RemoteModel") -> "EndpointRunner":
-        model.context_length  # noqa: B018  # asks the server, which should be there
+    def make_runner(self, job: Job, strategy: Strategy, model: "RemoteModel") -> "EndpointRunner":
+        model.look_up()  # raises if the server cannot be reached
         return EndpointRunner(job, strategy, model)
 
-    def other(self) -> TaskEngine:
+    def local(self) -> TaskEngine:
         from llmcli.engines.local import LocalEngine
 
         return LocalEngine()
 
 
 class RemoteModel:
-    """What steps know of a model that a server has. It chats; its tokens are estimated."""
+    """A server's model as tasks see it: it chats, and its tokens are estimated."""
 
     kind = "causal"
     is_chat = True
 
-    def __init__(self, name: str, client: Any) -> None:
+    def __init__(self, name: str, client: "OpenAI") -> None:
         self.name, self.client = name, client
+        self._models: list[Model] | None = None
 
     @property
-    def pipeline(self) -> "RemoteModel":
-        return self
-
-    @cached_property
     def context_length(self) -> int | None:
-        """Tokens of prompt and answer, where the server says it, as vLLM does."""
-        mine = (each for each in models(self.client) if each.id == self.name)
-        return getattr(next(mine, None), "max_model_len", None)
+        """Maximum number of tokens of prompt and answer, if the server reports it, as vLLM does."""
+        model = next((model for model in self.look_up() if model.id == self.name), None)
+        return getattr(model, "max_model_len", None)
+
+    def look_up(self) -> "list[Model]":
+        """Return the server's models, asked for once. Raises ModelUnavailableError if the server is unreachable."""
+        if self._models is None:
+            self._models = list_models(self.client)
+        return self._models
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text, at four bytes a token."""
-        return -(-len(text.encode("utf-8", "replace")) // 4)
+        """Return an estimate of the tokens of a text."""
+        return -(-len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN)
 
-    def count_prompt_tokens(self, prompt: str | Sequence[Mapping[str, str]]) -> int:
-        """Tokens of a prompt, or of messages."""
+    def count_prompt_tokens(self, prompt: Prompt) -> int:
+        """Return an estimate of the tokens of a prompt."""
         texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
         return sum(self.count_tokens(text) for text in texts)
 
 
 class EndpointRunner:
-    """A job's requests, `concurrency` at a time. Text goes to /completions, messages to /chat/completions."""
+    """Sends a job's requests, `concurrency` at a time: text to /completions, messages to /chat/completions."""
 
     def __init__(self, job: Job, strategy: Strategy, model: RemoteModel) -> None:
-        self.waiting: set[Request] = set()
+        self.queue: set[Request] = set()
         self._model = model
-        self._options = options(job, strategy, model)
-        self._queued: list[Request] = []
-        self._over: SimpleQueue[tuple[Request, Future[Any]]] = SimpleQueue()
+        self._options = protocol_options(job, strategy, model)
+        self._unsent: list[Request] = []
+        self._finished: SimpleQueue[tuple[Request, Future[JsonObject]]] = SimpleQueue()
         self._threads = ThreadPoolExecutor(job.concurrency)
 
     def add(self, requests: Sequence[Request]) -> None:
-        """They wait for a step."""
-        self.waiting.update(requests)
-        self._queued += requests
+        """Queue requests."""
+        self.queue.update(requests)
+        self._unsent += requests
 
     def step(self, on_text: OnText | None = None) -> None:
-        """All that wait are sent, as far as there are connections; some are over, or none for a while."""
-        queued, self._queued = self._queued, []
-        if on_text and len(queued) == 1 and self._options.keys().isdisjoint({"n", "stop"}):
-            with capture_errors(queued[0]):
-                queued[0].output = self._streamed(queued[0].input, on_text)
-            self.waiting.discard(queued[0])
+        """Send the requests that are queued, and take in the answers that have arrived, if any soon do."""
+        requests, self._unsent = self._unsent, []
+        if on_text and len(requests) == 1 and self._options.keys().isdisjoint({"n", "stop"}):
+            with capture_errors(requests[0]):
+                requests[0].output = self._stream(requests[0].input, on_text)
+            self.queue.discard(requests[0])
             return
-        for request in queued:
-            sent = self._threads.submit(self._answer, request.input)
-            sent.add_done_callback(partial(self._put, request))
+        for request in requests:
+            answer = self._threads.submit(self._complete, request.input)
+            answer.add_done_callback(partial(self._put, request))
         try:
-            found = [self._over.get(timeout=POLL)]
+            finished = [self._finished.get(timeout=POLL_S)]
         except Empty:
             return
-        while not self._over.empty():
-            found.append(self._over.get())
-        for request, future in found:
+        while not self._finished.empty():
+            finished.append(self._finished.get())
+        for request, answer in finished:
             with capture_errors(request):
-                request.output = future.result()
-            self.waiting.discard(request)
+                request.output = answer.result()
+            self.queue.discard(request)
 
-    def _put(self, request: Request, future: "Future[Any]") -> None:
-        self._over.put((request, future))
+    def _put(self, request: Request, answer: "Future[JsonObject]") -> None:
+        self._finished.put((request, answer))
 
-    def _answer(self, prompt: Any) -> dict[str, Any]:
-        with self._told():
-            response = self._create(prompt)
+    def _complete(self, prompt: Prompt) -> JsonObject:
+        with self._translated_errors():
+            response = self._send(prompt)
         choices = getattr(response, "choices", None) or []
         if len(choices) < self._options.get("n", 1):
-            raise RecordError("invalid_response", f"the server gave {len(choices)} answers")
+            raise RecordError("invalid_response", f"server returned {len(choices)} answers")
         texts = [self._cut(choice.text if isinstance(prompt, str) else choice.message.content) for choice in choices]
         several = {"generated_texts": texts} if len(texts) > 1 else {}
-        return {"generated_text": texts[0], **several, **_ended(choices[0].finish_reason, response.usage)}
+        return {"generated_text": texts[0], **several, **_end_fields(choices[0].finish_reason, response.usage)}
 
-    def _streamed(self, prompt: Any, on_text: OnText) -> dict[str, Any]:
-        said, reason, usage = "", None, None
-        with self._told():
-            for chunk in self._create(prompt, stream=True, stream_options={"include_usage": True}):
+    def _stream(self, prompt: Prompt, on_text: OnText) -> JsonObject:
+        text, reason, usage = "", None, None
+        with self._translated_errors():
+            for chunk in self._send(prompt, stream=True, stream_options={"include_usage": True}):
                 usage = chunk.usage or usage
                 for choice in chunk.choices[:1]:
                     piece = (choice.text if isinstance(prompt, str) else choice.delta.content) or ""
-                    said, reason = said + piece, choice.finish_reason or reason
+                    text, reason = text + piece, choice.finish_reason or reason
                     on_text(piece)
         if reason is None:
-            raise RecordError("server_unreachable", "the server broke off its answer")
-        return {"generated_text": said, **_ended(reason, usage)}
+            raise RecordError("server_unreachable", "server stopped in the middle of an answer")
+        return {"generated_text": text, **_end_fields(reason, usage)}
 
-    def _create(self, prompt: Any, **settings: Any) -> Any:
+    def _send(self, prompt: Prompt, **options: object) -> Any:
+        field = "prompt" if isinstance(prompt, str) else "messages"
+        settings: dict[str, Any] = {"model": self._model.name, field: prompt, **self._options, **options}
         client = self._model.client
-        if isinstance(prompt, str):
-            return client.completions.create(model=self._model.name, prompt=prompt, **self._options, **settings)
-        return client.chat.completions.create(model=self._model.name, messages=prompt, **self._options, **settings)
+        return (client if field == "prompt" else client.chat).completions.create(**settings)
 
     def _cut(self, text: str | None) -> str:
-        """Without a stop text, which some servers leave at the end."""
+        """Return a text without a stop string, which some servers leave at the end."""
         text = text or ""
         return text[: stops.first_stop(text, self._options.get("stop", ()))]
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """What goes wrong is this record's failure, unless it would be that of all."""
+    def _translated_errors(self) -> Iterator[None]:
+        """Raise RecordError for what is wrong with one request, ModelUnavailableError for what is wrong with all."""
         import openai
 
         try:
             yield
         except openai.APIStatusError as exc:
-            code, why = exc.status_code, f"the server says {exc.status_code}: {_sentence(exc)}"
-            is_ill = code >= 500 or code in (408, 409, 429)
+            code, message = exc.status_code, f"server returned HTTP {exc.status_code}: {_error_text(exc)}"
             if code in (401, 403):
-                raise ModelUnavailableError(why, hint="the key comes from LLMCLI_API_KEY") from exc
+                raise ModelUnavailableError(message, hint="set LLMCLI_API_KEY to the server's key") from exc
             if code == 404:
-                raise ModelUnavailableError(
-                    why, hint="check -m NAME; without /v1/completions, use `llmcli chat`"
-                ) from exc
-            raise RecordError("server_error" if is_ill else "request_rejected", why) from exc
+                hint = "check -m NAME; if the server lacks /v1/completions, use `llmcli chat`"
+                raise ModelUnavailableError(message, hint=hint) from exc
+            is_temporary = code >= 500 or code in (408, 409, 429)
+            raise RecordError("server_error" if is_temporary else "request_rejected", message) from exc
         except openai.APIConnectionError as exc:
-            models(self._model.client)  # raises where the server is gone, and not this request alone
-            why = "did not answer in time" if isinstance(exc, openai.APITimeoutError) else "cut the connection"
-            raise RecordError("server_unreachable", f"the server {why}, {RETRIES + 1} times") from exc
+            list_models(self._model.client)  # raises if the server cannot be reached at all
+            what = "timed out" if isinstance(exc, openai.APITimeoutError) else "closed the connection"
+            raise RecordError("server_unreachable", f"server {what} after {MAX_RETRIES + 1} attempts") from exc
         except (openai.OpenAIError, ValueError) as exc:
-            raise RecordError("invalid_response", f"the server's answer makes no sense: {exc}") from exc
+            raise RecordError("invalid_response", f"invalid response from server: {exc}") from exc
 
 
-def options(job: Job, strategy: Strategy, model: RemoteModel) -> dict[str, Any]:
-    """The protocol's names for what the user gave, over what the task says. How to sample is the server's to say, where
-    neither does."""
+def protocol_options(job: Job, strategy: Strategy, model: RemoteModel) -> dict[str, Any]:
+    """Return the options of a job under the protocol's names: the user's over the task's.
+
+    Where neither says how to sample, the server decides.
+    """
     task = {**(strategy.defaults or {}), **strategy.parameters(job, model)}
     if task.get("do_sample"):
         task = {"max_new_tokens": task["max_new_tokens"]}
-    given = {**task, **job.generation, **({} if job.seed is None else {"seed": job.seed})}
-    if isinstance(given.get("stop_strings"), str):
-        given["stop_strings"] = [given["stop_strings"]]
-    if given.pop("do_sample", None) is False and job.generation.keys().isdisjoint(SAMPLING):
-        given["temperature"] = 0
-    named = {NAMES.get(name, name): value for name, value in given.items() if value is not None}
-    standard = {name: named.pop(name) for name in STANDARD if name in named}
+    options = {**task, **job.generation, **({} if job.seed is None else {"seed": job.seed})}
+    if isinstance(options.get("stop_strings"), str):
+        options["stop_strings"] = [options["stop_strings"]]
+    if options.pop("do_sample", None) is False and job.generation.keys().isdisjoint(SAMPLING_OPTIONS):
+        options["temperature"] = 0
+    named = {PROTOCOL_NAMES.get(name, name): value for name, value in options.items() if value is not None}
+    standard = {name: named.pop(name) for name in STANDARD_OPTIONS if name in named}
     return {**standard, **({"extra_body": named} if named else {})}
 
 
-def server(endpoint: str) -> Any:
-    """A client of it. Raises UsageError for what is no URL, and where the openai package is missing."""
+def make_client(endpoint: str) -> "OpenAI":
+    """Return a client of a server. Raises UsageError for an invalid URL, or if the openai package is missing."""
     url = urlsplit(endpoint)
     if url.scheme not in ("http", "https") or not url.netloc:
-        raise UsageError(f"--endpoint takes a URL, not {endpoint!r}", hint="like http://localhost:8000/v1")
+        raise UsageError(f"invalid --endpoint {endpoint!r}: expected a URL", hint="e.g. http://localhost:8000/v1")
     try:
         import openai
     except ImportError as exc:
-        raise UsageError("--endpoint needs the openai package", hint="run `pip install 'llmcli[openai]'`") from exc
-    theirs = os.environ.get("OPENAI_API_KEY") if url.scheme == "https" else None  # not to be sent in the clear
+        raise UsageError("--endpoint requires the openai package", hint="run `pip install 'llmcli[openai]'`") from exc
+    openai_key = os.environ.get("OPENAI_API_KEY") if url.scheme == "https" else None  # not to be sent unencrypted
     return openai.OpenAI(
         base_url=endpoint if url.path.strip("/") else f"{endpoint.rstrip('/')}/v1",
-        api_key=os.environ.get("LLMCLI_API_KEY") or theirs or "none",
-        max_retries=RETRIES,
-        timeout=TIMEOUT,
+        api_key=os.environ.get("LLMCLI_API_KEY") or openai_key or "none",
+        max_retries=MAX_RETRIES,
+        timeout=TIMEOUT_S,
     )
 
 
-def models(client: Any) -> list[Any]:
-    """What the server says it has. Raises LlmcliError where nobody answers."""
+def list_models(client: "OpenAI") -> "list[Model]":
+    """Return the server's models, if it lists them. Raises ModelUnavailableError if the server is unreachable."""
     import openai
 
     try:
         return list(client.with_options(max_retries=2).models.list())
     except openai.APIConnectionError as exc:
-        raise ModelUnavailableError(f"{client.base_url} cannot be reached", hint="is the server running?") from exc
+        raise ModelUnavailableError(f"cannot reach {client.base_url}", hint="check that the server is running") from exc
     except (openai.OpenAIError, ValueError):
-        return []  # not every server tells
+        return []
 
 
 def only_model(endpoint: str) -> str:
-    """The one that the server has. Raises UsageError where it has another number of them."""
-    names: list[str] = [each.id for each in models(server(endpoint))]
+    """Return the name of the server's only model. Raises UsageError if it has none or several."""
+    names = [model.id for model in list_models(make_client(endpoint))]
     if len(names) != 1:
-        about = f"the server has {len(names)} models: {', '.join(names[:5])}" if names else "the server names no model"
-        raise UsageError(about, hint="say which: -m NAME")
+        message = (
+            f"the server has {len(names)} models: {', '.join(names[:5])}" if names else "the server lists no model"
+        )
+        raise UsageError(message, hint="choose one with -m NAME")
     return names[0]
 
 
-def _ended(reason: str | None, usage: Any) -> dict[str, Any]:
+def _end_fields(reason: str | None, usage: "CompletionUsage | None") -> JsonObject:
     return {
         "finish_reason": "length" if reason == "length" else "stop",
         "usage": {name: getattr(usage, name, 0) for name in ("prompt_tokens", "completion_tokens")},
     }
 
 
-def _sentence(exc: Any) -> str:
-    """What the server says, without the JSON around it."""
+def _error_text(exc: "APIStatusError") -> str:
+    """Return the server's message, without the JSON around it."""
     body = exc.body
     while isinstance(body, dict):
         body = next((body[key] for key in ("error", "message", "detail") if key in body), str(body))

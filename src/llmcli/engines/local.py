@@ -1,37 +1,83 @@
-"""The engine of this process: loads models, and runs them in batches."""
+"""The engine of this process: finds and loads models, and runs them in batches."""
 
 from llmcli import tasks
+from llmcli.engines.batch_runner import BatchRunner
+from llmcli.engines.batching import RowPolicy, TokenPolicy
 from llmcli.engines.engine import TaskEngine
-from llmcli.engines.model import InMemoryModelCache, Model, ModelCache, long_lived_objects
-from llmcli.engines.runner import BatchRunner, GeneratingRunner
+from llmcli.engines.generating_runner import GeneratingRunner
+from llmcli.engines.memory import MemoryEstimator, memory_probe
+from llmcli.engines.model import Model, suspended_garbage_collection
+from llmcli.engines.model_cache import ModelCache, ModelLease
 from llmcli.job import Job
 from llmcli.models.loading import quiet_libraries
 from llmcli.tasks import Strategy
 
 
 class LocalEngine(TaskEngine):
-    """Keeps the models that it loaded for the next call of `run`, or as `loaded` keeps them."""
+    """Runs jobs in this process. Models that it has loaded stay in its lease for later jobs."""
 
-    def __init__(self, loaded: ModelCache | None = None) -> None:
-        self._loaded = loaded or InMemoryModelCache()
+    def __init__(self, lease: ModelLease | None = None) -> None:
+        self._lease = lease or ModelLease(ModelCache())
 
     def check(self, job: Job) -> None:
         strategies = tasks.find(job.task).strategies
-        generating = {kind: strategy.defaults for kind, strategy in strategies.items() if strategy.defaults is not None}
-        if generating:
+        defaults = {kind: item.defaults for kind, item in strategies.items() if item.defaults is not None}
+        if defaults:
             from llmcli.models import generation
 
-            with long_lived_objects():
+            with suspended_garbage_collection():
                 quiet_libraries()
-                kind, defaults = next(iter(generating.items()))
-                generation.check(job.generation, defaults, counts_prompt=kind == "causal")
+                kind = next(iter(defaults))
+                generation.check(job.generation, defaults[kind], counts_prompt=kind == "causal")
 
-    def model(self, job: Job) -> Model:
-        return Model(job, self._loaded)
+    def find_model(self, job: Job) -> Model:
+        return Model(job, self._lease)
 
-    def runner(self, job: Job, strategy: Strategy, model: Model) -> BatchRunner:
-        kind = BatchRunner if strategy.defaults is None else GeneratingRunner
-        return kind(job, strategy, model.pipeline)
+    def make_runner(self, job: Job, strategy: Strategy, model: Model) -> BatchRunner:
+        pipeline = model.pipeline
+        device = pipeline.device.type
+        memory = MemoryEstimator(memory_probe(_find_devices(model)))
+        parameters = strategy.parameters(job, model)
+        if strategy.defaults is None:
+            # A batch that is only read is measured in tokens, unless the user says how many rows it has.
+            policy = RowPolicy if job.batch_size else TokenPolicy
+            batches = policy(job.batch_size, device, memory)
+            return BatchRunner(pipeline, batches, parameters, truncate=job.truncate)
+        from transformers import set_seed
 
-    def other(self) -> TaskEngine:
+        from llmcli.models import generation
+
+        is_seq2seq = pipeline.model.config.is_encoder_decoder
+        generation.check_known(parameters, f"{job.model}: task_specific_params" if is_seq2seq else "prompts.toml")
+        config = generation.merge(
+            pipeline.model.generation_config,
+            job.generation,
+            strategy.defaults,
+            parameters,
+            counts_prompt=not is_seq2seq,
+        )
+        if config.pad_token_id is None:
+            config.pad_token_id = pipeline.tokenizer.pad_token_id
+        if job.seed is not None:
+            set_seed(job.seed)
+        batches = RowPolicy(
+            job.batch_size,
+            device,
+            memory,
+            answer_tokens=config.max_new_tokens or config.max_length or 0,
+            # A seed repeats a run only if the batches do not depend on speed and free memory.
+            is_fixed=job.seed is not None and bool(config.do_sample),
+        )
+        return GeneratingRunner(pipeline, batches, config, truncate=job.truncate)
+
+    def local(self) -> TaskEngine:
         return self
+
+
+def _find_devices(model: Model) -> list[object]:
+    """Return the devices that hold a model: several if Accelerate has spread it."""
+    import torch
+
+    spread = getattr(model.pipeline.model, "hf_device_map", None) or {}
+    devices = {torch.device(place) for place in spread.values() if place not in ("cpu", "disk")}
+    return [*devices] or [model.pipeline.device]

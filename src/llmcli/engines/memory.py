@@ -1,60 +1,103 @@
-"""How much memory a batch takes, learnt from those that ran."""
+"""Memory of a batch: measured after each batch, so that the next one fits."""
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-SHARE = 0.8  # of what is free, that a batch may take
+if TYPE_CHECKING:
+    import torch
+
+USABLE_FRACTION = 0.8  # of the free memory, for one batch
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUsage:
-    """Bytes: taken now, taken at most until now, and free for more."""
+    """Bytes in use now, the peak since the last reset, and bytes free for more."""
 
-    taken: int
+    used: int
     peak: int
     free: int
 
 
+MemoryProbe = Callable[[bool], MemoryUsage]  # whether to count the peak anew from now on
+
+
 class MemoryEstimator:
-    """`fits` says whether a batch of so many tokens, padding and answers included, finds room; it always does until
-    one has run."""
+    """Learns how much memory a token of a batch takes. Tokens count padding and answers."""
 
-    def __init__(self, read: Callable[[], MemoryUsage]) -> None:
-        self._read = read
-        self._before = read()
-        self._each = 0.0  # bytes a token
+    def __init__(self, probe: MemoryProbe) -> None:
+        self._probe = probe
+        self._baseline = probe(False)
+        self._peak_before = self._baseline.peak
+        self._bytes_per_token = 0.0
+        self._failed_tokens: int | None = None  # the smallest batch that ran out of memory
 
-    def learn(self, tokens: int) -> None:
-        """A batch of so many has run."""
-        now = self._read()
-        most = max(now.taken, now.peak if now.peak > self._before.peak else 0)  # to load the model may have taken more
-        self._each = max(self._each, (most - self._before.taken) / tokens)
+    def start_batch(self) -> None:
+        """Count the peak of the next batch from now on."""
+        self._peak_before = self._probe(True).peak
+
+    def observe(self, tokens: int) -> None:
+        """Learn from a batch that has run."""
+        usage = self._probe(False)
+        # Where the peak cannot be reset, it may be that of loading the model or of an earlier batch.
+        peak = max(usage.used, usage.peak if usage.peak > self._peak_before else 0)
+        self._bytes_per_token = max(self._bytes_per_token, (peak - self._baseline.used) / tokens)
+
+    def observe_failure(self, tokens: int) -> None:
+        """Learn from a batch that ran out of memory."""
+        self._failed_tokens = min(tokens, self._failed_tokens or tokens)
+
+    def is_below_failure(self, tokens: int) -> bool:
+        """Return whether the batch is smaller than all that ran out of memory."""
+        return self._failed_tokens is None or tokens < self._failed_tokens
 
     def fits(self, tokens: int) -> bool:
-        now = self._read()
-        return tokens * self._each <= SHARE * (now.free + now.taken - self._before.taken)
+        """Return whether a batch of that many tokens is expected to fit. Any does until one has run."""
+        if not self.is_below_failure(tokens):
+            return False
+        usage = self._probe(False)
+        return tokens * self._bytes_per_token <= USABLE_FRACTION * (usage.free + usage.used - self._baseline.used)
 
 
-def reader(device: str) -> Callable[[], MemoryUsage]:
-    """Reads the memory of that device."""
-    return _of_accelerator if device == "cuda" else _of_machine
+def memory_probe(devices: "list[torch.device]") -> MemoryProbe:
+    """Return the probe of the devices that hold a model."""
+    gpus = [device for device in devices if device.type == "cuda"]
+    return partial(_probe_gpus, gpus) if gpus else _probe_main_memory
 
 
-def _of_machine() -> MemoryUsage:
-    import resource
-
+def _probe_main_memory(reset: bool) -> MemoryUsage:
     import psutil
 
-    found = psutil.Process().memory_info()
-    shared = getattr(found, "shared", 0)  # files, as weights are: they come in while the first batch runs
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    # What the largest batch took stays with the process, and counts as taken: it is there for the next.
-    return MemoryUsage(found.rss - shared, peak - shared, psutil.virtual_memory().available)
+    if reset:
+        with suppress(OSError):  # Linux; elsewhere the peak is that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")
+    info, peak = psutil.Process().memory_info(), 0
+    with suppress(ImportError):  # Windows
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    with suppress(OSError):  # Linux, where the peak can be reset
+        status = Path("/proc/self/status").read_text()
+        peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    shared = getattr(info, "shared", 0)  # mapped files, such as weights, which are read during the first batch
+    # The process keeps what its largest batch took, and the next batch uses it again.
+    return MemoryUsage(info.rss - shared, peak - shared, psutil.virtual_memory().available)
 
 
-def _of_accelerator() -> MemoryUsage:
+def _probe_gpus(devices: "list[torch.device]", reset: bool) -> MemoryUsage:
     import torch
 
-    taken, held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    return MemoryUsage(taken, torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[0] + held - taken)
+    used = peak = free = 0
+    for device in devices:
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        allocated = torch.cuda.memory_allocated(device)
+        used += allocated
+        peak += torch.cuda.max_memory_allocated(device)
+        # The allocator's reserve is not free to others, but free to the next batch.
+        free += torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - allocated
+    return MemoryUsage(used, peak, free)

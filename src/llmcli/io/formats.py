@@ -1,4 +1,4 @@
-"""What one record is: a stream of bytes -> Records, form by form."""
+"""Record formats: parse a stream of bytes into Records."""
 
 import csv
 import io
@@ -6,15 +6,14 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
-from typing import Any, cast
 
 from llmcli.errors import RecordError, UsageError
-from llmcli.job import Failure, Record
+from llmcli.job import Failure, JsonObject, Record
 
 Stream = io.BufferedIOBase
 BOM = "\ufeff"
-CHUNK = 1 << 16
-DEEPEST = 500  # levels of JSON: Python's own limit, 1,000, counts whoever calls too
+CHUNK_BYTES = 1 << 16
+MAX_JSON_DEPTH = 500  # Python's own limit, 1,000, counts the frames of callers too
 
 
 class InputFormat(Enum):
@@ -26,67 +25,96 @@ class InputFormat(Enum):
     JSONL = "jsonl"
     CSV = "csv"
 
-
-def _whole(stream: Stream, name: str | None) -> Iterator[Record]:
-    yield _record(stream.read(), name)
-
-
-def _lines(stream: Stream, name: str | None) -> Iterator[Record]:
-    for number, line in enumerate(stream, start=1):
-        yield _record(line, name, number)
+    @property
+    def has_fields(self) -> bool:
+        """Whether a record has named fields, not a text alone."""
+        return self in (InputFormat.JSONL, InputFormat.CSV)
 
 
-def _null(stream: Stream, name: str | None) -> Iterator[Record]:
-    rest, number = b"", 0
-    while chunk := stream.read1(CHUNK):
-        *whole, rest = (rest + chunk).split(b"\0")
-        for data in whole:
-            number += 1
-            yield _record(data, name, number, line_end=False)
-    if rest:
-        yield _record(rest, name, number + 1, line_end=False)
+def strip_line_end(data: bytes) -> bytes:
+    """Return the data without its last line end, as `$(...)` does in a shell."""
+    return data[:-1].removesuffix(b"\r") if data.endswith(b"\n") else data
 
 
-def _record(data: bytes, name: str | None, number: int | None = None, *, line_end: bool = True) -> Record:
+def decode_utf8(data: bytes) -> str:
+    """Decode UTF-8.
+
+    Raises:
+        RecordError: If the data is not UTF-8; the message gives the offset.
+    """
     try:
-        text = utf8(without_line_end(data) if line_end else data)
+        return data.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        byte = data[exc.start]
+        raise RecordError("invalid_utf8", f"not UTF-8: byte 0x{byte:02x} at offset {exc.start}") from None
+
+
+def _read_whole(stream: Stream, name: str | None) -> Iterator[Record]:
+    yield _text_record(strip_line_end(stream.read()), name)
+
+
+def _read_lines(stream: Stream, name: str | None) -> Iterator[Record]:
+    for number, line in enumerate(stream, start=1):
+        yield _text_record(strip_line_end(line), name, number)
+
+
+def _read_null(stream: Stream, name: str | None) -> Iterator[Record]:
+    rest, number = b"", 0
+    while chunk := stream.read1(CHUNK_BYTES):
+        *complete, rest = (rest + chunk).split(b"\0")
+        for data in complete:
+            number += 1
+            yield _text_record(data, name, number)
+    if rest:
+        yield _text_record(rest, name, number + 1)
+
+
+def _text_record(data: bytes, name: str | None, number: int | None = None) -> Record:
+    try:
+        text = decode_utf8(data)
     except RecordError as exc:
-        return _failed(name, number, exc)
+        return _failed_record(name, number, exc)
     return Record({"text": text if number and number > 1 else text.removeprefix(BOM)}, name, number)
 
 
-def _jsonl(stream: Stream, name: str | None) -> Iterator[Record]:
+def _failed_record(name: str | None, number: int | None, exc: RecordError) -> Record:
+    fields = {} if number is None else {"line": number}
+    return Record(fields, name, number, Failure(exc.kind, exc.message))
+
+
+def _read_jsonl(stream: Stream, name: str | None) -> Iterator[Record]:
     for number, line in enumerate(stream, start=1):
         try:
-            text = utf8(without_line_end(line))
-            yield Record(_object(text.removeprefix(BOM)), name, number)  # files put together have it on any line
+            text = decode_utf8(strip_line_end(line))
+            # Concatenated files can have a byte order mark on any line.
+            yield Record(_parse_object(text.removeprefix(BOM)), name, number)
         except RecordError as exc:
-            yield _failed(name, number, exc)
+            yield _failed_record(name, number, exc)
 
 
-def _object(text: str) -> dict[str, Any]:
+def _parse_object(text: str) -> JsonObject:
     if not text.strip():
         raise RecordError("invalid_json", "blank line")
     try:
         value = JSON.decode(text)
     except json.JSONDecodeError as exc:
-        there = f": {text[exc.pos]!r}" if exc.pos < len(text) else ""
-        message = f"not JSON: {exc.msg.removesuffix(' at')} at character {exc.pos}{there}"
+        character = f": {text[exc.pos]!r}" if exc.pos < len(text) else ""
+        message = f"not JSON: {exc.msg.removesuffix(' at')} at character {exc.pos}{character}"
         raise RecordError("invalid_json", message) from None
     except (ValueError, RecursionError) as exc:
         raise RecordError("invalid_json", f"not JSON: {exc}") from None
     if not isinstance(value, dict):
         names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-        raise RecordError("invalid_json", f"not a JSON object but {names.get(type(value), 'a number')}")
-    if _is_deep(value):
-        raise RecordError("invalid_json", f"nested more than {DEEPEST} levels deep")
+        raise RecordError("invalid_json", f"expected a JSON object, got {names.get(type(value), 'a number')}")
+    if _is_too_deep(value):
+        raise RecordError("invalid_json", f"nested more than {MAX_JSON_DEPTH} levels deep")
     return value
 
 
-def _is_deep(value: Any) -> bool:
-    """Whether it may be too deep to be written again."""
+def _is_too_deep(value: object) -> bool:
+    """Return whether writing the value as JSON could exceed the recursion limit."""
     level = [value]
-    for _ in range(DEEPEST):
+    for _ in range(MAX_JSON_DEPTH):
         level = [
             inner
             for outer in level
@@ -98,21 +126,21 @@ def _is_deep(value: Any) -> bool:
     return True
 
 
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name[:20]} is no number")
+def _reject_constant(name: str) -> float:
+    raise ValueError(f"{name[:20]} is not a valid number")
 
 
-def _finite(digits: str) -> float:
+def _parse_float(digits: str) -> float:
     value = float(digits)
-    return value if math.isfinite(value) else cast(float, _no_number(digits))
+    return value if math.isfinite(value) else _reject_constant(digits)
 
 
-JSON = json.JSONDecoder(parse_constant=_no_number, parse_float=_finite)
+JSON = json.JSONDecoder(parse_constant=_reject_constant, parse_float=_parse_float)
 
 
-def _csv(stream: Stream, name: str | None) -> Iterator[Record]:
-    csv.field_size_limit(2**31 - 1)  # the most that every platform takes
-    # Undecodable bytes travel as surrogates, so that they are reported with their row.
+def _read_csv(stream: Stream, name: str | None) -> Iterator[Record]:
+    csv.field_size_limit(2**31 - 1)  # the maximum on every platform
+    # Undecodable bytes become surrogates, so that they are reported with their row.
     lines = (line.decode("utf-8", "surrogateescape") for line in stream)
     rows = csv.reader((line if number else line.removeprefix(BOM) for number, line in enumerate(lines)), strict=True)
     header: list[str] = []
@@ -121,7 +149,7 @@ def _csv(stream: Stream, name: str | None) -> Iterator[Record]:
         try:
             row = next(rows)
             for cell in row:
-                utf8(cell.encode("utf-8", "surrogateescape"))
+                decode_utf8(cell.encode("utf-8", "surrogateescape"))
         except StopIteration:
             return
         except csv.Error as exc:
@@ -129,40 +157,21 @@ def _csv(stream: Stream, name: str | None) -> Iterator[Record]:
         except RecordError as exc:
             failure = Failure(exc.kind, exc.message)
         if not header and failure:
-            raise UsageError(f"{name or 'stdin'}: the header is {failure.message}")
+            raise UsageError(f"{name or 'stdin'}: invalid header: {failure.message}")
         if not header:
             header = row
         elif row or failure:
             if not failure and len(row) != len(header):
-                beyond = f"; beyond it: {', '.join(row[len(header) :])}" if len(row) > len(header) else ""
-                failure = Failure("invalid_csv", f"{len(row)} fields where the header has {len(header)}{beyond}")
+                extra = f"; extra fields: {', '.join(row[len(header) :])}" if len(row) > len(header) else ""
+                failure = Failure("invalid_csv", f"expected {len(header)} fields, got {len(row)}{extra}")
             fields = dict.fromkeys(header, "") | dict(zip(header, row, strict=False))
             yield Record(fields, name, rows.line_num, failure)
 
 
-def _failed(name: str | None, number: int | None, exc: RecordError) -> Record:
-    fields = {} if number is None else {"line": number}
-    return Record(fields, name, number, Failure(exc.kind, exc.message))
-
-
-def without_line_end(data: bytes) -> bytes:
-    """The text without its last line end, as `$(...)` gives it in a shell."""
-    return data[:-1].removesuffix(b"\r") if data.endswith(b"\n") else data
-
-
-def utf8(data: bytes) -> str:
-    """Raises RecordError that says where it is not."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as exc:
-        byte = data[exc.start]
-        raise RecordError("invalid_utf8", f"not UTF-8: byte 0x{byte:02x} at offset {exc.start}") from None
-
-
 READERS: Mapping[InputFormat, Callable[[Stream, str | None], Iterator[Record]]] = {
-    InputFormat.WHOLE: _whole,
-    InputFormat.LINES: _lines,
-    InputFormat.NULL: _null,
-    InputFormat.JSONL: _jsonl,
-    InputFormat.CSV: _csv,
+    InputFormat.WHOLE: _read_whole,
+    InputFormat.LINES: _read_lines,
+    InputFormat.NULL: _read_null,
+    InputFormat.JSONL: _read_jsonl,
+    InputFormat.CSV: _read_csv,
 }

@@ -1,9 +1,12 @@
-"""--resume: an interrupted run goes on, by the log that lies beside its output in PATH.state.
+"""Continue an interrupted run (--resume) from PATH.state, the log beside its output.
 
-A line of the log is a JSON object: first the job and the input, so that a change is refused; then, for each record in
-its turn, where its result ends in the output, and whether it failed. What both files hold is done: what a crash, a
-full disk or a power cut took from one of them is cut from the other, and run again. Results of records that are tried
-again wait in the log until they can all take their places, in a copy that then becomes the output.
+The log is a line of JSON that identifies the job and the input, then one entry of fixed size per record, in
+input order. A result counts if both files hold it. If a crash, a full disk or a power cut took it from one file, it
+is cut from the other, and the record runs again.
+
+--retry-errors writes a new output and a new log. It copies the results that stay, and runs the other records again.
+Then the new files replace the old ones. If the run is interrupted, the next one first completes the new files from the
+old ones.
 """
 
 import dataclasses
@@ -12,283 +15,248 @@ import json
 import os
 import time
 import zlib
-from array import array
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from llmcli.errors import LlmcliError, UsageError
 from llmcli.io.output import Output, OutputSpec, Sink
-from llmcli.io.progress import Tally
-from llmcli.job import Job, Record, Result
+from llmcli.io.progress import RunCounts
+from llmcli.io.run_log import CARRIED_OVER, FAILED, OK, Entry, RunLog, sync
+from llmcli.job import Job, JsonObject, Record, Result
 
-SYNC_EVERY = 1.0  # seconds of work that a power cut may take
-PLACE_ONLY = ("batch_size", "concurrency", "keep_alive", "offline", "max_memory", "offload_folder")  # change no result
+SYNC_INTERVAL_S = 1.0  # work that a power cut may take
+ENTRIES_PER_COPY = 1024
+RESUME_IGNORED_FIELDS = ("batch_size", "concurrency", "keep_alive", "offline", "max_memory", "offload_folder")
 
 
 class Journal(AbstractContextManager["Journal"]):
-    """What is known of a target's output.
+    """What a run knows about its output.
 
-    Raises UsageError where the output there is of another job or input, has no log, or is being written by another
-    run; LlmcliError when the disk is full.
+    Attributes:
+        output: The file to append results to.
+
+    Raises:
+        UsageError: If the output belongs to another job or input, has no log, or is being written by another run.
+        LlmcliError: If the disk is full.
     """
 
-    def __init__(self, target: OutputSpec, job: Job) -> None:
-        assert target.path
-        self.path = path = target.path
+    def __init__(self, spec: OutputSpec, job: Job) -> None:
+        assert spec.path
+        self.path = path = spec.path
         self._state = path.with_name(f"{path.name}.state")
-        self._new = path.resolve().with_name(f"{path.name}.state.new")
-        self._retry = target.retry
-        self._errors: dict[int, str] = {}  # by record, from 0: `failed`, or `passed` on as it came
-        self._ends = array("Q")  # of each result in the output, in bytes
-        self._header = 0  # bytes before the first
-        self._checks = array("I")  # CRC of all input up to and with each record
-        self._retried: dict[int, bytes] = {}
-        self._whole: int | None = None
-        self._taken: deque[tuple[int, int]] = deque()
-        self._synced = time.monotonic()
-        about = {"job": _identity(job), "form": target.format.value, "input": target.resume}
+        self._new_state = path.with_name(f"{path.name}.state.retry")
+        self._new_output = path.resolve().with_name(f"{path.name}.state.new")
+        self._identity = {"job": _identify(job), "format": spec.format.value, "input": spec.resume}
+        self._crcs: deque[tuple[int, int]] = deque()  # numbers of the records that run, and their CRC
+        self._last_sync = time.monotonic()
+        self._old: RunLog | None = None  # the log whose results are copied
         is_begun = path.exists() and path.stat().st_size > 0
         if is_begun and not self._state.exists():
-            raise UsageError(f"{path} exists, and has no {self._state}", hint="name another file, or remove it first")
-        self._log = Sink(self._state, append=True)
-        self._lock()
+            raise UsageError(
+                f"'{path}' exists but its state file '{self._state}' is missing",
+                hint="choose another path, or remove the file first",
+            )
+        self._log = RunLog(self._state, path)
         if is_begun:
-            self._go_on(about)
+            self._resume()
         else:
-            self._new.unlink(missing_ok=True)
-            os.truncate(self._state, 0)
-            self._put(about)
-            _sync(self._state)
+            self._discard_new()
+            self._log.begin(self._identity)
+        if spec.retry and any(entry.state != OK for entry in self._log):
+            self._begin_retry()
+        self.output = self._log.output
 
-    @property
-    def done(self) -> int:
-        """How many records have a result."""
-        return len(self._ends)
-
-    def tally(self) -> Tally:
-        """What of it stays as it is."""
-        written = sum(start < end for start, end in pairwise([self._header, *self._ends]))
-        if self._retry:  # those that failed are yet to be counted, and have lines but in text mode
-            return Tally(self.done - len(self._errors), written=max(0, written - len(self._errors)))
-        failed = sum(error == "failed" for error in self._errors.values())
-        return Tally(self.done, failed, len(self._errors) - failed, written)
-
-    @property
-    def _is_empty(self) -> bool:
-        """Whether no result has left anything in the output."""
-        return not self._ends or self._ends[-1] == 0
+    def counts(self) -> RunCounts:
+        """Return the counts of the results that stay."""
+        entries = [entry for entry in self._done if self._old is None or entry.state == OK]
+        states = [entry.state for entry in entries]
+        written = sum(entry.size > 0 for entry in entries)
+        return RunCounts(len(entries), states.count(FAILED), states.count(CARRIED_OVER), written)
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing is left to do."""
-        return self._whole == self.done and not (self._retry and self._errors)
+        """Whether no record is left to run."""
+        return self._log.is_complete
+
+    @property
+    def _done(self) -> RunLog:
+        """The log of the results that are there."""
+        return self._log if self._old is None else self._old
 
     def remaining(self, records: Iterable[Record]) -> Iterator[Record]:
-        """The records that are to be run. Raises UsageError where those that are done were others."""
-        done, again = self.done, set(self._errors) if self._retry else set()
-        count = check = 0
+        """Yield the records that have to run.
+
+        Raises:
+            UsageError: If the records that are done were different ones.
+        """
+        done, count, crc = len(self._done), 0, 0
         for number, record in enumerate(records):
             count = number + 1
-            check = zlib.crc32(json.dumps(record.fields, sort_keys=True, default=str).encode(), check)
-            if number < done and check != self._checks[number]:
+            crc = zlib.crc32(json.dumps(record.fields, sort_keys=True, default=str).encode(), crc)
+            if number < done and crc != self._done[number].input_crc:
                 raise _changed(self.path, "the input")
-            if number >= done or number in again:
-                self._taken.append((number, check))
+            if number >= done or (self._old is not None and self._old[number].state != OK):
+                self._crcs.append((number, crc))
                 yield record
         if count < done:
             raise _changed(self.path, "the input")
 
-    def write(self, output: Output, result: Result) -> None:
-        """The result of the next of the `remaining` records: to the output, or, of one that is tried again, to the
-        log."""
-        number, check = self._taken.popleft()
-        error = "failed" if result.failure else "passed" if result.record.has_error else None
-        if number < self.done:
-            self._put({"retried": number, "line": output.line(result), "error": error})
-        else:
-            size = output.write(result)
-            self._put({"record": number, "size": size, "end": output.end, "input": check, "error": error})
-        if time.monotonic() - self._synced > SYNC_EVERY:
-            self._sync()
+    def write(self, output: Output, result: Result, written: Sequence[Result]) -> None:
+        """Write the result of the next of the `remaining` records.
+
+        Args:
+            output: Where to write.
+            result: The result of the record.
+            written: What is written of the result.
+        """
+        number, crc = self._crcs.popleft()
+        self._copy_old(number)
+        size = sum(output.write(part) for part in written)
+        state = FAILED if result.failure else CARRIED_OVER if result.record.has_error else OK
+        self._log.append([Entry(self.output.stat().st_size, size, crc, state)])
+        if time.monotonic() - self._last_sync > SYNC_INTERVAL_S:
+            self._log.sync()
+            self._last_sync = time.monotonic()
 
     def mark_complete(self) -> None:
-        """All records are done."""
-        self._put({"whole": self.done})
+        """Note that all records are done."""
+        self._copy_old()
+        self._log.mark_complete()
 
-    def __exit__(self, kind: type[BaseException] | None, *others: Any) -> None:
-        """What was tried again takes its place in the output, which is closed; after an interruption, with the next
-        run."""
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         try:
-            if kind is None and self._retried:
-                self._merge()
-            if kind is None:
-                self._sync()
+            if kind is None and self._old is not None:
+                self._replace_old()
+            elif kind is None:
+                self._log.sync()
         finally:
-            self._log.__exit__(kind, *others)
+            self._log.close()
+            if self._old is not None:
+                self._old.close()
 
-    def _lock(self) -> None:
-        import fcntl  # on Unix only, unlike the rest
-
-        try:
-            fcntl.flock(self._log.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{self.path} is being written by another run") from None
-        except OSError:  # a file system without locks
-            return
-
-    def _go_on(self, about: dict[str, Any]) -> None:
-        (first, *entries), end = _entries(self._state)
-        for key, what in (("job", "the command"), ("form", "the format"), ("input", "the input")):
-            if first.get(key) != about[key]:
-                raise _changed(self.path, what)
-        os.truncate(self._state, end)
-        for entry in entries:
-            self._apply(entry)
-        if self._new.exists():
-            if entries and "merged" in entries[-1]:
-                self._replace()
+    def _resume(self) -> None:
+        if self._new_state.exists() and not self._new_output.exists():  # Interrupted between the two replacements.
+            self._log.close()
+            os.replace(self._new_state, self._state)
+            self._log = RunLog(self._state, self.path)
+        self._log.read()
+        for key, name in (("job", "the command"), ("format", "the format"), ("input", "the input")):
+            if self._log.identity.get(key) != self._identity[key]:
+                raise _changed(self.path, name)
+        self._log.cut()
+        if self._new_state.exists():
+            self._old, self._log = self._log, RunLog(self._new_state, self._new_output)
+            self._log.read()
+            self._log.cut()
+            if len(self._log):
+                self._replace_old()
+                self._old.close()
             else:
-                self._new.unlink()
-        there = bisect_right(self._ends, self.path.stat().st_size)
-        if there < self.done:
-            self._put({"done": there})
-        os.truncate(self.path, self._ends[-1] if self._ends else 0)
-        if self._retried:
-            self._merge()
+                self._log.close()
+                self._log = self._old
+            self._old = None
+        self._discard_new()
 
-    def _put(self, entry: dict[str, Any]) -> None:
-        self._log.put(json.dumps(entry) + "\n")
-        self._apply(entry)
+    def _discard_new(self) -> None:
+        self._new_state.unlink(missing_ok=True)  # first: without its output, it would replace the old one
+        self._new_output.unlink(missing_ok=True)
 
-    def _apply(self, entry: dict[str, Any]) -> None:
-        """What the log says is so: the same when it is written as when it is read again."""
-        match entry:
-            case {"record": number, "size": size, "end": end, "input": check, "error": error}:
-                if size and self._is_empty:
-                    self._header = end - size
-                self._ends.append(end)
-                self._checks.append(check)
-                self._note(number, error)
-            case {"retried": number, "line": line, "error": error}:
-                self._retried[number] = line.encode()
-                self._note(number, error)
-            case {"merged": _}:
-                self._ends = self._merged_ends()
-                self._retried = {}
-            case {"done": count}:
-                del self._ends[count:], self._checks[count:]
-                self._errors = {number: error for number, error in self._errors.items() if number < count}
-                self._retried = {number: line for number, line in self._retried.items() if number < count}
-            case {"whole": count}:
-                self._whole = count
+    def _begin_retry(self) -> None:
+        self._new_output.touch()
+        self._old, self._log = self._log, RunLog(self._new_state, self._new_output)
+        self._log.begin(self._identity)
+        first = next((entry for entry in self._old if entry.size), None)
+        header = first.end - first.size if first else self._old.end
+        with self.path.open("rb") as old, Sink(self._new_output, append=True) as new:
+            new.write_bytes(old.read(header))
 
-    def _note(self, number: int, error: str | None) -> None:
-        self._errors.pop(number, None)
-        if error:
-            self._errors[number] = error
+    def _copy_old(self, until: int | None = None) -> None:
+        """Copy the results up to record `until` that the new output does not have yet."""
+        if self._old is None:
+            return
+        until = min(len(self._old), len(self._old) if until is None else until)
+        if len(self._log) >= until:
+            return
+        with self._old.output.open("rb") as old, Sink(self._log.output, append=True) as new:
+            end = self._log.output.stat().st_size
+            for start in range(len(self._log), until, ENTRIES_PER_COPY):
+                copied, data = [], bytearray()
+                for number in range(start, min(start + ENTRIES_PER_COPY, until)):
+                    entry = self._old[number]
+                    old.seek(entry.end - entry.size)
+                    data += old.read(entry.size)
+                    copied.append(entry._replace(end=end + len(data)))
+                end += new.write_bytes(bytes(data))
+                self._log.append(copied)
 
-    def _merge(self) -> None:
-        """A crash leaves the old output and all of the log, or a new one that `_go_on` puts in its place."""
-        try:
-            with self.path.open("rb") as old, self._new.open("wb") as new:
-                new.write(old.read(self._header))
-                for number, end in enumerate(self._ends):
-                    line = old.read(max(0, end - old.tell()))  # what was dropped before a header ends before it
-                    new.write(self._retried.get(number, line))
-            self._new.chmod(self.path.stat().st_mode)
-        except OSError as exc:
-            self._new.unlink(missing_ok=True)
-            raise LlmcliError(f"cannot write to {self._new}: {exc.strerror}") from exc
-        _sync(self._new)
-        self._put({"merged": len(self._retried)})
-        _sync(self._state)
-        self._replace()
-
-    def _merged_ends(self) -> "array[int]":
-        ends, start, shift = array("Q"), self._header, 0
-        for number, end in enumerate(self._ends):
-            if number in self._retried:
-                shift += len(self._retried[number]) - max(0, end - start)
-            ends.append(end + shift)
-            start = max(start, end)
-        return ends
-
-    def _replace(self) -> None:
-        os.replace(self._new, self.path.resolve())
-        with suppress(LlmcliError):  # not every file system can
-            _sync(self._new.parent)
-
-    def _sync(self) -> None:
-        _sync(self.path)
-        _sync(self._state)
-        self._synced = time.monotonic()
+    def _replace_old(self) -> None:
+        """Complete the new output and its log, and put them in the place of the old ones."""
+        assert self._old is not None
+        self._copy_old()
+        if self._old.is_complete and not self._log.is_complete:
+            self._log.mark_complete()
+        self._new_output.chmod(self.path.stat().st_mode)
+        self._log.sync()
+        # In this order: a log without an output beside it is the one of an output that is in its place.
+        for new, old in ((self._new_output, self.path.resolve()), (self._new_state, self._state)):
+            os.replace(new, old)
+            with suppress(LlmcliError):  # Not every file system can.
+                sync(old.parent)
+        self._log.path, self._log.output = self._state, self.path
 
 
-def _entries(state: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a log as far as its lines are whole, and where these end. There is a first one."""
-    entries: list[dict[str, Any]] = []
-    end = 0
-    with state.open("rb") as file, suppress(ValueError):
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            entries.append(json.loads(line))
-            end += len(line)
-    return entries or [{}], end
+def fingerprint(texts: Sequence[str], files: Sequence[str]) -> str:
+    """Return a SHA-256 fingerprint of the input.
 
+    It covers arguments and regular files. Piped input cannot be read twice; `Journal.remaining` checks it record by
+    record.
 
-def _sync(path: Path) -> None:
-    """Onto the disk, lest a power cut takes it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as exc:
-        raise LlmcliError(f"cannot write to {path}: {exc.strerror}") from exc
-    finally:
-        os.close(descriptor)
+    Args:
+        texts: Texts given on the command line.
+        files: Paths given with -f; "-" is stdin.
 
-
-def _identity(job: Job) -> dict[str, Any]:
-    about = dataclasses.asdict(job)
-    about["endpoint"] = bool(job.endpoint)  # a server may come back in another place
-    about["load_options"] = {key: value for key, value in about["load_options"].items() if key not in PLACE_ONLY}
-    kept: dict[str, Any] = json.loads(json.dumps({key: value for key, value in about.items() if key not in PLACE_ONLY}))
-    return kept
-
-
-def _changed(path: Path, what: str) -> UsageError:
-    return UsageError(
-        f"{path} was begun with another job: {what} has changed", hint="name another --output, or remove that one"
-    )
-
-
-def fingerprint(texts: list[str], files: list[str]) -> str:
-    """Of the input as far as it can be read twice: texts and regular files, by their content. What a pipe brings is
-    checked as it comes."""
-    digest = hashlib.sha256(json.dumps(texts).encode())
+    Returns:
+        The digest as a hexadecimal string.
+    """
+    digest = hashlib.sha256(json.dumps(list(texts)).encode())
     for name in files or ["-"]:
         digest.update(name.encode("utf-8", "surrogateescape"))
         with suppress(OSError, ValueError):
-            if name != "-":
-                with open(name, "rb") as file:
-                    _add_regular(digest, file.fileno())
+            if name == "-":
+                digest.update(_content_hash(0))
             else:
-                _add_regular(digest, 0)
+                with open(name, "rb") as file:
+                    digest.update(_content_hash(file.fileno()))
     return digest.hexdigest()
 
 
-def _add_regular(digest: Any, descriptor: int) -> None:
-    """The content of a regular file, whose place stays where it is."""
+def _content_hash(descriptor: int) -> bytes:
+    """Return the hash of a regular file without moving its position; nothing for another kind of file."""
     import stat
 
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return
-    at = 0
-    while chunk := os.pread(descriptor, 1 << 20, at):
+        return b""
+    digest, position = hashlib.sha256(), 0
+    while chunk := os.pread(descriptor, 1 << 20, position):
         digest.update(chunk)
-        at += len(chunk)
+        position += len(chunk)
+    return digest.digest()
+
+
+def _identify(job: Job) -> JsonObject:
+    fields = dataclasses.asdict(job)
+    fields["endpoint"] = bool(job.endpoint)  # A server may come back under another URL.
+    for table in (fields, fields["load_options"]):
+        for name in RESUME_IGNORED_FIELDS:
+            table.pop(name, None)
+    identity: JsonObject = json.loads(json.dumps(fields))
+    return identity
+
+
+def _changed(path: Path, name: str) -> UsageError:
+    return UsageError(
+        f"cannot resume '{path}': {name} has changed since it was started",
+        hint="choose another --output, or remove the file",
+    )

@@ -1,91 +1,121 @@
 """The user's options, the model's own configuration and our defaults -> one GenerationConfig."""
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from llmcli import config
 from llmcli.errors import UsageError
+from llmcli.job import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 FRACTIONS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty")
 COUNTS = ("num_beams", "num_return_sequences", "max_new_tokens")
 NUMBERS = (*FRACTIONS, *COUNTS, "top_k", "min_new_tokens", "no_repeat_ngram_size")
 TOTALS = {"max_length": "--max-new-tokens", "min_length": "--min-new-tokens"}
-OLD_MAX_LENGTH = 20  # what transformers 4 wrote into a generation config that had none
+OLD_MAX_LENGTH = 20  # tokens; what transformers 4 wrote into a generation config that had none
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
 
 
-def greedy(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The user's options, where a temperature of 0 means not to sample."""
-    if given.get("temperature") != 0:
-        return dict(given)
-    return {name: value for name, value in given.items() if name not in SAMPLING} | {"do_sample": False}
+def greedy(options: JsonObject) -> dict[str, Any]:
+    """Return the user's options, with a temperature of 0 turned into greedy decoding."""
+    if options.get("temperature") != 0:
+        return dict(options)
+    return {name: value for name, value in options.items() if name not in SAMPLING} | {"do_sample": False}
 
 
-def check(explicit: Mapping[str, Any], defaults: Mapping[str, Any], *, counts_prompt: bool = True) -> None:
-    """Let transformers judge the user's options, before any model is loaded. Raises UsageError."""
+def check_known(names: Iterable[str], source: str = "") -> None:
+    """Raise UsageError for a name that GenerationConfig does not have; `source` says who wrote it."""
     from transformers import GenerationConfig
 
     known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    for name, value in explicit.items():
+    for name in names:
         if name not in known:
             raise UsageError(
-                f"unknown generation option {name!r}{config.did_you_mean(name, known)}",
-                hint="-o takes the fields of transformers' GenerationConfig",
+                f"{source and f'{source}: '}unknown generation option {name!r}{config.did_you_mean(name, known)}",
+                hint=None if source else "-o sets a field of transformers' GenerationConfig",
             )
+
+
+def check(options: JsonObject, defaults: JsonObject, *, counts_prompt: bool = True) -> None:
+    """Raise UsageError for options of the user that no model can use, before one is loaded."""
+    from transformers import GenerationConfig
+
+    check_known(options)
+    for name, value in options.items():
         if name in NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise UsageError(f"{name} takes a number, not {value!r}")
+            raise UsageError(f"invalid {name} {value!r}: expected a number")
         if (name in COUNTS and value < 1) or (name == "repetition_penalty" and value <= 0):
-            raise UsageError(f"{name} has to be above 0, not {value!r}")
+            raise UsageError(f"invalid {name} {value!r}: must be positive")
     try:
-        merge(GenerationConfig(), explicit, defaults, counts_prompt=counts_prompt).validate()
+        merge(GenerationConfig(), options, defaults, counts_prompt=counts_prompt).validate()
     except (ValueError, TypeError) as exc:
         raise UsageError(str(exc).strip().splitlines()[0]) from exc
 
 
 def merge(
-    model_config: Any,
-    explicit: Mapping[str, Any],
-    defaults: Mapping[str, Any],
-    settings: Mapping[str, Any] | None = None,
+    model_config: "GenerationConfig",
+    options: JsonObject,
+    defaults: JsonObject,
+    settings: JsonObject | None = None,
     *,
     counts_prompt: bool = True,
-) -> Any:
-    """What the user gave, over the task's own settings for this model, over the model's generation config, over the
-    task's defaults. Where the model `counts_prompt` in its lengths, they say nothing of the answer: max_new_tokens
-    alone does.
+) -> "GenerationConfig":
+    """Return the generation config of a job. It has four layers; the first that has a value counts:
 
-    Asking for a sampling parameter asks for sampling; asking for beams, without one, asks for none.
+        1. options        what the user gave
+        2. settings       the task's own for this model
+        3. model_config   the model's generation config
+        4. defaults       the task's
+
+    There are two exceptions. How long an answer may be is in two fields (`_lengths`). And options of the user imply
+    others: a sampling parameter asks for sampling, and beams, without one, ask for none.
+
+    Args:
+        model_config: The generation config of the model; it is not changed.
+        options: GenerationConfig values.
+        defaults: GenerationConfig values, `max_new_tokens` among them.
+        settings: GenerationConfig values.
+        counts_prompt: Whether the lengths in the model's config include the prompt, as in causal models.
+
+    Raises:
+        UsageError: The user gave a length that includes the prompt.
     """
-    given = {name: float(value) if name in FRACTIONS else value for name, value in explicit.items()}
+    given, settings, model = _normalize(options), settings or {}, model_config.to_diff_dict()
     if counts_prompt and (total := next((name for name in TOTALS if name in given), None)):
-        raise UsageError(f"{total} counts the prompt too, and its padding", hint=f"take {TOTALS[total]}")
-    if isinstance(given.get("stop_strings"), str):
-        given["stop_strings"] = [given["stop_strings"]]
-    merged = copy.deepcopy(model_config)
-    stated = {**model_config.to_diff_dict(), **(settings or {})}
+        raise UsageError(f"{total} includes the prompt and its padding", hint=f"use {TOTALS[total]}")
+    known = {**model, **settings}
     if "do_sample" not in given:
         if any(name in given for name in SAMPLING):
             given["do_sample"] = True
-        elif given.get("num_beams", 1) > 1 or ("do_sample" not in stated and stated.get("num_beams", 1) > 1):
+        elif given.get("num_beams", 1) > 1 or ("do_sample" not in known and known.get("num_beams", 1) > 1):
             given["do_sample"] = False
-    silent = {name: value for name, value in defaults.items() if name not in stated}
-    merged.update(**{**silent, **(settings or {}), **given})
-    task = {**defaults, **(settings or {})}
-    merged.max_new_tokens, merged.max_length = _lengths(given, stated, task, counts_prompt)
+
+    merged = copy.deepcopy(model_config)
+    merged.update(**{name: value for name, value in defaults.items() if name not in model})
+    merged.update(**{**settings, **given})
+    if model.get("max_length") == OLD_MAX_LENGTH:
+        del model["max_length"]
+    layers = (given, settings, defaults) if counts_prompt else (given, settings, model, defaults)
+    merged.max_new_tokens, merged.max_length = _lengths(*layers)
     if not merged.do_sample:
         for name in SAMPLING:
             setattr(merged, name, None)
     return merged
 
 
-def _lengths(
-    given: Mapping[str, Any], stated: Mapping[str, Any], task: Mapping[str, Any], counts_prompt: bool
-) -> tuple[int | None, int | None]:
-    """max_new_tokens and max_length, one of them None."""
-    for source in (given, task if counts_prompt else stated):
-        if most := source.get("max_new_tokens"):
-            return most, None
-        if (length := source.get("max_length")) and length != OLD_MAX_LENGTH:
-            return None, length
-    return task["max_new_tokens"], None
+def _normalize(options: JsonObject) -> dict[str, Any]:
+    given = {name: float(value) if name in FRACTIONS else value for name, value in options.items()}
+    if isinstance(given.get("stop_strings"), str):
+        given["stop_strings"] = [given["stop_strings"]]
+    return given
+
+
+def _lengths(*layers: Mapping[str, int | None]) -> tuple[int | None, int | None]:
+    """Return max_new_tokens and max_length, one of them None, from the first layer that has either."""
+    for layer in layers:
+        if layer.get("max_new_tokens") or layer.get("max_length"):
+            return (layer["max_new_tokens"], None) if layer.get("max_new_tokens") else (None, layer["max_length"])
+    raise ValueError("the defaults have no max_new_tokens")

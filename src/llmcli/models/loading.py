@@ -1,4 +1,4 @@
-"""A ready folder -> model and tokenizer. The one place that loads models and chooses device and dtype."""
+"""A ready directory -> model and tokenizer. Loads models, and chooses device and data type."""
 
 import logging
 import math
@@ -6,33 +6,48 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmcli import console
 from llmcli.errors import LlmcliError, ModelTooLargeError, ModelUnavailableError, UsageError
 from llmcli.job import LoadOptions
 from llmcli.models import malloc
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmcli.pipelines.base import TextPipeline
+
 FLOATS = {"F64", "F32", "F16", "BF16"}  # what dtype applies to; other tensors stay as they are
 UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}
+HEADROOM = 0.9  # of a GPU's free memory for weights; the rest is for activations and the KV cache
 
 
-def load(folder: Path, load_options: LoadOptions, head: Any) -> tuple[Any, Any]:
-    """A model and its tokenizer. `head`, a pipeline class, says which of transformers' auto classes loads it
-    (`auto_class`), and the prefix of weights it can do without (`spare`).
+def load(
+    folder: Path, load_options: LoadOptions, pipeline_type: "type[TextPipeline]"
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load a model and its tokenizer.
 
-    Raises ModelUnavailable: weights damaged, incomplete, pickled, or too big for the memory there is; UsageError: a
-    device that is not here.
+    Args:
+        folder: Directory of the weights, the configuration and the tokenizer.
+        load_options: Device, precision and memory.
+        pipeline_type: The class of the pipeline that the model is for.
+
+    Raises:
+        ModelUnavailableError: The weights are damaged, incomplete, pickled, or too large for the memory.
+        UsageError: The device is not available.
     """
     weights = _weights(folder, load_options)
     import torch
     import transformers
 
+    from llmcli.compat.transformers import share_key_value_heads
+
     device = choose_device(load_options.device)
     if device == "cpu":
-        malloc.keep()
-        # Attention reads keys and values that several heads share where they are, and not from copies for each head.
-        os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
+        malloc.keep_memory()
+        share_key_value_heads()
     dtype = choose_dtype(load_options.dtype, device)
     size = _size(weights, torch.finfo(dtype).bits // 8)
     device_map, max_memory = _device_map(load_options, device, size)
@@ -40,7 +55,7 @@ def load(folder: Path, load_options: LoadOptions, head: Any) -> tuple[Any, Any]:
     config = read_config(folder, load_options)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **common)
-        model, report = getattr(transformers, head.auto_class).from_pretrained(
+        model, report = getattr(transformers, pipeline_type.auto_class).from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -55,24 +70,23 @@ def load(folder: Path, load_options: LoadOptions, head: Any) -> tuple[Any, Any]:
         raise
     except Exception as exc:
         raise _translated(exc, folder) from exc
-    if missing := sorted(key for key in report["missing_keys"] if not (head.spare and key.startswith(head.spare))):
+    spare = pipeline_type.ignorable_weight_prefix
+    if missing := sorted(key for key in report["missing_keys"] if not (spare and key.startswith(spare))):
+        others = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise ModelUnavailableError(
-            f"{folder}: the weights are incomplete: {missing[0]}" + (" and others are" if missing[1:] else " is")
-            + " missing",
-            hint="the model is not of the kind that this task takes, or the files are damaged",
-        )  # fmt: skip
-    if "disk" in list((getattr(model, "hf_device_map", None) or {}).values())[:1]:
-        raise ModelUnavailableError(
-            "the memory given does not hold the model's first layer", hint="give it more --max-memory"
+            f"weights in {folder} are incomplete: missing {missing[0]}{others}",
+            hint="the model is not of the kind that this task requires, or the files are damaged",
         )
+    if "disk" in list((getattr(model, "hf_device_map", None) or {}).values())[:1]:
+        raise ModelUnavailableError("memory does not hold the first layer of the model", hint="increase --max-memory")
     model.eval()
-    if tokenizer.pad_token_id is None:  # any token will do, where the attention mask hides it
+    if tokenizer.pad_token_id is None:  # any token will do, as the attention mask hides it
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return model, tokenizer
 
 
-def tokenizer(folder: Path, load_options: LoadOptions) -> Any:
-    """The tokenizer alone. Raises ModelUnavailable."""
+def tokenizer(folder: Path, load_options: LoadOptions) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer alone. Raises ModelUnavailableError."""
     quiet_libraries()
     import transformers
 
@@ -82,8 +96,8 @@ def tokenizer(folder: Path, load_options: LoadOptions) -> Any:
         raise _translated(exc, folder) from exc
 
 
-def read_config(folder: Path, load_options: LoadOptions) -> Any:
-    """The model's configuration. Raises ModelUnavailable."""
+def read_config(folder: Path, load_options: LoadOptions) -> "PreTrainedConfig":
+    """Return the model's configuration. Raises ModelUnavailableError."""
     import transformers
 
     try:
@@ -93,8 +107,7 @@ def read_config(folder: Path, load_options: LoadOptions) -> Any:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers and its friends off our stderr, unless -v asks for them. Imports nothing heavy
-    that is not needed anyway: call it before the first import of transformers."""
+    """Silence transformers and accelerate, unless -v is given. Call it before the first import of transformers."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if console.verbose:
         return
@@ -108,23 +121,26 @@ def quiet_libraries() -> None:
 
 
 def choose_device(name: str) -> str:
-    """`auto` is the accelerator that is here, else the CPU. Raises UsageError for one that is not here."""
+    """Return the device; for `auto` the accelerator, or else the CPU. Raises UsageError if it is not available."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    here = accelerator.type if accelerator else "cpu"
+    default = accelerator.type if accelerator else "cpu"
     if name == "auto":
-        return here
+        return default
     kind, _, index = name.partition(":")
-    if kind != "cpu" and (kind != here or (index and int(index) >= torch.accelerator.device_count())):
-        raise UsageError(f"there is no device {name} here", hint="`llmcli env` shows what there is")
+    if kind == "cpu":  # cpu:0 too
+        return kind
+    if kind != default or (index and int(index) >= torch.accelerator.device_count()):
+        raise UsageError(f"device {name!r} is not available", hint="run `llmcli env` to list devices")
     return name
 
 
-def choose_dtype(name: str, device: str) -> Any:
-    """`auto`: on an accelerator bfloat16 where it has it, else float16; on a CPU bfloat16 where the
-    processor multiplies it in hardware, else float32."""
+def choose_dtype(name: str, device: str) -> "torch.dtype":
+    """Return the data type: for `auto` bfloat16 if the hardware has it; else float16, on a CPU float32."""
     import torch
+
+    from llmcli.compat.torch import has_fast_bfloat16
 
     if name != "auto":
         return getattr(torch, name)
@@ -134,8 +150,7 @@ def choose_dtype(name: str, device: str) -> Any:
         return torch.bfloat16
     if device.startswith("mps"):
         return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
-    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return torch.bfloat16 if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
+    return torch.bfloat16 if has_fast_bfloat16() else torch.float32
 
 
 def _common(load_options: LoadOptions) -> dict[str, Any]:
@@ -143,23 +158,23 @@ def _common(load_options: LoadOptions) -> dict[str, Any]:
 
 
 def _weights(folder: Path, load_options: LoadOptions) -> list[Path]:
-    """The weight files. Raises ModelUnavailable where there are none that may be opened."""
-    # Beside model.safetensors, or its shards, may lie the same weights in another layout (consolidated.safetensors).
+    """Return the weight files."""
+    # A directory may also have the same weights in another layout (consolidated.safetensors).
     if safetensors := sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors")):
         return safetensors
     pickled = sorted(folder.glob("pytorch_model*.bin"))
     if not pickled:
-        raise ModelUnavailableError(f"{folder} holds no weights (*.safetensors)")
+        raise ModelUnavailableError(f"{folder} has no weights (*.safetensors)")
     if not load_options.allow_pickle:
         raise ModelUnavailableError(
             f"{folder} has only pickled weights ({pickled[0].name}), which can run code when opened",
-            hint="--allow-pickle takes them, if you trust whoever made them",
+            hint="if you trust whoever made them, pass --allow-pickle",
         )
     return pickled
 
 
 def _size(weights: list[Path], float_bytes: int) -> int:
-    """Bytes that the weights take once loaded, from the files' headers. Raises ModelUnavailable if damaged."""
+    """Return the bytes that the weights take once loaded, from the files' headers."""
     from safetensors import SafetensorError, safe_open
 
     total = 0.0
@@ -180,53 +195,59 @@ def _size(weights: list[Path], float_bytes: int) -> int:
     return int(total)
 
 
-def _device_map(load_options: LoadOptions, device: str, size: int) -> tuple[Any, dict[Any, int] | None]:
-    """What to tell accelerate. Raises ModelUnavailable where `size` bytes do not fit and may not go to disk."""
+def _device_map(
+    load_options: LoadOptions, device: str, size: int
+) -> tuple[str | dict[str, str], dict[int | str, int] | None]:
+    """Return device_map and max_memory. Raises ModelUnavailableError if `size` bytes of weights do not fit."""
     import psutil
     import torch
 
+    from llmcli.compat.torch import free_gpu_memory
+
     memory = load_options.max_memory or psutil.virtual_memory().available
     spread = load_options.device == "auto" and device == "cuda"
-    gpus: dict[Any, int] = {}
+    gpus: dict[int, int] = {}
     if device.startswith("cuda"):
         indices = range(torch.cuda.device_count()) if spread else [torch.device(device).index or 0]
-        gpus = {i: torch.cuda.mem_get_info(i)[0] for i in indices}
+        gpus = {index: free_gpu_memory(index) for index in indices}
+    # transformers leaves headroom itself, but only if it is given no limits.
+    limits: dict[int | str, int] = {"cpu": memory}
+    limits |= {index: int(HEADROOM * free) for index, free in gpus.items()}
     if load_options.offload_folder:
         Path(load_options.offload_folder).mkdir(parents=True, exist_ok=True)
-        return "auto", {**gpus, "cpu": memory}
-    room = sum(gpus.values()) + (0 if gpus and not spread else memory)
-    if size > room:
-        what = (
-            ModelUnavailableError if load_options.max_memory else ModelTooLargeError
-        )  # others that make room help only the machine
-        raise what(
-            f"the model needs {_readable(size)} of memory and {_readable(room)} may be used",
-            hint="take a smaller model, --dtype bfloat16, or let it run from disk, slowly: --offload-folder PATH",
+        return "auto", limits
+    available = sum(gpus.values()) + (0 if gpus and not spread else memory)
+    if size > available:
+        # A worker can unload other models to make room, but that does not help against --max-memory.
+        error = ModelUnavailableError if load_options.max_memory else ModelTooLargeError
+        raise error(
+            f"model requires {_readable(size)} of memory, but only {_readable(available)} is available",
+            hint="use a smaller model or --dtype bfloat16, or run it from disk, slowly: --offload-folder PATH",
         )
-    if spread and size > 0.9 * gpus[0]:  # the rest is for activations and the cache of keys and values
-        return "auto", None
-    return {"": device}, None
+    if not spread or size <= HEADROOM * gpus[0]:
+        return {"": device}, None
+    if size > HEADROOM * sum(gpus.values()):
+        console.warning("model does not fit in GPU memory; a part of it stays in main memory, which is slow")
+    return "auto", limits if load_options.max_memory else None
 
 
 def _translated(exc: Exception, folder: Path) -> ModelUnavailableError:
-    """transformers' or safetensors' exception as one of ours."""
+    """Return transformers' or safetensors' exception as one of ours."""
     text = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
     if type(exc).__name__ == "SafetensorError":
         return _damaged(folder, text)
     if "trust_remote_code" in str(exc):
-        return ModelUnavailableError(
-            f"{folder} wants to run Python code of its own", hint="--trust-remote-code lets it, if you trust it"
-        )
-    return ModelUnavailableError(f"{folder} cannot be loaded: {text}", hint="-v shows the whole story")
+        return ModelUnavailableError(f"{folder} requires custom code", hint="if you trust it, pass --trust-remote-code")
+    return ModelUnavailableError(f"failed to load {folder}: {text}", hint="rerun with -v for the traceback")
 
 
-def _damaged(path: Path, why: str) -> ModelUnavailableError:
+def _damaged(path: Path, reason: str) -> ModelUnavailableError:
     return ModelUnavailableError(
-        f"the weights in {path} are damaged: {why}",
-        hint="get them again: `llmcli models rm NAME`, then `models pull NAME`; or save your own folder anew",
+        f"weights in {path} are damaged: {reason}",
+        hint="fetch them again: `llmcli models rm NAME`, then `llmcli models pull NAME`; or save your own model again",
     )
 
 
 def _readable(size: int) -> str:
-    """1_230_000_000 -> `1.2 GB`."""
+    """Return a size as people read it, e.g. `1.2 GB`."""
     return next(f"{size / unit:.1f} {name}" for name, unit in UNITS.items() if size >= unit or unit == 1)

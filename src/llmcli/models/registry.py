@@ -11,12 +11,16 @@ from llmcli import config
 from llmcli.errors import ModelUnavailableError, UsageError
 
 HERE = Path(__file__).parent
+ABOUT = {"description": str, "license": str, "size": int, "tasks": list}  # keys of a model, and their types
+SOURCES = {"hub": str, "wheels": list, "files": list, "folder": str, "sha256": str, "path": str}
 
 
 @dataclass(frozen=True, slots=True)
 class WheelSource:
-    """Weights published in one or more wheels: the pieces of a GGUF file in order, or a `folder` as
-    `save_pretrained` writes it. `sha256` is of the GGUF file, or of the folder's model.safetensors."""
+    """Weights published in wheels: the pieces of a GGUF file in order, or a directory that `save_pretrained` wrote.
+
+    `sha256` is of the GGUF file, or of the directory's model.safetensors.
+    """
 
     wheels: tuple[str, ...]
     sha256: str
@@ -26,7 +30,7 @@ class WheelSource:
 
 @dataclass(frozen=True, slots=True)
 class HubSource:
-    """A repository on the Hugging Face hub. `revision` is a branch, tag or commit."""
+    """A repository on the Hugging Face Hub. `revision` is a branch, tag or commit."""
 
     repo: str
     revision: str | None = None
@@ -34,7 +38,7 @@ class HubSource:
 
 @dataclass(frozen=True, slots=True)
 class FolderSource:
-    """A folder as `save_pretrained` writes it."""
+    """A directory that `save_pretrained` wrote."""
 
     path: Path
 
@@ -51,7 +55,7 @@ Source = WheelSource | HubSource | FolderSource | GgufSource
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What is known of a model before it is loaded. `name` is the alias, or what the user wrote."""
+    """What is known about a model before it is loaded. `name` is the alias, or what the user wrote."""
 
     name: str
     source: Source
@@ -62,9 +66,10 @@ class ModelSpec:
 
 
 def resolve(name: str) -> ModelSpec:
-    """The model of that name: a registry alias, else an existing folder or .gguf file, else a hub id.
+    """Return the model of that name: an alias, or else an existing directory or .gguf file, or else a Hub ID.
 
-    Raises ModelUnavailable where it can be none of these.
+    Raises:
+        ModelUnavailableError: The name is none of these.
     """
     if spec := models().get(name) or _patterned(name):
         return spec
@@ -77,24 +82,27 @@ def resolve(name: str) -> ModelSpec:
     if not looks_like_path and (source := _hub_source(name)):
         return ModelSpec(name, source)
     if looks_like_path:
-        what = "is neither a model folder nor a .gguf file" if path.exists() else "does not exist"
-        raise ModelUnavailableError(f"model {name!r} {what}")
+        reason = "is neither a model directory nor a .gguf file" if path.exists() else "does not exist"
+        raise ModelUnavailableError(f"model {name!r} {reason}")
     raise ModelUnavailableError(
         f"unknown model {name!r}{config.did_you_mean(name, models())}",
-        hint="`llmcli models list` shows the aliases; or give a folder, a .gguf file, or a hub id: org/name",
+        hint="run `llmcli models list` for the aliases, or pass a directory, a .gguf file or a Hub ID: org/name",
     )
 
 
 def default_names(task: str, source: str | None = None, target: str | None = None) -> list[str]:
-    """The models of a task where --model does not say, the preferred one first. Names with {from} and {to} in them
-    are for two languages, and left out where one is not known."""
+    """Return the models of a task without --model, the preferred one first.
+
+    Names with {from} and {to} are for two languages, and left out if one is not known.
+
+    Raises:
+        UsageError: The task has no default model, or all of them require a language.
+    """
     defaults, own = config.read_toml(HERE / "defaults.toml"), config.settings().defaults
     config.check_keys(own, defaults, f"{config.config_file()}: [defaults]")
     chosen = {**defaults, **own}.get(task)
     if chosen is None:
-        raise UsageError(
-            f"{task} has no default model", hint=f"give one: -m NAME; or name it in {HERE / 'defaults.toml'}"
-        )
+        raise UsageError(f"{task} has no default model", hint=f"pass -m NAME, or add one to {HERE / 'defaults.toml'}")
     languages = {key: tag.split("-")[0] for key, tag in (("{from}", source), ("{to}", target)) if tag}
     names = []
     for name in [chosen] if isinstance(chosen, str) else chosen:
@@ -102,52 +110,44 @@ def default_names(task: str, source: str | None = None, target: str | None = Non
             name = name.replace(key, language)
         names += [name] if "{" not in name else []
     if not names:
-        raise UsageError(f"the default models of {task} need to know the language", hint="say it: --from LANG")
+        raise UsageError(f"the default models of {task} require a language", hint="pass --from LANG")
     return names
 
 
 @cache
 def models() -> Mapping[str, ModelSpec]:
-    """Alias -> spec. Raises UsageError for a table of the user's that makes no sense."""
+    """Return specs by alias. Raises UsageError for an invalid table of the user's."""
     own = config.config_file().with_name("models.toml")
     paths = [HERE / "models.toml", *([own] if own.exists() else [])]
     return {alias: _spec(alias, table, path) for path in paths for alias, table in config.read_toml(path).items()}
 
 
 def _patterned(name: str) -> ModelSpec | None:
-    """The model of an alias with {from} and {to} in it."""
+    """Return the model of an alias with {from} and {to} in it."""
     for alias, spec in models().items():
         if "{" in alias and isinstance(spec.source, HubSource):
-            form = re.escape(alias).replace(r"\{from\}", "(?P<f>[a-z]{2,3})").replace(r"\{to\}", "(?P<t>[a-z]{2,3})")
-            if found := re.fullmatch(form, name):
-                repo = spec.source.repo.replace("{from}", found["f"]).replace("{to}", found["t"])
+            pattern = re.escape(alias).replace(r"\{from\}", "(?P<f>[a-z]{2,3})").replace(r"\{to\}", "(?P<t>[a-z]{2,3})")
+            if match := re.fullmatch(pattern, name):
+                repo = spec.source.repo.replace("{from}", match["f"]).replace("{to}", match["t"])
                 return replace(spec, name=name, source=HubSource(repo, spec.source.revision))
     return None
 
 
-def _spec(alias: str, table: Any, path: Path) -> ModelSpec:
+def _spec(alias: str, table: object, path: Path) -> ModelSpec:
     where = f"{path}: [{alias}]"
     if not isinstance(table, dict):
         raise UsageError(f"{path}: {alias!r} is not a table", hint=f"write [{alias}], then its keys")
-    common = {"description": str, "license": str, "size": int, "tasks": list}
-    kinds = {"hub": ("hub",), "wheels": ("wheels", "sha256"), "path": ("path",)}
-    config.check_keys(table, [*common, *(key for keys in kinds.values() for key in keys), "files", "folder"], where)
-    chosen = [kind for kind in kinds if kind in table]
-    if len(chosen) != 1:
-        raise UsageError(f"{where}: needs exactly one of {', '.join(kinds)}")
-    needed = kinds[chosen[0]]
-    if chosen == ["wheels"]:
-        needed += ("folder" if "folder" in table else "files",)
-    types = common | {"hub": str, "wheels": list, "files": list, "folder": str, "sha256": str, "path": str}
-    for key in {*needed, *table}:
-        if key not in table or (key not in common and key not in needed):
-            raise UsageError(f"{where}: {key!r} {'does not go' if key in table else 'has to go'} with {chosen[0]!r}")
-        if not isinstance(table[key], types[key]):
-            raise UsageError(f"{where}: {key!r} must be of type {types[key].__name__}")
-        if isinstance(table[key], list) and not all(isinstance(item, str) for item in table[key]):
-            raise UsageError(f"{where}: {key!r} must be a list of texts")
-    about = {key: table[key] for key in ("description", "license", "size") if key in table}
-    return ModelSpec(alias, _source(table, path.parent, where), tasks=tuple(table.get("tasks", ())), **about)
+    config.check_table(table, ABOUT | SOURCES, where)
+    kinds = [kind for kind in ("hub", "wheels", "path") if kind in table]
+    if len(kinds) != 1:
+        raise UsageError(f"{where}: needs exactly one of hub, wheels, path")
+    required = set(kinds) if kinds != ["wheels"] else {"wheels", "sha256", "folder" if "folder" in table else "files"}
+    for key in sorted(required ^ (table.keys() - ABOUT.keys())):
+        raise UsageError(f"{where}: {key!r} {'cannot be used with' if key in table else 'is required by'} {kinds[0]!r}")
+    about: dict[str, Any] = {
+        key: tuple(value) if key == "tasks" else value for key, value in table.items() if key in ABOUT
+    }
+    return ModelSpec(alias, _source(table, path.parent, where), **about)
 
 
 def _source(table: Mapping[str, Any], folder: Path, where: str) -> Source:
@@ -158,7 +158,7 @@ def _source(table: Mapping[str, Any], folder: Path, where: str) -> Source:
         return GgufSource(path) if path.suffix == ".gguf" else FolderSource(path)
     if source := _hub_source(table["hub"]):
         return source
-    raise UsageError(f"{where}: {table['hub']!r} is not a hub id", hint="write org/name or org/name@revision")
+    raise UsageError(f"{where}: {table['hub']!r} is not a Hub ID", hint="write org/name or org/name@revision")
 
 
 def _hub_source(name: str) -> HubSource | None:

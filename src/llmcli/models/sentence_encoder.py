@@ -1,4 +1,4 @@
-"""What the folder of a sentence encoder says of itself, read without loading anything."""
+"""What the directory of a sentence encoder states, read without loading anything."""
 
 import json
 from pathlib import Path
@@ -6,22 +6,21 @@ from typing import Any
 
 from llmcli.errors import ModelUnavailableError
 
+DEFAULT_WINDOW_TOKENS = 512
+
 
 def window(folder: Path) -> int:
-    """Tokens that a text may have, special ones included."""
-    said = (
+    """Return the maximum number of tokens of a text, special ones included."""
+    limits = (
         _read(folder / "sentence_bert_config.json").get("max_seq_length"),
         _read(folder / "tokenizer_config.json").get("model_max_length"),
         _read(folder / "config.json").get("max_position_embeddings"),
     )
-    return int(min(filter(None, said), default=512))
+    return int(min(filter(None, limits), default=DEFAULT_WINDOW_TOKENS))
 
 
 def pooling(folder: Path) -> str:
-    """How its sentence-transformers configuration makes one vector of many: mean_tokens, or cls_token.
-
-    Raises ModelUnavailable for other ways, and for layers that follow.
-    """
+    """Return how one vector is made of many: mean_tokens, or cls_token. Raises ModelUnavailableError for other ways."""
     modes = _read(folder / "1_Pooling" / "config.json")
     modes_on: list[str] = [name.removeprefix("pooling_mode_") for name, is_on in modes.items() if is_on is True]
     modules = _read(folder / "modules.json") or []
@@ -29,7 +28,7 @@ def pooling(folder: Path) -> str:
     if layers or (modes_on and modes_on not in (["mean_tokens"], ["cls_token"])):
         what = ", ".join(sorted(layers) or modes_on)
         raise ModelUnavailableError(
-            f"{folder}: vectors by {what} are not supported", hint="take another sentence encoder"
+            f"{folder}: pooling by {what} is not supported", hint="use another sentence encoder"
         )
     return modes_on[0] if modes_on else "mean_tokens"
 

@@ -1,33 +1,30 @@
-"""What a shell offers for a value that is being typed. It asks at each press of the key: nothing heavy is imported."""
+"""Shell completion of option values. The shell asks at each key press, so nothing heavy is imported."""
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from llmcli.errors import LlmcliError
 from llmcli.models import registry
-from llmcli.tasks import prompting
+from llmcli.tasks.presets import load_presets
 
 
-def _offered(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
-    """Of the names, those that begin with what stands there. Where a file of the user's is broken, none: the command
-    itself will say so."""
-
+def _complete_from(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
     def complete(incomplete: str) -> list[str]:
-        with suppress(LlmcliError):
+        with suppress(LlmcliError):  # A configuration file is broken: the command itself will report it.
             return [name for name in names() if name.startswith(incomplete)]
         return []
 
     return complete
 
 
-def _languages() -> list[str]:
-    """Common ones: those that there are example sentences in."""
+def _languages() -> set[str]:
+    """Return the languages of the example sentences."""
     from llmcli.tasks import translate
 
-    return sorted({tag for sentence in translate.examples() for tag in sentence})
+    return {tag for sentence in translate.load_examples() for tag in sentence}
 
 
-models = _offered(lambda: [name for name in registry.models() if "{" not in name])
-languages = _offered(_languages)
-presets = _offered(prompting.presets)
-devices = _offered(lambda: ("auto", "cpu", "cuda", "mps", "xpu"))
+models = _complete_from(lambda: [name for name in registry.models() if "{" not in name])
+languages = _complete_from(lambda: sorted(_languages()))
+presets = _complete_from(load_presets)
+devices = _complete_from(lambda: ("auto", "cpu", "cuda", "mps", "xpu"))

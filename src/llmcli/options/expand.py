@@ -1,9 +1,18 @@
-"""How a command is declared: options come in groups, each a dataclass, and a group is a section of --help.
+"""Declare a command by groups of options. Each group is a dataclass, and a section of --help.
 
-    @spread
-    def generate(texts: Texts, generation: GenerationOptions, output: OutputOptions) -> ExitStatus: ...
+For example, this command has the options of both groups, and its function is given the groups:
 
-The fields of the dataclasses become the command's options; the function gets the filled-in groups.
+    @dataclass
+    class InputOptions:
+        \"\"\"Input\"\"\"
+
+        lines: Annotated[bool, typer.Option("--lines", help="Treat each line as a record.")] = False
+
+
+    @expand_options
+    def count(input: InputOptions, output: OutputOptions) -> ExitStatus:
+        print(len(read(by_lines=input.lines)))
+        return ExitStatus.OK
 """
 
 import copy
@@ -15,28 +24,28 @@ from collections.abc import Callable
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
-from typer.core import TyperCommand
 
+from llmcli.compat.typer import TyperCommand
 from llmcli.errors import ExitStatus
 
-DASHED = re.compile(r"--?[^\s=]*\s|-\d")  # rather a text than an option
+PROBABLY_TEXT = re.compile(r"--?[^\s=]*\s|-\d")  # a word that begins like an option
 
 
 class Command(TyperCommand):
-    """A command whose plain-text help keeps its options in their groups."""
+    """A command with plain-text help that keeps options in their groups, and hints for texts without quotes."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         fail = ctx.fail
         has_text = any(getattr(param, "metavar", None) in ("TEXT", "QUESTION") for param in self.get_params(ctx))
-        quotes = "\nA text of several words goes into quotes; a file is named with -f." if has_text else ""
-        ctx.fail = lambda message: fail(f"{message}{quotes if 'extra argument' in message else ''}")
-        texts = [word for word in args if has_text and DASHED.match(word)]
+        hint = "\nhint: quote a text of several words; name a file with -f" if has_text else ""
+        ctx.fail = lambda message: fail(f"{message}{hint if 'extra argument' in message else ''}")
+        texts = [word for word in args if has_text and PROBABLY_TEXT.match(word)]
         try:
             rest: list[str] = super().parse_args(ctx, args)
         except Exception as exc:
-            unknown: Any = exc  # option: a class that typer keeps to itself
-            if any(text.startswith(getattr(unknown, "option_name", "\n")) for text in texts):
-                unknown.message += f"\nA text that begins with - goes behind --: {ctx.command_path} -- TEXT"
+            error: Any = exc  # Typer does not export NoSuchOption, the class that has an option_name.
+            if any(text.startswith(getattr(error, "option_name", "\n")) for text in texts):
+                error.message += f"\nhint: put text that starts with '-' after '--': {ctx.command_path} -- TEXT"
             raise
         return rest
 
@@ -44,7 +53,7 @@ class Command(TyperCommand):
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
-            if record and record[1]:  # an argument without help is in the usage line already
+            if record and record[1]:  # The usage line shows arguments that have no help.
                 title = getattr(param, "rich_help_panel", None) or "Options"
                 sections.setdefault(title, []).append(record)
         for title, records in sections.items():
@@ -53,35 +62,43 @@ class Command(TyperCommand):
 
 
 def expand_options(function: Callable[..., ExitStatus | None]) -> Callable[..., None]:
-    """Make a function a command: its groups are spread into options, and the status it returns becomes
-    the exit code."""
-    plain: list[inspect.Parameter] = []
+    """Make a function a command.
+
+    Args:
+        function: Parameters whose type is a dataclass are expanded into one option per field. The exit status that the
+            function returns becomes the exit code.
+
+    Returns:
+        A function for `typer.Typer.command`.
+    """
+    parameters: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}
     for parameter in inspect.signature(function).parameters.values():
-        if dataclasses.is_dataclass(parameter.annotation):
-            groups[parameter.name] = parameter.annotation
-            plain += [_option(field, parameter.annotation) for field in dataclasses.fields(parameter.annotation)]
+        group = parameter.annotation
+        if dataclasses.is_dataclass(group):
+            groups[parameter.name] = group
+            parameters += [_parameter(field, group.__doc__) for field in dataclasses.fields(group)]
         else:
-            plain.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
     @functools.wraps(function)
-    def run(**values: Any) -> None:
+    def run(**values: object) -> None:
         for name, group in groups.items():
             values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
         if status := function(**values):
             raise typer.Exit(status)
 
-    run.__signature__ = inspect.Signature(plain)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in plain}
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
 
-def _option(field: dataclasses.Field[Any], group: Any) -> inspect.Parameter:
-    """A field `name: Annotated[type, typer.Option(...)] = default` as a function's parameter."""
+def _parameter(field: "dataclasses.Field[object]", panel: str | None) -> inspect.Parameter:
+    """Return the parameter for a field `name: Annotated[type, typer.Option(...)] = default`."""
     assert get_origin(field.type) is Annotated, f"{field.name} is not declared as an option"
     kind, info = get_args(field.type)
-    info = copy.copy(info)  # commands without groups share it
-    info.rich_help_panel = group.__doc__
+    info = copy.copy(info)  # Commands without groups use the same object.
+    info.rich_help_panel = panel
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]

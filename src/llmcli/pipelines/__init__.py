@@ -1,55 +1,87 @@
-"""transformers pipelines of our own, one for each kind of thing that is asked of a head: the file's name is the
-kind, `llmcli-KIND` its id."""
+"""transformers pipelines of our own, one for each kind of thing that tasks ask of a model."""
 
+import functools
 import importlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llmcli.job import LoadOptions
 from llmcli.models import loading
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def load(kind: str, folder: Path, load_options: LoadOptions) -> Any:
-    """A ready transformers.Pipeline. Raises what `loading.load` raises; UsageError where --quantize does not go with
-    the device or the model."""
-    head = implementation(kind)
+    from llmcli.pipelines.base import TextPipeline
+
+CLASSES = {  # kind: module of this package, and class
+    "attention": ("attention", "AttentionPipeline"),
+    "causal": ("causal", "CausalPipeline"),
+    "causal_attention": ("attention", "CausalAttentionPipeline"),
+    "embedding": ("embedding", "EmbeddingPipeline"),
+    "extractive_qa": ("extractive_qa", "ExtractiveQaPipeline"),
+    "next_token": ("next_token", "NextTokenPipeline"),
+    "scoring": ("scoring", "ScoringPipeline"),
+    "seq2seq": ("seq2seq", "Seq2SeqPipeline"),
+}
+
+
+def load(kind: str, folder: Path, load_options: LoadOptions) -> "TextPipeline":
+    """Load a model and return its pipeline.
+
+    Args:
+        kind: A key of CLASSES.
+        folder: Directory of the weights, the configuration and the tokenizer.
+        load_options: Device, precision and memory.
+
+    Raises:
+        ModelUnavailableError: The model cannot be loaded, as in `loading.load`.
+        UsageError: The device is not available, or --quantize cannot be used with the device or the model.
+    """
+    pipeline_type = pipeline_class(kind)
     from llmcli.pipelines import quantizer
 
     if load_options.quantize != "none":
-        folder = quantizer.quantized(folder, load_options, head)
-    model, tokenizer = loading.load(folder, load_options, head)
+        folder = quantizer.quantized(folder, load_options, pipeline_type)
+    model, tokenizer = loading.load(folder, load_options, pipeline_type)
     if model.device.type == "cpu" and not load_options.offload_folder:
         quantizer.pack(model)
-    return _made(kind, model, tokenizer)
+    return _make(kind, model, tokenizer)
 
 
-def wrap_as(kind: str, pipeline: Any) -> Any:
-    """A pipeline of that kind on the model of another."""
-    return pipeline if type(pipeline) is implementation(kind) else _made(kind, pipeline.model, pipeline.tokenizer)
+def wrap_as(kind: str, pipeline: "TextPipeline") -> "TextPipeline":
+    """Return a pipeline of that kind on the model of another."""
+    return pipeline if type(pipeline) is pipeline_class(kind) else _make(kind, pipeline.model, pipeline.tokenizer)
 
 
 def check_compatibility(folder: Path, load_options: LoadOptions, kinds: Iterable[str]) -> dict[str, str | None]:
-    """For each kind, why the model in that folder cannot be one of it; None where it can. Raises ModelUnavailable."""
+    """Return for each kind why the model in that directory is unsuitable; None if it is suitable.
+
+    Raises:
+        ModelUnavailableError: The configuration cannot be read.
+    """
     loading.quiet_libraries()
     config = loading.read_config(folder, load_options)
-    reasons = {kind: implementation(kind).check(config) for kind in kinds}
+    reasons = {kind: pipeline_class(kind).find_incompatibility(config) for kind in kinds}
     return {kind: reason and f"{config.model_type} models {reason}" for kind, reason in reasons.items()}
 
 
-def implementation(kind: str) -> Any:
-    """The pipeline's class; its module registers it with transformers."""
+@functools.cache
+def pipeline_class(kind: str) -> type["TextPipeline"]:
+    """Return the class of that kind, and let transformers know it as the task `llmcli-KIND`."""
     loading.quiet_libraries()
-    importlib.import_module(f"llmcli.pipelines.{kind}")
     from transformers.pipelines import PIPELINE_REGISTRY
 
-    _, about, _ = PIPELINE_REGISTRY.check_task(f"llmcli-{kind}")
-    return about["impl"]
+    module, name = CLASSES[kind]
+    found: type[TextPipeline] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    PIPELINE_REGISTRY.register_pipeline(f"llmcli-{kind}", pipeline_class=found)
+    return found
 
 
-def _made(kind: str, model: Any, tokenizer: Any) -> Any:
+def _make(kind: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> "TextPipeline":
     from transformers import pipeline
 
     # A model that accelerate spread says where it is; one on a single device would be moved to the first GPU.
     device = None if getattr(model, "hf_device_map", None) else model.device
-    return pipeline(f"llmcli-{kind}", model=model, tokenizer=tokenizer, device=device)
+    made: TextPipeline = pipeline(f"llmcli-{kind}", model=model, tokenizer=tokenizer, device=device)
+    return made

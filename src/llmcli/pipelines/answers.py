@@ -1,72 +1,190 @@
 """New tokens -> text: where an answer ends, why, and what of it may be shown before it has ended."""
 
+import bisect
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from llmcli.compat.tokenizers import decode_stream
+from llmcli.pipelines.base import Usage
+from llmcli.pipelines.spelling import PENDING
 from llmcli.text.stops import first_stop, stop_prefix
 
-Decode = Callable[[list[int]], str]
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+BYTES_OF_SPECIALS = 8  # what a stop text's last tokens may have beside it
 
 
-def fields(output: Mapping[str, Any], decode: Decode, config: Any) -> dict[str, Any]:
-    """The fields of one input's result, from its `sequences` (1, N, T) of new tokens, its `input_ids` and what was
-    `cut` from it; `generated_texts` where more than one sequence was asked for."""
-    found = [_answer(sequence.tolist(), decode, config) for sequence in output["sequences"][0]]
-    text, reason, _ = found[0]
-    result: dict[str, Any] = {"generated_text": text}
-    if len(found) > 1:
-        result["generated_texts"] = [text for text, _, _ in found]
+class GeneratedText(TypedDict, total=False):
+    """An answer: `generated_texts` if several were asked for; `truncated` tokens of the prompt were cut."""
+
+    generated_text: str
+    generated_texts: list[str]
+    truncated: int
+    finish_reason: str
+    usage: Usage
+
+
+class TokenDecoder:
+    """Decode the new tokens of one row.
+
+    Tokens that follow a prompt are decoded together with its last tokens, `before`: alone, a SentencePiece tokenizer
+    would lose the space in front of them.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", before: Sequence[int] = (), **settings: bool) -> None:
+        self._tokenizer, self._before, self._settings = tokenizer, list(before), settings
+        self._known = self._decode(self._before) if before else ""
+
+    def __call__(self, ids: list[int]) -> str:
+        """Return the text of new tokens."""
+        return self._decode(self._before + ids).removeprefix(self._known)
+
+    def stream(self) -> Callable[[int], str | None]:
+        """Return a function from the next new token to the text that it completes, if any."""
+        cleans_up = self._settings.get("clean_up_tokenization_spaces", self._tokenizer.clean_up_tokenization_spaces)
+        fast = None if cleans_up else decode_stream(self._tokenizer, self._before)
+        return fast or slow_stream(self)
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, **self._settings)
+        return text
+
+
+def slow_stream(decode: Callable[[list[int]], str]) -> Callable[[int], str | None]:
+    """Return the same for tokenizers that cannot decode step by step: it decodes all tokens for each new one."""
+    ids, length = list[int](), 0
+
+    def step(token: int) -> str | None:
+        nonlocal length
+        ids.append(token)
+        text = decode(ids)
+        if text.endswith(PENDING):
+            return None
+        start, length = length, len(text)
+        return text[start:]
+
+    return step
+
+
+class DeltaStreamer(BaseStreamer):  # type: ignore[misc]  # transformers has no types
+    """Pass text on while it is generated, but only what no later token can change.
+
+    It holds back the bytes of an unfinished character, and an ending that may become a stop text.
+    """
+
+    def __init__(self, decoder: TokenDecoder, stops: Sequence[str], on_text: Callable[[str], None]) -> None:
+        self._step, self._stops, self._on_text = decoder.stream(), stops, on_text
+        self._held = ""
+        self._is_prompt, self._is_over = True, False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        for token in value.flatten().tolist():
+            self._add(token)
+
+    def _add(self, token: int) -> None:
+        if self._is_over:
+            return
+        try:
+            self._held += self._step(token) or ""
+        except Exception:  # tokenizers': this token changes text that was passed on already
+            self._is_over = True
+            return
+        end = first_stop(self._held, self._stops)
+        self._is_over = end is not None
+        end = len(self._held) - stop_prefix(self._held, self._stops) if end is None else end
+        if end:
+            self._on_text(self._held[:end])
+            self._held = self._held[end:]
+
+    def end(self) -> None:
+        """Leave the rest to the result."""
+
+
+def make_result(output: Mapping[str, Any], decode: TokenDecoder, config: "GenerationConfig") -> GeneratedText:
+    """Return the fields of one input's result.
+
+    `output` has `sequences` (1, N, T) of new tokens, `input_ids`, how many were `cut`, and perhaps `max_new_tokens`.
+    """
+    limit = output.get("max_new_tokens")
+    answers = [_finish(sequence.tolist()[:limit], decode, config) for sequence in output["sequences"][0]]
+    text, reason, _ = answers[0]
+    result: GeneratedText = {"generated_text": text}
+    if len(answers) > 1:
+        result["generated_texts"] = [text for text, _, _ in answers]
     if output["cut"]:
         result["truncated"] = output["cut"]
-    usage = {
-        "prompt_tokens": len(output["input_ids"]),
-        "completion_tokens": sum(count for _, _, count in found),
-    }
-    return result | {"finish_reason": reason, "usage": usage}
+    completion_tokens = sum(count for _, _, count in answers)
+    usage: Usage = {"prompt_tokens": len(output["input_ids"]), "completion_tokens": completion_tokens}
+    return {**result, "finish_reason": reason, "usage": usage}
 
 
-def _answer(ids: list[int], decode: Decode, config: Any) -> tuple[str, str, int]:
-    """Text, finish reason, and how many tokens were generated, of one row of a batch."""
+def _finish(ids: list[int], decode: TokenDecoder, config: "GenerationConfig") -> tuple[str, str, int]:
+    """Return text, finish reason and number of generated tokens of one sequence."""
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     end = next((i + 1 for i, token in enumerate(ids) if token in eos), None)
     text = decode(ids[:end])
     if (cut := first_stop(text, config.stop_strings or ())) is not None:
-        count = next(n for n in range(1, len(ids) + 1) if first_stop(decode(ids[:n]), config.stop_strings) == cut)
-        return text[:cut], "stop", count
+        # Once a stop text is complete, it stays: bisect for the token that completes it.
+        def has_stop(count: int) -> bool:
+            return first_stop(decode(ids[:count]), config.stop_strings) == cut
+
+        return text[:cut], "stop", bisect.bisect_left(range(len(ids)), True, key=has_stop)
     return text, "stop" if end else "length", end or len(ids)
 
 
 class NewTextStopCriteria(StoppingCriteria):  # type: ignore[misc]
-    """Ends each row of a batch where a stop text stands in its new text. `start` is the prompts' padded length;
-    there may be several rows, sequences or beams, for each of the `decoders`."""
+    """End each row of a batch once its new text contains a stop text.
 
-    def __init__(self, decoders: Sequence[Decode], stops: Sequence[str], start: int) -> None:
+    transformers' own stop strings are found in the prompt's end and in special tokens too. `start` is the padded length
+    of the prompts. Several rows, sequences or beams, may share one of the `decoders`.
+    """
+
+    def __init__(self, decoders: Sequence[TokenDecoder], stops: Sequence[str], start: int) -> None:
         self.decoders, self.stops, self.start = decoders, stops, start
-        # A token is a byte at least: no stop text reaches further back, from the newest token, than this.
-        self.reach = max(len(stop.encode()) for stop in stops) + 8
+        # A token is at least a byte: no stop text reaches further back, from the newest token, than this.
+        self.reach = max(len(stop.encode()) for stop in stops) + BYTES_OF_SPECIALS
 
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
         rows = input_ids[:, max(self.start, input_ids.shape[1] - self.reach) :].tolist()
         decoders = (self.decoders[i * len(self.decoders) // len(rows)] for i in range(len(rows)))
-        stopped = [first_stop(decode(row), self.stops) is not None for decode, row in zip(decoders, rows, strict=True)]
-        return torch.tensor(stopped, device=input_ids.device)
+        is_done = [first_stop(decode(row), self.stops) is not None for decode, row in zip(decoders, rows, strict=True)]
+        return torch.tensor(is_done, device=input_ids.device)
+
+
+class RowLimitCriteria(StoppingCriteria):  # type: ignore[misc]
+    """End each row of a batch after its own number of new tokens.
+
+    `start` is the padded length of the prompts. Several rows, sequences or beams, may share one of the `limits`.
+    """
+
+    def __init__(self, limits: Sequence[int], start: int) -> None:
+        self.limits, self.start = torch.tensor(limits), start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        self.limits = self.limits.to(input_ids.device)
+        limits = self.limits.repeat_interleave(len(input_ids) // len(self.limits))
+        return limits <= input_ids.shape[1] - self.start
 
 
 class TokenTimer(StoppingCriteria):  # type: ignore[misc]
-    """Stops nothing; knows when each token came, and calls `on_token` then, which may raise."""
+    """Note when each token came, and call `on_token` then, which may raise. Ends nothing."""
 
     def __init__(self, on_token: Callable[[], None] | None = None) -> None:
         self.times: list[float] = []
         self.on_token = on_token
 
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
         self.times.append(time.perf_counter())
         if self.on_token:
             self.on_token()
@@ -74,35 +192,25 @@ class TokenTimer(StoppingCriteria):  # type: ignore[misc]
 
     @property
     def speed(self) -> float:
-        """Tokens a second of each row, after its first; 0 where there was but one."""
+        """Tokens per second of each row, after its first; 0 if there was only one."""
         return 1 / statistics.median(b - a for a, b in pairwise(self.times)) if len(self.times) > 1 else 0.0
 
 
-class DeltaStreamer(BaseStreamer):  # type: ignore[misc]
-    """Passes text on as it is generated, only what no later token can change.
+def stopping_criteria(
+    config: "GenerationConfig", decoders: Sequence[TokenDecoder], limits: Sequence[int] | None, start: int
+) -> list[StoppingCriteria]:
+    """Take the stop texts out of `config`, set it to the highest of the rows' limits, and return what ends rows.
 
-    Held back: the bytes of an unfinished character, and an ending that may become a stop text.
+    `start` is the number of tokens that precede the new ones, padding included.
     """
-
-    def __init__(self, decode: Decode, stops: Sequence[str], on_text: Callable[[str], None]) -> None:
-        self.decode, self.stops, self.on_text = decode, stops, on_text
-        self.ids: list[int] = []
-        self.sent = 0
-        self.is_prompt = True
-
-    def put(self, value: Any) -> None:
-        if self.is_prompt:
-            self.is_prompt = False
-            return
-        self.ids += value.flatten().tolist()
-        text = self.decode(self.ids)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return
-        end = first_stop(text, self.stops)
-        end = len(text) - stop_prefix(text, self.stops) if end is None else end
-        if end > self.sent:
-            self.on_text(text[self.sent : end])
-            self.sent = end
-
-    def end(self) -> None:
-        """The result brings the rest."""
+    criteria: list[StoppingCriteria] = []
+    if config.stop_strings:
+        criteria.append(NewTextStopCriteria(decoders, config.stop_strings, start))
+        config.stop_strings = None
+    if limits:
+        if config.max_length and not config.max_new_tokens:
+            limits = [min(limit, config.max_length - start) for limit in limits]
+        config.max_new_tokens, config.max_length = max(limits), None
+        if min(limits) < max(limits):
+            criteria.append(RowLimitCriteria(limits, start))
+    return criteria

@@ -1,20 +1,33 @@
-"""Texts -> how much each token attends to each. A transformers.Pipeline."""
+"""Texts -> how much each token attends to each. Two transformers.Pipelines."""
 
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
-from transformers.pipelines import PIPELINE_REGISTRY
-from transformers.pipelines.base import Pipeline
 
+from llmcli.compat.transformers import eager_attention
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
-from llmcli.pipelines import rows
+from llmcli.pipelines.base import CausalTextPipeline, Inputs, Parameters, TextPipeline, as_batch, check_finite, make_row
 from llmcli.pipelines.spelling import token_texts
 
-MOST = 512  # tokens: the weights of all heads grow with their square
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+MAX_TOKENS = 512  # The weights of all heads grow with the square of the length.
 
 
-class AttentionPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # transformers has no types
-    """What the steps hand to each other, for a batch of B texts of T tokens, with a model of L layers of H heads:
+class Attention(TypedDict):
+    """How much each of T tokens attends to each of them, in a model of so many layers and heads."""
+
+    tokens: list[str]
+    attention: list[list[float]]
+    layers: int
+    heads: int
+
+
+class AttentionPipeline(TextPipeline):
+    """Compute attention weights, with the base model of any encoder or decoder.
+
+    What the steps hand to each other, for a batch of B texts of T tokens, with a model of L layers of H heads:
 
     preprocess   input_ids, T of them
     _forward     attentions, float32 (B, L, H, T, T): softmax(QKᵀ/√d), a row for each token that attends
@@ -23,51 +36,49 @@ class AttentionPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # tr
     """
 
     auto_class = "AutoModel"
-    spare = "pooler."
+    ignorable_weight_prefix = "pooler."
 
     @staticmethod
-    def check(config: Any) -> str | None:
-        """Why a model of that configuration cannot be used."""
+    def find_incompatibility(config: "PreTrainedConfig") -> str | None:
         return "have an encoder and a decoder" if getattr(config, "is_encoder_decoder", False) else None
 
-    def _sanitize_parameters(self, layer: int | None = None, head: int | None = None) -> tuple[Any, Any, Any]:
+    def _sanitize_parameters(self, layer: int | None = None, head: int | None = None) -> Parameters:
         return {}, {}, {"layer": layer, "head": head}
 
-    def preprocess(self, text: str, truncate: object = None) -> dict[str, Any]:
-        """Raises RecordError for a text that is too long to be looked at."""
+    def preprocess(self, text: str, truncate: object = None) -> Inputs:
+        """Return the token IDs of one text. Raises RecordError for a text with none, or with too many to show."""
         config = self.model.config.get_text_config()
-        most = min(MOST, getattr(config, "max_position_embeddings", None) or MOST)
+        maximum = min(MAX_TOKENS, getattr(config, "max_position_embeddings", None) or MAX_TOKENS)
         ids = self.tokenizer(text)["input_ids"]
-        if not 0 < len(ids) <= most:
-            raise RecordError(
-                "context_length_exceeded", f"the text has {len(ids)} tokens: from 1 to {most} can be shown"
-            )
-        return {"input_ids": rows.row(ids)}
+        if not 0 < len(ids) <= maximum:
+            raise RecordError("context_length_exceeded", f"text has {len(ids)} tokens, expected 1 to {maximum}")
+        return {"input_ids": make_row(ids)}
 
-    def _forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        ids, mask = rows.padded(rows.listed(inputs)["input_ids"], self.tokenizer.pad_token_id, self.device)
-        usual = self.model.config._attn_implementation
-        self.model.set_attn_implementation("eager")  # the others never have the weights as a whole
-        try:
+    def _forward(self, inputs: Inputs) -> Inputs:
+        ids, mask = self.pad(as_batch(inputs)["input_ids"])
+        with eager_attention(self.model):
             output = self.model(input_ids=ids, attention_mask=mask, output_attentions=True)
-        finally:
-            self.model.set_attn_implementation(usual)
-        found = getattr(output, "attentions", None)
-        if not found or any(layer is None for layer in found):
-            raise ModelUnavailableError(f"{self.model.config.model_type} models do not tell their attention")
-        return {"attentions": torch.stack(list(found), 1).float().numpy(force=True), **inputs}
+        attentions = getattr(output, "attentions", None)
+        if not attentions or any(layer is None for layer in attentions):
+            raise ModelUnavailableError(f"{self.model.config.model_type} models do not return attention weights")
+        return {"attentions": torch.stack(list(attentions), 1).float().numpy(force=True), **inputs}
 
-    def postprocess(self, output: dict[str, Any], layer: int | None = None, head: int | None = None) -> dict[str, Any]:
-        """The fields of a result. Raises UsageError for a layer or a head that is not there."""
+    def postprocess(self, output: Inputs, layer: int | None = None, head: int | None = None) -> Attention:
+        """Return the fields of a result. Raises UsageError for a layer or head that the model does not have."""
         (weights,) = output["attentions"]
         layers, heads = weights.shape[:2]
-        for name, asked, there in (("layer", layer, layers), ("head", head, heads)):
-            if asked is not None and asked >= there:
-                raise UsageError(f"--{name} {asked}: this model has {there}, from 0 to {there - 1}")
+        for name, index, count in (("layer", layer, layers), ("head", head, heads)):
+            if index is not None and index >= count:
+                raise UsageError(f"invalid --{name} {index}: this model has {count}, from 0 to {count - 1}")
         weights = weights.mean(0) if layer is None else weights[layer]
         weights = weights.mean(0) if head is None else weights[head]
+        check_finite(weights)
         texts = token_texts(self.tokenizer, output["input_ids"].tolist())
         return {"tokens": texts, "attention": weights.tolist(), "layers": layers, "heads": heads}
 
 
-PIPELINE_REGISTRY.register_pipeline("llmcli-attention", pipeline_class=AttentionPipeline)
+class CausalAttentionPipeline(AttentionPipeline):
+    """The same on the weights that a causal model generates with: a worker that keeps them does not load them again."""
+
+    auto_class = CausalTextPipeline.auto_class
+    find_incompatibility = staticmethod(CausalTextPipeline.find_incompatibility)

@@ -3,165 +3,165 @@
 import copy
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    DynamicCache,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-from transformers.pipelines import PIPELINE_REGISTRY
 
+from llmcli.compat.cache import filled_cache, growing_cache, repeat_cache
+from llmcli.compat.transformers import has_fixed_rotary_positions, takes_position_ids
 from llmcli.errors import RecordError, UsageError
-from llmcli.pipelines import answers, lengths, rows
-from llmcli.pipelines.answers import Decode
-from llmcli.pipelines.cache import growing
-from llmcli.pipelines.head import CausalHead
+from llmcli.pipelines import base
+from llmcli.pipelines.answers import GeneratedText, TokenDecoder, make_result, stopping_criteria
+from llmcli.pipelines.base import CausalTextPipeline, Inputs, Parameters
 
-PREFILL = 4096  # tokens that a processor reads at once: more would not stay in its caches
-Prompt = str | list[dict[str, Any]]
+if TYPE_CHECKING:
+    from transformers import DynamicCache, GenerationConfig
+
+    from llmcli.tasks import Prompt
+
+PREFILL_TOKENS = 4096  # read by a CPU at once: more would not stay in its caches
+DECODED_TOKENS = 4  # of the prompt's end, decoded together with what follows
+ANSWER_TOKENS = 512  # that fit in a sliding window after a shared prefix
 
 
-class CausalPipeline(CausalHead):
-    """What the steps hand to each other, for a batch of B prompts, the longest of P tokens, with N
-    sequences of at most T new tokens each. `transformers.pipeline("llmcli-causal", ...)` makes one too.
+class CausalPipeline(CausalTextPipeline):
+    """Generate text. `transformers.pipeline("llmcli-causal", ...)` makes one too.
+
+    What the steps hand to each other, for a batch of B prompts, the longest of P tokens, with N sequences of at most T
+    new tokens each:
 
     preprocess   input_ids, P of them; is_chat; cut: tokens that --truncate took away
-    _forward     sequences, int64 (B, N, T), and what preprocess gave, in lists of B
+    _forward     sequences, int64 (B, N, T); what preprocess gave, and max_new_tokens if rows have their own, in lists
+                 of B
     postprocess  {"generated_text", "finish_reason", "usage"} of one prompt
     """
 
-    def _sanitize_parameters(self, generation_config: Any = None, truncate: int | None = None) -> tuple[Any, Any, Any]:
+    def _sanitize_parameters(
+        self, generation_config: "GenerationConfig | None" = None, truncate: int | None = None
+    ) -> Parameters:
         config = {} if generation_config is None else {"generation_config": generation_config}
         return {"truncate": truncate}, config, config
 
+    @functools.cached_property
+    def can_mix_limits(self) -> bool:
+        """Whether rows with different limits may share a batch.
+
+        A row that has reached its limit goes on with the batch, beyond the context. Only rotary positions that do not
+        depend on the length of the batch allow that: learned positions end there, and others change the other rows.
+        """
+        return has_fixed_rotary_positions(self.model)
+
     def remaining_context(self, inputs: Mapping[str, Any]) -> int | None:
-        """Tokens that the context leaves for the answer."""
+        """Return the number of tokens that the context leaves for the answer."""
         return self.context_length - len(inputs["input_ids"]) if self.context_length else None
 
     @property
     def is_chat(self) -> bool:
-        """Whether it takes messages."""
+        """Whether prompts are messages, for the model's chat template."""
         return bool(self.tokenizer.chat_template)
 
-    def count_prompt_tokens(self, prompt: Prompt) -> int:
-        """Tokens of a prompt as it goes in."""
+    @functools.cached_property
+    def can_share_prefix(self) -> bool:
+        """Whether prompts may begin with the keys and values of a common prefix.
+
+        Padding then lies between the prefix and the rest, and counts in models that read positions off the sequence.
+        """
+        return takes_position_ids(self.model)
+
+    def count_prompt_tokens(self, prompt: "Prompt") -> int:
+        """Return the number of tokens of a prompt as the model reads it."""
         return len(self.preprocess(prompt)["input_ids"])
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text."""
+        """Return the number of tokens of a text."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def preprocess(self, prompt: Prompt, truncate: int | None = None) -> dict[str, Any]:
-        """Token ids of one prompt. One that is longer than the context raises RecordError or, where `truncate`
-        says how many tokens to leave for the answer, is cut: its end stays, and a token that begins every text.
+    def preprocess(self, prompt: "Prompt", truncate: int | None = None) -> Inputs:
+        """Return the token IDs of one prompt.
+
+        One that is too long raises RecordError or, if `truncate` says how many tokens to leave for the answer, is cut:
+        its end stays, and a token that begins every text.
         """
         if self.context_length and truncate is None:
-            text = prompt if isinstance(prompt, str) else self._templated(prompt, tokenize=False)
-            lengths.check(text, self.context_length, self.count_tokens)
-        encoded = self.tokenizer(prompt) if isinstance(prompt, str) else self._templated(prompt, return_dict=True)
+            text = prompt if isinstance(prompt, str) else self._apply_template(prompt, tokenize=False)
+            base.check_length(text, self.context_length, self.count_tokens)
+        encoded = self.tokenizer(prompt) if isinstance(prompt, str) else self._apply_template(prompt, return_dict=True)
         ids = encoded["input_ids"]
         first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids = ids or [token for token in (first, last) if token is not None][:1]
-        if not ids:
-            raise RecordError("no_tokens", "the text has no tokens")
+        base.check_tokens(ids)
         length, context = len(ids), self.context_length
         if context and length >= context:
             if truncate is None:
-                raise RecordError(
-                    "context_length_exceeded",
-                    f"the prompt has {length} tokens, the model's context holds {context}",
-                    hint="shorten it, or let --truncate cut its start",
-                )
+                raise base.too_long("prompt", length, context)
             head = ids[:1] if ids[0] == first else []
             keep = context - min(truncate, context // 2) - len(head)
             ids = head + ids[-keep:]
-        return {"input_ids": rows.row(ids), "is_chat": isinstance(prompt, list), "cut": length - len(ids)}
+        return {"input_ids": base.make_row(ids), "is_chat": not isinstance(prompt, str), "cut": length - len(ids)}
 
-    def _templated(self, messages: list[dict[str, Any]], **settings: Any) -> Any:
-        if not self.tokenizer.chat_template:
-            raise UsageError("this model has no chat template", hint="use `llmcli generate`, or a chat model: -m NAME")
+    def _apply_template(self, messages: Sequence[Mapping[str, str]], **settings: bool) -> Any:
+        if not self.is_chat:
+            raise UsageError("model has no chat template", hint="use `llmcli generate`, or a chat model: -m NAME")
         try:
             return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **settings)
-        except Exception as exc:  # whatever a template, which is a program, raises
-            raise RecordError("bad_messages", f"the chat template refuses the messages: {exc}") from exc
+        except Exception as exc:  # A template is a program, and may raise anything.
+            raise RecordError("bad_messages", f"chat template rejected the messages: {exc}") from exc
 
-    def prefill(self, ids: list[int]) -> Any:
-        """Keys and values of what many prompts begin with, as a cache of one row; None where the model keeps anything
-        else or forgets."""
-        config = self.model.config.get_text_config()
-        if getattr(config, "sliding_window", None) and len(ids) + 512 > config.sliding_window:
+    def prefill(self, ids: list[int]) -> "DynamicCache | None":
+        """Return the keys and values of a prefix that many prompts share, as a cache of one row.
+
+        None if the model keeps anything else, forgets, or takes distances from the sequence.
+        """
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        if not self.can_share_prefix or (window and len(ids) + ANSWER_TOKENS > window):
             return None
         with torch.inference_mode():
-            read = torch.tensor([ids], device=self.model.device)
-            output = self.model(read, use_cache=True, past_key_values=growing(self.model, self.model.generation_config))
-        cache = getattr(output, "past_key_values", None)
-        return cache if type(cache) is DynamicCache else None
+            prefix = torch.tensor([ids], device=self.model.device)
+            cache = growing_cache(self.model, self.model.generation_config)
+            return filled_cache(self.model(prefix, use_cache=True, past_key_values=cache))
 
     def _forward(
         self,
-        inputs: dict[str, Any],
-        generation_config: Any = None,
+        inputs: Inputs,
+        generation_config: "GenerationConfig | None" = None,
         streamer: BaseStreamer | None = None,
         criteria: Sequence[StoppingCriteria] = (),
-        prefix: tuple[list[int], Any] | None = None,
-    ) -> dict[str, Any]:
+        prefix: "tuple[list[int], DynamicCache] | None" = None,
+        max_new_tokens: Sequence[int] | None = None,
+    ) -> Inputs:
         config = copy.copy(generation_config or self.model.generation_config)
-        batch, settings = rows.listed(inputs), dict[str, Any]()
+        batch, cache = base.as_batch(inputs), None
         known = len(prefix[0]) if prefix else 0
-        ids, mask = rows.padded(
-            [row[known:] for row in batch["input_ids"]], self.tokenizer.pad_token_id, self.device, left=True
-        )
-        if prefix:  # at the very start, and the padding after it
+        ids, mask = self.pad([row[known:] for row in batch["input_ids"]], left=True)
+        if prefix:  # at the very start; padding comes after it
             begin = torch.tensor(prefix[0], device=ids.device).expand(len(ids), -1)
             ids, mask = torch.cat([begin, ids], 1), torch.cat([torch.ones_like(begin), mask], 1)
-            settings["past_key_values"] = copy.deepcopy(prefix[1])
-            settings["past_key_values"].batch_repeat_interleave(len(ids))
-        elif cache := growing(self.model, config):
-            settings["past_key_values"] = cache
-            config.prefill_chunk_size = config.prefill_chunk_size or max(16, PREFILL // len(ids))
-        # transformers' own stop strings are found in the prompt's end and in special tokens too
-        stops, config.stop_strings = config.stop_strings, None
-        found = [answers.NewTextStopCriteria(self._decoders(batch), stops, ids.shape[1])] if stops else []
+            cache = repeat_cache(prefix[1], len(ids))
+        elif cache := growing_cache(self.model, config):
+            config.prefill_chunk_size = config.prefill_chunk_size or max(16, PREFILL_TOKENS // len(ids))
+        decoders = [*map(self._decoder, batch["input_ids"], batch["is_chat"])] if config.stop_strings else []
+        ends = stopping_criteria(config, decoders, max_new_tokens, ids.shape[1])
         sequences = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=config,
-            stopping_criteria=StoppingCriteriaList([*criteria, *found]),
+            stopping_criteria=StoppingCriteriaList([*criteria, *ends]),
             streamer=streamer,
-            **settings,
+            **({"past_key_values": cache} if cache else {}),
         )
         sequences = getattr(sequences, "sequences", sequences)[:, ids.shape[1] :]
-        return {"sequences": sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True), **inputs}
+        limits = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
+        return {"sequences": sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True), **limits, **inputs}
 
-    def postprocess(self, output: dict[str, Any], generation_config: Any = None) -> dict[str, Any]:
-        """The fields of a result; `generated_texts` where more than one sequence was asked for."""
-        config = generation_config or self.model.generation_config
-        return answers.fields(output, self.decoder(output), config)
+    def postprocess(self, output: Inputs, generation_config: "GenerationConfig | None" = None) -> GeneratedText:
+        """Return the fields of a result."""
+        return make_result(output, self.decoder(output), generation_config or self.model.generation_config)
 
-    def decoder(self, item: Mapping[str, Any]) -> Decode:
-        """New token ids -> text, for one preprocessed prompt."""
-        return self._decoder(item["input_ids"], item["is_chat"])
+    def decoder(self, inputs: Mapping[str, Any]) -> TokenDecoder:
+        """Return a decoder of the new tokens for one preprocessed prompt."""
+        return self._decoder(inputs["input_ids"], inputs["is_chat"])
 
-    def _decoders(self, inputs: Mapping[str, Any]) -> list[Decode]:
-        return [*map(self._decoder, inputs["input_ids"], inputs["is_chat"])]
-
-    def _decoder(self, prompt: Any, is_chat: bool) -> Decode:
-        """New token ids -> text. What follows a prompt is decoded together with the prompt's last tokens: alone, a
-        SentencePiece tokenizer would lose the space in front of it."""
-        if is_chat:
-            return self._decode
-        tail = prompt[-4:].tolist()
-        return functools.partial(self._decode_after, tail, self._decode(tail))
-
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text
-
-    def _decode_after(self, tail: list[int], known: str, ids: list[int]) -> str:
-        return self._decode(tail + ids).removeprefix(known)
-
-
-PIPELINE_REGISTRY.register_pipeline("llmcli-causal", pipeline_class=CausalPipeline)
+    def _decoder(self, prompt: Sequence[int], is_chat: bool) -> TokenDecoder:
+        return TokenDecoder(self.tokenizer, () if is_chat else prompt[-DECODED_TOKENS:])

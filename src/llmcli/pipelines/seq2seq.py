@@ -3,67 +3,75 @@
 import copy
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-from transformers.pipelines import PIPELINE_REGISTRY
-from transformers.pipelines.base import Pipeline
 
-from llmcli.errors import RecordError
-from llmcli.pipelines import answers, rows
-from llmcli.pipelines.answers import Decode
+from llmcli.compat.transformers import is_seq2seq_lm
+from llmcli.pipelines.answers import GeneratedText, TokenDecoder, make_result, stopping_criteria
+from llmcli.pipelines.base import Inputs, Parameters, TextPipeline, as_batch, make_row, too_long
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig
 
 OTHER_HEADS = ("ForQuestionAnswering", "ForSequenceClassification", "ForTokenClassification")
+UNLIMITED_TOKENS = 10**6  # Tokenizers write a huge number where they know no limit.
 
 
-class Seq2SeqPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # transformers has no types
-    """What the steps hand to each other, for a batch of B texts, the longest of P tokens, with N sequences of at most
+class Seq2SeqPipeline(TextPipeline):
+    """Turn text into text.
+
+    What the steps hand to each other, for a batch of B texts, the longest of P tokens, with N sequences of at most
     T tokens each:
 
     preprocess   input_ids, P of them; cut: tokens that --truncate took away
-    _forward     sequences, int64 (B, N, T), without the token that starts every decoder; what preprocess gave, in
-                 lists of B
+    _forward     sequences, int64 (B, N, T), without the token that starts every decoder; what preprocess gave, and
+                 max_new_tokens if rows have their own, in lists of B
     postprocess  {"generated_text", "finish_reason", "usage"} of one text
     """
 
     auto_class = "AutoModelForSeq2SeqLM"
 
     @staticmethod
-    def check(config: Any) -> str | None:
-        """Why a model of that configuration cannot be used."""
-        heads = config.architectures or []
-        other = any(head.endswith(OTHER_HEADS) for head in heads)
-        usable = type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and config.is_encoder_decoder and not other
-        return None if usable else "do not turn text into text"
+    def find_incompatibility(config: "PreTrainedConfig") -> str | None:
+        has_other_head = any(name.endswith(OTHER_HEADS) for name in config.architectures or [])
+        return None if is_seq2seq_lm(config) and not has_other_head else "do not turn text into text"
 
-    def _sanitize_parameters(self, generation_config: Any = None, truncate: int | None = None) -> tuple[Any, Any, Any]:
+    def _sanitize_parameters(
+        self, generation_config: "GenerationConfig | None" = None, truncate: int | None = None
+    ) -> Parameters:
         config = {} if generation_config is None else {"generation_config": generation_config}
         return {"truncate": truncate}, config, config
 
     @functools.cached_property
     def context_length(self) -> int | None:
-        """Tokens that a text may have, special ones included; None where the model knows no limit."""
+        """Maximum number of tokens of a text, special ones included; None if the model has no limit."""
         config = self.model.config
         positions = getattr(config, "max_encoder_position_embeddings", None)
         positions = positions or getattr(config, "max_position_embeddings", None)
-        known = [length for length in (positions, self.tokenizer.model_max_length) if length and 0 < length < 10**6]
-        return min(known, default=None)
+        limits = (positions, self.tokenizer.model_max_length)
+        return min((limit for limit in limits if limit and 0 < limit < UNLIMITED_TOKENS), default=None)
+
+    can_share_prefix = False
+    can_mix_limits = True  # all rows have the same
 
     def remaining_context(self, inputs: Mapping[str, Any]) -> int | None:
-        """Tokens that the decoder has places for."""
+        """Return the number of tokens that the decoder has positions for."""
         config = self.model.config
         positions: int | None = getattr(config, "max_decoder_position_embeddings", None)
         positions = positions or getattr(config, "max_position_embeddings", None)
         return positions - 1 if positions else None
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text, special ones included."""
+        """Return the number of tokens of a text, special ones included."""
         return len(self.tokenizer(text)["input_ids"])
 
-    def preprocess(self, text: str | Mapping[str, Any], truncate: int | None = None) -> dict[str, Any]:
-        """Token ids of one text, or of {"text", "source"} where the tokenizer has a code for the text's language. One
-        that is longer than the context raises RecordError or, where `truncate` is a number, loses its end."""
+    def preprocess(self, text: str | Mapping[str, str], truncate: int | None = None) -> Inputs:
+        """Return the token IDs of one text, or of {"text", "source"} if the tokenizer has a code for its language.
+
+        A text that is too long raises RecordError or, if `truncate` is a number, loses its end.
+        """
         text, source = (text, None) if isinstance(text, str) else (text["text"], text.get("source"))
         if source:
             self.tokenizer.src_lang = source
@@ -71,46 +79,36 @@ class Seq2SeqPipeline(rows.RowPipeline, Pipeline):  # type: ignore[misc]  # tran
         length, context = len(ids), self.context_length
         if context and length > context:
             if truncate is None:
-                raise RecordError(
-                    "context_length_exceeded",
-                    f"the text has {length} tokens, the model takes {context}",
-                    hint="shorten it, or let --truncate cut its end",
-                )
+                raise too_long("text", length, context)
             ids = self.tokenizer(text, truncation=True, max_length=context)["input_ids"]
-        return {"input_ids": rows.row(ids), "cut": length - len(ids)}
+        return {"input_ids": make_row(ids), "cut": length - len(ids)}
 
     def _forward(
         self,
-        inputs: dict[str, Any],
-        generation_config: Any = None,
+        inputs: Inputs,
+        generation_config: "GenerationConfig | None" = None,
         streamer: BaseStreamer | None = None,
         criteria: Sequence[StoppingCriteria] = (),
-    ) -> dict[str, Any]:
+        max_new_tokens: Sequence[int] | None = None,
+    ) -> Inputs:
         config = copy.copy(generation_config or self.model.generation_config)
-        ids, mask = rows.padded(rows.listed(inputs)["input_ids"], self.tokenizer.pad_token_id, self.device)
-        stops, config.stop_strings = config.stop_strings, None
-        found = [answers.NewTextStopCriteria([self._decode], stops, 1)] if stops else []
+        ids, mask = self.pad(as_batch(inputs)["input_ids"])
+        ends = stopping_criteria(config, [self.decoder(inputs)], max_new_tokens, start=1)
         sequences = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=config,
-            stopping_criteria=StoppingCriteriaList([*criteria, *found]),
+            stopping_criteria=StoppingCriteriaList([*criteria, *ends]),
             streamer=streamer,
         )
         sequences = getattr(sequences, "sequences", sequences)[:, 1:]
-        return {"sequences": sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True), **inputs}
+        limits = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
+        return {"sequences": sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True), **limits, **inputs}
 
-    def postprocess(self, output: dict[str, Any], generation_config: Any = None) -> dict[str, Any]:
-        """The fields of a result; `generated_texts` where more than one sequence was asked for."""
-        return answers.fields(output, self._decode, generation_config or self.model.generation_config)
+    def postprocess(self, output: Inputs, generation_config: "GenerationConfig | None" = None) -> GeneratedText:
+        """Return the fields of a result."""
+        return make_result(output, self.decoder(output), generation_config or self.model.generation_config)
 
-    def decoder(self, item: Mapping[str, Any]) -> Decode:
-        """New token ids -> text."""
-        return self._decode
-
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
-
-
-PIPELINE_REGISTRY.register_pipeline("llmcli-seq2seq", pipeline_class=Seq2SeqPipeline)
+    def decoder(self, inputs: Mapping[str, Any]) -> TokenDecoder:
+        """Return a decoder of the new tokens for one preprocessed text."""
+        return TokenDecoder(self.tokenizer, clean_up_tokenization_spaces=False)

@@ -1,6 +1,6 @@
-"""Tasks: what is asked of a model for each record, and what is made of its answers. Not how models run.
+"""Tasks: what a model is asked for each record, and what becomes of its outputs. Engines decide how models run.
 
-A task is a module of this package with a TASK in it; the module's name is the task's.
+A task is a module of this package that defines TASK. The name of the module is the name of the task.
 """
 
 import importlib
@@ -73,7 +73,7 @@ class ModelCall:
         strip: Whether generated texts lose the white space around them.
     """
 
-    inputs: Sequence[Any]
+    inputs: Sequence[object]
     job: Job | None = None
     shown: str | None = None
     strip: bool = False
@@ -81,7 +81,7 @@ class ModelCall:
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """What a task makes of a record: the fields of the result, and what text mode prints."""
+    """The result of a task for one record: the fields that the task adds, and the text that text mode prints."""
 
     output: JsonObject
     text: str
@@ -91,14 +91,21 @@ TaskGenerator = Generator[ModelCall, list[Any], TaskResult]
 
 
 def passthrough(job: Job, prepared: Any, model: TaskModel) -> TaskGenerator:
-    """Run a task whose result is the pipeline's output."""
+    """Run a task whose result is the output of the pipeline."""
     (output,) = yield ModelCall([prepared])
     return TaskResult(output, "")
 
 
-def no_parameters(job: Job, model: TaskModel) -> JsonObject:
-    """Return no parameters."""
-    return {}
+def select_parameters(*names: str) -> Callable[[Job, TaskModel], JsonObject]:
+    """Return a function for `Strategy.parameters` that returns those of the job's parameters that are not None."""
+
+    def select(job: Job, model: TaskModel) -> JsonObject:
+        return {name: value for name in names if (value := job.parameters.get(name)) is not None}
+
+    return select
+
+
+no_parameters = select_parameters()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +120,7 @@ class Strategy:
             GenerationConfig values over the model's own configuration and under the user's options.
     """
 
-    run: Callable[[Job, Any, Any], TaskGenerator]
+    run: Callable[[Job, Any, Any], TaskGenerator]  # each strategy declares its own prepared input and kind of model
     defaults: JsonObject | None = None
     parameters: Callable[[Job, Any], JsonObject] = no_parameters
 
@@ -137,7 +144,7 @@ class Task:
 
 
 def find(name: str) -> Task:
-    """Return the task of that name."""
+    """Return a task by its name."""
     task: Task = importlib.import_module(f"{__name__}.{name}").TASK
     return task
 

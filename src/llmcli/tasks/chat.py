@@ -1,25 +1,28 @@
-"""chat: answer a message, or a conversation, through the model's chat template."""
-
-from collections.abc import Mapping
-from typing import Any
+"""chat: answer a message or a conversation through the model's chat template."""
 
 from llmcli.errors import RecordError
-from llmcli.job import Job
-from llmcli.tasks import Strategy, Task, TaskGenerator
-from llmcli.tasks.fields import prompt_text, text_field
+from llmcli.job import Job, JsonObject
+from llmcli.tasks import Messages, Strategy, Task, TaskGenerator, TaskModel
+from llmcli.tasks.fields import field_name, text_field
 from llmcli.tasks.generate import EMPTY, OUTPUTS
-from llmcli.tasks.generated import SAMPLING, generated
+from llmcli.tasks.generated import SAMPLING, run_prompt
+from llmcli.tasks.templates import read_prompt
 
-Message = dict[str, Any]
+Message = dict[str, str]
 
 
-def prepare(job: Job, fields: Mapping[str, Any]) -> list[Message] | None:
-    """The conversation so far; None where the message is empty. A system message of the record's own
-    stands before the job's."""
-    name = job.parameters.get("fields", {}).get("messages", "messages")
+def prepare(job: Job, fields: JsonObject) -> Messages | None:
+    """Return the conversation so far, or None if the message is empty.
+
+    The parameter `system` of the job is the system message of a conversation that has none.
+
+    Raises:
+        RecordError: A field is missing or invalid.
+    """
+    name = field_name(job, "messages")
     if name in fields and "prompt" not in job.parameters:
-        messages = _checked(fields[name], name)
-    elif text := prompt_text(job, fields):
+        messages = _check_messages(fields[name], name)
+    elif text := read_prompt(job, fields):
         messages = [{"role": "user", "content": text}]
     else:
         return None
@@ -29,18 +32,19 @@ def prepare(job: Job, fields: Mapping[str, Any]) -> list[Message] | None:
     return messages
 
 
-def run(job: Job, messages: list[Message], model: Any) -> TaskGenerator:
-    """The conversation as it is."""
-    return (yield from generated(messages, ""))
+def run(job: Job, messages: Messages, model: TaskModel) -> TaskGenerator:
+    """Generate the answer to a conversation."""
+    return (yield from run_prompt(messages, ""))
 
 
-def _checked(messages: Any, name: str) -> list[Message]:
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise RecordError("wrong_type", f"field {name!r} is not a list of messages")
+def _check_messages(messages: object, name: str) -> list[Message]:
+    """Return the value of a field as messages, or raise RecordError."""
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        raise RecordError("wrong_type", f"field {name!r} must be a list of messages")
     for number, message in enumerate(messages, start=1):
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
-                raise RecordError("wrong_type", f"message {number} of {name!r} has no text {key!r}")
+                raise RecordError("wrong_type", f"message {number} of {name!r} has no string {key!r}")
             text_field(message, key)
     return messages
 

@@ -1,34 +1,28 @@
-"""inspect next: which tokens may follow a text."""
-
-from collections.abc import Mapping
-from typing import Any
+"""inspect next: list the most likely tokens after a text."""
 
 from llmcli.job import Job
-from llmcli.tasks import ModelCall, Strategy, Task, TaskGenerator, TaskResult
-from llmcli.tasks.fields import text_field
+from llmcli.tasks import LocalModel, ModelCall, Strategy, Task, TaskGenerator, TaskResult
+from llmcli.tasks.fields import read_text
 from llmcli.tasks.generated import SAMPLING
+from llmcli.tasks.outputs import NextTokenOutput
 
 
-def prepare(job: Job, fields: Mapping[str, Any]) -> str:
-    """The text, which may be empty: then it is the first token that is asked for."""
-    return text_field(fields, "text")
-
-
-def run(job: Job, text: str, model: Any) -> TaskGenerator:
-    """The likeliest of all."""
-    (output,) = yield ModelCall([text])
-    chances, after = output["probability"], output["sampling_probability"]
-    found = [
+def run(job: Job, text: str, model: LocalModel) -> TaskGenerator:
+    """Return the most likely next tokens, as many as the parameter `limit` of the job."""
+    outputs: list[NextTokenOutput] = yield ModelCall([text])
+    (output,) = outputs
+    probability, sampling_probability = output["probability"], output["sampling_probability"]
+    next_tokens = [
         {
             "token": model.pipeline.token_texts(token, output["input_ids"]),
             "id": token,
-            "probability": float(chances[token]),
-            "sampling_probability": float(after[token]),
+            "probability": float(probability[token]),
+            "sampling_probability": float(sampling_probability[token]),
         }
-        for token in (-chances).argsort(kind="stable")[: job.parameters["limit"]].tolist()
+        for token in (-probability).argsort(kind="stable")[: job.parameters["limit"]].tolist()
     ]
-    about = {name: output[name] for name in ("sampling", "truncated") if name in output}
-    return TaskResult({"next": found, **about}, "")
+    truncated = {"truncated": output["truncated"]} if "truncated" in output else {}
+    return TaskResult({"next": next_tokens, "sampling": output["sampling"], **truncated}, "")
 
 
-TASK = Task(prepare, ("next", "sampling"), {}, {"next_token": Strategy(run, SAMPLING | {"max_new_tokens": 1})})
+TASK = Task(read_text, ("next", "sampling"), {}, {"next_token": Strategy(run, SAMPLING | {"max_new_tokens": 1})})

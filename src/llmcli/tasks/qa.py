@@ -1,127 +1,156 @@
-"""qa: a question answered from a text, cut out of it by a model made for that, or told by a language model."""
+"""qa: answer a question from a text, by extracting a span of the text or by prompting a language model."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from llmcli.errors import RecordError, UsageError
-from llmcli.job import Job
+from llmcli.job import Job, JsonObject
 from llmcli.models import registry
-from llmcli.tasks import ModelCall, Strategy, Task, TaskGenerator, TaskResult, prompting
-from llmcli.tasks.fields import text_field
+from llmcli.tasks import ModelCall, Strategy, Task, TaskGenerator, TaskModel, TaskResult, prompting, select_parameters
+from llmcli.tasks.fields import field_name, text_field
 from llmcli.tasks.generated import merge_usage
+from llmcli.tasks.outputs import ExtractedOutput, GeneratedOutput
+from llmcli.tasks.search import Document
 from llmcli.text import chunking
 
-WHOLE = 1000  # tokens of text that go into a prompt as they are; of a longer one, the passages nearest to the question
-PASSAGES = 3
-CUTTING = ("top_k", "max_answer_len", "handle_impossible_answer", "doc_stride", "max_seq_len")
+MAX_CONTEXT_TOKENS = 1000  # a longer text is searched for the passages that are most similar to the question
+MAX_PASSAGES = 3
 NO_ANSWER = {"answer": None, "score": None, "start": None, "end": None}
+EXTRACTIVE = ("top_k", "max_answer_len", "handle_impossible_answer", "doc_stride", "max_seq_len")
+select_extractive = select_parameters(*EXTRACTIVE)
 
-Document = Mapping[str, Any]  # `text`, and the `file` that it came from
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question, the documents to answer it from, and the fields of its record."""
+
+    text: str
+    documents: Sequence[Document]
+    fields: JsonObject
 
 
-def prepare(job: Job, fields: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record's `question` and the `documents` to find its answer in, the job's or the record's own; None where
-    these are empty."""
-    roles = job.parameters.get("fields", {})
+def prepare(job: Job, fields: JsonObject) -> Question | None:
+    """Return the question of a record and its documents, or None if all documents are blank.
+
+    Raises:
+        RecordError: The question is blank, or a field is missing or invalid.
+    """
+    question = text_field(fields, field_name(job, "question"))
     documents = job.parameters.get("documents")
-    question = text_field(fields, roles.get("question", "question"))
     if documents is None:
-        documents = [{"text": text_field(fields, roles.get("context", "context"))}]
+        documents = [{"text": text_field(fields, field_name(job, "context"))}]
     if not question.strip():
         raise RecordError("empty", "the question is empty")
-    documents = [each for each in documents if each["text"].strip()]
-    return {**fields, "question": question, "documents": documents} if documents else None
+    documents = [document for document in documents if document["text"].strip()]
+    return Question(question, documents, fields) if documents else None
 
 
-def extracted(job: Job, asked: Mapping[str, Any], model: Any) -> TaskGenerator:
-    """By a question-answering head: the likeliest spans of all documents."""
+def run_extractive(job: Job, question: Question, model: TaskModel) -> TaskGenerator:
+    """Answer with a question-answering head: extract the most likely spans of all documents.
+
+    Raises:
+        UsageError: The job has options for models that generate text.
+    """
     if "prompt" in job.parameters:
-        raise UsageError(f"--prompt does not go with {job.model}: it cuts answers out, and is not prompted")
+        raise UsageError(f"--prompt cannot be used with {job.model}, an extractive model without prompts")
     if job.generation:
-        option = next(iter(job.generation))
-        raise UsageError(f"{job.model} cuts its answer out of the text: {option} is for models that write one")
+        raise UsageError(f"{next(iter(job.generation))} cannot be used with {job.model}, an extractive model")
     top_k: int = job.parameters.get("top_k") or 1
-    documents: Sequence[Document] = asked["documents"]
-    outputs = yield ModelCall([{"question": asked["question"], "context": each["text"]} for each in documents])
-    found = [
-        {**{key: answer[key] for key in NO_ANSWER}, **({"file": document["file"]} if document.get("file") else {})}
-        for document, output in zip(documents, outputs, strict=True)
+    outputs: list[ExtractedOutput] = yield ModelCall(
+        [{"question": question.text, "context": document["text"]} for document in question.documents]
+    )
+    answers = [
+        {**{key: value for key, value in answer.items() if key in NO_ANSWER}, **_file_field(document)}
+        for document, output in zip(question.documents, outputs, strict=True)
         for answer in output.get("answers", [output])
     ]
-    if len(documents) > 1 and (nothing := [answer for answer in found if answer["answer"] == ""]):
-        # That there is no answer has to hold for all of them.
-        found = [answer for answer in found if answer["answer"]] + [min(nothing, key=lambda each: each["score"])]
-    found = sorted(found, key=lambda answer: -answer["score"])[:top_k]
-    several = {"answers": found} if top_k > 1 else {}
-    return TaskResult({**found[0], **several}, "\n".join(answer["answer"] or "" for answer in found))
+    empty = [answer for answer in answers if answer["answer"] == ""]
+    if len(question.documents) > 1 and empty:
+        # The answer is missing only if it is missing from all documents, so the lowest score counts.
+        answers = [answer for answer in answers if answer["answer"]] + [min(empty, key=_score)]
+    answers = sorted(answers, key=_score, reverse=True)[:top_k]
+    all_answers = {"answers": answers} if top_k > 1 else {}
+    return TaskResult({**answers[0], **all_answers}, "\n".join(str(answer["answer"] or "") for answer in answers))
 
 
-def parameters(job: Job, pipeline: Any = None) -> Mapping[str, Any]:
-    """Those of the pipeline that the user gave."""
-    return {name: job.parameters[name] for name in CUTTING if job.parameters.get(name) is not None}
+def run_prompted(job: Job, question: Question, model: TaskModel) -> TaskGenerator:
+    """Answer with a language model by instruction, from the passages that are most similar to the question.
 
+    Returns:
+        The answer, and the `passage` that most likely contains it, from character `start` to `end`.
 
-def prompted(job: Job, asked: Mapping[str, Any], model: Any) -> TaskGenerator:
-    """By a language model: an answer, and the `passage` that it came from, whose characters `start` and `end` tell."""
-    if given := parameters(job):
+    Raises:
+        UsageError: The job has options for extractive models.
+    """
+    if given := select_extractive(job, model):
         raise UsageError(
-            f"{job.model} writes its answer: {next(iter(given))} is for models that cut it out of the text",
-            hint="take one that does: -m roberta-squad2",
+            f"{next(iter(given))} is for extractive models, but {job.model} generates its answer",
+            hint="use an extractive model: -m roberta-squad2",
         )
     if (job.generation.get("num_return_sequences") or 1) > 1:
-        raise UsageError(f"{job.model} answers a question once: -n says nothing")
-    pipeline, prompt = model.pipeline, prompting.prompt_for(job, model.pipeline)
-    documents: Sequence[Document] = asked["documents"]
-    if sum(pipeline.count_tokens(each["text"]) for each in documents) <= WHOLE:
-        passages = [_passage(documents, i, at, at + len(text)) for i, each in enumerate(documents)
-                    for at, text in chunking.cut(each["text"], pipeline.count_tokens, WHOLE // 8)]  # fmt: skip
-        context = "\n\n".join(each["text"] for each in documents)
+        raise UsageError(f"-n is not supported by qa with {job.model}, which generates one answer")
+    prompt, documents = prompting.prompt_for(job, model), question.documents
+    if sum(model.count_tokens(document["text"]) for document in documents) <= MAX_CONTEXT_TOKENS:
+        passages = [
+            _make_passage(document, start, start + len(text))
+            for document in documents
+            for start, text in chunking.split(document["text"], model.count_tokens, MAX_CONTEXT_TOKENS // 8)
+        ]
+        context = "\n\n".join(document["text"] for document in documents)
     else:
         encoder = registry.default_names("search")[0]
-        search = Job("search", encoder, parameters={"limit": PASSAGES}, load_options=job.load_options)
-        ((nearest),) = yield ModelCall([{"query": asked["question"], "texts": documents}], job=search)
-        places = [(match["of"], match["start"], match["end"]) for match in nearest["matches"]]
-        passages = [_passage(documents, *place) for place in sorted(places)]
+        search = Job("search", encoder, parameters={"limit": MAX_PASSAGES}, load_options=job.load_options)
+        (result,) = yield ModelCall([{"query": question.text, "texts": documents}], job=search)
+        places = sorted((match["of"], match["start"], match["end"]) for match in result["matches"])
+        passages = [_make_passage(documents[number], start, end) for number, start, end in places]
         context = "\n\n".join(passage["passage"] for passage in passages)
-    (output,) = yield ModelCall([prompt({**asked, "context": context})], strip=True)
-    answer = output["generated_text"].strip()
-    if not answer or _plain(answer) in map(_plain, prompt.unknown):
-        return TaskResult({**NO_ANSWER, "passage": None, **merge_usage([output])}, "")
-    source = max(passages, key=_likeness(answer, [passage["passage"] for passage in passages]))
-    return TaskResult({"answer": answer, "score": None, **source, **merge_usage([output])}, answer)
+    fields = {**question.fields, "question": question.text, "context": context}
+    outputs: list[GeneratedOutput] = yield ModelCall([prompt.render(fields)], strip=True)
+    answer, usage = outputs[0]["generated_text"].strip(), merge_usage(outputs)
+    if not answer or _normalize(answer) in map(_normalize, prompt.unknown_answers):
+        return TaskResult({**NO_ANSWER, "passage": None, **usage}, "")
+    return TaskResult({"answer": answer, "score": None, **find_source(answer, passages), **usage}, answer)
 
 
-def _passage(documents: Sequence[Document], number: int, start: int, end: int) -> dict[str, Any]:
-    document = documents[number]
-    file = {"file": document["file"]} if document.get("file") else {}
-    return {"start": start, "end": end, "passage": document["text"][start:end], **file}
+def find_source(answer: str, passages: Sequence[JsonObject]) -> JsonObject:
+    """Return the passage that a generated answer most likely comes from.
+
+    A passage that contains the whole answer wins. Otherwise each word of the answer counts, and a word that occurs in
+    few passages counts more.
+    """
+    wanted = _normalize(answer)
+    texts = [_normalize(passage["passage"]) for passage in passages]
+    vocabularies = [set(text.split()) for text in texts]
+    frequency = {word: sum(word in words for words in vocabularies) for word in set(wanted.split())}
+    scores = [
+        (wanted in text, sum(1 / frequency[word] for word in frequency.keys() & words))
+        for text, words in zip(texts, vocabularies, strict=True)
+    ]
+    return passages[scores.index(max(scores))]
 
 
-def _likeness(answer: str, texts: Sequence[str]) -> Callable[[Mapping[str, Any]], tuple[bool, float]]:
-    """How much of the answer stands in a passage: all of it, or its words, of which the rarer ones say more."""
-    plain = [_plain(text) for text in texts]
-    rarity = {
-        word: 1 / found for word in set(_plain(answer).split()) if (found := sum(word in t.split() for t in plain))
-    }
-
-    def like(passage: Mapping[str, Any]) -> tuple[bool, float]:
-        text = _plain(passage["passage"])
-        return _plain(answer) in text, sum(rarity.get(word, 0) for word in set(text.split()))
-
-    return like
+def _make_passage(document: Document, start: int, end: int) -> JsonObject:
+    return {"start": start, "end": end, "passage": document["text"][start:end], **_file_field(document)}
 
 
-def _plain(text: str) -> str:
+def _file_field(document: Document) -> JsonObject:
+    return {"file": document["file"]} if document.get("file") else {}
+
+
+def _score(answer: JsonObject) -> float:
+    score: float = answer["score"]
+    return score
+
+
+def _normalize(text: str) -> str:
+    """Return the words of a text in lowercase, without punctuation."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-TASK = Task(
-    prepare,
-    ("answer", "score", "start", "end", "passage", "finish_reason", "usage"),
-    NO_ANSWER,
-    {
-        "extractive_qa": Strategy(extracted, parameters=parameters),
-        "causal": Strategy(prompted, prompting.GREEDY, prompting.parameters),
-    },
-)
+OUTPUTS = ("answer", "score", "start", "end", "passage", "finish_reason", "usage")
+STRATEGIES = {
+    "extractive_qa": Strategy(run_extractive, parameters=select_extractive),
+    "causal": Strategy(run_prompted, prompting.GREEDY, prompting.prompt_settings),
+}
+TASK = Task(prepare, OUTPUTS, NO_ANSWER, STRATEGIES)

@@ -1,1 +1,1 @@
-"""Languages, chunking, stop strings and the embedding cache."""
+"""Text without models: languages, Markdown, chunking, stop sequences and the cache of vectors."""

@@ -1,14 +1,24 @@
-"""Texts cut into pieces of so many tokens, at natural borders."""
+"""Splits texts into pieces of a limited number of tokens, at natural boundaries."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
-def cut(text: str, tokens: Any, most: int, *, markdown: bool = False) -> Iterator[tuple[int, str]]:
-    """Pieces of at most `most` tokens and where each begins, cut between headings of Markdown, paragraphs, sentences
-    or words as the tokens allow. `tokens` is a function that counts them, or a `tokenizers.Tokenizer`."""
+def split(
+    text: str, tokens: "Callable[[str], int] | Tokenizer", max_tokens: int, *, markdown: bool = False
+) -> Iterator[tuple[int, str]]:
+    """Split a text between headings of Markdown, paragraphs, sentences or words, into pieces as long as possible.
+
+    Yields:
+        Pairs of the position where a piece begins, in characters, and the piece. White space around pieces is left out.
+    """
     from semantic_text_splitter import MarkdownSplitter, TextSplitter
 
     kind = MarkdownSplitter if markdown else TextSplitter
-    make: Callable[..., Any] = kind.from_callback if callable(tokens) else kind.from_huggingface_tokenizer
-    yield from make(tokens, most).chunk_indices(text)
+    if callable(tokens):
+        yield from kind.from_callback(tokens, max_tokens).chunk_indices(text)
+    else:
+        yield from kind.from_huggingface_tokenizer(tokens, max_tokens).chunk_indices(text)

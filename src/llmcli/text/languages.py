@@ -1,182 +1,190 @@
-"""Languages: what people and tokenizers call them, which one a text is in, and its sentences."""
+"""Languages: parses and names tags, detects the language of a text, and splits it into sentences."""
 
 import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmcli import config
 from llmcli.errors import RecordError, UsageError
+from llmcli.text import language_tables
 
 if TYPE_CHECKING:
     from langcodes import Language
 
 # How tokenizers write a language: NLLB fra_Latn, mBART fr_XX, M2M100 __fr__, Marian >>fra<<.
 TOKEN = re.compile(r"([a-z]{3}_[A-Z][a-z]{3}|[a-z]{2}_[A-Z]{2})|__([a-z]{2,3})__|>>(\w+)<<")
-SYNONYMS = {"ns": "nso", "pbt": "ps", "quy": "qu"}  # codes of M2M100 and NLLB that langcodes leaves alone
+SYNONYMS = {"ns": "nso", "pbt": "ps", "quy": "qu"}  # codes of M2M100 and NLLB that langcodes does not replace
 NO_LANGUAGE = {"und", "mis", "mul", "zxx"}
-SURE = 0.9
-ENOUGH = 4000  # characters to tell a language by
+MIN_PROBABILITY = 0.9  # of a detected language
+MAX_DETECTION_CHARACTERS = 4000
 PARAGRAPHS = re.compile(r"((?:\r*\n[ \t]*){2,})")
-ODD = re.compile(r"[^\S \t\r\n]|[\ud800-\udfff]")
+ODD_CHARACTERS = re.compile(r"[^\S \t\r\n]|[\ud800-\udfff]")
 
 
 def parse(text: str) -> str:
-    """The tag of `pt_br`, `fra_Latn`, `French` or `中文`. Raises UsageError for what is no language."""
-    written = text.strip().encode(errors="replace").decode()  # an argument's bytes need not be UTF-8
-    if found := _language(written) or _named(written):
-        return str(found)
-    from language_data.name_data import CODE_TO_NAMES
+    """Return the tag of a language from a tag, a tokenizer's code or a name: `pt_br`, `fra_Latn`, `French` or `中文`.
 
-    common = [code for code in CODE_TO_NAMES if len(code) == 2 and code == str(_language(code))]
-    known = [names[of].capitalize() for code in common for of in ("en", code) if of in (names := CODE_TO_NAMES[code])]
+    Raises:
+        UsageError: The language is unknown.
+    """
+    written = text.strip().encode(errors="replace").decode()  # The bytes of an argument may not be UTF-8.
+    if language := _language(written) or _language(language_tables.find_code(written) or ""):
+        return str(language)
+    names = language_tables.names_by_code()
+    common = [code for code in names if len(code) == 2 and code == str(_language(code))]
+    known = [names[code][key].capitalize() for code in common for key in ("en", code) if key in names[code]]
     raise UsageError(f"unknown language {text!r}{config.did_you_mean(written.capitalize(), known)}")
 
 
-def name(tag: str) -> str:
-    """Its English name, as one says it: `Simplified Chinese`, not `Chinese (Simplified)`."""
+def english_name(tag: str) -> str:
+    """Return the English name of a language for use in a sentence: `Simplified Chinese`, not `Chinese (Simplified)`."""
     from langcodes import Language
-    from language_data.names import code_to_names
 
     language = Language.get(tag)
-    if language.language == "zh" and language.territory:  # of Chinese, a country says the script
+    if language.language == "zh" and language.territory:  # The country of Chinese implies the script.
         language = Language.make(language="zh", script=language.maximize().script)
-    return str(code_to_names(str(language)).get("en") or language.display_name())
+    return language_tables.names_by_code().get(str(language), {}).get("en") or language.display_name()
 
 
-def codes(names: Iterable[str]) -> dict[str, str]:
-    """Those of a tokenizer's tokens that are languages, with their tags."""
-    found: dict[str, Language] = {}
-    for token in names:
-        form = TOKEN.fullmatch(token)
-        if form and (language := _language(form[form.lastindex or 0])):
-            found[token] = language
-    several = Counter(language.language for language in found.values())
-    for token, language in found.items():
+def find_codes(tokens: Iterable[str]) -> dict[str, str]:
+    """Return the tokens of a tokenizer that are language codes, and the tag of each."""
+    languages: dict[str, Language] = {}
+    for token in tokens:
+        match = TOKEN.fullmatch(token)
+        if match and (language := _language(match[match.lastindex or 0])):
+            languages[token] = language
+    counts = Counter(language.language for language in languages.values())
+    for token, language in languages.items():
+        # mBART writes ar_AR for all Arabic. A country is significant only if it distinguishes two tokens.
         plain = language.update_dict({"territory": None})
-        # mBART writes ar_AR for all Arabic: a country means something where it tells two tokens apart.
-        if several[language.language] == 1 and _script(plain) == _script(language):
-            found[token] = plain
-    return {token: str(language) for token, language in found.items()}
+        if counts[language.language] == 1 and _script(plain) == _script(language):
+            languages[token] = plain
+    return {token: str(language) for token, language in languages.items()}
 
 
 def match(wanted: str, known: Iterable[str]) -> str | None:
-    """The known tag of the same language in the same script, of the nearest country."""
-    same = [tag for tag in known if _same(wanted, tag)]
-    return min(same, key=lambda tag: (tag != wanted, _distance(wanted, tag), tag), default=None)
+    """Return the known tag of the same language and script, preferring the nearest country.
+
+    langcodes would also accept a related language, or the same language in a script that most of its readers know.
+    """
+    from langcodes import closest_supported_match
+
+    return closest_supported_match(wanted, sorted(tag for tag in known if _is_same(wanted, tag)), max_distance=1000)
 
 
-def nearest(wanted: str, known: Iterable[str], limit: int = 5) -> list[str]:
-    """The known tags that readers of the wanted one understand best."""
-    return sorted(known, key=lambda tag: (_distance(wanted, tag), tag))[:limit]
+def find_nearest(wanted: str, known: Iterable[str], limit: int = 5) -> list[str]:
+    """Return the known tags that readers of a language understand best, best first."""
+    from langcodes import tag_distance
+
+    return sorted(known, key=lambda tag: (tag_distance(wanted, tag), tag))[:limit]
 
 
-def guess(text: str, among: Collection[str] = ()) -> list[tuple[str, float]]:
-    """The languages it may be in, with their probabilities, best first; of `among`, those that the model knows."""
-    tags, text = _detectable(tuple(among)), text[:ENOUGH]
-    scores = [(tags[label], score) for label, score in _identifier().rank(text) if label in tags]
-    # The scores add up a text's features as if each were news, so they grow apart too fast with its length: its root
-    # tempers them. With 0.4, of the short sentences that reach SURE one in a hundred is wrong.
-    heat = 0.4 * math.sqrt(len(text.encode(errors="replace")) or 1)
-    weights = [math.exp((score - scores[0][1]) / heat) for _, score in scores]
+def rank(text: str, candidates: Collection[str] = ()) -> list[tuple[str, float]]:
+    """Return the languages that a text may be in, with their probabilities, best first.
+
+    No candidates: all languages that the detector knows.
+    """
+    tags, text = _tags_by_label(tuple(candidates)), text[:MAX_DETECTION_CHARACTERS]
+    scores = [(tags[label], score) for label, score in language_tables.load_identifier().rank(text) if label in tags]
+    # The detector adds up the features of a text as if they were independent, so its scores grow apart too fast with
+    # the length. The square root of the length corrects that. With the factor 0.4, one in a hundred short sentences
+    # that reach MIN_PROBABILITY is wrong.
+    temperature = 0.4 * math.sqrt(len(text.encode(errors="replace")) or 1)
+    weights = [math.exp((score - scores[0][1]) / temperature) for _, score in scores]
     total = sum(weights)
     return [(tag, weight / total) for (tag, _), weight in zip(scores, weights, strict=True)]
 
 
-def detect(text: str, among: Collection[str] = ()) -> str:
-    """The language of `among`, or of all, that the text is in. Raises RecordError where that is not sure."""
-    guesses, anything = guess(text, among), guess(text)
-    families = {_family(tag) for tag, _ in guesses}
-    others = [(tag, probability) for tag, probability in anything if _family(tag) not in families]
-    if anything[0][1] == anything[1][1] or not any(map(str.isalpha, text)):
-        exc = "the language cannot be told from the text"
-    elif sum(probability for _, probability in others) >= SURE:  # then the best of `among` is the best of a bad lot
-        exc = f"the language {_likely(others)}"
-    elif guesses[0][1] < SURE:
-        exc = f"the language {_likely(guesses)}"
+def detect(text: str, candidates: Collection[str] = ()) -> str:
+    """Return the language of a text, one of the candidates or, without candidates, any that the detector knows.
+
+    Raises:
+        RecordError: The language is unsure, or is probably not among the candidates.
+    """
+    ranked, ranked_all = rank(text, candidates), rank(text)
+    families = {_family(tag) for tag, _ in ranked}
+    others = [(tag, probability) for tag, probability in ranked_all if _family(tag) not in families]
+    if ranked_all[0][1] == ranked_all[1][1] or not any(map(str.isalpha, text)):
+        message = "cannot detect the language"
+    elif sum(probability for _, probability in others) >= MIN_PROBABILITY:
+        message = f"the language {_describe(others)}"
+    elif ranked[0][1] < MIN_PROBABILITY:
+        message = f"the language {_describe(ranked)}"
     else:
-        return guesses[0][0]
-    raise RecordError("unsure_language", exc, hint="say it: --from LANG")
+        return ranked[0][0]
+    raise RecordError("unsure_language", message, hint="pass --from LANG")
 
 
-def likely(text: str) -> str | None:
-    """The language that the text is in, where that is sure."""
+def detect_or_none(text: str) -> str | None:
+    """Return the language of a text, or None if it is unsure."""
     try:
         return detect(text)
     except RecordError:
         return None
 
 
-def sentences(text: str, tag: str) -> list[str]:
-    """The text cut into sentences, with the white space after them: joined, they are the text."""
+def split_sentences(text: str, tag: str) -> list[str]:
+    """Return the sentences of a text, each with the white space after it. Joined, they are the text."""
     import sentencex
 
-    found: list[str] = []
+    sentences: list[str] = []
     for part in filter(None, PARAGRAPHS.split(text)):  # sentencex loses breaks between the paragraphs of a long text
-        plain = ODD.sub(" ", part)  # ... and panics at `M<no-break space>.`
+        plain = ODD_CHARACTERS.sub(" ", part)  # ... and panics at `M<no-break space>.`
         pieces = sentencex.segment(_family(tag), plain)
         start = 0
         for piece in pieces if part.strip() and "".join(pieces) == plain else [plain]:
-            found.append(part[start : start + len(piece)])
+            sentences.append(part[start : start + len(piece)])
             start += len(piece)
-    return found
+    return sentences
 
 
-def _likely(guesses: list[tuple[str, float]]) -> str:
-    (best, probability), *rest = guesses
-    return f"seems to be {name(best)}" if probability >= SURE else f"may be {name(best)} or {name(rest[0][0])}"
+def _describe(ranked: list[tuple[str, float]]) -> str:
+    (best, probability), *rest = ranked
+    if probability >= MIN_PROBABILITY:
+        return f"seems to be {english_name(best)}"
+    return f"may be {english_name(best)} or {english_name(rest[0][0])}"
 
 
 @cache
-def _language(tag: str) -> "Language | None":
-    """Of a tag or a code, in its shortest form. None for what is no language."""
+def _language(code: str) -> "Language | None":
+    """Return the language of a tag or a tokenizer's code in its shortest form, or None if it is not a language."""
     from langcodes import Language
 
     try:
-        read = Language.get(tag).prefer_macrolanguage()
+        given = Language.get(code).prefer_macrolanguage()
     except ValueError:
         return None
-    code = SYNONYMS.get(read.language or "", read.language or "")
-    if not re.fullmatch("[a-z]{2,3}", code) or code in NO_LANGUAGE or "qaa" <= code <= "qtz":  # those are private
+    base = SYNONYMS.get(given.language or "", given.language or "")
+    is_private = "qaa" <= base <= "qtz"
+    if not re.fullmatch("[a-z]{2,3}", base) or base in NO_LANGUAGE or is_private:
         return None
-    usual = {Language.make(language=code).maximize().script, "Hang" if code == "ko" else None}
-    script = None if code != "zh" and read.script in usual else read.script  # Chinese has two usual ones
-    found = Language.make(language=code, script=script, territory=read.territory if read.territory != "XX" else None)
-    return found if found.is_valid() else None
-
-
-def _named(text: str) -> "Language | None":
-    """The language of this name, in English or in itself."""
-    from language_data.names import get_trie_value, load_trie, name_to_code, normalize_name
-    from language_data.util import data_filename
-
-    itself = _language(name_to_code("language", text) or "")  # by the beginning of a name: `frensh` is found too
-    for code in ["en", *([itself.language] if itself else [])]:
-        path = Path(data_filename(f"trie/{code}/name_to_language.marisa"))
-        names = load_trie(str(path)) if path.exists() else {}
-        if normalize_name(text) in names:
-            return _language(get_trie_value(names, normalize_name(text)))
-    return None
+    usual_scripts = {Language.make(language=base).maximize().script, "Hang" if base == "ko" else None}
+    is_implied = base != "zh" and given.script in usual_scripts  # Chinese has two usual scripts.
+    language = Language.make(
+        language=base,
+        script=None if is_implied else given.script,
+        territory=None if given.territory == "XX" else given.territory,
+    )
+    return language if language.is_valid() else None
 
 
 def _family(tag: str) -> str:
-    """The language itself, under one code for Norwegian and its Bokmål."""
+    """Return the language subtag, with one code for Norwegian and its Bokmål."""
     code = tag.split("-")[0]
     return "no" if code == "nb" else code
 
 
 def _script(language: "Language") -> str | None:
-    """Said or usual, where that is known: langcodes takes English for all it does not know."""
-    from langcodes.data_dicts import LIKELY_SUBTAGS
+    """Return the given or usual script, or None if it is unknown."""
+    is_known = language.script or language_tables.has_known_script(language.language or "")
+    return language.maximize().script if is_known else None
 
-    return language.maximize().script if language.script or language.language in LIKELY_SUBTAGS else None
 
-
-def _same(wanted: str, known: str) -> bool:
-    """Whether they are one language in one script."""
+def _is_same(wanted: str, known: str) -> bool:
+    """Return whether two tags are of one language in one script, as far as the scripts are known."""
     one, other = _language(wanted), _language(known)
     if not one or not other or _family(str(one)) != _family(str(other)):
         return False
@@ -184,25 +192,15 @@ def _same(wanted: str, known: str) -> bool:
     return len(scripts) == 1 or None in scripts
 
 
-def _distance(wanted: str, known: str) -> int:
-    one, other = _language(wanted), _language(known)
-    return one.distance(other) if one and other else 1000
-
-
 @cache
-def _identifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+def _tags_by_label(candidates: tuple[str, ...]) -> dict[str, str]:
+    """Return the labels of the detector, each with the candidate that it stands for.
 
-    return LanguageIdentifier.from_model_file(MODEL_FILE)
-
-
-@cache
-def _detectable(among: tuple[str, ...]) -> dict[str, str]:
-    """The detector's labels, each with its tag of `among`. Its rare languages have three letters; they draw short
-    texts to them."""
-    labels = {label: str(_language(label)) for label in _identifier().labels if len(label) == 2}
+    Labels of three letters are left out: they are rare languages, and short texts are wrongly assigned to them.
+    """
+    labels = {label: str(_language(label)) for label in language_tables.load_identifier().labels if len(label) == 2}
     by_family: dict[str, list[str]] = {}
-    for tag in among or labels.values():
+    for tag in candidates or labels.values():
         by_family.setdefault(_family(str(_language(tag))), []).append(tag)
     return {
         label: match(tag, same) or same[0] for label, tag in labels.items() if (same := by_family.get(_family(tag)))

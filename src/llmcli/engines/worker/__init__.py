@@ -1,8 +1,7 @@
-"""The warm worker: a process in the background that keeps models loaded, and runs the jobs of later calls.
+"""The worker: a background process that keeps models loaded and runs the jobs of later calls.
 
-client   a call's side: reaches the worker, starts one, gives it a job; imports nothing heavy
-wire     what goes between them, and where they meet
-server   the worker's side: a thread for each call, and the end when nobody has called for a while
-turns    whose turn it is to compute
-warm     the models, and which of them gives way
+protocol     messages, and the socket where a call and the worker meet
+client       the side of a call: connects, starts a worker, sends a job; imports nothing heavy
+server       the side of the worker: a thread for each call
+device_lock  which job computes
 """

@@ -1,4 +1,4 @@
-"""A call's side of the worker: reaches it, starts one, and gives it a job. Imports nothing heavy."""
+"""A call's side of the worker: connects, starts a worker, sends a job. Imports nothing heavy."""
 
 import os
 import socket
@@ -8,118 +8,121 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
-from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import cast
 
 from llmcli import console
-from llmcli.engines.engine import Engine, OnResult
-from llmcli.engines.request import OnText
+from llmcli.engines.engine import Engine
+from llmcli.engines.job_run import OnResult
+from llmcli.engines.requests import OnText
 from llmcli.engines.worker import protocol
-from llmcli.engines.worker.protocol import Connection, ConnectionClosedError, MessageTooLargeError
+from llmcli.engines.worker.protocol import Connection, ConnectionClosedError, MessageTooLargeError, RecordMessage
 from llmcli.errors import ExitStatus, LlmcliError, ModelUnavailableError, reason
-from llmcli.job import Failure, Job, Record, Result
+from llmcli.job import Failure, Job, JsonObject, Record, Result
 from llmcli.models import registry
 from llmcli.models.registry import FolderSource, GgufSource
 
-ANSWER = 10.0  # seconds for the worker to answer a hello: where it does not, it is no use
-START = 60.0  # seconds for a new one to be there
-POLL = 0.02
+HANDSHAKE_TIMEOUT_S = 10.0  # a worker that takes longer to answer is not used
+START_TIMEOUT_S = 60.0
+POLL_S = 0.02
+MIN_KEEP_ALIVE_S = 1.0  # a worker that exited sooner would not meet the call that started it
 
 
 class WorkerUnavailableError(LlmcliError):
-    """There is none, or it will not do the job."""
+    """The worker refuses the job, or cannot be started."""
 
 
 class WorkerEngine:
-    """Has the worker run a job; where none can be had, this process does. One is started only for a job that says how
-    long its model is to be kept."""
+    """Runs jobs in the worker, or in this process if the worker is not available."""
 
     def __init__(self) -> None:
-        self._here: Engine | None = None  # once it turns out that there is no worker to be had
+        self._local: Engine | None = None  # once the worker was not available
 
     def run(
         self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_result: OnResult | None = None
     ) -> Iterator[Result]:
-        """Results in the order of the records. Raises what the engine of this process would; LlmcliError where the
-        worker ends before the work is done."""
-        reached = self._reached("run", job)
-        if isinstance(reached, Connection):
-            return _Call(reached, job, on_text).run(records, on_result)
-        return reached.run(job, records, on_text, on_result)
+        """Yield what the engine of this process would. Raises what it would, or LlmcliError if the worker exits."""
+        engine = self._connect("run", job)
+        if isinstance(engine, Connection):
+            yield from RemoteJob(engine, job, on_text).run(records, on_result)
+        else:
+            yield from engine.run(job, records, on_text, on_result)
 
     def load(self, job: Job) -> None:
-        """Have the job's model ready."""
-        reached = self._reached("load", job)
-        if isinstance(reached, Connection):
-            list(_Call(reached, job, None).run((), None))
+        """Load the job's model."""
+        engine = self._connect("load", job)
+        if isinstance(engine, Connection):
+            list(RemoteJob(engine, job, None).run((), None))
         else:
-            reached.load(job)
+            engine.load(job)
 
-    def _reached(self, what: str, job: Job) -> Connection | Engine:
-        """A worker that waits for the job, or the engine of this process."""
-        if self._here:
-            return self._here
-        try:
-            return reach(what, job.keep_alive)
-        except LlmcliError as exc:
+    def _connect(self, action: str, job: Job) -> Connection | Engine:
+        """Return a connection to a worker that waits for the job, or the engine of this process."""
+        if self._local is None:
+            try:
+                if connection := connect_or_start(action, job.keep_alive):
+                    return connection
+                why = "no worker is running"
+            except LlmcliError as exc:
+                why = exc.message
             if console.verbose:
-                console.notice(f"no worker: {exc.message}: this process runs the model")
-        from llmcli.engines.local import LocalEngine
+                console.notice(f"{why}; this process runs the model")
+            from llmcli.engines.local import LocalEngine
 
-        self._here = LocalEngine()
-        return self._here
+            self._local = LocalEngine()
+        return self._local
 
 
-class _Call:
+class RemoteJob:
     """One job in the worker."""
 
     def __init__(self, connection: Connection, job: Job, on_text: OnText | None) -> None:
-        self._wire, self._on_text = connection, on_text
+        self._connection, self._job, self._on_text = connection, job, on_text
         self._sent: SimpleQueue[Record] = SimpleQueue()
-        self._problem: BaseException | None = None  # of the records
-        with suppress(ConnectionClosedError):  # who waits for the results will say so
-            self._wire.send(job=asdict(_from_anywhere(job)), streams=on_text is not None)
+        self._input_error: BaseException | None = None
 
     def run(self, records: Iterable[Record], on_result: OnResult | None) -> Iterator[Result]:
-        threading.Thread(target=self._send, args=(records,), daemon=True).start()
+        """Yield results in the order of the records. The job is canceled if the iterator is closed."""
         try:
-            for output, text, failure in self._results():
-                result = Result(self._sent.get(), output, text, failure and Failure(**failure))
+            with suppress(ConnectionClosedError):  # _receive raises the error
+                self._connection.send(job=asdict(_with_absolute_paths(self._job)), streams=self._on_text is not None)
+            threading.Thread(target=self._send, args=(records,), daemon=True).start()
+            for output, text, failure in self._receive():
+                result = Result(self._sent.get(), output, text, Failure(**failure) if failure else None)
                 if on_result:
                     on_result(result)
                 yield result
         finally:
-            self._wire.close()  # a job that is not done ends there too
-        if self._problem:
-            raise self._problem
+            self._connection.close()
+        if self._input_error:
+            raise self._input_error
 
-    def _results(self) -> Iterator[list[Any]]:
-        """What is in the messages for each record; the rest of what they say goes where it belongs."""
+    def _receive(self) -> Iterator[protocol.ResultMessage]:
+        """Yield the results, and show what the worker sends between them."""
         with ExitStack() as shown:
             while True:
                 try:
-                    ((kind, said),) = self._wire.receive().items()
+                    ((kind, value),) = self._connection.receive().items()
                 except ConnectionClosedError:
                     raise LlmcliError(
-                        "the worker ended before the work was done", hint="run it again; --keep-alive 0 needs no worker"
+                        "worker exited unexpectedly", hint="run the command again, or pass --keep-alive 0"
                     ) from None
                 match kind:
                     case "result":
-                        yield said
+                        yield protocol.ResultMessage(*value)
                     case "text":
                         assert self._on_text
-                        self._on_text(said)
+                        self._on_text(value)
                     case "note":
-                        console.notice(said)
+                        console.notice(value)
                     case "warning":
-                        console.warning(said)
+                        console.warning(value)
                     case "working":
                         shown.close()
-                        if said:
-                            shown.enter_context(console.working(said))
+                        if value:
+                            shown.enter_context(console.working(value))
                     case "error":
-                        raise _raised(said)
+                        raise _exception(protocol.ErrorMessage(*value))
                     case "done":
                         return
 
@@ -128,129 +131,141 @@ class _Call:
             for record in records:
                 self._sent.put(record)
                 try:
-                    self._wire.send(record=[dict(record.fields), record.failure and asdict(record.failure)])
+                    self._connection.send(
+                        record=RecordMessage(record.fields, record.failure.to_json() if record.failure else None)
+                    )
                 except MessageTooLargeError as exc:
-                    why = f"{exc.message}; --keep-alive 0 takes it"
-                    self._wire.send(record=[{}, asdict(Failure("too_large", why))])
+                    self._connection.send(record=RecordMessage({}, exc.to_failure().to_json()))
         except ConnectionClosedError:
             return
-        except BaseException as caught:  # raised when the results of those before it are there
-            self._problem = caught
+        except BaseException as exc:  # raised after the results of the records before it
+            self._input_error = exc
         with suppress(ConnectionClosedError):
-            self._wire.send(end=True)
+            self._connection.send(end=True)
 
 
-def reach(what: str, seconds: float | None) -> Connection:
-    """A worker that has agreed to do `what`. Where `seconds` says how long models are to stay warm, one is started if
-    it is not there, and one of another environment makes place for it. Raises LlmcliError."""
+def connect_or_start(action: str, keep_alive_s: float | None) -> Connection | None:
+    """Return a connection to a worker that has agreed to an action, or None if none is running.
+
+    If `keep_alive_s` is given, a worker is started if needed; it replaces one of another environment. Raises
+    LlmcliError if the worker refuses or cannot be started, or the socket's directory is not safe.
+    """
     try:
-        return greet(what, replace=seconds is not None)
+        connection = connect(action, replace=keep_alive_s is not None)
     except WorkerUnavailableError:
-        if seconds is None:
+        if keep_alive_s is None:
             raise
-    process, deadline = _started(seconds), time.monotonic() + START
-    with console.working("starting a worker"):
-        while True:
-            try:
-                return greet(what, replace=True)
-            except WorkerUnavailableError as exc:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise WorkerUnavailableError(_last_words() or exc.message) from exc
-                time.sleep(POLL)
+        connection = None  # It makes way for the one that is started here.
+    return connection if connection or keep_alive_s is None else _start(action, keep_alive_s)
 
 
-def greet(what: str, *, replace: bool = False) -> Connection:
-    """The worker that is there, and is willing to do `what`; one of another environment may be told to make place for
-    one that is. Raises NoWorkerError, and what `protocol.folder` raises."""
-    try:
-        address = protocol.folder() / protocol.SOCKET
-    except ConnectionClosedError as exc:
-        raise WorkerUnavailableError("none is running") from exc
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        connection.settimeout(ANSWER)
-        connection.connect(str(address))
-        if protocol.peer(connection) != os.getuid():
-            raise WorkerUnavailableError("the one that is there is another user's")
-        reached = Connection(connection)
-        reached.send(do=what, environment=protocol.environment(), replace=replace)
-        answer = reached.receive()
+def connect(action: str, *, replace: bool = False) -> Connection | None:
+    """Return a connection to the worker, which has agreed to an action, or None if none is running.
+
+    If `replace`, a worker of another environment finishes its jobs and exits. Raises WorkerUnavailableError if the
+    worker refuses, and LlmcliError if the socket's directory is not safe.
+    """
+    if not protocol.has_socket():
+        return None
+    address = protocol.runtime_dir() / protocol.SOCKET_NAME
+    with ExitStack() as on_failure:
+        end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        on_failure.callback(end.close)
+        try:
+            end.settimeout(HANDSHAKE_TIMEOUT_S)
+            end.connect(str(address))
+            if protocol.peer_uid(end) != os.getuid():
+                raise WorkerUnavailableError("the worker belongs to another user")
+            connection = Connection(end)
+            connection.send(do=action, environment=protocol.environment_fingerprint(), replace=replace)
+            answer = connection.receive()
+        except (OSError, ConnectionClosedError):
+            return None
         if "worker" not in answer:
-            raise WorkerUnavailableError(f"the one that is there refuses: {answer.get('refused')}")
-    except (OSError, ConnectionClosedError) as exc:
-        connection.close()
-        raise WorkerUnavailableError("none is running") from exc
-    except BaseException:
-        connection.close()
-        raise
-    connection.settimeout(None)
-    return reached
+            raise WorkerUnavailableError(f"the worker refuses: {answer.get('refused')}")
+        end.settimeout(None)
+        on_failure.pop_all()
+        return connection
 
 
-def status() -> dict[str, Any]:
-    """The worker's process, jobs, bytes of main memory and models. Raises NoWorkerError."""
-    found: dict[str, Any] = _asked("status")["status"]
-    return found
+def status() -> protocol.WorkerStatus | None:
+    """Return the worker's process ID, jobs, main memory and models, or None if none is running."""
+    answer = _ask("status")
+    return None if answer is None else cast(protocol.WorkerStatus, answer["status"])
 
 
-def stop() -> None:
-    """Ask the worker to end, and wait until it has. Raises NoWorkerError."""
-    _asked("stop")
+def stop() -> bool:
+    """Stop the worker, wait until it has exited, and return whether one was running."""
+    return _ask("stop") is not None
 
 
-def _asked(what: str) -> dict[str, Any]:
-    """The worker's last word, before it hangs up."""
-    reached, said = greet(what), dict[str, Any]()
-    with closing(reached), suppress(ConnectionClosedError):
+def _ask(action: str) -> JsonObject | None:
+    """Return the last message of the worker before it closes the connection."""
+    if not (connection := connect(action)):
+        return None
+    answer: JsonObject = {}
+    with closing(connection), suppress(ConnectionClosedError):
         while True:
-            said = reached.receive()
-    return said
+            answer = connection.receive()
+    return answer
 
 
-def _started(seconds: float) -> Any:
-    """A new worker, which has nothing of this process: not its terminal, not its streams, not its folder."""
+def _start(action: str, keep_alive_s: float) -> Connection:
+    """Start a worker, and connect to it. The worker has none of this process's terminal, streams and directory."""
     import subprocess
 
-    command = [sys.executable, "-P", "-m", "llmcli", "serve", "--keep-alive", f"{seconds}s"]
-    path = _log()
+    path = protocol.runtime_dir() / "worker.log"
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "llmcli",
+        "serve",
+        "--keep-alive",
+        f"{max(keep_alive_s, MIN_KEEP_ALIVE_S):f}s",
+    ]
     try:
         with path.open("wb") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", start_new_session=True
             )
     except OSError as exc:
         raise WorkerUnavailableError(f"{path}: {reason(exc)}") from exc
+    deadline, why = time.monotonic() + START_TIMEOUT_S, "it did not start in time"
+    with console.working("starting a worker"):
+        while True:
+            try:
+                if connection := connect(action, replace=True):
+                    return connection
+            except WorkerUnavailableError as exc:
+                why = exc.message
+            if process.poll() is not None or time.monotonic() > deadline:
+                lines = path.read_text(errors="replace").splitlines()
+                errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+                raise WorkerUnavailableError([why, *lines[-1:], *errors][-1])
+            time.sleep(POLL_S)
 
 
-def _log() -> Path:
-    return protocol.folder(make=True) / "worker.log"
-
-
-def _last_words() -> str:
-    lines = _log().read_text(errors="replace").splitlines()
-    return lines[-1].removeprefix("error: ") if lines else ""
-
-
-def _from_anywhere(job: Job) -> Job:
-    """The job, with whole paths in the place of those that begin in this process's folder."""
+def _with_absolute_paths(job: Job) -> Job:
+    """Return the job with absolute paths, as the worker has another working directory."""
     load_options, model = job.load_options, job.model
     if load_options.offload_folder:
         load_options = replace(load_options, offload_folder=os.path.abspath(load_options.offload_folder))
     try:
         source = registry.resolve(job.model).source
-    except ModelUnavailableError:  # for the worker to say
+    except ModelUnavailableError:  # The worker raises the error.
         source = None
     if isinstance(source, FolderSource | GgufSource):
         model = str(source.path)
     return replace(job, model=model, load_options=load_options)
 
 
-def _raised(about: dict[str, Any]) -> Exception:
-    """The error that the job ended with, as it would be here."""
+def _exception(message: protocol.ErrorMessage) -> Exception:
+    """Return the error that ended the job, as this process would have raised it."""
     exc: Exception
-    if name := about.get("unexpected"):
-        exc = type(name, (Exception,), {})(about["message"])
+    if message.unexpected:
+        exc = type(message.unexpected, (Exception,), {})(message.message)
     else:
-        exc = LlmcliError(about["message"], about["hint"], ExitStatus(about["status"]))
-    exc.add_note(f"in the worker:\n{about['trace']}")
+        exc = LlmcliError(message.message, message.hint, ExitStatus(message.status))
+    exc.add_note(f"in the worker:\n{message.traceback}")
     return exc

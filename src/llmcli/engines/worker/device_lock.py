@@ -1,98 +1,102 @@
-"""Whose turn it is to compute: one job at a time, until the others' next token."""
+"""The lock on the device: one job computes at a time, and makes way for the others after each token."""
 
 import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FairLock:
-    """Held by one thread at a time; who has waited longest is next."""
+    """A lock that goes to the thread that has waited longest."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: deque[threading.Event] = deque()
+        self._waiters: deque[threading.Event] = deque()
         self._is_held = False
 
     @property
-    def is_wanted(self) -> bool:
-        """Whether somebody waits for it."""
-        return bool(self._waiting)
+    def has_waiters(self) -> bool:
+        """Whether a thread waits for the lock."""
+        return bool(self._waiters)
 
-    def take(self) -> None:
+    def acquire(self) -> None:
+        """Wait for the lock, and hold it."""
         with self._lock:
             if not self._is_held:
                 self._is_held = True
                 return
-            given = threading.Event()
-            self._waiting.append(given)
-        given.wait()
+            granted = threading.Event()
+            self._waiters.append(granted)
+        granted.wait()
 
-    def pass_on(self) -> None:
+    def release(self) -> None:
+        """Hand the lock to the next thread, if one waits."""
         with self._lock:
-            if self._waiting:
-                self._waiting.popleft().set()
+            if self._waiters:
+                self._waiters.popleft().set()
             else:
                 self._is_held = False
 
 
 class DeviceLock(AbstractContextManager["DeviceLock"]):
-    """The turns of one job, with a state of torch's random numbers of its own. They nest; `released` lets others go
-    first for a while."""
+    """One job's hold on the device, with its own state of torch's random numbers. It is reentrant."""
 
-    def __init__(self, baton: FairLock) -> None:
-        self._baton = baton
+    def __init__(self, lock: FairLock) -> None:
+        self._lock = lock
         self._depth = 0
-        self._random: list[Any] = []
+        self._rng_states: list[Tensor] = []  # the CPU's, then each CUDA device's
 
     def __enter__(self) -> "DeviceLock":
         if not self._depth:
-            self._begin()
+            self._acquire()
         self._depth += 1
         return self
 
     def __exit__(self, *_: object) -> None:
         self._depth -= 1
         if not self._depth:
-            self._end()
+            self._release()
 
     @contextmanager
-    def released(self) -> Iterator[None]:
+    def unlocked(self) -> Iterator[None]:
+        """Release the lock for a while, however deeply it is held."""
         depth, self._depth = self._depth, 0
         if depth:
-            self._end()
+            self._release()
         try:
             yield
         finally:
             if depth:
-                self._begin()
+                self._acquire()
             self._depth = depth
 
-    def offer(self) -> None:
-        """Let others go first, if there are any."""
-        if self._baton.is_wanted:
-            with self.released():
+    def yield_to_others(self) -> None:
+        """Let the jobs that wait go first."""
+        if self._lock.has_waiters:
+            with self.unlocked():
                 pass
 
-    def _begin(self) -> None:
-        self._baton.take()
-        if generators := _generators():
-            if self._random:
-                for module, state in zip(generators, self._random, strict=False):
-                    module.set_rng_state(state)
+    def _acquire(self) -> None:
+        self._lock.acquire()
+        if "torch" in sys.modules:
+            import torch
+
+            if self._rng_states:
+                cpu, *cuda = self._rng_states
+                torch.set_rng_state(cpu)
+                torch.cuda.set_rng_state_all(cuda)
             else:
-                generators[0].seed()  # of all devices: nobody's numbers follow from another's seed
+                torch.seed()  # No job's random numbers follow from the seed of another.
 
-    def _end(self) -> None:
-        self._random = [module.get_rng_state() for module in _generators()]
-        self._baton.pass_on()
+    def _release(self) -> None:
+        if "torch" in sys.modules:
+            import torch
 
-
-def _generators() -> list[Any]:
-    """Modules of torch, if it is loaded, that have random states of their own."""
-    torch = sys.modules.get("torch")
-    if torch is None or not hasattr(torch, "get_rng_state"):  # maybe another thread is importing it
-        return []
-    return [torch, torch.cuda] if torch.cuda.is_initialized() else [torch]
+            cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+            self._rng_states = [torch.get_rng_state(), *cuda]
+        self._lock.release()

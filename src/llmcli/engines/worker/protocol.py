@@ -1,13 +1,14 @@
-"""What goes between a call and the worker: JSON objects, a line each, through a Unix socket that only its user reaches.
+"""Messages between a call and the worker: JSON objects, one a line, through a Unix socket that is private to the user.
 
-A call begins with a hello: what it wants to `do`, and its `environment`. The worker answers with `worker`, its process
-id, where it will, else with `refused`, why. What follows depends on `do`:
+A call begins with `do`, what it wants, and `environment`, its fingerprint. The worker answers with `worker`, its
+process ID, or with `refused`, the reason. What follows depends on `do`:
 
-run     the call sends `job`, then `record`s and `end`; the worker `result`s in their order, between them `text` of the
-        next result as it comes, `note`, `warning` and `working` for stderr, and last `done`, or `error`
-load    as run, with no records: the model is loaded
-status  the worker sends `status`
-stop    nothing: the worker ends
+run     The call sends `job`, then `record`s and `end`. The worker sends `result`s in the order of the records, between
+        them `text` of the next result while it is generated, `note`, `warning` and `working` for stderr, and at last
+        `done` or `error`.
+load    As run, without records: the worker loads the model.
+status  The worker sends `status`.
+stop    The worker exits.
 """
 
 import hashlib
@@ -20,28 +21,70 @@ import struct
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import typer
 
 from llmcli import __version__, config
 from llmcli.errors import LlmcliError
+from llmcli.job import Failure, JsonObject
 
-LARGEST = 64 * 2**20  # bytes of a message
-SOCKET = "worker.sock"  # in the folder
-READ_BY_LIBRARIES = ("HF_", "TRANSFORMERS_", "TORCH", "PYTORCH", "CUDA", "OMP_", "MKL_", "PIP_", "UV_")
+if TYPE_CHECKING:
+    from llmcli.engines.model_cache import ModelStatus
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+SOCKET_NAME = "worker.sock"
+LIBRARY_PREFIXES = ("HF_", "TRANSFORMERS_", "TORCH", "PYTORCH", "CUDA", "OMP_", "MKL_", "PIP_", "UV_")
 
 
 class ConnectionClosedError(LlmcliError):
-    """The other end is not there any more."""
+    """The other end has closed the connection."""
 
 
 class ProtocolError(LlmcliError):
-    """What came is no message."""
+    """The other end sent something that is not a message."""
 
 
 class MessageTooLargeError(LlmcliError):
-    """A message of more than LARGEST bytes."""
+    """A message has more than MAX_MESSAGE_BYTES."""
+
+    def to_failure(self) -> Failure:
+        """Return the failure of the record that the message is about."""
+        return Failure("too_large", f"{self.message}: {self.hint}" if self.hint else self.message)
+
+
+class RecordMessage(NamedTuple):
+    """A record, as the call sends it."""
+
+    fields: JsonObject
+    failure: JsonObject | None
+
+
+class ResultMessage(NamedTuple):
+    """A result, as the worker sends it."""
+
+    output: JsonObject
+    text: str
+    failure: JsonObject | None
+
+
+class ErrorMessage(NamedTuple):
+    """The exception that ended a job. `unexpected` is the name of its class, if it is not an LlmcliError."""
+
+    unexpected: str | None
+    message: str
+    hint: str | None
+    status: int
+    traceback: str
+
+
+class WorkerStatus(TypedDict):
+    """What `llmcli ps` prints."""
+
+    pid: int
+    jobs: int
+    memory: int
+    models: "list[ModelStatus]"
 
 
 class Connection:
@@ -52,72 +95,88 @@ class Connection:
         self._reader = connection.makefile("rb")
         self._sending = threading.Lock()
         self._poll = select.poll()
-        self._poll.register(connection, 0)  # hangups and errors are always told
+        self._poll.register(connection, 0)  # poll always reports hangups and errors
 
-    def send(self, **message: Any) -> None:
-        """Waits where the other end is slow to read. Raises GoneError; TooLargeError, and nothing is sent."""
+    def send(self, **message: object) -> None:
+        """Send a message, and wait while the other end is slow to read.
+
+        Raises ConnectionClosedError; or MessageTooLargeError, and nothing is sent.
+        """
         line = json.dumps(message).encode() + b"\n"
-        if len(line) > LARGEST:
-            raise MessageTooLargeError(f"{len(line)} bytes in one message: a worker takes {LARGEST}")
+        if len(line) > MAX_MESSAGE_BYTES:
+            raise MessageTooLargeError(
+                f"message has {len(line)} bytes, but a worker accepts at most {MAX_MESSAGE_BYTES}",
+                hint="pass --keep-alive 0 to run without the worker",
+            )
         try:
             with self._sending:
                 self.socket.sendall(line)
         except OSError as exc:
-            raise ConnectionClosedError("the connection has ended") from exc
+            raise ConnectionClosedError("the connection is closed") from exc
 
-    def receive(self, most: int = LARGEST) -> dict[str, Any]:
-        """The next message. Raises GoneError where there will be none, MessageError and TooLargeError."""
+    def receive(self, max_bytes: int = MAX_MESSAGE_BYTES) -> JsonObject:
+        """Return the next message. Raises ConnectionClosedError, MessageTooLargeError and ProtocolError."""
         try:
-            line = self._reader.readline(most + 1)
-        except (OSError, ValueError) as exc:  # ValueError: closed by another thread
-            raise ConnectionClosedError("the connection has ended") from exc
-        if len(line) > most:
-            raise MessageTooLargeError(f"more than {most} bytes in one message")
+            line = self._reader.readline(max_bytes + 1)
+        except (OSError, ValueError) as exc:  # ValueError: another thread has closed it
+            raise ConnectionClosedError("the connection is closed") from exc
+        if len(line) > max_bytes:
+            raise MessageTooLargeError(f"message has more than {max_bytes} bytes")
         if not line.endswith(b"\n"):
-            raise ConnectionClosedError("the connection has ended")
+            raise ConnectionClosedError("the connection is closed")
         try:
             message = json.loads(line)
         except (ValueError, RecursionError) as exc:
-            raise ProtocolError(f"no message: {exc}") from exc
+            raise ProtocolError(f"invalid message: {exc}") from exc
         if not isinstance(message, dict):
-            raise ProtocolError("no message: not a JSON object")
+            raise ProtocolError("invalid message: expected a JSON object")
         return message
 
     @property
-    def is_gone(self) -> bool:
+    def is_closed(self) -> bool:
         """Whether the other end has hung up, even if not all that it sent has been read."""
         return bool(self._poll.poll(0))
 
     def close(self) -> None:
-        """Wakes threads that wait at either end."""
+        """Close the connection, and wake threads that wait at either end."""
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self._reader.close()
         self.socket.close()
 
 
-def folder(*, make: bool = False) -> Path:
-    """Where the worker's socket, lock and log lie. Raises GoneError where it is not there, and not to be made;
-    LlmcliError where it is not the user's alone, or the system has no Unix sockets."""
+def has_socket() -> bool:
+    """Return whether a worker runs, or was killed and left its socket."""
+    return hasattr(socket, "AF_UNIX") and os.path.exists(_runtime_dir() / SOCKET_NAME)
+
+
+def runtime_dir() -> Path:
+    """Return the directory of the worker's socket, lock and log, made if it does not exist.
+
+    Raises LlmcliError if the directory is not the user's alone, or the system has no Unix sockets.
+    """
     if not hasattr(socket, "AF_UNIX"):
         raise LlmcliError("this system has no Unix sockets")
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    path = Path(runtime, "llmcli") if runtime else Path(os.environ.get("TMPDIR") or "/tmp", f"llmcli-{os.getuid()}")
+    path = _runtime_dir()
     try:
-        if make:
-            path.mkdir(mode=0o700, exist_ok=True)
-        found = path.lstat()
-    except FileNotFoundError as exc:
-        raise ConnectionClosedError(f"{path} is not there") from exc
+        with suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        status = path.lstat()
     except OSError as exc:
         raise LlmcliError(f"{path}: {exc.strerror}") from exc
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        raise LlmcliError(f"{path} is not a folder that you alone may enter", hint=f"remove it, or `chmod 700 {path}`")
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        raise LlmcliError(f"{path} is not a private directory", hint=f"remove it, or run `chmod 700 {path}`")
     return path
 
 
-def peer(connection: socket.socket) -> int:
-    """The user id of the other end, from the system."""
+def _runtime_dir() -> Path:
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(runtime, "llmcli")
+    return Path(os.environ.get("TMPDIR") or "/tmp", f"llmcli-{os.getuid()}")
+
+
+def peer_uid(connection: socket.socket) -> int:
+    """Return the user ID of the other end, as the system knows it."""
     if hasattr(socket, "SO_PEERCRED"):  # Linux: struct ucred
         _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     else:  # macOS, BSD: the beginning of struct xucred, by LOCAL_PEERCRED
@@ -125,21 +184,24 @@ def peer(connection: socket.socket) -> int:
     return int(user)
 
 
-def environment() -> str:
-    """The same for all calls that one worker can serve as they would serve themselves: what is installed and
-    configured, and what libraries read from the environment."""
+def environment_fingerprint() -> str:
+    """Return a hash of the packages, the configuration, and the environment variables that libraries read.
+
+    A worker serves only calls with its own hash: they would compute the same results.
+    """
     settings = config.config_file()
     names = (settings.name, "models.toml", "prompts.toml", "presets.toml", "translations.toml")
-    seen: list[Any] = [__version__, *(_stamp(settings.with_name(name)) for name in names)]
-    seen += [str(config.cache_dir()), *(_stamp(path.parents[1]) for path in (Path(typer.__file__), Path(__file__)))]
-    seen += sorted(
-        (name, value) for name, value in os.environ.items() if name.startswith(READ_BY_LIBRARIES) or name == "HOME"
+    packages = (Path(typer.__file__).parents[1], Path(__file__).parents[1])
+    stamps = [_stamp(path) for path in (*(settings.with_name(name) for name in names), *packages)]
+    variables = sorted(
+        (name, value) for name, value in os.environ.items() if name.startswith(LIBRARY_PREFIXES) or name == "HOME"
     )
+    seen = [__version__, str(config.cache_dir()), stamps, variables]
     return hashlib.sha256(json.dumps(seen).encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def _stamp(path: Path) -> tuple[str, int | None]:
-    """A file or folder, and when it was changed."""
+    """Return a path, and when it was changed."""
     try:
         return str(path), path.stat().st_mtime_ns
     except OSError:

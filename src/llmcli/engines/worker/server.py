@@ -1,5 +1,4 @@
-"""The worker's side: a thread for each call, models that stay warm between them, and the end when nobody has called
-for a while."""
+"""The worker's side: a thread for each call, models that stay loaded between calls, and exit after an idle time."""
 
 import fcntl
 import math
@@ -10,244 +9,247 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from socket import socket
 
 from llmcli import console
+from llmcli.engines.batch_runner import BatchRunner
 from llmcli.engines.local import LocalEngine
 from llmcli.engines.model import Model
-from llmcli.engines.runner import BatchRunner
+from llmcli.engines.model_cache import ModelCache, ModelLease
 from llmcli.engines.worker import protocol
 from llmcli.engines.worker.device_lock import DeviceLock, FairLock
-from llmcli.engines.worker.model_cache import LRUModelCache, ModelLease
-from llmcli.engines.worker.protocol import Connection, ConnectionClosedError, MessageTooLargeError, ProtocolError
-from llmcli.errors import LlmcliError
-from llmcli.job import Failure, Job, Record
+from llmcli.engines.worker.protocol import Connection, ConnectionClosedError, ErrorMessage, MessageTooLargeError
+from llmcli.errors import ExitStatus, LlmcliError
+from llmcli.job import Failure, Job, JsonObject, Record
 from llmcli.models import malloc
 from llmcli.tasks import Strategy
 
-HELLO = 5.0  # seconds for a call to say what it wants
-LARGEST_HELLO = 4096  # bytes of that
-POLL = 0.5  # seconds between two looks at what is idle
-PATIENCE = 5.0  # seconds for another worker to make place
-CALLS = 1024  # that may wait to be let in
+HANDSHAKE_TIMEOUT_S = 5.0  # for a call to say what it wants
+MAX_HANDSHAKE_BYTES = 4096
+POLL_S = 0.5  # between two looks at what is idle
+LOCK_TIMEOUT_S = 5.0  # for another worker to make way
+LISTEN_BACKLOG = 1024
 
 
 class JobCancelledError(BaseException):
-    """The call has gone. Not an Exception: nothing may take it for a failed record."""
+    """The call has closed its connection. Not an Exception: nothing may take it for a failed record."""
 
 
-def serve(seconds: float | None) -> None:
-    """Run jobs until nothing was asked for so long, and no model is warm; None: until a signal, or `llmcli stop`.
+def serve(keep_alive_s: float | None) -> None:
+    """Run jobs until none has come for so many seconds and no model is loaded; None: until a signal or `llmcli stop`.
 
-    Raises LlmcliError where a worker is running already, or the folder for its socket cannot be had.
+    Raises LlmcliError if a worker is running already, or its socket cannot be made.
     """
-    _allow_many_connections()
-    malloc.share()  # only one thread computes at a time
-    with Worker(math.inf if seconds is None else seconds) as worker:
-        while not worker.is_over:
+    _raise_file_limit()
+    malloc.use_one_arena()  # One thread computes at a time.
+    with Worker(math.inf if keep_alive_s is None else keep_alive_s) as worker:
+        while not worker.is_finished:
             worker.handle_request()
 
 
 class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-    """The socket, and what all calls share. Only one at a time is where calls look for it: it holds a lock on a file
-    beside the socket, which the system releases however it ends."""
+    """The socket, and what all calls share. One worker at a time holds the lock on a file beside the socket, which the
+    system releases however the worker exits."""
 
     daemon_threads = True
     block_on_close = False
-    request_queue_size = CALLS
-    timeout = POLL
+    request_queue_size = LISTEN_BACKLOG
+    timeout = POLL_S
 
-    def __init__(self, seconds: float) -> None:
-        self.environment = protocol.environment()
-        self.models = LRUModelCache(seconds)
-        self.baton = FairLock()
+    def __init__(self, keep_alive_s: float) -> None:
+        self.environment = protocol.environment_fingerprint()
+        self.models = ModelCache(keep_alive_s)
+        self.device_lock = FairLock()
         self.jobs = 0
-        self._seconds = seconds
-        self._used = time.monotonic()
-        self._changing = threading.RLock()
+        self._keep_alive_s = keep_alive_s
+        self._last_used = time.monotonic()
+        self._state_lock = threading.RLock()
         self._is_stopped = False
-        folder = protocol.folder(make=True)
-        self._lock_file: int | None = _lock(folder / "worker.lock")
-        self._path = folder / protocol.SOCKET
-        self._path.unlink(missing_ok=True)  # a worker that was killed leaves it
-        super().__init__(str(self._path), Call)
+        directory = protocol.runtime_dir()
+        self._lock_file: int | None = _lock(directory / "worker.lock")
+        self._path = directory / protocol.SOCKET_NAME
+        self._path.unlink(missing_ok=True)  # A worker that was killed leaves it.
+        super().__init__(str(self._path), ClientHandler)
 
     def server_bind(self) -> None:
         super().server_bind()
         self._path.chmod(0o600)
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Only who this process belongs to."""
-        return protocol.peer(request) == os.getuid()
+    def verify_request(self, request: object, client_address: object) -> bool:
+        """Return whether the call is of this process's user."""
+        assert isinstance(request, socket)
+        return protocol.peer_uid(request) == os.getuid()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Into the log: what a call can be told, it has been told."""
+    def handle_error(self, request: object, client_address: object) -> None:
         console.error(traceback.format_exc(limit=-3))
 
     def handle_request(self) -> None:
-        """At most one call is let in; idle models go."""
+        """Accept at most one call, and unload models that have expired."""
         if self._lock_file is None:
-            self.socket.close()  # who still waits at the door goes to another
-            time.sleep(POLL)  # what runs, runs to its end
+            self.socket.close()  # Calls that wait to be accepted go to another worker.
+            time.sleep(POLL_S)
         else:
             super().handle_request()
-        self.models.drop_expired()
+        self.models.evict_expired()
 
     @property
-    def is_over(self) -> bool:
-        with self._changing:
+    def is_finished(self) -> bool:
+        """Whether the worker is to exit now."""
+        with self._state_lock:
             if self._is_stopped or (self._lock_file is None and not self.jobs):
                 return True
             is_idle = not self.jobs and not len(self.models)
-            if is_idle and time.monotonic() - self._used > self._seconds:
-                self.retire()
+            if is_idle and time.monotonic() - self._last_used > self._keep_alive_s:
+                self.drain()
                 return True
             return False
 
     def begin_job(self) -> bool:
-        """Whether one more may begin."""
-        with self._changing:
-            is_here = self._lock_file is not None
-            self.jobs += is_here
-            return is_here
+        """Count a new job, and return whether it may run."""
+        with self._state_lock:
+            is_accepting = self._lock_file is not None
+            self.jobs += is_accepting
+            return is_accepting
 
     def end_job(self) -> None:
-        with self._changing:
+        """Count a job as ended."""
+        with self._state_lock:
             self.jobs -= 1
-            self._used = time.monotonic()
+            self._last_used = time.monotonic()
 
-    def retire(self) -> None:
-        """Make place for another worker: no new calls come in; those that run are served."""
-        with self._changing:
+    def drain(self) -> None:
+        """Make way for another worker: accept no more calls, and finish the jobs that run."""
+        with self._state_lock:
             if self._lock_file is not None:
                 self._path.unlink(missing_ok=True)
                 os.close(self._lock_file)
                 self._lock_file = None
 
     def stop(self) -> None:
-        """End now."""
+        """Exit without finishing the jobs."""
         self._is_stopped = True
 
-    def status(self) -> dict[str, Any]:
-        """What `llmcli ps` shows."""
+    def status(self) -> protocol.WorkerStatus:
+        """Return what `llmcli ps` prints."""
         import psutil
 
         memory = psutil.Process().memory_info().rss
-        return {"process": os.getpid(), "jobs": self.jobs, "memory": memory, "models": self.models.status()}
+        return {"pid": os.getpid(), "jobs": self.jobs, "memory": memory, "models": self.models.status()}
 
     def server_close(self) -> None:
-        self.retire()
+        self.drain()
         super().server_close()
 
 
-class Call(socketserver.BaseRequestHandler):
-    """One connection, in a thread of its own."""
+class ClientHandler(socketserver.BaseRequestHandler):
+    """One connection, in its own thread."""
 
     server: Worker
 
     def handle(self) -> None:
-        self.request.settimeout(HELLO)
-        self.protocol = Connection(self.request)
-        with closing(self.protocol), suppress(ConnectionClosedError, JobCancelledError):
+        self.request.settimeout(HANDSHAKE_TIMEOUT_S)
+        self._connection = Connection(self.request)
+        with closing(self._connection), suppress(ConnectionClosedError, JobCancelledError):
             try:
-                hello = self.protocol.receive(LARGEST_HELLO)
-            except (ProtocolError, MessageTooLargeError) as exc:
-                self.protocol.send(refused=exc.message)
+                hello = self._connection.receive(MAX_HANDSHAKE_BYTES)
+            except (protocol.ProtocolError, MessageTooLargeError) as exc:
+                self._connection.send(refused=exc.message)
             else:
                 self._answer(hello)
 
-    def _answer(self, hello: dict[str, Any]) -> None:
+    def _answer(self, hello: JsonObject) -> None:
+        send = self._connection.send
         match hello.get("do"):
             case "status":
-                self.protocol.send(worker=os.getpid())
-                self.protocol.send(status=self.server.status())
+                send(worker=os.getpid())
+                send(status=self.server.status())
             case "stop":
-                self.protocol.send(worker=os.getpid())
+                send(worker=os.getpid())
                 self.server.stop()
-                self.protocol.receive()  # it is told by the end of the connection, with that of the process
-            case "run" | "load" as what:
+                self._connection.receive()  # The connection ends with this process, which tells the call.
+            case "run" | "load" as action:
                 if hello.get("environment") != self.server.environment:
                     if hello.get("replace"):
-                        self.server.retire()
-                    self.protocol.send(refused="it is of another version, or another environment")
+                        self.server.drain()
+                    send(refused="it has another version or environment")
                 elif not self.server.begin_job():
-                    self.protocol.send(refused="it is about to end")
+                    send(refused="it is about to exit")
                 else:
                     try:
-                        self.protocol.send(worker=os.getpid())
-                        first = self.protocol.receive()
+                        send(worker=os.getpid())
+                        first = self._connection.receive()
                         self.request.settimeout(None)
-                        self._run(first, loads=what == "load")
+                        self._run(first, loads=action == "load")
                     finally:
                         self.server.end_job()
             case _:
-                self.protocol.send(refused="not understood")
+                send(refused="unknown action")
 
-    def _run(self, first: dict[str, Any], *, loads: bool) -> None:
-        """The job that is in the first message, to its end."""
-        turns, borrowed = DeviceLock(self.server.baton), ModelLease(self.server.models)
+    def _run(self, first: JsonObject, *, loads: bool) -> None:
+        """Run the job of the first message to its end."""
+        device_lock = DeviceLock(self.server.device_lock)
+        lease = ModelLease(self.server.models, device_lock.unlocked)
 
-        def send(**message: Any) -> None:
-            with turns.released():  # the call may be slow to read
-                self.protocol.send(**message)
+        def send(**message: object) -> None:
+            with device_lock.unlocked():  # The call may be slow to read.
+                try:
+                    self._connection.send(**message)
+                except ConnectionClosedError:
+                    raise JobCancelledError from None
 
         job: Job | None = None
         try:
             job = Job.from_json(first["job"])
-            engine = WarmEngine(self.protocol, turns, borrowed)
+            engine = WarmEngine(self._connection, device_lock, lease)
             on_text = (lambda text: send(text=text)) if first.get("streams") else None
             with console.relayed(lambda kind, message: send(**{kind: message})):
                 if loads:
-                    with turns:
+                    with device_lock:
                         engine.load(job)
                 else:
-                    with closing(engine.run(job, _records(self.protocol), on_text)) as results:
+                    with closing(engine.run(job, _records(self._connection), on_text)) as results:
                         for result in results:
-                            failure = result.failure and asdict(result.failure)
-                            send(result=[dict(result.output), result.text, failure])
+                            failure = result.failure.to_json() if result.failure else None
+                            try:
+                                send(result=protocol.ResultMessage(result.output, result.text, failure))
+                            except MessageTooLargeError as exc:
+                                send(result=protocol.ResultMessage({}, "", exc.to_failure().to_json()))
             send(done=True)
-        except ConnectionClosedError:
-            raise
         except LlmcliError as exc:
-            about = {"message": exc.message, "hint": exc.hint, "status": exc.status}
-            send(error=about | {"trace": traceback.format_exc()})
+            send(error=ErrorMessage(None, exc.message, exc.hint, exc.status, traceback.format_exc()))
         except Exception as exc:
-            about = {"unexpected": type(exc).__name__, "message": str(exc)}
-            send(error=about | {"trace": traceback.format_exc()})
+            send(error=ErrorMessage(type(exc).__name__, str(exc), None, ExitStatus.FAILED, traceback.format_exc()))
         finally:
-            borrowed.give_back(job.keep_alive if job else None)
+            lease.release(job.keep_alive if job else None)
 
 
 class WarmEngine(LocalEngine):
-    """Runs a job in turns with others, on the models they share. Raises Cancelled, within a token, when its call has
-    gone."""
+    """Runs a job beside others on the same device and models. It raises JobCancelledError, within a token, once the
+    call has closed its connection."""
 
-    def __init__(self, connection: Connection, turns: DeviceLock, borrowed: ModelLease) -> None:
-        super().__init__(borrowed)
-        self.exclusive = self._turns = turns
-        self._wire = connection
+    def __init__(self, connection: Connection, device_lock: DeviceLock, lease: ModelLease) -> None:
+        super().__init__(lease)
+        self.exclusive = self._device_lock = device_lock
+        self._connection = connection
 
-    def model(self, job: Job) -> Model:
-        model = super().model(job)
-        with self._turns.released():  # a download may take long
-            model.folder  # noqa: B018
-        return model
+    def find_model(self, job: Job) -> Model:
+        with self._device_lock.unlocked():  # A download may take long.
+            return super().find_model(job)
 
-    def runner(self, job: Job, strategy: Strategy, model: Model) -> BatchRunner:
-        runner = super().runner(job, strategy, model)
-        runner.on_token = self._between
+    def make_runner(self, job: Job, strategy: Strategy, model: Model) -> BatchRunner:
+        runner = super().make_runner(job, strategy, model)
+        runner.on_token = self._between_tokens
         return runner
 
-    def _between(self) -> None:
-        if self._wire.is_gone:
+    def _between_tokens(self) -> None:
+        if self._connection.is_closed:
             raise JobCancelledError
-        self._turns.offer()
+        self._device_lock.yield_to_others()
 
 
 def _records(connection: Connection) -> Iterator[Record]:
-    """As they come. Raises Cancelled where they end before their end."""
+    """Yield the records of a call as they arrive. Raises JobCancelledError if the call exits before the end."""
     while True:
         try:
             message = connection.receive()
@@ -255,14 +257,14 @@ def _records(connection: Connection) -> Iterator[Record]:
             raise JobCancelledError from None
         if "end" in message:
             return
-        fields, failure = message["record"]
-        yield Record(fields, failure=failure and Failure(**failure))
+        fields, failure = protocol.RecordMessage(*message["record"])
+        yield Record(fields, failure=Failure(**failure) if failure else None)
 
 
 def _lock(path: Path) -> int:
-    """An open file that is locked. Raises LlmcliError where another worker goes on holding it."""
+    """Return an open file that is locked. Raises LlmcliError if another worker does not release it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -270,14 +272,14 @@ def _lock(path: Path) -> int:
         except OSError:
             if time.monotonic() > deadline:
                 os.close(descriptor)
-                raise LlmcliError("a worker is running already", hint="`llmcli stop` ends it") from None
-            time.sleep(POLL / 10)
+                raise LlmcliError("a worker is already running", hint="run `llmcli stop` to stop it") from None
+            time.sleep(POLL_S / 10)
 
 
-def _allow_many_connections() -> None:
-    """As many as the system lets this user have: silent ones must not keep others out."""
+def _raise_file_limit() -> None:
+    """Allow as many connections as the system does: idle ones must not keep others out."""
     import resource
 
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most if most != resource.RLIM_INFINITY else 65536, most))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if limit == resource.RLIM_INFINITY else limit, limit))

@@ -1,12 +1,12 @@
-"""A ready folder of weights for a model: found, or pulled into the cache whole or not at all.
+"""A ready directory of weights for a model: found, or pulled into the cache completely or not at all.
 
-    find    the folder, if it is there; asks no network
-    pull    find, or fetch, under a lock so that two pulls of one model do not race
-    choose  of several models, the one to use
+    find    return the directory if it exists; needs no network
+    pull    find or fetch it, under a lock so that two pulls of one model do not race
+    choose  choose one of several models
     remove  delete it
 
-Hub repositories live in the cache that all Hugging Face tools share. What comes in wheels is unpacked, and GGUF
-files, from wheels or the user's own, are converted to safetensors once: in a staging folder, then moved into place.
+Hub repositories are in the cache that all Hugging Face tools share. Wheels are unpacked, and GGUF files, from wheels or
+the user's own, are converted to safetensors once: in a staging directory, which is then moved into place.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from llmcli.models.store import cache, quantized
 
 
 def find(spec: ModelSpec, *, allow_pickle: bool = False) -> Path | None:
-    """The folder of ready weights, or None. Raises ModelUnavailable for a folder that holds no model."""
+    """Return the directory of ready weights, or None. Raises ModelUnavailableError for a directory without a model."""
     match spec.source:
         case FolderSource(path):
             return _checked(path)
@@ -38,8 +38,8 @@ def find(spec: ModelSpec, *, allow_pickle: bool = False) -> Path | None:
             return home if home.is_dir() else None
 
 
-def listed(spec: ModelSpec) -> Path | None:
-    """`find` for a list: a folder or file that has gone is not there, and no reason to stop."""
+def find_or_none(spec: ModelSpec) -> Path | None:
+    """Return the same, and None for a directory or file that no longer exists too."""
     try:
         return find(spec)
     except ModelUnavailableError:
@@ -47,9 +47,16 @@ def listed(spec: ModelSpec) -> Path | None:
 
 
 def pull(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False, refresh: bool = False) -> Path:
-    """The folder of ready weights, fetched if it is not there. `refresh` asks the hub for a newer revision.
+    """Return the directory of ready weights, fetched if it does not exist.
 
-    Raises ModelUnavailable: unreachable, gated, damaged, no space left; or not cached, when `offline`.
+    Args:
+        spec: The model.
+        offline: Whether to use only what is cached.
+        allow_pickle: Whether pickled weights may be fetched.
+        refresh: Whether to ask the Hub for a newer revision.
+
+    Raises:
+        ModelUnavailableError: The model is unreachable, gated, damaged or not cached, or no space is left.
     """
     asks_hub = refresh and isinstance(spec.source, HubSource) and not offline
     if not asks_hub and (path := find(spec, allow_pickle=allow_pickle)):
@@ -58,7 +65,7 @@ def pull(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False, 
     if offline and needs_network:
         raise ModelUnavailableError(
             f"{spec.name} is not cached, and this call is offline",
-            hint=f"run `llmcli models pull {spec.name}` once with a network",
+            hint=f"run `llmcli models pull {spec.name}` with a network",
         )
     with cache.writing(), _lock(spec), console.without_live_line():
         if not asks_hub and (path := find(spec, allow_pickle=allow_pickle)):
@@ -71,48 +78,47 @@ def pull(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False, 
 
 
 def choose(names: Sequence[str], load_options: LoadOptions) -> str:
-    """Of several models the first that is cached; where none is, the first that can be pulled, which is done now. One
-    that is not the first is named on stderr. Raises ModelUnavailable where none can be had."""
+    """Return the first model that is cached or, if none is, pull the first that can be pulled.
+
+    A warning names a model that is not the first. Raises ModelUnavailableError if none can be pulled.
+    """
     if len(names) == 1:
         return names[0]
-    why: ModelUnavailableError | None = None
-    chosen = next((name for name in names if _is_here(name)), None)
-    for name in names if chosen is None else ():
+    if cached := next((name for name in names if _is_cached(name)), None):
+        if cached != names[0]:
+            console.warning(f"{names[0]} is not cached; using {cached} (to fetch it: llmcli models pull {names[0]})")
+        return cached
+    failures: list[ModelUnavailableError] = []
+    for name in names:
         try:
             pull(registry.resolve(name), offline=load_options.offline, allow_pickle=load_options.allow_pickle)
         except ModelUnavailableError as exc:
-            why = why or exc
-        else:
-            chosen = name
-            break
-    if chosen is None:
-        assert why
-        raise why
-    if chosen != names[0]:
-        reason = f": {why.message}" if why else f", which is not cached; `llmcli models pull {names[0]}` fetches it"
-        console.notice(f"using {chosen} in place of {names[0]}{reason}")
-    return chosen
+            failures.append(exc)
+            continue
+        if failures:
+            console.warning(f"using {name} instead of {names[0]}: {failures[0].message}")
+        return name
+    raise failures[0]
 
 
-def _is_here(name: str) -> bool:
+def _is_cached(name: str) -> bool:
     try:
-        return listed(registry.resolve(name)) is not None
+        return find_or_none(registry.resolve(name)) is not None
     except ModelUnavailableError:
         return False
 
 
 def remove(spec: ModelSpec) -> bool:
-    """Delete the ready weights, and what was quantized of them; False if there were none. Raises UsageError for the
-    user's own folder."""
+    """Delete the ready weights and their quantized copies; False if there were none."""
     if isinstance(spec.source, FolderSource):
-        raise UsageError(f"{spec.source.path} is a folder of your own", hint="remove it yourself if you mean it")
+        raise UsageError(f"{spec.source.path} is your own directory", hint="to delete it, remove it yourself")
     with cache.writing():
-        there = _removed(spec)
-        quantized.forget_orphans()
-    return there
+        was_cached = _remove(spec)
+        quantized.prune_orphans()
+    return was_cached
 
 
-def _removed(spec: ModelSpec) -> bool:
+def _remove(spec: ModelSpec) -> bool:
     if isinstance(spec.source, HubSource):
         from llmcli.models.store import hub
 
@@ -121,12 +127,12 @@ def _removed(spec: ModelSpec) -> bool:
         home = _home(spec)
         if not home.is_dir():
             return False
-        cache.drop(home)
+        cache.remove(home)
         return True
 
 
 def _build(spec: ModelSpec) -> Path:
-    """Weights as safetensors in the cache."""
+    """Write weights to the cache as safetensors."""
     from llmcli.models.store import gguf, wheel
 
     def make(staging: Path) -> Path:
@@ -141,16 +147,16 @@ def _build(spec: ModelSpec) -> Path:
         return staging / "ready"
 
     home = _home(spec)
-    cache.put(home, make)
+    cache.publish(home, make)
     if isinstance(spec.source, GgufSource):
-        _forget_older(home)
+        _prune_older(home)
     return home
 
 
-def _forget_older(home: Path) -> None:
-    """Delete what the same GGUF file was converted to before it changed: nothing would ever find it."""
-    of_the_file, _, _ = home.name.rpartition("-")
-    for folder in home.parent.glob(f"{of_the_file}-*"):
+def _prune_older(home: Path) -> None:
+    """Delete what the same GGUF file was converted to before it changed, as nothing else would."""
+    stem, _, _ = home.name.rpartition("-")
+    for folder in home.parent.glob(f"{stem}-*"):
         if folder != home:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -160,7 +166,7 @@ def _home(spec: ModelSpec) -> Path:
 
 
 def _key(spec: ModelSpec) -> str:
-    """A folder name that changes when the weights do."""
+    """Return a directory name that changes when the weights do."""
     match spec.source:
         case WheelSource(sha256=digest):
             name = spec.name
@@ -174,14 +180,14 @@ def _key(spec: ModelSpec) -> str:
         case HubSource(repo, revision):
             name, digest = repo, hashlib.sha256(f"{repo}@{revision}".encode()).hexdigest()
         case FolderSource(path):
-            raise AssertionError("a folder is used where it is")
+            raise AssertionError("a directory is not cached")
     return f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}-{digest[:12]}"
 
 
 def _checked(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
-        found = "is not there" if not folder.exists() else "has no config.json: it is not a model folder"
-        raise ModelUnavailableError(f"{folder} {found}", hint="save one with transformers' save_pretrained")
+        reason = "has no config.json: it is not a model directory" if folder.exists() else "not found"
+        raise ModelUnavailableError(f"{folder} {reason}", hint="save a model with Transformers' save_pretrained")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""What all writes to the cache have in common: a lock, a staging folder, and one rename to the place."""
+"""Writes to the cache: under a lock, in a staging directory, and with one rename into place."""
 
 import errno
 import os
@@ -12,15 +12,17 @@ from llmcli.errors import LlmcliError, ModelUnavailableError
 
 
 def staging(key: str) -> Path:
-    """Where what is to be `key` is made, and where it goes to die."""
+    """Return the directory in which `key` is made, and from which it is deleted."""
     return config.cache_dir() / "staging" / key
 
 
-def put(home: Path, make: Callable[[Path], Path]) -> None:
-    """Have `make` write a folder somewhere in a staging folder, which it is given, and move it to `home`: the cache
-    never shows half of it."""
+def publish(home: Path, make: Callable[[Path], Path]) -> None:
+    """Move the directory that `make` writes to `home`, so that the cache never shows half of it.
+
+    `make` gets a staging directory, and returns the directory that it has written in there.
+    """
     place = staging(home.name)
-    shutil.rmtree(place, ignore_errors=True)  # what a killed process left behind
+    shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
     place.mkdir(parents=True)
     try:
         made = make(place)
@@ -31,8 +33,8 @@ def put(home: Path, make: Callable[[Path], Path]) -> None:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def drop(home: Path) -> None:
-    """Delete the folder. Out of sight first: an interrupted removal must not leave half a model."""
+def remove(home: Path) -> None:
+    """Delete a directory. It is moved away first: an interrupted removal must not leave half a model."""
     doomed = staging(home.name)
     shutil.rmtree(doomed, ignore_errors=True)
     doomed.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +44,7 @@ def drop(home: Path) -> None:
 
 @contextmanager
 def lock(key: str, busy: str) -> Iterator[None]:
-    """One process at a time; another is told `busy`, and waits."""
+    """Let one process in at a time; another prints `busy`, and waits."""
     from filelock import FileLock, Timeout
 
     folder = config.cache_dir() / "locks"
@@ -51,7 +53,7 @@ def lock(key: str, busy: str) -> Iterator[None]:
     try:
         held.acquire(timeout=0)
     except Timeout:
-        console.notice(f"{busy}: waiting for it")
+        console.notice(f"{busy}; waiting")
         held.acquire()
     try:
         yield
@@ -61,7 +63,7 @@ def lock(key: str, busy: str) -> Iterator[None]:
 
 @contextmanager
 def writing() -> Iterator[None]:
-    """Where a full, closed or misplaced disk becomes an error that says so."""
+    """Turn the errors of a disk that is full or not writable into errors of ours."""
     try:
         yield
     except LlmcliError:
@@ -71,7 +73,8 @@ def writing() -> Iterator[None]:
         # safetensors and others wrap the system's error in their own types
         if code in {errno.ENOSPC, errno.EDQUOT} or "No space left on device" in str(exc):
             raise ModelUnavailableError(
-                f"no space left on the disk of {config.cache_dir()}", hint="free some, or set LLMCLI_CACHE (HF_HOME)"
+                f"no space left on the disk of {config.cache_dir()}",
+                hint="free some space, or set LLMCLI_CACHE (HF_HOME)",
             ) from exc
         if isinstance(exc, OSError) and code:
             raise ModelUnavailableError(
@@ -82,7 +85,7 @@ def writing() -> Iterator[None]:
 
 
 def _to_disk(folder: Path) -> None:
-    """fsync, so that a power cut after the rename does not leave empty files."""
+    """Call fsync, so that a power failure after the rename does not leave empty files."""
     for path in filter(Path.is_file, folder.rglob("*")):
         with path.open("r+b") as file:
             os.fsync(file.fileno())

@@ -1,20 +1,30 @@
-"""Repositories on the Hugging Face hub, through huggingface_hub and its shared cache."""
+"""Repositories on the Hugging Face Hub, through huggingface_hub and its shared cache."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from llmcli import console
 from llmcli.errors import ModelUnavailableError
 from llmcli.models.registry import HubSource, ModelSpec
+
+if TYPE_CHECKING:
+    from huggingface_hub import CachedRevisionInfo
 
 CONFIGURATION = ["*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.py"]
 SAFETENSORS = "model.safetensors"  # or, in shards, model-00001-of-00002.safetensors and so on, with an index
 PICKLED = "pytorch_model.bin"
 
 
+class Patterns(TypedDict):
+    """Which files of a repository to take, as huggingface_hub filters them."""
+
+    allow_patterns: list[str]
+    ignore_patterns: list[str]
+
+
 def find(source: HubSource, *, allow_pickle: bool) -> Path | None:
-    """The cached snapshot, if it is there and whole. Raises ModelUnavailable for what can be no hub id."""
+    """Return the cached snapshot if it is complete. Raises ModelUnavailableError for an invalid Hub ID."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -31,10 +41,7 @@ def find(source: HubSource, *, allow_pickle: bool) -> Path | None:
 
 
 def fetch(spec: ModelSpec, source: HubSource, *, allow_pickle: bool) -> Path:
-    """Download what the hub has of the revision and the cache lacks.
-
-    Raises ModelUnavailable: not found, gated, unreachable, or only pickled weights.
-    """
+    """Download the files of the revision that the cache lacks, and return the snapshot."""
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
     from huggingface_hub.utils import disable_progress_bars, filter_repo_objects, logging
 
@@ -56,24 +63,24 @@ def fetch(spec: ModelSpec, source: HubSource, *, allow_pickle: bool) -> Path:
         if missing:
             size = sum(sizes[name] for name in missing)
             license = getattr(info.card_data, "license", None) or spec.license or "not stated"
-            console.notice(f"pulling {source.repo}, {size / 1e6:.0f} MB from the hub (license: {license})")
-        # One by one, as Ctrl-C would have to wait for snapshot_download's threads (one file alone comes in parallel
-        # where the hub keeps it in Xet); and weights last, so that where they are, the rest is too.
+            console.notice(f"pulling {source.repo}, {size / 1e6:.0f} MB from the Hub (license: {license})")
+        # One by one: Ctrl-C would have to wait for the threads of snapshot_download. (A single file comes in parallel
+        # anyway if the Hub keeps it in Xet.) Weights come last: once they are there, the rest is too.
         for name in sorted(missing, key=lambda name: name.endswith((".safetensors", ".bin"))):
             hf_hub_download(source.repo, name, revision=info.sha)
         disable_progress_bars()
-        snapshot_download(source.repo, revision=source.revision, **patterns)  # nothing is left but to note the revision
+        snapshot_download(source.repo, revision=source.revision, **patterns)  # only records the revision
     except (ModelUnavailableError, MemoryError):
         raise
     except Exception as exc:
         raise _translated(exc, source) from exc
     if not (path := find(source, allow_pickle=allow_pickle)):
-        raise ModelUnavailableError(f"the hub did not give all of {source.repo}", hint="try again later")
+        raise ModelUnavailableError(f"incomplete download of {source.repo}", hint="try again later")
     return path
 
 
 def remove(source: HubSource) -> bool:
-    """Delete the cached revision. Other tools that share the cache lose it too."""
+    """Delete the cached revision, also for other tools that share the cache. False if it is not cached."""
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -86,43 +93,41 @@ def remove(source: HubSource) -> bool:
         for repo in cache.repos
         if repo.repo_id == source.repo and repo.repo_type == "model"
         for revision in repo.revisions
-        if source.revision is None or _is(revision, source.revision)
+        if source.revision is None or _is_revision(revision, source.revision)
     ]
     if commits:
         cache.delete_revisions(*commits).execute()
     return bool(commits)
 
 
-def _is(cached: Any, revision: str) -> bool:
-    return revision in cached.refs or cached.commit_hash.startswith(revision)
+def _is_revision(cached: "CachedRevisionInfo", name: str) -> bool:
+    return name in cached.refs or cached.commit_hash.startswith(name)
 
 
-def _patterns(weights: str) -> dict[str, Any]:
-    """The files of a model, as huggingface_hub filters by; subfolders hold other formats (onnx, original), but for
-    the numbered ones: sentence-transformers' modules."""
+def _patterns(weights: str) -> Patterns:
+    """Return the files of a model. Directories hold other formats, except sentence-transformers' numbered ones."""
     stem, suffix = weights.split(".")
     return {"allow_patterns": [*CONFIGURATION, weights, f"{stem}-*.{suffix}"], "ignore_patterns": ["[!0-9]*/*"]}
 
 
 def _weights(repo: str, files: set[str], *, allow_pickle: bool) -> str:
-    """Which weights to take. Raises ModelUnavailable where there are none that may be opened."""
+    """Return which weights to take."""
     there = [weights for weights in (SAFETENSORS, PICKLED) if {weights, f"{weights}.index.json"} & files]
     if not there or "config.json" not in files:
         raise ModelUnavailableError(
-            f"{repo} holds no model that transformers can load",
-            hint="it takes config.json and model.safetensors; a .gguf file is given by its path",
+            f"{repo} has no model that Transformers can load",
+            hint="expected config.json and model.safetensors; for a .gguf file, pass its path",
         )
     if there == [PICKLED] and not allow_pickle:
         raise ModelUnavailableError(
             f"{repo} has only pickled weights, which can run code when opened",
-            hint="--allow-pickle takes them, if you trust whoever made them",
+            hint="if you trust whoever made them, pass --allow-pickle",
         )
     return there[0]
 
 
 def _is_complete(snapshot: Path, weights: str) -> bool:
-    """huggingface_hub can tell only of snapshots that it fetched at once; a tool that takes file by file may
-    have been interrupted."""
+    """Return whether no file is missing. A tool that fetches file by file may have been interrupted."""
     files, index = ["config.json", weights], snapshot / f"{weights}.index.json"
     if index.is_file() and not (snapshot / weights).is_file():
         files = ["config.json", *json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()]
@@ -130,38 +135,34 @@ def _is_complete(snapshot: Path, weights: str) -> bool:
 
 
 def _translated(exc: Exception, source: HubSource) -> Exception:
-    """huggingface_hub's exception as one of ours; a full disk stays as it is."""
+    """Return huggingface_hub's exception as one of ours; that of a full disk is returned as it is."""
     from huggingface_hub import constants, errors
 
     if isinstance(exc, errors.LocalEntryNotFoundError) and isinstance(exc.__cause__, Exception):
-        exc = exc.__cause__  # it adds no more than that the cache does not help
-    page = f"{constants.ENDPOINT}/{source.repo}"
+        exc = exc.__cause__  # The outer one only adds that the file is not cached either.
+    repo, page, token = source.repo, f"{constants.ENDPOINT}/{source.repo}", "set HF_TOKEN or run `hf auth login`"
     status = getattr(getattr(exc, "response", None), "status_code", None)
-    if isinstance(exc, errors.GatedRepoError):
-        return ModelUnavailableError(
-            f"{source.repo} is gated: its owner asks you to accept terms first",
-            hint=f"accept them at {page}, then set HF_TOKEN or run `hf auth login`",
-        )
-    if isinstance(exc, errors.RevisionNotFoundError):
-        return ModelUnavailableError(f"{source.repo} has no revision {source.revision!r}", hint=f"see {page}")
-    if isinstance(exc, errors.RepositoryNotFoundError) or status == 404:
-        return ModelUnavailableError(
-            f"{source.repo} is not on the hub, or is private",
-            hint=f"check the name at {page}; for a private one set HF_TOKEN or run `hf auth login`",
-        )
-    if status in (401, 403):
-        reason = getattr(exc, "server_message", None) or status
-        return ModelUnavailableError(
-            f"the hub refuses access to {source.repo}: {reason}", hint="check HF_TOKEN, or run `hf auth login`"
-        )
-    if status:
-        return ModelUnavailableError(f"the hub answered {status} for {source.repo}", hint="try again later")
-    if isinstance(exc, errors.HFValidationError):
-        return ModelUnavailableError(f"{source.repo} is not a hub id", hint="write org/name or org/name@revision")
+    reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
+    refusal = getattr(exc, "server_message", None) or status
+    not_found = f"{repo} is not on the Hub, or is private"
+    check_name = f"check the name at {page}; for a private one {token}"
+    # The first row that holds. A status in place of an exception covers what the Hub answers without a type of its own.
+    table: list[tuple[type[Exception] | tuple[int, ...], str, str]] = [
+        (errors.GatedRepoError, f"{repo} is gated: its owner asks you to accept terms first",
+         f"accept them at {page}, then {token}"),
+        (errors.RevisionNotFoundError, f"{repo} has no revision {source.revision!r}", f"see {page}"),
+        (errors.RepositoryNotFoundError, not_found, check_name),
+        ((404,), not_found, check_name),
+        ((401, 403), f"the Hub refused access to {repo}: {refusal}", "check HF_TOKEN, or run `hf auth login`"),
+        ((status,) if status else (), f"the Hub returned HTTP {status} for {repo}", "try again later"),
+        (errors.HFValidationError, f"{repo} is not a Hub ID", "write org/name or org/name@revision"),
+    ]  # fmt: skip
+    for case, message, hint in table:
+        if status in case if isinstance(case, tuple) else isinstance(exc, case):
+            return ModelUnavailableError(message, hint=hint)
     if isinstance(exc, OSError) and exc.errno:
         return exc
-    reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
     return ModelUnavailableError(
-        f"cannot pull {source.repo}: the connection to the hub at {constants.ENDPOINT} failed: {reason}",
+        f"cannot pull {repo}: the connection to the Hub at {constants.ENDPOINT} failed: {reason}",
         hint="check the network, HF_ENDPOINT and proxy settings, then pull again",
     )

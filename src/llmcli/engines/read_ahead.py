@@ -1,4 +1,4 @@
-"""Reading ahead in a thread, so that a slow input never delays records that are there already."""
+"""Reading input ahead in a thread, so that a slow input does not delay records that have already arrived."""
 
 import queue
 import threading
@@ -10,27 +10,27 @@ T = TypeVar("T")
 
 
 class ReadAhead(AbstractContextManager["ReadAhead[T]"], Generic[T]):
-    """Items of a slow iterable, as they come; at most `ahead` wait in memory.
+    """Items of a slow iterable, as they arrive. At most `ahead` of them wait in memory.
 
-    An exception of the iterable comes out where the items before it have been given.
+    An exception of the iterable is raised by `take` after the items that precede it.
     """
 
     def __init__(self, items: Iterable[T], ahead: int) -> None:
         # A Queue with a maximum would lock and wake four times for each item.
         self._queue: queue.SimpleQueue[tuple[T | None, BaseException | None, bool]] = queue.SimpleQueue()
-        self._room = threading.Event()
+        self._vacancy = threading.Event()
         self._ahead = ahead
         self._iterator = iter(items)
         self._stopped = False
-        self.ended = False
+        self.has_ended = False
         threading.Thread(target=self._read, daemon=True).start()
 
-    def take(self, most: int, *, least: int) -> list[T]:
-        """Up to `most` items: those that are there, and where they are fewer than `least`, as many once they come."""
+    def take(self, maximum: int, *, minimum: int) -> list[T]:
+        """Return the items that have arrived, at most `maximum`; wait only for the first `minimum`."""
         taken: list[T] = []
-        while len(taken) < most and not self.ended:
-            if waits := len(taken) < least:
-                self._room.set()
+        while len(taken) < maximum and not self.has_ended:
+            if waits := len(taken) < minimum:
+                self._vacancy.set()
             try:
                 item, exc, is_last = self._queue.get(block=waits)
             except queue.Empty:
@@ -41,15 +41,15 @@ class ReadAhead(AbstractContextManager["ReadAhead[T]"], Generic[T]):
             if exc:
                 raise exc
             if is_last:
-                self.ended = True
+                self.has_ended = True
             else:
                 taken.append(item)  # type: ignore[arg-type]
-        self._room.set()
+        self._vacancy.set()
         return taken
 
     def __exit__(self, *_: object) -> None:
         self._stopped = True
-        self._room.set()
+        self._vacancy.set()
 
     def _read(self) -> None:
         exc: BaseException | None = None
@@ -60,12 +60,12 @@ class ReadAhead(AbstractContextManager["ReadAhead[T]"], Generic[T]):
                     self._wait()
                 if self._stopped:
                     return
-        except BaseException as caught:  # handed to the reading side, whatever it is
+        except BaseException as caught:  # raised again in the thread that takes the items
             exc = caught
         self._queue.put((None, exc, True))
 
     def _wait(self) -> None:
-        """Until some are taken."""
-        self._room.clear()
-        if self._queue.qsize() >= self._ahead and not self._stopped:  # still, after the Event can be set again
-            self._room.wait()
+        """Wait until items are taken."""
+        self._vacancy.clear()
+        if self._queue.qsize() >= self._ahead and not self._stopped:  # checked again: items may just have been taken
+            self._vacancy.wait()

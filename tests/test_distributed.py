@@ -1,7 +1,9 @@
 """One run by several processes, under torchrun: what comes out is what one process writes."""
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,10 +37,10 @@ def whole(command, lines):
 
 def said(ran):
     """stderr without what torchrun says itself."""
-    return [line for line in ran.stderr.decode().splitlines() if line.startswith("error: ")]
+    return [line for line in ran.stderr.decode().splitlines() if line.startswith(("error: ", "hint: ", "note: "))]
 
 
-def test_the_results_of_all_come_together_in_order(command, lines, whole):
+def test_distributed_results_are_in_input_order(command, lines, whole):
     ran = subprocess.run([*TORCHRUN, *command, "-f", lines], capture_output=True, timeout=120)
     assert ran.stdout == whole
     assert ran.returncode == 1  # torchrun's own, whichever of ours it sees
@@ -47,7 +49,7 @@ def test_the_results_of_all_come_together_in_order(command, lines, whole):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
-def test_few_records_from_a_pipe(command, lines, whole, count):
+def test_distributed_handles_few_records(command, lines, whole, count):
     data = b"".join(lines.read_bytes().splitlines(keepends=True)[1 : count + 1])
     ran = subprocess.run([*TORCHRUN, *command], input=data, capture_output=True, timeout=120)
     expected = [json.loads(line) for line in whole.splitlines()[1 : count + 1]]
@@ -57,22 +59,22 @@ def test_few_records_from_a_pipe(command, lines, whole, count):
     assert (ran.returncode, said(ran)) == (0, [])
 
 
-def test_a_reader_that_has_seen_enough_ends_all(command, lines, whole):
+def test_distributed_ends_when_reader_exits(command, lines, whole):
     running = subprocess.Popen([*TORCHRUN, *command, "-f", lines], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert running.stdout.readline() == whole.splitlines(keepends=True)[0]
     running.stdout.close()
     assert running.wait(60) == 0
 
 
-def test_the_first_failure_can_end_all(command, lines, whole):
+def test_distributed_on_error_stop_ends_all_ranks(command, lines, whole):
     data = b"".join(lines.read_bytes().splitlines(keepends=True)[1:])
     ran = subprocess.run([*TORCHRUN, *command, "--on-error", "stop"], input=data, capture_output=True, timeout=120)
     assert (ran.returncode, len(ran.stdout.splitlines())) == (1, 50)
-    assert said(ran) == ["error: line 50: no field 'text': fields there: id"]
+    assert said(ran) == ["error: line 50: missing field 'text': available fields: id"]
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_when_one_is_killed_the_run_ends_and_can_go_on(command, lines, whole, tmp_path, rank):
+def test_distributed_resumes_after_killed_rank(command, lines, whole, tmp_path, rank):
     path = tmp_path / "out.jsonl"
     args = [*TORCHRUN, *command, "-f", lines, "--output", path, "--resume"]
     running = subprocess.Popen(args, stderr=subprocess.DEVNULL)
@@ -91,20 +93,21 @@ def test_when_one_is_killed_the_run_ends_and_can_go_on(command, lines, whole, tm
     assert path.read_bytes() == whole
 
 
-def test_a_whole_file_ends_all_at_once(command, lines, tmp_path):
+def test_distributed_complete_output_ends_all_ranks(command, lines, tmp_path):
     (tmp_path / "in").write_bytes(b"".join(lines.read_bytes().splitlines(keepends=True)[1:4]))
     args = [*TORCHRUN, *command, "-f", tmp_path / "in", "--output", tmp_path / "out", "--resume"]
-    for expected in ([], [f"note: {tmp_path / 'out'} is whole: nothing to do"]):
+    for expected in ([], [f"note: '{tmp_path / 'out'}' is already complete"]):
         ran = subprocess.run(args, capture_output=True, timeout=60)
         assert (ran.returncode, said(ran)) == (0, expected)
 
 
-def test_what_goes_wrong_in_another_process_is_said_once(command, lines, tmp_path):
+def test_distributed_remote_error_is_reported_once(command, lines, tmp_path):
     code = (
         "import os, sys\n"
-        "from llmcli import cli, loader\n"
-        "from llmcli.errors import ModelUnavailable\n"
-        "def load(*_): raise ModelUnavailable('the disk is gone', hint='find it')\n"
+        "from llmcli import cli\n"
+        "from llmcli.errors import ModelUnavailableError\n"
+        "from llmcli.models import loading\n"
+        "def load(*_): raise ModelUnavailableError('the disk is gone', hint='find it')\n"
         "if os.environ['RANK'] == '1': loading.load = load\n"
         "sys.exit(cli.main())\n"
     )
@@ -112,7 +115,40 @@ def test_what_goes_wrong_in_another_process_is_said_once(command, lines, tmp_pat
     program.write_text(code)
     ran = subprocess.run([*TORCHRUN[:-2], program, *command, "-f", lines], capture_output=True, timeout=120)
     assert ran.returncode == 1
-    assert [line for line in said(ran) if "lacks" not in line and "no field" not in line] == [
-        "hint: process 1: the disk is gone",
+    assert [line for line in said(ran) if "lacks" not in line and "missing field" not in line] == [
+        "error: process 1: the disk is gone",
         "hint: find it",
     ]
+
+
+def test_distributed_seed_gives_ranks_different_samples(command, tmp_path):
+    args = [*TORCHRUN, *command, "--seed", "5", "--temperature", "1", "--max-new-tokens", "20"]
+    data = b'{"text": "the quick brown fox"}\n' * 4
+    first, second = (subprocess.run(args, input=data, capture_output=True, timeout=120).stdout for _ in range(2))
+    texts = [json.loads(line)["generated_text"] for line in first.splitlines()]
+    assert len(set(texts)) == 4
+    assert second == first
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_distributed_without_peers_reports_an_error(command, tmp_path, rank):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "from llmcli import cli\n"
+        "from llmcli.engines import distributed\n"
+        "distributed.JOIN_TIMEOUT_S = 2\n"
+        "sys.exit(cli.main())\n"
+    )
+    peers = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ran = subprocess.run(
+        [sys.executable, program, *command], input=b'{"text": "dog"}\n', capture_output=True, timeout=60,
+        env=os.environ | peers,
+    )  # fmt: skip
+    prefix = "process 1: " if rank == "1" else ""
+    assert (ran.returncode, ran.stdout) == (1, b"")
+    assert said(ran)[0].startswith(f"error: {prefix}cannot join the other processes: ")
+    assert said(ran)[1].endswith("to run one process, unset RANK and WORLD_SIZE")

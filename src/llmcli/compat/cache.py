@@ -1,0 +1,83 @@
+"""transformers' cache of keys and values: how to recognize it, and a layer of it that grows in place."""
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
+SPARE_TOKENS = 64  # minimum room for later tokens
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
+    """A layer with room for later tokens; transformers' own copies everything for each new token."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **settings: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._append("keys", self.keys, key_states)
+        self.values = self._append("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, known: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Write `new` after `known` in its buffer; in a larger one if that is full or holds something else."""
+        length = known.shape[-2] if known.numel() else 0
+        total, buffer = length + new.shape[-2], self._buffers.get(name)
+        if buffer is None or buffer.data_ptr() != known.data_ptr() or buffer.shape[-2] < total:
+            buffer = new.new_empty(*new.shape[:-2], total + max(SPARE_TOKENS, total // 4), new.shape[-1])
+            if length:
+                buffer[..., :length, :] = known
+            self._buffers[name] = buffer
+        buffer[..., length:total, :] = new
+        return buffer[..., :total, :]
+
+
+def growing_cache(model: "PreTrainedModel", config: "GenerationConfig") -> DynamicCache | None:
+    """Return an empty cache that grows in place, or None if it cannot be used.
+
+    It cannot if the model keeps anything other than the keys and values of all tokens, or if the generation config
+    asks for another cache or for beams. On a GPU, where copies are cheap, it is of no use.
+    """
+    if (config.num_beams or 1) > 1 or config.use_cache is False or config.cache_implementation:
+        return None
+    if model.device.type != "cpu" or not model._supports_default_dynamic_cache():
+        return None
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if not all(type(layer) is DynamicLayer for layer in cache.layers):
+        return None
+    cache.layers = [GrowingLayer() for _ in cache.layers]
+    return cache
+
+
+def key_value_cache(model: "PreTrainedModel") -> DynamicCache | None:
+    """Return an empty cache to read a text in parts, or None if the model keeps anything other than keys and values."""
+    if cache := growing_cache(model, model.generation_config):
+        return cache
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    return cache if cache.layers and all(isinstance(layer, DynamicLayer) for layer in cache.layers) else None
+
+
+def filled_cache(output: object) -> DynamicCache | None:
+    """Return the cache that a forward pass returned if `repeat_cache` can copy it."""
+    cache = getattr(output, "past_key_values", None)
+    return cache if type(cache) is DynamicCache else None
+
+
+def repeat_cache(cache: DynamicCache, rows: int) -> DynamicCache:
+    """Return a copy of a cache of one row, for a batch."""
+    cache = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(rows)
+    return cache

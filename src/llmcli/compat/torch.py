@@ -1,0 +1,57 @@
+"""Kernels of PyTorch that have no public name, and what they run on."""
+
+import torch
+
+aten = torch.ops.aten
+
+
+def cpu_capability() -> str:
+    """Return the instruction set that the kernels use. The order of packed int4 weights depends on it."""
+    name: str = torch.backends.cpu.get_cpu_capability()
+    return name
+
+
+def has_fast_bfloat16() -> bool:
+    """Return whether the CPU multiplies bfloat16 in hardware."""
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def free_gpu_memory(index: int) -> int:
+    """Return the bytes of a GPU that new tensors may take: free ones, and those that PyTorch holds but does not use.
+
+    transformers' get_max_memory adds up the same two, but initializes every GPU of the machine to do so.
+    """
+    free: int = torch.cuda.mem_get_info(index)[0]
+    unused: int = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+    return free + unused
+
+
+def can_pack_bfloat16() -> bool:
+    """Return whether oneDNN has kernels for packed bfloat16 weights on this CPU."""
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def pack_bfloat16(weight: torch.Tensor) -> torch.Tensor:
+    """Return bfloat16 weights (N, K) in oneDNN's own order, for `packed_linear`."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+
+
+def packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Multiply (..., K) by packed weights of (N, K)."""
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+
+
+def int8_matmul(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Multiply (M, K) by int8 weights (N, K) with scales (N,)."""
+    return aten._weight_int8pack_mm(rows, weight, scales)
+
+
+def pack_int4(codes: torch.Tensor) -> torch.Tensor:
+    """Return int32 codes (N, K), each 0 to 15, as uint8 (N, K / 2) in the order of this CPU's kernel."""
+    return aten._convert_weight_to_int4pack_for_cpu(codes, 1)  # The CPU's kernel ignores the second argument.
+
+
+def int4_matmul(rows: torch.Tensor, weight: torch.Tensor, group: int, scales: torch.Tensor) -> torch.Tensor:
+    """Multiply (M, K) by packed int4 weights of (N, K), with a scale and a middle for each group, (K / group, N, 2)."""
+    return aten._weight_int4pack_mm_for_cpu(rows, weight, group, scales)

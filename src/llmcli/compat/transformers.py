@@ -1,0 +1,121 @@
+"""What transformers keeps to itself: flags of pipelines, kinds of models, hooks of quantizers."""
+
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
+from transformers.quantizers import HfQuantizer
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+FIXED_ROPE_TYPES = {None, "default", "linear", "llama3", "yarn"}
+T = TypeVar("T")
+
+
+class TextPipelineMixin:
+    """Pipelines that read text alone, and move their tensors to the device themselves."""
+
+    _load_tokenizer = True
+    _load_feature_extractor = False
+    _load_image_processor = False
+    _load_processor = False
+
+    def _ensure_tensor_on_device(self, inputs: T, device: object) -> T:
+        return inputs  # transformers would look for tensors in every list, and there is one for each field
+
+
+def share_key_value_heads() -> None:
+    """Let attention read the keys and values that several heads share in place, without copies for each head."""
+    os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
+
+
+def is_causal_lm(config: "PreTrainedConfig") -> bool:
+    """Return whether the model continues text.
+
+    AutoModelForCausalLM also loads encoders, and the decoders of encoder-decoder models, to train them further.
+    """
+    has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or ())
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
+    is_causal = has_own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return is_causal and not is_encoder and not getattr(config, "is_encoder_decoder", False)
+
+
+def is_seq2seq_lm(config: "PreTrainedConfig") -> bool:
+    """Return whether transformers knows the model as one from text to text."""
+    return bool(type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and config.is_encoder_decoder)
+
+
+def takes_position_ids(model: "PreTrainedModel") -> bool:
+    """Return whether positions come from position IDs, and not from distances in the sequence as in ALiBi."""
+    has_alibi = getattr(model.config, "alibi", False)  # Falcon's takes position IDs and ignores them
+    return not has_alibi and "position_ids" in inspect.signature(type(model).forward).parameters
+
+
+def has_fixed_rotary_positions(model: "PreTrainedModel") -> bool:
+    """Return whether positions are rotary, and do not depend on the batch's length as in dynamic NTK and LongRoPE."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    by_layer = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    names = [type(module).__name__ for module in model.modules()]
+    is_rotary = any(name.endswith("RotaryEmbedding") for name in names)
+    is_learned = any(name.endswith("PositionalEmbedding") for name in names)
+    return is_rotary and not is_learned and {kind.get("rope_type") for kind in by_layer} <= FIXED_ROPE_TYPES
+
+
+@contextmanager
+def eager_attention(model: "PreTrainedModel") -> Iterator[None]:
+    """Compute attention in plain PyTorch: the faster implementations never have all weights at once."""
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+
+
+class WeightQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no types
+    """A quantization method under the names of its hooks that we use."""
+
+    is_trainable = False
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def before_loading(self, model: "PreTrainedModel") -> None:
+        """Replace the layers of a model that has no weights yet."""
+
+    def after_loading(self, model: "PreTrainedModel") -> None:
+        """Adjust the layers once they have their weights."""
+
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **_: object) -> None:
+        self.before_loading(model)
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: object) -> None:
+        self.after_loading(model)
+
+
+def float32_modules(model: "PreTrainedModel") -> list[str]:
+    """Return the names of modules that the model wants to keep in float32."""
+    names: list[str] = HfQuantizer.get_modules_to_not_convert(model, [], model._keep_in_fp32_modules)
+    return names
+
+
+def replace_module(model: "PreTrainedModel", name: str, module: "nn.Module") -> None:
+    """Put a module in the place of another, and untie its weights."""
+    model.set_submodule(name, module)
+    model.all_tied_weights_keys.pop(f"{name}.weight", None)
+
+
+def mark_quantized(model: "PreTrainedModel", quantizer: WeightQuantizer) -> None:
+    """Let `save_pretrained` write the quantizer's config, by which `from_pretrained` finds it again."""
+    model.config.quantization_config = quantizer.quantization_config
+    model.hf_quantizer = quantizer

@@ -1,0 +1,190 @@
+"""Loaded models: each is loaded once, shared by the jobs of a process, and unloaded when it expires."""
+
+import gc
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import CancelledError, Future
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import TYPE_CHECKING, TypedDict
+
+from llmcli import console
+from llmcli.errors import ModelTooLargeError
+from llmcli.models import malloc
+
+if TYPE_CHECKING:
+    from transformers import Pipeline
+
+Load = Callable[[], "Pipeline"]
+Unlocked = Callable[[], AbstractContextManager[object]]
+
+
+class ModelStatus(TypedDict):
+    """What `llmcli ps` prints about a model. The times are None while a job uses the model, or if it never expires."""
+
+    model: str
+    device: str
+    dtype: str
+    bytes: int
+    jobs: int
+    idle_seconds: float | None
+    expires_in_seconds: float | None
+
+
+@dataclass(eq=False, slots=True)
+class CachedModel:
+    """A pipeline that is loaded or being loaded. Times are of `time.monotonic`."""
+
+    name: str
+    loading: "Future[Pipeline]" = field(default_factory=Future)
+    users: int = 0  # jobs that use the model or wait for it
+    last_used: float = 0
+    expires: float = math.inf
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model has been loaded."""
+        return self.loading.done() and not self.loading.cancelled() and self.loading.exception() is None
+
+    def status(self) -> ModelStatus:
+        """Return the row of `llmcli ps`."""
+        model, now = self.loading.result().model, time.monotonic()
+        tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        is_idle = not self.users
+        return {
+            "model": self.name,
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+            "jobs": self.users,
+            "idle_seconds": round(now - self.last_used, 1) if is_idle else None,
+            "expires_in_seconds": round(self.expires - now, 1) if is_idle and self.expires < math.inf else None,
+        }
+
+
+class ModelCache:
+    """Models by key. An idle model is unloaded when it expires, or when another one needs the memory. `keep_alive_s` is
+    how long it is kept if its job does not say."""
+
+    def __init__(self, keep_alive_s: float = math.inf) -> None:
+        self._keep_alive_s = keep_alive_s
+        self._models: dict[Hashable, CachedModel] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def status(self) -> list[ModelStatus]:
+        """Return the rows of `llmcli ps`, without models that are still being loaded."""
+        return [cached.status() for cached in list(self._models.values()) if cached.is_loaded]
+
+    def acquire(self, name: str, key: Hashable, load: Load, unlocked: Unlocked = nullcontext) -> CachedModel:
+        """Return the model under a key, which stays loaded until it is released.
+
+        The first caller loads the model. Others wait for it, each within `unlocked()`, which releases a lock that the
+        loading caller needs. Each raises what `load` raises. If memory is short, idle models are unloaded, the least
+        recently used first.
+        """
+        while True:
+            with self._lock:
+                is_loading = key not in self._models
+                cached = self._models.setdefault(key, CachedModel(name))
+                cached.users += 1
+            if is_loading:
+                self._load(key, cached, load)
+                return cached
+            with unlocked():
+                try:
+                    cached.loading.result()
+                except CancelledError:
+                    continue  # the job that was loading the model has been cancelled
+            return cached
+
+    def release(self, cached: CachedModel, keep_alive_s: float | None) -> None:
+        """End a job's use of a model, and keep the model for so many seconds."""
+        with self._lock:
+            cached.users -= 1
+            cached.last_used = time.monotonic()
+            cached.expires = cached.last_used + (self._keep_alive_s if keep_alive_s is None else keep_alive_s)
+
+    def evict_expired(self) -> None:
+        """Unload the models whose time is over."""
+        now = time.monotonic()
+        self._evict([key for key, cached in list(self._models.items()) if cached.expires <= now])
+
+    def _load(self, key: Hashable, cached: CachedModel, load: Load) -> None:
+        try:
+            cached.loading.set_result(self._load_evicting(load))
+        except BaseException as exc:
+            with self._lock:
+                del self._models[key]
+            if isinstance(exc, Exception):
+                cached.loading.set_exception(exc)
+            else:  # The job ends, not the model: one of the callers that wait loads it.
+                cached.loading.cancel()
+            raise
+
+    def _load_evicting(self, load: Load) -> "Pipeline":
+        while True:
+            _empty_accelerator_cache()
+            try:
+                return load()
+            except ModelTooLargeError:
+                if not self._evict_lru():
+                    raise
+
+    def _evict_lru(self) -> bool:
+        """Unload the idle model that was used least recently, and return whether there was one."""
+        with self._lock:
+            idle = [(cached.last_used, key, cached.name) for key, cached in self._models.items() if not cached.users]
+        if not idle:
+            return False
+        _, key, name = min(idle, key=itemgetter(0))
+        console.notice(f"low memory; unloaded {name}")
+        return self._evict([key])
+
+    def _evict(self, keys: list[Hashable]) -> bool:
+        with self._lock:
+            idle = [key for key in keys if key in self._models and not self._models[key].users]
+            for key in idle:
+                del self._models[key]
+        if not idle:
+            return False
+        gc.unfreeze()  # Models are frozen when they are loaded.
+        gc.collect()
+        gc.freeze()
+        malloc.trim()
+        return True
+
+
+class ModelLease:
+    """The models that one user of a cache holds: a job in the worker, or a whole process."""
+
+    def __init__(self, cache: ModelCache, unlocked: Unlocked = nullcontext) -> None:
+        self._cache, self._unlocked = cache, unlocked
+        self._held: dict[Hashable, CachedModel] = {}
+
+    def get(self, name: str, key: Hashable, load: Load) -> "Pipeline":
+        """Return the pipeline under a key; see `ModelCache.acquire`."""
+        if key not in self._held:
+            self._held[key] = self._cache.acquire(name, key, load, self._unlocked)
+        return self._held[key].loading.result()
+
+    def release(self, keep_alive_s: float | None) -> None:
+        """Release the models, and keep each for so many seconds."""
+        for cached in self._held.values():
+            self._cache.release(cached, keep_alive_s)
+        self._held.clear()
+
+
+def _empty_accelerator_cache() -> None:
+    """Return the memory of freed tensors to the accelerator, where the next model is sized by what is free."""
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.accelerator.is_available():
+            getattr(torch.accelerator, "empty_cache", torch.cuda.empty_cache)()  # torch 2.6 has only the latter

@@ -1,0 +1,87 @@
+"""Requests: inputs that a task wants the model to run, and what became of them."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol
+
+from llmcli.errors import LlmcliError, RecordError
+from llmcli.job import Failure
+
+OnText = Callable[[str], None]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One input for the model, then its output or its failure."""
+
+    input: Any
+    output: Any = None
+    failure: Failure | None = None
+    row_count: int = 0  # rows of batches that it takes: a long context takes several
+    row_outputs: dict[int, dict[str, Any]] = field(default_factory=dict)  # of the rows that have run, by index
+    duplicates: list["Request"] = field(default_factory=list)  # with an equal input: they get this one's output
+
+    @property
+    def key(self) -> str:
+        """Equal for equal inputs."""
+        return self.input if isinstance(self.input, str) else repr(self.input)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.output is not None or self.failure is not None
+
+
+class Runner(Protocol):
+    """Runs requests. `add` them, then `step` until the queue is empty."""
+
+    @property
+    def queue(self) -> Collection[object]:
+        """What waits to be run."""
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Queue requests."""
+
+    def step(self, on_text: OnText | None = None) -> None:
+        """Run a part of the queue. `on_text` receives the text of a single request while it is generated."""
+
+
+class capture_errors:  # a context manager, used like contextlib.suppress
+    """Record an exception as the failure of a request, unless it concerns the whole job."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if isinstance(exc, RecordError):
+            self._request.failure = failure_from(exc)
+        elif exc is None or isinstance(exc, LlmcliError) or not isinstance(exc, Exception):
+            return False
+        elif is_out_of_memory(exc):
+            self._request.failure = Failure("out_of_memory", "out of memory")
+        else:
+            reason = str(exc).strip() or "no reason given"
+            self._request.failure = Failure("internal_error", f"{type(exc).__name__}: {reason}")
+        return True
+
+
+def failure_from(exc: RecordError) -> Failure:
+    """Return the failure of a record, with the hint in the same sentence."""
+    return Failure(exc.kind, f"{exc.message}: {exc.hint}" if exc.hint else exc.message)
+
+
+def is_out_of_memory(exc: Exception) -> bool:
+    """Return whether a batch failed for lack of memory, on any device."""
+    if isinstance(exc, MemoryError):
+        return True
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    # accelerate knows the messages of CUDA, XPU, MPS and PyTorch's CPU allocator, but not these two.
+    return bool(should_reduce_batch_size(exc)) or any(
+        text in str(exc) for text in ("CUDA error: out of memory", "not enough memory", "can't allocate memory")
+    )

@@ -1,0 +1,139 @@
+"""The log of a run: one entry of fixed size per record, after a line of JSON that identifies the job and the input."""
+
+import json
+import os
+import struct
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from llmcli.errors import LlmcliError, UsageError
+from llmcli.io.output import Sink
+from llmcli.job import JsonObject
+
+ENTRY = struct.Struct("<QQIB")
+CHECKSUM = struct.Struct("<I")
+ENTRY_BYTES = ENTRY.size + CHECKSUM.size
+OK, FAILED, CARRIED_OVER, COMPLETE = range(4)  # states of a record; COMPLETE is the entry after the last record
+
+
+class Entry(NamedTuple):
+    """One record in the log."""
+
+    end: int  # bytes of the output up to the end of the result
+    size: int  # bytes of the result
+    input_crc: int  # CRC-32 of all input up to this record
+    state: int
+
+
+class RunLog:
+    """An output and its log. The log is locked while it is open.
+
+    Raises:
+        UsageError: If another run has opened the log.
+        LlmcliError: If the disk is full.
+    """
+
+    def __init__(self, path: Path, output: Path) -> None:
+        self.path = path
+        self.output = output
+        self.identity: JsonObject = {}
+        self.is_complete = False
+        self._identity_bytes = 0
+        self._entries = bytearray()
+        self._sink = Sink(path, append=True)
+        self._lock()
+
+    def __len__(self) -> int:
+        return len(self._entries) // ENTRY_BYTES
+
+    def __getitem__(self, number: int) -> Entry:
+        return Entry(*ENTRY.unpack_from(self._entries, number * ENTRY_BYTES))
+
+    def __iter__(self) -> Iterator[Entry]:
+        return map(self.__getitem__, range(len(self)))
+
+    @property
+    def end(self) -> int:
+        """Bytes of the output that the log knows."""
+        return self[len(self) - 1].end if len(self) else 0
+
+    def begin(self, identity: JsonObject) -> None:
+        """Start an empty log."""
+        os.truncate(self.path, 0)
+        self._identity_bytes = self._sink.write(json.dumps(identity) + "\n")
+        sync(self.path)
+
+    def read(self) -> None:
+        """Read the log, and cut what only the log or only the output holds."""
+        first, newline, rest = self.path.read_bytes().partition(b"\n")
+        with suppress(ValueError):
+            self.identity = json.loads(first)
+        self._identity_bytes = len(first) + len(newline)
+        end = 0
+        while end + ENTRY_BYTES <= len(rest) and not self.is_complete:
+            (checksum,) = CHECKSUM.unpack_from(rest, end + ENTRY.size)
+            if checksum != zlib.crc32(rest[end : end + ENTRY.size]):
+                break
+            self.is_complete = Entry(*ENTRY.unpack_from(rest, end)).state == COMPLETE
+            end += ENTRY_BYTES
+        self._entries = bytearray(rest[: end - ENTRY_BYTES if self.is_complete else end])
+
+    def cut(self) -> None:
+        """Cut what only the log or only the output holds."""
+        count = bisect_right(range(len(self)), self.output.stat().st_size, key=lambda number: self[number].end)
+        self.is_complete = self.is_complete and count == len(self)
+        del self._entries[count * ENTRY_BYTES :]
+        os.truncate(self.path, self._identity_bytes + len(self._entries) + ENTRY_BYTES * self.is_complete)
+        os.truncate(self.output, self.end)
+
+    def append(self, entries: Iterable[Entry]) -> None:
+        """Add records."""
+        data = b"".join(map(_pack, entries))
+        self._sink.write_bytes(data)
+        self._entries += data
+
+    def mark_complete(self) -> None:
+        """Note that all records are done."""
+        self._sink.write_bytes(_pack(Entry(self.end, 0, 0, COMPLETE)))
+        self.is_complete = True
+
+    def sync(self) -> None:
+        """Write both files to the disk, so that a power cut cannot take them."""
+        sync(self.output)
+        sync(self.path)
+
+    def close(self) -> None:
+        """Close and unlock the log."""
+        self._sink.__exit__(None)
+
+    def _lock(self) -> None:
+        import fcntl  # Windows has no such module.
+
+        try:
+            fcntl.flock(self._sink.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(self._sink.descriptor).st_ino != self.path.stat().st_ino:
+                raise BlockingIOError  # Another run has just put a new log in its place.
+        except BlockingIOError:
+            raise UsageError(f"'{self.output}' is being written by another run") from None
+        except OSError:  # The file system has no locks.
+            return
+
+
+def sync(path: Path) -> None:
+    """Write a file to the disk, so that a power cut cannot take it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as exc:
+        raise LlmcliError(f"cannot write to {path}: {exc.strerror}") from exc
+    finally:
+        os.close(descriptor)
+
+
+def _pack(entry: Entry) -> bytes:
+    data = ENTRY.pack(*entry)
+    return data + CHECKSUM.pack(zlib.crc32(data))

@@ -1,0 +1,45 @@
+"""Parse and format sizes, durations and probabilities."""
+
+import re
+
+from llmcli.errors import UsageError
+
+SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+BYTES |= {f"{unit}I": 1024**power for power, unit in enumerate(("K", "M", "G", "T"), start=1)}
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of a duration, e.g. 90, 90s, 10m, 1h or 1d.
+
+    Raises:
+        UsageError: If it is not a duration.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
+    if not match:
+        raise UsageError(f"invalid duration {text!r}", hint="write it like 30s, 10m or 2h")
+    return float(match[1]) * SECONDS[match[2]]
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size, e.g. 8GB, 500MB or 2GiB.
+
+    Raises:
+        UsageError: If it is not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip(), re.IGNORECASE)
+    if not match or match[2].upper() not in BYTES:
+        raise UsageError(f"invalid size {text!r}", hint="write it like 8GB, 500MB or 2GiB")
+    return int(float(match[1]) * BYTES[match[2].upper()])
+
+
+def format_megabytes(size: int | None) -> str:
+    """Return a number of bytes as megabytes, e.g. `269 MB`; `-` if it is unknown."""
+    return f"{size / 1e6:.0f} MB" if size else "-"
+
+
+def format_probability(probability: float | None) -> str:
+    """Return a probability in at most six columns, e.g. `0.0123` or `4e-06`; `-` if it is unknown."""
+    if probability is None:
+        return "-"
+    return f"{probability:.4f}" if probability >= 0.00005 else f"{probability:.0e}" if probability else "0"

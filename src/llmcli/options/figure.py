@@ -1,0 +1,66 @@
+"""Options for figures: draw them in the terminal or into files, or print their data."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmcli import console
+from llmcli.errors import UsageError
+from llmcli.io.output import is_terminal, print_lines, to_json, write_file
+from llmcli.job import JsonObject
+from llmcli.options.input_output import Json, Quiet, Verbose
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Draw = Callable[[int | None, bool], "RenderableType"]
+
+
+@dataclass
+class FigureOptions:
+    """Output"""
+
+    json: Json = False
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Save the figure as SVG.")] = None
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Save the figure as an HTML page.")] = None
+    quiet: Quiet = False
+    verbose: Verbose = False
+
+    def __post_init__(self) -> None:
+        self.files = {kind: path for kind, path in (("svg", self.svg), ("html", self.html)) if path}
+        for kind, path in self.files.items():
+            if path.suffix != f".{kind}":  # An existing file is replaced, so it should be a figure.
+                raise UsageError(f"--{kind} requires a name that ends in .{kind}, got '{path}'")
+
+    def show(self, draw: Draw, objects: Sequence[JsonObject], rows: Sequence[Sequence[str]], title: str) -> None:
+        """Save the figure, draw it in the terminal, or print its data.
+
+        Args:
+            draw: `draw(width, has_colors)` returns the figure for a terminal that has that many columns; if the width
+                is None, it is as wide as it needs to be.
+            objects: What --json prints.
+            rows: What a pipe gets, as tab-separated values.
+            title: Title of a file.
+
+        Raises:
+            UsageError: If a file cannot be written.
+        """
+        for kind, path in self.files.items():
+            from llmcli.draw import svg
+
+            write_file(path, getattr(svg, kind)(draw(None, True), title))
+            console.notice(f"saved {path}")
+        if self.json:
+            print_lines(map(to_json, objects))
+        elif self.files:
+            return
+        elif is_terminal():
+            from llmcli.draw import figures
+
+            terminal = figures.terminal()
+            print_lines([figures.render(draw(terminal.width, figures.has_colors(terminal)), terminal)])
+        else:
+            print_lines("\t".join(row) for row in rows)

@@ -1,0 +1,175 @@
+"""Options for choosing a model, and for how and where it runs."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from llmcli import config
+from llmcli.errors import UsageError
+from llmcli.io.units import parse_duration, parse_size
+from llmcli.job import Job, JsonObject, LoadOptions
+from llmcli.models import registry, store
+from llmcli.options import completion
+from llmcli.options.generation import CommonGenerationOptions
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME",
+        autocompletion=completion.models,
+        help="Model alias, Hub ID (org/name[@revision]), directory or .gguf file.",
+    ),
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Do not download models. [env: HF_HUB_OFFLINE]")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Allow pickle weights, which can run code when loaded.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Allow Python code shipped with the model to run.")
+]
+
+
+@dataclass
+class ModelOptions:
+    """Model"""
+
+    model: Model = None
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICE",
+            autocompletion=completion.devices,
+            help="Device: auto, cpu, cuda[:N], mps or xpu. [env: LLMCLI_DEVICE]",
+        ),
+    ] = None
+    dtype: Annotated[config.DType | None, typer.Option(help="Data type of the weights. [env: LLMCLI_DTYPE]")] = None
+    quantize: Annotated[
+        Literal["none", "int8", "int4"],
+        typer.Option(help="Weight-only quantization (CPU only); the result is cached."),
+    ] = "none"
+    max_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Maximum RAM for model weights, e.g. 8GB.")] = (
+        None
+    )
+    offload_folder: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Directory for weights that do not fit in memory.")
+    ] = None
+    keep_alive: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DURATION",
+            help="Keep the model loaded in a worker, e.g. 10m; 0 to disable. [env: LLMCLI_KEEP_ALIVE]",
+        ),
+    ] = None
+    offline: Offline = False
+    allow_pickle: AllowPickle = False
+    trust_remote_code: TrustRemoteCode = False
+
+    def job(
+        self,
+        task: str,
+        parameters: JsonObject,
+        generation: CommonGenerationOptions | None = None,
+        *,
+        defaults: JsonObject | None = None,
+        truncate: bool = False,
+        **languages: str | None,
+    ) -> Job:
+        """Return the job that the options describe.
+
+        Args:
+            task: Name of the task.
+            parameters: Parameters of the task.
+            generation: Generation options of a task that generates text.
+            defaults: GenerationConfig values under those that the user gave.
+            truncate: Whether to truncate long inputs, if there are no generation options.
+            languages: Source and target language; the names of some default models contain them.
+
+        Raises:
+            UsageError: If an option is invalid.
+            ModelUnavailableError: If no default model of the task is available.
+        """
+        job = Job(
+            task=task,
+            model=self.model_name(task.partition("_")[0], **languages),  # inspect_next shares the default of inspect
+            generation={**(defaults or {}), **(generation.config() if generation else {})},
+            parameters=parameters,
+            load_options=self.load_options(),
+            seed=generation.seed if generation else None,
+            truncate=generation.truncate if generation else truncate,
+            keep_alive=self.keep_alive_seconds(),
+        )
+        return self._complete(job)
+
+    def _complete(self, job: Job) -> Job:
+        """Return the job with the options of a subclass."""
+        return job
+
+    def model_name(self, task: str, **languages: str | None) -> str:
+        """Return the model that was asked for, or the default model of the task."""
+        if self.model is not None:
+            return self.model
+        return store.choose(registry.default_names(task, **languages), self.load_options())
+
+    def load_options(self) -> LoadOptions:
+        """Return the options, completed from the environment and the configuration file."""
+        settings = config.settings()
+        return LoadOptions(
+            device=config.validate_device(self.device or settings.device),
+            dtype=self.dtype or settings.dtype,
+            quantize=self.quantize,
+            max_memory=parse_size(self.max_memory) if self.max_memory else None,
+            offload_folder=str(self.offload_folder) if self.offload_folder else None,
+            offline=self.offline or settings.offline,
+            allow_pickle=self.allow_pickle,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def keep_alive_seconds(self) -> float | None:
+        """Return how long a worker keeps the model loaded; None if it is not set."""
+        duration = self.keep_alive or config.settings().keep_alive
+        return parse_duration(duration) if duration else None
+
+
+@dataclass
+class BatchModelOptions(ModelOptions):
+    """Model"""
+
+    batch_size: Annotated[
+        str, typer.Option(metavar="N|auto", help="Records per batch, or auto to tune it during the run.")
+    ] = "auto"
+
+    def _complete(self, job: Job) -> Job:
+        job = super()._complete(job)
+        if self.batch_size == "auto":
+            return job
+        if not self.batch_size.isdecimal() or int(self.batch_size) < 1:
+            raise UsageError(f"invalid --batch-size {self.batch_size!r}: expected a positive integer or 'auto'")
+        return replace(job, batch_size=int(self.batch_size))
+
+
+@dataclass
+class ServedModelOptions(BatchModelOptions):
+    """Model"""
+
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="URL of an OpenAI-compatible server to use instead.")
+    ] = None
+    concurrency: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Maximum concurrent requests to the endpoint.")
+    ] = 16
+
+    def _complete(self, job: Job) -> Job:
+        job = super()._complete(job)
+        return replace(job, endpoint=self.endpoint, concurrency=self.concurrency)
+
+    def model_name(self, task: str, **languages: str | None) -> str:
+        """Return the model that was asked for, the only one of the server, or the default model of the task."""
+        if self.model is None and self.endpoint:
+            from llmcli.engines.endpoint import only_model
+
+            return only_model(self.endpoint)
+        return super().model_name(task, **languages)

@@ -1,0 +1,190 @@
+"""Each private or version-sensitive name of a foreign library: if a new release takes one away, its test says which."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, DynamicCache, LlamaConfig, T5Config
+
+from llmcli.compat import cache, tokenizers, transformers
+from llmcli.compat import torch as kernels
+from llmcli.compat import typer as typer_names
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return AutoModelForCausalLM.from_pretrained(tiny)
+
+
+def test_dynamic_layer_has_the_members_that_growing_layer_replaces():
+    from transformers.cache_utils import DynamicLayer
+
+    assert [*inspect.signature(DynamicLayer.lazy_initialization).parameters] == ["self", "key_states", "value_states"]
+    assert [*inspect.signature(DynamicLayer.update).parameters][:3] == ["self", "key_states", "value_states"]
+    layer = DynamicLayer()
+    assert layer.is_initialized is False
+    layer.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4))
+    assert layer.is_initialized is True
+    assert layer.keys.shape == layer.values.shape == (1, 1, 2, 4)
+
+
+def test_model_supports_default_dynamic_cache(model):
+    assert model._supports_default_dynamic_cache() is True
+    assert type(cache.growing_cache(model, model.generation_config)) is DynamicCache
+    assert cache.key_value_cache(model).layers
+
+
+def test_repeated_cache_has_a_row_for_each_prompt(model):
+    with torch.inference_mode():
+        filled = cache.filled_cache(model(torch.tensor([[2, 3]]), use_cache=True))
+    assert cache.repeat_cache(filled, 3).layers[0].keys.shape[0] == 3
+    assert filled.layers[0].keys.shape[0] == 1
+
+
+def test_generate_uses_the_cache_that_it_is_given(model):
+    given = cache.growing_cache(model, model.generation_config)
+    model.generate(torch.tensor([[2, 3]]), past_key_values=given, max_new_tokens=2, do_sample=False)
+    assert given.get_seq_length() == 3
+
+
+def test_pipeline_reads_the_flags_and_the_hook_of_the_mixin():
+    from transformers.pipelines.base import Pipeline
+
+    for name in vars(transformers.TextPipelineMixin):
+        if not name.startswith("__"):
+            assert hasattr(Pipeline, name), f"transformers.Pipeline no longer has {name}"
+    parameters = inspect.signature(Pipeline._ensure_tensor_on_device).parameters
+    assert [*parameters] == ["self", "inputs", "device"]
+
+
+def test_pipeline_registry_takes_our_classes():
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    from llmcli.pipelines import pipeline_class
+
+    for kind in ("causal", "embedding"):
+        _, task, _ = PIPELINE_REGISTRY.check_task(f"llmcli-{kind}") if pipeline_class(kind) else None
+        assert task["impl"] is pipeline_class(kind)
+
+
+def test_mappings_tell_kinds_of_models_apart():
+    llama, bert, t5 = LlamaConfig(), BertConfig(), T5Config()
+    assert [transformers.is_causal_lm(config) for config in (llama, bert, t5)] == [True, False, False]
+    assert [transformers.is_seq2seq_lm(config) for config in (llama, bert, t5)] == [False, False, True]
+
+
+def test_position_ids_are_a_parameter_of_forward(model):
+    from transformers import MptForCausalLM
+
+    assert transformers.takes_position_ids(model)
+    assert "position_ids" not in inspect.signature(MptForCausalLM.forward).parameters
+
+
+def test_rotary_positions_are_told_by_module_and_rope_type(model):
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    size = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    ntk = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2, rope_parameters=dynamic))
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2))
+    assert [transformers.has_fixed_rotary_positions(other) for other in (model, ntk, gpt2)] == [True, False, False]
+
+
+def test_eager_attention_is_set_and_reset(model):
+    usual = model.config._attn_implementation
+    with transformers.eager_attention(model):
+        assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == usual != "eager"
+
+
+def test_force_gqa_is_a_variable_that_attention_reads(monkeypatch):
+    from transformers.integrations import sdpa_attention
+
+    monkeypatch.setenv("TRANSFORMERS_SDPA_FORCE_GQA", "0")  # so that it is as before after this test
+    monkeypatch.delenv("TRANSFORMERS_SDPA_FORCE_GQA")
+    transformers.share_key_value_heads()
+    assert "TRANSFORMERS_SDPA_FORCE_GQA" in inspect.getsource(sdpa_attention)
+    key = torch.ones(1, 1, 2, 4)
+    assert sdpa_attention.use_gqa_in_sdpa(torch.zeros(1, 1, 2, 2), key, key)
+
+
+def test_quantizer_calls_the_hooks():
+    from transformers.quantizers import HfQuantizer
+
+    hooks = ("_process_model_before_weight_loading", "_process_model_after_weight_loading", "is_serializable")
+    for name in (*hooks, "is_trainable", "get_modules_to_not_convert"):
+        assert hasattr(HfQuantizer, name), f"transformers.HfQuantizer no longer has {name}"
+    source = inspect.getsource(HfQuantizer)
+    assert all(f"self.{name}(" in source for name in hooks[:2])
+
+
+def test_model_names_its_float32_modules_and_tied_weights(model):
+    assert transformers.float32_modules(model) == []
+    assert isinstance(model.all_tied_weights_keys, dict)
+
+
+def test_packed_bfloat16_multiplies():
+    if not kernels.can_pack_bfloat16():
+        pytest.skip("oneDNN has no bfloat16 here")
+    linear = nn.Linear(32, 16).bfloat16()
+    x = torch.randn(3, 32).bfloat16()
+    with torch.inference_mode():
+        packed = kernels.packed_linear(x, kernels.pack_bfloat16(linear.weight.detach()), linear.bias)
+        assert torch.allclose(packed.float(), linear(x).float(), atol=0.05)
+
+
+def test_int8_matmul_multiplies():
+    weight, scales = torch.ones(16, 32, dtype=torch.int8), torch.full((16,), 0.5, dtype=torch.bfloat16)
+    assert kernels.int8_matmul(torch.ones(2, 32).bfloat16(), weight, scales).tolist() == [[16.0] * 16] * 2
+
+
+def test_int4_matmul_multiplies():
+    codes, scales = torch.full((16, 32), 9, dtype=torch.int32), torch.zeros(1, 16, 2, dtype=torch.bfloat16)
+    scales[..., 0] = 0.5
+    product = kernels.int4_matmul(torch.ones(2, 32).bfloat16(), kernels.pack_int4(codes), 32, scales)
+    assert product.tolist() == [[16.0] * 16] * 2
+
+
+def test_cpu_tells_its_capability():
+    assert kernels.cpu_capability()
+    assert kernels.has_fast_bfloat16() in (True, False)
+
+
+def test_gpu_memory_counts_what_pytorch_holds_but_does_not_use(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (100, 500))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda index: 30)
+    assert kernels.free_gpu_memory(1) == 140
+
+
+def test_byte_level_decoder_is_told_by_its_name(tiny):
+    from tokenizers import decoders
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    assert tokenizers.is_byte_level(tokenizer)
+    tokenizer.backend_tokenizer.decoder = decoders.Metaspace()
+    assert not tokenizers.is_byte_level(tokenizer)
+
+
+def test_decode_stream_continues_a_prompt(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    before, ids = (tokenizer(text)["input_ids"] for text in ("the quick", " brown fox"))
+    step = tokenizers.decode_stream(tokenizer, before)
+    assert "".join(step(token) or "" for token in ids) == " brown fox"
+
+
+def test_typer_has_its_command_class():
+    assert issubclass(typer_names.TyperCommand, object)
+    for name in ("parse_args", "format_options", "get_params"):
+        assert hasattr(typer_names.TyperCommand, name), f"typer's TyperCommand no longer has {name}"
+    for name in ("fail", "command_path"):
+        assert hasattr(typer_names.Context, name), f"typer's Context no longer has {name}"
+
+
+def test_typer_half_imports_nothing_heavy():
+    code = "import sys, llmcli.compat.typer; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
