@@ -34,10 +34,10 @@ COLORS = {
     "default": "#d4d7dd", "black": "#6b7280", "red": "#f28b82", "green": "#9ad17b", "brown": "#e5c07b",
     "blue": "#7fb3f5", "magenta": "#d6a6f0", "cyan": "#78d0cf", "white": "#ffffff",
 }  # fmt: skip
-BACKGROUND, BAR = "#1b1f27", "#2a303b"
+BACKGROUND, BAR, BORDER = "#1b1f27", "#2a303b", "#454d5b"
 
 TOPICS = {
-    "clock": "The harbor clock of Port Ellery stopped in a storm in 1938. In 1951 Ada Finch, an apprentice of seventeen, "
+    "clock": "The harbor clock of Port Ellery stopped in a storm in 1938. In 1951 Ada Finch, an apprentice, "
     "found a bird's nest in the case and repaired the clock.",
     "bridge": "The town of Halden opened a new footbridge over the Tista river on Saturday, two years after a flood "
     "destroyed the old one.",
@@ -172,7 +172,10 @@ def draw(frames: list[Frame]) -> str:
                 begin, end = frames[start].time, frames[i].time if i < len(frames) else total
                 parts.append(line(frames[start].rows[y], y, begin / total, end / total, total))
             start = i
-    return "\n".join([*parts, "</svg>", ""])
+    border = (
+        f'<rect x=".5" y=".5" width="{width - 1:.0f}" height="{height - 1:.0f}" rx="10" fill="none" stroke="{BORDER}"/>'
+    )
+    return "\n".join([*parts, border, "</svg>", ""])
 
 
 def line(runs: list[tuple[int, str, str, bool]], y: int, begin: float, end: float, total: float) -> str:
@@ -209,9 +212,9 @@ def main() -> None:
         (folder / "articles.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         (folder / "run").mkdir()
         environment = {
-            **os.environ, "PS1": r"\[\e[32m\]$\[\e[0m\] ", "TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "LINES": str(ROWS),
-            "XDG_RUNTIME_DIR": str(folder / "run"), "HISTFILE": "/dev/null",
-            "BASH_SILENCE_DEPRECATION_WARNING": "1",
+            **os.environ, "PS1": r"\[\e[32m\]$\[\e[0m\] ", "TERM": "xterm-256color",
+            "COLUMNS": str(COLUMNS), "LINES": str(ROWS), "XDG_RUNTIME_DIR": str(folder / "run"),
+            "HISTFILE": "/dev/null", "BASH_SILENCE_DEPRECATION_WARNING": "1",
         }  # fmt: skip
         terminal = Terminal(folder, environment)
         try:

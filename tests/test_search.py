@@ -144,11 +144,11 @@ def kept(cache: Path) -> int:
         return 0
 
 
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    *(page for page in sorted(ROOT.glob("docs/*.md")) if ".zh" not in page.name and page.stem != "reference"),
-]
+NAMES = (
+    "adding-a-task", "batch-inference", "configuration", "cookbook", "errors", "generate", "installation", "migrating",
+    "models", "privacy", "question-answering", "search", "score", "summarize", "translate", "warm-starts",
+)  # fmt: skip
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 
 
 @pytest.mark.real
@@ -158,7 +158,7 @@ PAGES = [
     [
         ("How do I add a new task?", "a file in `src/llmcli/tasks/` that defines `TASK`"),
         ("Where do I write an alias for my own model?", "Each table is an alias."),
-        ("Which exit code means that some records failed?", "some records failed"),
+        ("Which exit code means that some records failed?", "some of several records failed"),
         ("Does it work without a network?", "--offline"),
         ("How do I translate a file into another language?", "llmcli translate"),
         ("Why are pickled weights refused?", "Pickle weights can run code"),
@@ -175,7 +175,7 @@ def test_this_projects_own_pages(llmcli, real_cache, question, answer):
 
 # Questions and pages were written before anything was searched; the phrase tells the right passage.
 ASKED = [
-    ("docs/models.md", "can I use it without an internet connection", "--offline"),
+    ("docs/privacy.md", "can I use it without an internet connection", "--offline"),
     ("docs/errors.md", "how does my script find out that some of the lines failed", "some of several records failed"),
     ("docs/models.md", "is it safe to open weights that somebody pickled", "--allow-pickle"),
     ("docs/models.md", "which model translates when I name none", "opus-mt-FROM-TO"),
@@ -185,7 +185,7 @@ ASKED = [
         "`llmcli qa`",
     ),
     ("docs/summarize.md", "what happens to a report that is too long to be summarized at once", "into parts"),
-    ("CONTRIBUTING.md", "which module is allowed to write to stdout", "only module that writes to stdout"),
+    ("CONTRIBUTING.md", "which module is allowed to write to stdout", "is the only module that"),
     ("CONTRIBUTING.md", "how do I run the tests quickly while I change code", "make test-fast"),
     ("docs/adding-a-task.md", "make a new command out of a prompt", "src/llmcli/commands/"),
     ("docs/adding-a-task.md", "teach translate one more language", "translations.toml"),
