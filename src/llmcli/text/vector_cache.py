@@ -28,7 +28,8 @@ class VectorCache(AbstractContextManager["VectorCache"]):
     def get_many(self, texts: Iterable[str]) -> dict[str, bytes]:
         """Return the vectors of the texts that have one."""
         query = "SELECT vector FROM vectors WHERE model = ? AND digest = ?"
-        with self._translate_errors():
+        with self._translate_errors(), self._database:
+            self._database.execute("BEGIN")  # One lock for all queries is faster.
             rows = {text: self._database.execute(query, (self.model, _digest(text))).fetchone() for text in texts}
         return {text: row[0] for text, row in rows.items() if row}
 
