@@ -13,7 +13,7 @@ from llmcli.errors import RecordError
 from llmcli.job import LoadOptions
 from llmcli.pipelines import pipeline_class
 from llmcli.pipelines.answers import DeltaStreamer, TokenDecoder, make_result, slow_stream
-from llmcli.text.stops import first_stop, stop_prefix
+from llmcli.text.splitting import first_stop, stop_prefix
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -66,7 +66,7 @@ def test_condensed_texts_have_a_sentence_of_each_part(encoder, chatty, home, mon
     from llmcli.engines.local import LocalEngine
     from llmcli.job import Job
     from llmcli.tasks import Strategy, Task, TaskResult
-    from llmcli.tasks.condense import condense
+    from llmcli.tasks.summarize import condense
 
     (home / "config" / "llmcli").mkdir(parents=True)
     (home / "config" / "llmcli" / "config.toml").write_text(f'[defaults]\nembed = "{encoder}"\n')
@@ -80,7 +80,7 @@ def test_condensed_texts_have_a_sentence_of_each_part(encoder, chatty, home, mon
     from llmcli import tasks
 
     task = Task(lambda job, fields: fields, (), {}, {"causal": Strategy(steps)})
-    monkeypatch.setattr(tasks, "find", lambda name, find=tasks.find: task if name == "test" else find(name))
+    monkeypatch.setattr(tasks, "load_task", lambda name, load=tasks.load_task: task if name == "test" else load(name))
     from llmcli.job import Record
 
     (result,) = LocalEngine().run(Job("test", str(chatty)), [Record({"text": "x"})])

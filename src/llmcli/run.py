@@ -80,7 +80,7 @@ def _names(job: Job, format: OutputFormat) -> list[str]:
             "-n greater than 1 cannot be used with --lines", hint="--json writes all of them in generated_texts"
         )
     several = several or (job.parameters.get("top_k") or 1) > 1
-    outputs = tasks.find(job.task).outputs
+    outputs = tasks.load_task(job.task).outputs
     extra = ["token_logprobs"] * bool(job.parameters.get("token_logprobs"))
     return [*dict.fromkeys([*outputs, *[f"{outputs[0]}s"] * several, *["truncated"] * job.truncate, *extra])]
 

@@ -11,7 +11,7 @@ from llmcli.io.records import read_prompts
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.options.expand import expand_options
 from llmcli.run import run
-from llmcli.tasks.templates import build_prompt_parameters
+from llmcli.tasks.fields import build_prompt_parameters
 
 
 @expand_options

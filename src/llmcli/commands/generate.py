@@ -9,8 +9,8 @@ from llmcli.io.records import read_prompts
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, Texts, completion
 from llmcli.options.expand import expand_options
 from llmcli.run import run
-from llmcli.tasks.presets import load_preset
-from llmcli.tasks.templates import build_prompt_parameters
+from llmcli.tasks.fields import build_prompt_parameters
+from llmcli.tasks.prompting import load_preset
 
 
 @expand_options
@@ -46,7 +46,7 @@ def generate(
     format = input.format()
     if prompt is not None and preset is not None:
         raise UsageError("--prompt cannot be used with --preset")
-    chosen, own = load_preset(preset), build_prompt_parameters(prompt)
-    parameters = {"fields": input.roles("text"), "full_text": full_text, **own, **chosen.parameters}
-    job = model.job("generate", parameters, generation, defaults=chosen.options)
+    chosen, defaults = load_preset(preset)
+    parameters = {"fields": input.roles("text"), "full_text": full_text, **build_prompt_parameters(prompt), **chosen}
+    job = model.job("generate", parameters, generation, defaults=defaults)
     return run(job, read_prompts(texts, input.files, format), output.spec(format, texts, input.files))

@@ -13,7 +13,7 @@ from llmcli.job import JsonObject, Record
 from llmcli.options import CommonGenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.options.expand import expand_options
 from llmcli.run import run
-from llmcli.tasks.templates import build_prompt_parameters
+from llmcli.tasks.fields import build_prompt_parameters
 
 
 @dataclass

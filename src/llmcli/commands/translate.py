@@ -10,7 +10,7 @@ from llmcli.job import Job
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, Texts, completion
 from llmcli.options.expand import expand_options
 from llmcli.run import run
-from llmcli.tasks.templates import build_prompt_parameters
+from llmcli.tasks.fields import build_prompt_parameters
 from llmcli.text import languages
 
 

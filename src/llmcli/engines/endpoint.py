@@ -14,7 +14,7 @@ from llmcli.engines.requests import OnText, Request, capture_errors
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
 from llmcli.job import Job, JsonObject
 from llmcli.tasks import Prompt, Strategy
-from llmcli.text import stops
+from llmcli.text.splitting import first_stop
 
 if TYPE_CHECKING:
     from openai import APIStatusError, OpenAI
@@ -162,7 +162,7 @@ class EndpointRunner:
     def _cut(self, text: str | None) -> str:
         """Return a text without a stop string, which some servers leave at the end."""
         text = text or ""
-        return text[: stops.first_stop(text, self._options.get("stop", ()))]
+        return text[: first_stop(text, self._options.get("stop", ()))]
 
     @contextmanager
     def _translated_errors(self) -> Iterator[None]:

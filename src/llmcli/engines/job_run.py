@@ -71,7 +71,7 @@ class JobRun:
         self, engine: "TaskEngine", job: Job, on_text: OnText | None = None, on_result: OnResult | None = None
     ) -> None:
         self.in_flight: deque[PendingRecord] = deque()  # in input order
-        self._engine, self._job, self._task = engine, job, tasks.find(job.task)
+        self._engine, self._job, self._task = engine, job, tasks.load_task(job.task)
         self._on_text, self._on_result = on_text, on_result
         self._model: EngineModel | None = None
         self._runner: Runner | None = None

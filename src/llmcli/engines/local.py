@@ -20,7 +20,7 @@ class LocalEngine(TaskEngine):
         self._lease = lease or ModelLease(ModelCache())
 
     def check(self, job: Job) -> None:
-        strategies = tasks.find(job.task).strategies
+        strategies = tasks.load_task(job.task).strategies
         defaults = {kind: item.defaults for kind, item in strategies.items() if item.defaults is not None}
         if defaults:
             from llmcli.models import generation

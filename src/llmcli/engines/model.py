@@ -32,7 +32,7 @@ class Model:
         options = job.load_options
         spec = registry.resolve(job.model)
         self.folder: Path = store.pull(spec, offline=options.offline, allow_pickle=options.allow_pickle)
-        strategies = list(tasks.find(job.task).strategies)
+        strategies = list(tasks.load_task(job.task).strategies)
         # A task with one strategy is checked when the model is loaded: it may need no more than the folder.
         self.kind = strategies[0] if len(strategies) == 1 else self._find_kind()
 
@@ -106,12 +106,12 @@ class Model:
         from llmcli import pipelines
 
         options = self._job.load_options
-        strategies = tasks.find(self._job.task).strategies
+        strategies = tasks.load_task(self._job.task).strategies
         with suspended_garbage_collection():
             reasons = pipelines.check_compatibility(self.folder, options, strategies)
             if kind := next((kind for kind, reason in reasons.items() if reason is None), None):
                 return kind
-            kinds_by_task = {name: set(tasks.find(name).strategies) for name in tasks.names()}
+            kinds_by_task = {name: set(tasks.load_task(name).strategies) for name in tasks.task_names()}
             others = pipelines.check_compatibility(self.folder, options, set().union(*kinds_by_task.values()))
         able = [_command(name) for name, kinds in kinds_by_task.items() if any(others[kind] is None for kind in kinds)]
         raise ModelUnavailableError(

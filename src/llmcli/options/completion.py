@@ -5,7 +5,7 @@ from contextlib import suppress
 
 from llmcli.errors import LlmcliError
 from llmcli.models import registry
-from llmcli.tasks.presets import load_presets
+from llmcli.tasks.prompting import load_presets
 
 
 def _complete_from(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:

@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from llmcli.compat.tokenizers import decode_stream
 from llmcli.pipelines.base import Usage
 from llmcli.pipelines.spelling import PENDING
-from llmcli.text.stops import first_stop, stop_prefix
+from llmcli.text.splitting import first_stop, stop_prefix
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase

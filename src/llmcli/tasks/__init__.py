@@ -20,45 +20,34 @@ Prompt = str | Messages
 
 
 class TaskModel(Protocol):
-    """What a task may ask of a model, whether the model runs here or behind a server."""
+    """What a task may ask of a model, whether the model runs here or behind a server.
+
+    Attributes:
+        is_chat: Whether prompts are messages, for the model's chat template.
+        context_length: Maximum tokens of an input, or of prompt and answer together. None: unlimited or unknown.
+    """
 
     @property
-    def is_chat(self) -> bool:
-        """Whether prompts are messages, for the model's chat template."""
-
+    def is_chat(self) -> bool: ...
     @property
-    def context_length(self) -> int | None:
-        """Maximum number of tokens of an input, or of prompt and answer together; None if unlimited or unknown."""
-
-    def count_tokens(self, text: str) -> int:
-        """Return the number of tokens of a text."""
-
-    def count_prompt_tokens(self, prompt: Prompt) -> int:
-        """Return the number of tokens of a prompt as the model reads it."""
+    def context_length(self) -> int | None: ...
+    def count_tokens(self, text: str) -> int: ...
+    def count_prompt_tokens(self, prompt: Prompt) -> int: ...
 
 
 class LocalModel(TaskModel, Protocol):
-    """A model that runs here. Strategies for heads that no server offers may ask it for more."""
+    """A model that runs here. Its fingerprint changes when the weights or their precision change."""
 
     @property
-    def folder(self) -> Path:
-        """Directory of the weights, the configuration and the tokenizer."""
-
+    def folder(self) -> Path: ...
     @property
-    def fingerprint(self) -> str:
-        """A key that changes when the weights or their precision change."""
-
+    def fingerprint(self) -> str: ...
     @property
-    def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer of the loaded model."""
-
+    def tokenizer(self) -> "PreTrainedTokenizerBase": ...
     @property
-    def config(self) -> "PreTrainedConfig":
-        """The configuration of the loaded model."""
-
+    def config(self) -> "PreTrainedConfig": ...
     @property
-    def pipeline(self) -> "Pipeline":
-        """The loaded pipeline."""
+    def pipeline(self) -> "Pipeline": ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +87,7 @@ def passthrough(job: Job, prepared: Any, model: TaskModel) -> TaskGenerator:
 
 def select_parameters(*names: str) -> Callable[[Job, TaskModel], JsonObject]:
     """Return a function for `Strategy.parameters` that returns those of the job's parameters that are not None."""
-
-    def select(job: Job, model: TaskModel) -> JsonObject:
-        return {name: value for name in names if (value := job.parameters.get(name)) is not None}
-
-    return select
-
-
-no_parameters = select_parameters()
+    return lambda job, _: {name: value for name in names if (value := job.parameters.get(name)) is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +104,7 @@ class Strategy:
 
     run: Callable[[Job, Any, Any], TaskGenerator]  # each strategy declares its own prepared input and kind of model
     defaults: JsonObject | None = None
-    parameters: Callable[[Job, Any], JsonObject] = no_parameters
+    parameters: Callable[[Job, Any], JsonObject] = lambda job, model: {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +125,13 @@ class Task:
     strategies: Mapping[str, Strategy]
 
 
-def find(name: str) -> Task:
+def load_task(name: str) -> Task:
     """Return a task by its name."""
     task: Task = importlib.import_module(f"{__name__}.{name}").TASK
     return task
 
 
-def names() -> list[str]:
+def task_names() -> list[str]:
     """Return the names of all tasks."""
     modules = (module.name for module in pkgutil.iter_modules(__path__))
     return [name for name in modules if hasattr(importlib.import_module(f"{__name__}.{name}"), "TASK")]

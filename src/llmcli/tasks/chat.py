@@ -3,22 +3,15 @@
 from llmcli.errors import RecordError
 from llmcli.job import Job, JsonObject
 from llmcli.tasks import Messages, Strategy, Task, TaskGenerator, TaskModel
-from llmcli.tasks.fields import field_name, text_field
+from llmcli.tasks.fields import field_name, read_prompt, text_field
 from llmcli.tasks.generate import EMPTY, OUTPUTS
 from llmcli.tasks.generated import SAMPLING, run_prompt
-from llmcli.tasks.templates import read_prompt
 
 Message = dict[str, str]
 
 
 def prepare(job: Job, fields: JsonObject) -> Messages | None:
-    """Return the conversation so far, or None if the message is empty.
-
-    The parameter `system` of the job is the system message of a conversation that has none.
-
-    Raises:
-        RecordError: A field is missing or invalid.
-    """
+    """Return the conversation so far, which begins with the job's `system` message, or None if there is no message."""
     name = field_name(job, "messages")
     if name in fields and "prompt" not in job.parameters:
         messages = _check_messages(fields[name], name)
@@ -32,13 +25,7 @@ def prepare(job: Job, fields: JsonObject) -> Messages | None:
     return messages
 
 
-def run(job: Job, messages: Messages, model: TaskModel) -> TaskGenerator:
-    """Generate the answer to a conversation."""
-    return (yield from run_prompt(messages, ""))
-
-
 def _check_messages(messages: object, name: str) -> list[Message]:
-    """Return the value of a field as messages, or raise RecordError."""
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise RecordError("wrong_type", f"field {name!r} must be a list of messages")
     for number, message in enumerate(messages, start=1):
@@ -47,6 +34,11 @@ def _check_messages(messages: object, name: str) -> list[Message]:
                 raise RecordError("wrong_type", f"message {number} of {name!r} has no string {key!r}")
             text_field(message, key)
     return messages
+
+
+def run(job: Job, messages: Messages, model: TaskModel) -> TaskGenerator:
+    """Generate the answer to a conversation."""
+    return run_prompt(messages, "")
 
 
 TASK = Task(prepare, OUTPUTS, EMPTY, {"causal": Strategy(run, SAMPLING | {"max_new_tokens": 512})})

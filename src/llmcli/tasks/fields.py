@@ -1,7 +1,11 @@
-"""Reads the fields of a record, under the names that the job gives them."""
+"""Reads the fields of a record, and fills prompt templates such as "Classify: {text}" with them."""
 
-from llmcli.errors import RecordError
+import string
+
+from llmcli.errors import RecordError, UsageError
 from llmcli.job import Job, JsonObject
+
+parse_template = string.Formatter().parse
 
 
 def field_name(job: Job, role: str) -> str:
@@ -11,11 +15,7 @@ def field_name(job: Job, role: str) -> str:
 
 
 def text_field(fields: JsonObject, name: str) -> str:
-    """Return the string in a field of a record.
-
-    Raises:
-        RecordError: The field is missing, is not a string, or cannot be encoded as UTF-8.
-    """
+    """Return the string in a field of a record. Raises RecordError if it is missing, not a string or not Unicode."""
     if name not in fields:
         available = ", ".join(map(str, fields))[:200] or "none"
         raise RecordError("missing_field", f"missing field {name!r}", hint=f"available fields: {available}")
@@ -30,7 +30,7 @@ def text_field(fields: JsonObject, name: str) -> str:
 
 
 def read_text(job: Job, fields: JsonObject) -> str:
-    """Return the text of a record, which may be empty. Raises RecordError if the text is missing or invalid."""
+    """Return the text of a record, which may be empty."""
     return text_field(fields, field_name(job, "text"))
 
 
@@ -38,3 +38,49 @@ def read_text_record(job: Job, fields: JsonObject) -> JsonObject | None:
     """Return the fields of a record with its text as `text`, or None if the text is blank."""
     text = read_text(job, fields)
     return {**fields, "text": text} if text.strip() else None
+
+
+def read_prompt(job: Job, fields: JsonObject) -> str | None:
+    """Return the text of a record, or the job's template filled with its fields; None if the text is empty."""
+    name, template = field_name(job, "text"), job.parameters.get("prompt")
+    if template is None:
+        return text_field(fields, name) or None
+    if name in fields:  # {text} is the text, whatever name its field has.
+        fields = {"text": fields[name], **fields}
+    placeholders = {field for _, field, _, _ in parse_template(template)}
+    if fields.get(name) == "" and {name, "text"} & placeholders:
+        return None
+    return fill_template(template, fields) or None
+
+
+def fill_template(template: str, fields: JsonObject) -> str:
+    """Return a template with its placeholders replaced by fields, which are strings or numbers."""
+    filled = ""
+    for literal, name, _, _ in parse_template(template):
+        filled += literal
+        if name is not None:
+            value = fields.get(name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            filled += str(value) if is_number else text_field(fields, name)
+    return filled
+
+
+def check_template(template: str, source: str) -> None:
+    """Raise UsageError, which names the `source`, if a template has no placeholder or an invalid one."""
+    braces = "write {{ and }} for literal braces"
+    try:
+        parts = list(parse_template(template))
+    except ValueError as exc:
+        raise UsageError(f"{source}: {str(exc).lower()}", hint=braces) from exc
+    if not any(field for _, field, _, _ in parts):
+        raise UsageError(f"{source} has no placeholder", hint='e.g. "Classify: {text}"')
+    if any(field is not None and (not field or spec or conversion) for _, field, spec, conversion in parts):
+        raise UsageError(f"{source}: invalid placeholder, expected {{name}}", hint=braces)
+
+
+def build_prompt_parameters(prompt: str | None) -> dict[str, str]:
+    """Return the parameters of a job for `--prompt`. Raises UsageError if the template cannot be filled."""
+    if prompt is None:
+        return {}
+    check_template(prompt, "--prompt")
+    return {"prompt": prompt}

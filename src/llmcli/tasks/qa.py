@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from operator import itemgetter
+from typing import NamedTuple
 
 from llmcli.errors import RecordError, UsageError
 from llmcli.job import Job, JsonObject
@@ -10,9 +11,7 @@ from llmcli.models import registry
 from llmcli.tasks import ModelCall, Strategy, Task, TaskGenerator, TaskModel, TaskResult, prompting, select_parameters
 from llmcli.tasks.fields import field_name, text_field
 from llmcli.tasks.generated import merge_usage
-from llmcli.tasks.outputs import ExtractedOutput, GeneratedOutput
-from llmcli.tasks.search import Document
-from llmcli.text import chunking
+from llmcli.text.splitting import split
 
 MAX_CONTEXT_TOKENS = 1000  # a longer text is searched for the passages that are most similar to the question
 MAX_PASSAGES = 3
@@ -21,21 +20,16 @@ EXTRACTIVE = ("top_k", "max_answer_len", "handle_impossible_answer", "doc_stride
 select_extractive = select_parameters(*EXTRACTIVE)
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(NamedTuple):
     """A question, the documents to answer it from, and the fields of its record."""
 
     text: str
-    documents: Sequence[Document]
+    documents: Sequence[JsonObject]
     fields: JsonObject
 
 
 def prepare(job: Job, fields: JsonObject) -> Question | None:
-    """Return the question of a record and its documents, or None if all documents are blank.
-
-    Raises:
-        RecordError: The question is blank, or a field is missing or invalid.
-    """
+    """Return the question of a record and its documents, or None if all documents are blank."""
     question = text_field(fields, field_name(job, "question"))
     documents = job.parameters.get("documents")
     if documents is None:
@@ -47,19 +41,14 @@ def prepare(job: Job, fields: JsonObject) -> Question | None:
 
 
 def run_extractive(job: Job, question: Question, model: TaskModel) -> TaskGenerator:
-    """Answer with a question-answering head: extract the most likely spans of all documents.
-
-    Raises:
-        UsageError: The job has options for models that generate text.
-    """
+    """Answer with a question-answering head: extract the most likely spans of all documents."""
     if "prompt" in job.parameters:
         raise UsageError(f"--prompt cannot be used with {job.model}, an extractive model without prompts")
     if job.generation:
         raise UsageError(f"{next(iter(job.generation))} cannot be used with {job.model}, an extractive model")
     top_k: int = job.parameters.get("top_k") or 1
-    outputs: list[ExtractedOutput] = yield ModelCall(
-        [{"question": question.text, "context": document["text"]} for document in question.documents]
-    )
+    inputs = [{"question": question.text, "context": document["text"]} for document in question.documents]
+    outputs = yield ModelCall(inputs)
     answers = [
         {**{key: value for key, value in answer.items() if key in NO_ANSWER}, **_file_field(document)}
         for document, output in zip(question.documents, outputs, strict=True)
@@ -68,26 +57,17 @@ def run_extractive(job: Job, question: Question, model: TaskModel) -> TaskGenera
     empty = [answer for answer in answers if answer["answer"] == ""]
     if len(question.documents) > 1 and empty:
         # The answer is missing only if it is missing from all documents, so the lowest score counts.
-        answers = [answer for answer in answers if answer["answer"]] + [min(empty, key=_score)]
-    answers = sorted(answers, key=_score, reverse=True)[:top_k]
+        answers = [answer for answer in answers if answer["answer"]] + [min(empty, key=itemgetter("score"))]
+    answers = sorted(answers, key=itemgetter("score"), reverse=True)[:top_k]
     all_answers = {"answers": answers} if top_k > 1 else {}
     return TaskResult({**answers[0], **all_answers}, "\n".join(str(answer["answer"] or "") for answer in answers))
 
 
 def run_prompted(job: Job, question: Question, model: TaskModel) -> TaskGenerator:
-    """Answer with a language model by instruction, from the passages that are most similar to the question.
-
-    Returns:
-        The answer, and the `passage` that most likely contains it, from character `start` to `end`.
-
-    Raises:
-        UsageError: The job has options for extractive models.
-    """
-    if given := select_extractive(job, model):
-        raise UsageError(
-            f"{next(iter(given))} is for extractive models, but {job.model} generates its answer",
-            hint="use an extractive model: -m roberta-squad2",
-        )
+    """Answer with a language model by instruction, from the passages that are most similar to the question."""
+    if given := next(iter(select_extractive(job, model)), None):
+        message = f"{given} is for extractive models, but {job.model} generates its answer"
+        raise UsageError(message, hint="use an extractive model: -m roberta-squad2")
     if (job.generation.get("num_return_sequences") or 1) > 1:
         raise UsageError(f"-n is not supported by qa with {job.model}, which generates one answer")
     prompt, documents = prompting.prompt_for(job, model), question.documents
@@ -95,7 +75,7 @@ def run_prompted(job: Job, question: Question, model: TaskModel) -> TaskGenerato
         passages = [
             _make_passage(document, start, start + len(text))
             for document in documents
-            for start, text in chunking.split(document["text"], model.count_tokens, MAX_CONTEXT_TOKENS // 8)
+            for start, text in split(document["text"], model.count_tokens, MAX_CONTEXT_TOKENS // 8)
         ]
         context = "\n\n".join(document["text"] for document in documents)
     else:
@@ -106,19 +86,15 @@ def run_prompted(job: Job, question: Question, model: TaskModel) -> TaskGenerato
         passages = [_make_passage(documents[number], start, end) for number, start, end in places]
         context = "\n\n".join(passage["passage"] for passage in passages)
     fields = {**question.fields, "question": question.text, "context": context}
-    outputs: list[GeneratedOutput] = yield ModelCall([prompt.render(fields)], strip=True)
+    outputs = yield ModelCall([prompt.render(fields)], strip=True)
     answer, usage = outputs[0]["generated_text"].strip(), merge_usage(outputs)
     if not answer or _normalize(answer) in map(_normalize, prompt.unknown_answers):
         return TaskResult({**NO_ANSWER, "passage": None, **usage}, "")
-    return TaskResult({"answer": answer, "score": None, **find_source(answer, passages), **usage}, answer)
+    return TaskResult({"answer": answer, "score": None, **_find_source(answer, passages), **usage}, answer)
 
 
-def find_source(answer: str, passages: Sequence[JsonObject]) -> JsonObject:
-    """Return the passage that a generated answer most likely comes from.
-
-    A passage that contains the whole answer wins. Otherwise each word of the answer counts, and a word that occurs in
-    few passages counts more.
-    """
+def _find_source(answer: str, passages: Sequence[JsonObject]) -> JsonObject:
+    """Return the passage that most likely contains a generated answer: all of it, or words that few passages have."""
     wanted = _normalize(answer)
     texts = [_normalize(passage["passage"]) for passage in passages]
     vocabularies = [set(text.split()) for text in texts]
@@ -130,17 +106,12 @@ def find_source(answer: str, passages: Sequence[JsonObject]) -> JsonObject:
     return passages[scores.index(max(scores))]
 
 
-def _make_passage(document: Document, start: int, end: int) -> JsonObject:
+def _make_passage(document: JsonObject, start: int, end: int) -> JsonObject:
     return {"start": start, "end": end, "passage": document["text"][start:end], **_file_field(document)}
 
 
-def _file_field(document: Document) -> JsonObject:
+def _file_field(document: JsonObject) -> JsonObject:
     return {"file": document["file"]} if document.get("file") else {}
-
-
-def _score(answer: JsonObject) -> float:
-    score: float = answer["score"]
-    return score
 
 
 def _normalize(text: str) -> str:

@@ -6,13 +6,8 @@ from llmcli.tasks.fields import read_text, text_field
 
 
 def prepare(job: Job, fields: JsonObject) -> dict[str, str] | None:
-    """Return the text of a record and its condition, the prefix that it follows, or None if the text is empty.
-
-    Raises:
-        RecordError: A field is missing or is not a string.
-    """
-    condition = job.parameters.get("condition")
-    text = read_text(job, fields)
+    """Return the text of a record and its condition, the prefix that it follows, or None if the text is empty."""
+    text, condition = read_text(job, fields), job.parameters.get("condition")
     prefix = "" if condition is None else text_field(fields, condition)
     return {"text": text, "condition": prefix} if text else None
 

@@ -1,35 +1,29 @@
 """translate: with a translation model, or with a language model by instruction."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 
 from llmcli.errors import UsageError
 from llmcli.job import Job, JsonObject
 from llmcli.tasks import LocalModel, ModelCall, Prompt, Strategy, Task, TaskGenerator, TaskModel, TaskResult
-from llmcli.tasks.data_files import read_package_file, read_user_file, user_file
 from llmcli.tasks.fields import read_text_record
 from llmcli.tasks.generated import EMPTY_USAGE, SEQ2SEQ, join_outputs
-from llmcli.tasks.prompting import GREEDY, prompt_for, prompt_settings
+from llmcli.tasks.prompting import GREEDY, prompt_for, prompt_settings, read_tables
 from llmcli.tasks.translation_plan import choose_source, plan_for
 from llmcli.text import languages
 from llmcli.text.markdown import Splitter, join_segments
 
-FILE = "translations.toml"
+BuildInput = Callable[[str], Prompt | JsonObject]
 Example = dict[str, str]
 
 
 def run(job: Job, fields: JsonObject, model: LocalModel) -> TaskGenerator:
-    """Translate with an encoder-decoder model: in one input if the text fits, else sentence by sentence.
-
-    Raises:
-        RecordError: The detected language is unsure.
-        UsageError: The model does not translate between these languages, or the job has a prompt.
-    """
+    """Translate with an encoder-decoder model: in one input if the text fits, else sentence by sentence."""
     if "prompt" in job.parameters:
         raise UsageError(f"--prompt cannot be used with {job.model}, a translation model without prompts")
     text = fields["text"]
-    if not _has_letters(text):
-        return _copy_text(job, text)
+    if result := _copy_symbols(job, text):
+        return result
     plan = plan_for(job, model)
     source = choose_source(job, text, list(plan.sources)) if plan.sources else job.parameters.get("from")
     code = plan.sources.get(source) if source else None
@@ -46,22 +40,19 @@ def run(job: Job, fields: JsonObject, model: LocalModel) -> TaskGenerator:
 
 
 def run_prompted(job: Job, fields: JsonObject, model: TaskModel) -> TaskGenerator:
-    """Translate with a language model by instruction. A base model sees examples, and translates line by line.
-
-    Raises:
-        RecordError: The detected language is unsure.
-    """
+    """Translate with a language model by instruction. A base model sees examples, and translates line by line."""
     text = fields["text"]
-    if not _has_letters(text):
-        return _copy_text(job, text)
+    if result := _copy_symbols(job, text):
+        return result
     prompt, target = prompt_for(job, model), job.parameters["to"]
     source = choose_source(job, text, [])
     names = {"from": languages.english_name(source), "to": languages.english_name(target)}
     examples = [] if "prompt" in job.parameters else [{**names, **pair} for pair in _select_examples(source, target)]
     max_tokens = prompt.settings["max_new_tokens"] // 2  # A translation may have more tokens than the text.
+    is_one_line = "\n" in prompt.settings.get("stop_strings", ())
 
     def fits(piece: str) -> bool:
-        return not (prompt.is_one_line and "\n" in piece) and model.count_tokens(piece) <= max_tokens
+        return not (is_one_line and "\n" in piece) and model.count_tokens(piece) <= max_tokens
 
     def build_input(piece: str) -> Prompt:
         return prompt.render({**fields, **names, "text": piece}, examples)
@@ -75,14 +66,16 @@ def read_settings(job: Job, model: LocalModel) -> JsonObject:
     return plan_for(job, model).settings
 
 
+def _copy_symbols(job: Job, text: str) -> TaskResult | None:
+    """Return a text without letters as its translation: numbers and symbols are the same in every language."""
+    if any(map(str.isalpha, text)):
+        return None
+    info = {"from": job.parameters.get("from"), "to": job.parameters["to"]}
+    return TaskResult({"translation_text": text, **info, **EMPTY_USAGE}, text)
+
+
 def _translate(
-    job: Job,
-    text: str,
-    source: str | None,
-    splitter: Splitter,
-    build_input: Callable[[str], Prompt | JsonObject],
-    *,
-    strip: bool = False,
+    job: Job, text: str, source: str | None, splitter: Splitter, build_input: BuildInput, *, strip: bool = False
 ) -> TaskGenerator:
     """Translate a text as a whole if it fits, else in segments."""
     info = {"from": source, "to": job.parameters["to"]}
@@ -94,38 +87,22 @@ def _translate(
     return join_outputs("translation_text", outputs, partial(join_segments, segments), info)
 
 
-def _has_letters(text: str) -> bool:
-    return any(map(str.isalpha, text))
-
-
-def _copy_text(job: Job, text: str) -> TaskResult:
-    """Return a text as its translation: numbers and symbols are the same in every language."""
-    info = {"from": job.parameters.get("from"), "to": job.parameters["to"]}
-    return TaskResult({"translation_text": text, **info, **EMPTY_USAGE}, text)
-
-
 def _select_examples(source: str, target: str) -> list[Example]:
     """Return example sentences in two languages as `text` and `answer`, or none if a language has no sentences."""
-    sentences = load_examples()
-    known = {tag for sentence in sentences for tag in sentence}
+    known = {tag for sentence in load_examples() for tag in sentence}
     text, answer = languages.match(source, known), languages.match(target, known)
-    return [
-        {"text": sentence[text], "answer": sentence[answer]}
-        for sentence in sentences
-        if text in sentence and answer in sentence
-    ]
+    both = [sentence for sentence in load_examples() if text in sentence and answer in sentence]
+    return [{"text": sentence[text], "answer": sentence[answer]} for sentence in both if text and answer]
 
 
 @cache
-def load_examples() -> Sequence[Example]:
+def load_examples() -> list[Example]:
     """Return the sentences of translations.toml and the user's own. Raises UsageError if that file is invalid."""
-    examples: list[Example] = []
-    for table in (read_package_file(FILE), read_user_file(FILE)):
-        sentences = table.get("sentences") if table else []
-        if not isinstance(sentences, list) or not all(isinstance(sentence, dict) for sentence in sentences):
-            raise UsageError(f"{user_file(FILE)}: sentences must be tables, [[sentences]]")
-        examples += sentences
-    return examples
+    table, own, path = read_tables("translations.toml")
+    sentences = own.get("sentences") if own else []
+    if not isinstance(sentences, list) or not all(isinstance(sentence, dict) for sentence in sentences):
+        raise UsageError(f"{path}: sentences must be tables, [[sentences]]")
+    return [*table["sentences"], *sentences]
 
 
 OUTPUTS = ("translation_text", "from", "to", "finish_reason", "usage")

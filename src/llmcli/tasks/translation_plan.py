@@ -15,12 +15,9 @@ T5_PAIR = re.compile(r"translation_(\w+)_to_(\w+)")  # names in T5's task_specif
 
 @dataclass(frozen=True, slots=True)
 class TranslationPlan:
-    """How a model translates into the language of a job.
+    """How a model translates into the language of a job: with a prefix of each input, or GenerationConfig settings.
 
-    Attributes:
-        sources: The languages that the model accepts, each with the tokenizer's code for it, if any. Empty: any text.
-        prefix: Text before each input.
-        settings: GenerationConfig values.
+    `sources` are the languages that the model accepts, with the tokenizer's codes if it has any. Empty: all texts.
     """
 
     sources: Mapping[str, str | None]
@@ -33,58 +30,47 @@ _plans: WeakKeyDictionary[LocalModel, dict[tuple[str, str | None], TranslationPl
 
 
 def plan_for(job: Job, model: LocalModel) -> TranslationPlan:
-    """Return how a model translates into the language of a job. The plan is made once for all records.
-
-    Raises:
-        UsageError: The model does not translate between these languages.
-    """
+    """Return the plan for all records of a job. Raises UsageError if the model does not know the languages."""
     plans = _plans.setdefault(model, {})
     key = (job.parameters["to"], job.parameters.get("from"))
     if key not in plans:
-        plans[key] = make_plan(job, model)
+        plans[key] = _make_plan(job, model)
     return plans[key]
 
 
-def make_plan(job: Job, model: LocalModel) -> TranslationPlan:
-    """Return a new plan. See `plan_for`."""
+def _make_plan(job: Job, model: LocalModel) -> TranslationPlan:
+    target, given = job.parameters["to"], job.parameters.get("from")
     params = getattr(model.config, "task_specific_params", None) or {}
-    pairs = {(match[1], match[2]): name for name in params if (match := T5_PAIR.fullmatch(name))}
-    if pairs:
-        return _plan_for_t5(job, pairs, params)
+    if pairs := {(match[1], match[2]): name for name in params if (match := T5_PAIR.fullmatch(name))}:
+        target = _match_language(job, target, sorted({into for _, into in pairs}), "to")
+        names = {source: name for (source, into), name in pairs.items() if into == target}
+        source = _match_language(job, given, list(names), "from") if given else next(iter(names))
+        settings = dict(params[names[source]])
+        return TranslationPlan({source: None}, settings.pop("prefix", ""), settings)
     if model.config.model_type in ("t5", "mt5", "umt5"):
         # Later models of this kind were trained with the same prefixes, but their configurations do not list them.
-        source, target = job.parameters.get("from"), languages.english_name(job.parameters["to"])
-        direction = f"{languages.english_name(source)} to {target}" if source else f"to {target}"
-        return TranslationPlan({}, f"translate {direction}: ")
+        start = f"translate {languages.english_name(given)} to" if given else "translate to"
+        return TranslationPlan({}, f"{start} {languages.english_name(target)}: ")
     if model.config.model_type == "marian":
         return _plan_for_marian(job, model)
     codes = languages.find_codes(model.tokenizer.get_added_vocab())
     if not codes:
         return TranslationPlan({})
     tokens = {tag: token for token, tag in reversed(codes.items())}
-    target = tokens[match_language(job, job.parameters["to"], list(tokens), "to")]
     sources = {tag: token.strip("_") for tag, token in tokens.items()}
-    return TranslationPlan(sources, settings={"forced_bos_token_id": model.tokenizer.convert_tokens_to_ids(target)})
+    token_id = model.tokenizer.convert_tokens_to_ids(tokens[_match_language(job, target, list(tokens), "to")])
+    return TranslationPlan(sources, settings={"forced_bos_token_id": token_id})
 
 
 def choose_source(job: Job, text: str, known: Sequence[str]) -> str:
-    """Return the given language, the only one of the `known` languages, or the detected one.
-
-    Raises:
-        RecordError: The detected language is unsure.
-        UsageError: The model does not know the given language.
-    """
+    """Return the given language, the only one of the `known` languages, or the detected one."""
     if given := job.parameters.get("from"):
-        return match_language(job, given, known, "from") if known else str(given)
+        return _match_language(job, given, known, "from") if known else str(given)
     return known[0] if len(known) == 1 else languages.detect(text, known)
 
 
-def match_language(job: Job, wanted: str, known: Sequence[str], direction: str) -> str:
-    """Return the known tag that serves as another one.
-
-    Raises:
-        UsageError: The model does not know the language. The error names its `direction`, "from" or "to".
-    """
+def _match_language(job: Job, wanted: str, known: Sequence[str], direction: str) -> str:
+    """Return the known tag that serves as another one. Raises UsageError if there is none."""
     if tag := languages.match(wanted, known):
         return tag
     nearest = ", ".join(f"{tag} ({languages.english_name(tag)})" for tag in languages.find_nearest(wanted, known))
@@ -94,24 +80,15 @@ def match_language(job: Job, wanted: str, known: Sequence[str], direction: str) 
     )
 
 
-def _plan_for_t5(job: Job, pairs: Mapping[tuple[str, str], str], params: Mapping[str, JsonObject]) -> TranslationPlan:
-    target = match_language(job, job.parameters["to"], sorted({target for _, target in pairs}), "to")
-    names = {source: name for (source, into), name in pairs.items() if into == target}
-    given = job.parameters.get("from")
-    source = match_language(job, given, list(names), "from") if given else next(iter(names))
-    settings = dict(params[names[source]])
-    return TranslationPlan({source: None}, settings.pop("prefix", ""), settings)
-
-
 def _plan_for_marian(job: Job, model: LocalModel) -> TranslationPlan:
     source, target = _parse_or_none(model.tokenizer.source_lang), _parse_or_none(model.tokenizer.target_lang)
     sources = {source: None} if source else {}
     codes = languages.find_codes(model.tokenizer.get_vocab())
     tokens = {tag: token for token, tag in codes.items() if ">>" in token}
     if tokens:
-        return TranslationPlan(sources, f"{tokens[match_language(job, job.parameters['to'], list(tokens), 'to')]} ")
+        return TranslationPlan(sources, f"{tokens[_match_language(job, job.parameters['to'], list(tokens), 'to')]} ")
     if target:
-        match_language(job, job.parameters["to"], [target], "to")
+        _match_language(job, job.parameters["to"], [target], "to")
     return TranslationPlan(sources)
 
 

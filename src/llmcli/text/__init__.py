@@ -1,1 +1,1 @@
-"""Text without models: languages, Markdown, chunking, stop sequences and the cache of vectors."""
+"""Text without models: languages, Markdown, splitting at token limits and stop sequences, and the cache of vectors."""

@@ -2,10 +2,11 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from llmcli.text import chunking, languages
+from llmcli.text import languages
+from llmcli.text.splitting import split
 
 MARKER = re.compile(r"\s*(?:(?:[-*+>|]|#+|\d+[.)])\s+)*")  # markup at the beginning of a line
 FENCE = re.compile(r"\s*(`{3,}(?=[^`]*$)|~{3,})(.*)", re.DOTALL)  # begins or ends a block of code
@@ -22,13 +23,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Splitter:
-    """Splits a text into segments that fit a model.
-
-    Attributes:
-        fits: Returns whether a string fits in one input.
-        count_tokens: Counts the tokens of a string.
-        max_tokens: Maximum number of tokens of a piece of a sentence that does not fit. None: each sentence fits.
-    """
+    """Splits a text into segments that fit a model. `max_tokens` limits the pieces of a sentence that does not fit."""
 
     fits: Callable[[str], bool]
     count_tokens: Callable[[str], int]
@@ -36,42 +31,38 @@ class Splitter:
 
     def split(self, text: str, language: str) -> list[Segment]:
         """Return the segments of a text in a language. Joined, they are the text; none has a newline in its `text`."""
-        return list(self._split_lines(text.splitlines(keepends=True), language))
-
-    def _split_lines(self, lines: Iterable[str], language: str) -> Iterator[Segment]:
+        segments: list[Segment] = []
         open_fence = ""
-        for line in lines:
+        for line in text.splitlines(keepends=True):
             fence = FENCE.match(line)
             if open_fence:
-                yield Segment(line)
+                segments.append(Segment(line))
                 if fence and fence[1].startswith(open_fence) and not fence[2].strip():
                     open_fence = ""
             elif fence:
-                yield Segment(line)
+                segments.append(Segment(line))
                 open_fence = fence[1]
             else:
                 marker = MARKER.match(line)
                 start = marker.end() if marker else 0
                 if start:
-                    yield Segment(line[:start])
+                    segments.append(Segment(line[:start]))
                 for sentence in languages.split_sentences(line[start:], language):
-                    yield from map(_make_segment, self._split_sentence(sentence))
+                    segments += map(_make_segment, self._split_sentence(sentence))
+        return segments
 
     def _split_sentence(self, sentence: str) -> Iterable[str]:
-        """Return pieces of a sentence that fit. Joined, they are the sentence."""
         if self.max_tokens is None or self.fits(sentence):
             return [sentence]
-        starts = [start for start, _ in chunking.split(sentence, self.count_tokens, self.max_tokens)]
+        starts = [start for start, _ in split(sentence, self.count_tokens, self.max_tokens)]
         return (sentence[a:b] for a, b in itertools.pairwise([0, *starts[1:], len(sentence)]))
 
 
 def join_segments(segments: Sequence[Segment], translations: Sequence[str]) -> str:
     """Return a text with the segments that have a `text` replaced by their translations, in order."""
     remaining = iter(translations)
-    return "".join(
-        segment.before + (" ".join(next(remaining).split()) if segment.text else "") + segment.after
-        for segment in segments
-    )
+    texts = [" ".join(next(remaining).split()) if segment.text else "" for segment in segments]
+    return "".join(segment.before + text + segment.after for segment, text in zip(segments, texts, strict=True))
 
 
 def _make_segment(piece: str) -> Segment:

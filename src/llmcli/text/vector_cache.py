@@ -4,7 +4,6 @@ import hashlib
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 
 from llmcli import config
 from llmcli.errors import LlmcliError
@@ -12,18 +11,14 @@ from llmcli.errors import LlmcliError
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS vectors (model TEXT, digest BLOB, vector BLOB, PRIMARY KEY (model, digest)) WITHOUT ROWID
 """
-QUERY_SIZE = 500  # digests in one query
 
 
 class VectorCache(AbstractContextManager["VectorCache"]):
-    """The vectors of one model, as bytes of little-endian float32. Saved vectors survive a kill of the process.
+    """The vectors of one model, as bytes of little-endian float32. Raises LlmcliError if the file cannot be used."""
 
-    All methods raise LlmcliError if the file cannot be used: the disk is full, or the file is not a database.
-    """
-
-    def __init__(self, model: str, path: Path | None = None) -> None:
+    def __init__(self, model: str) -> None:
         self.model = model
-        self.path = path or config.cache_dir() / "vectors.sqlite"
+        self.path = config.cache_dir() / "vectors.sqlite"
         with self._translate_errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(self.path, timeout=30)
@@ -32,16 +27,11 @@ class VectorCache(AbstractContextManager["VectorCache"]):
 
     def get_many(self, texts: Iterable[str]) -> dict[str, bytes]:
         """Return the vectors of the texts that have one."""
-        by_digest = {_digest(text): text for text in texts}
-        digests, vectors = list(by_digest), dict[str, bytes]()
-        for start in range(0, len(digests), QUERY_SIZE):
-            batch = digests[start : start + QUERY_SIZE]
-            marks = ",".join("?" * len(batch))
-            query = f"SELECT digest, vector FROM vectors WHERE model = ? AND digest IN ({marks})"
-            with self._translate_errors():
-                rows = self._database.execute(query, [self.model, *batch]).fetchall()
-            vectors.update({by_digest[digest]: vector for digest, vector in rows})
-        return vectors
+        query = "SELECT vector FROM vectors WHERE model = ? AND digest = ?"
+        with self._translate_errors(), self._database:
+            self._database.execute("BEGIN")  # One lock for all queries is faster.
+            rows = {text: self._database.execute(query, (self.model, _digest(text))).fetchone() for text in texts}
+        return {text: row[0] for text, row in rows.items() if row}
 
     def put_many(self, vectors: Mapping[str, bytes]) -> None:
         """Save the vectors of texts."""

@@ -1,0 +1,30 @@
+"""Splits texts into pieces of a limited number of tokens, and finds stop sequences."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def split(
+    text: str, tokens: "Callable[[str], int] | Tokenizer", max_tokens: int, *, markdown: bool = False
+) -> Iterator[tuple[int, str]]:
+    """Yield the start and the text of pieces as long as possible, split between paragraphs, sentences or words."""
+    from semantic_text_splitter import MarkdownSplitter, TextSplitter
+
+    kind = MarkdownSplitter if markdown else TextSplitter
+    if callable(tokens):
+        yield from kind.from_callback(tokens, max_tokens).chunk_indices(text)
+    else:
+        yield from kind.from_huggingface_tokenizer(tokens, max_tokens).chunk_indices(text)
+
+
+def first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Return the position where the first stop sequence begins in a text, or None if there is none."""
+    return min((position for stop in stops if (position := text.find(stop)) >= 0), default=None)
+
+
+def stop_prefix(text: str, stops: Sequence[str]) -> int:
+    """Return the number of characters at the end of a text that may be the beginning of a stop sequence."""
+    return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
