@@ -39,10 +39,7 @@ def share_key_value_heads() -> None:
 
 
 def is_causal_lm(config: "PreTrainedConfig") -> bool:
-    """Return whether the model continues text.
-
-    AutoModelForCausalLM also loads encoders, and the decoders of encoder-decoder models, to train them further.
-    """
+    """Return whether the model continues text: AutoModelForCausalLM also loads encoders, to train them further."""
     has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or ())
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
     is_causal = has_own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -83,18 +80,12 @@ def eager_attention(model: "PreTrainedModel") -> Iterator[None]:
 
 
 class WeightQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no types
-    """A quantization method under the names of its hooks that we use."""
+    """A quantization method with the hooks before_loading(model), without weights, and after_loading(model)."""
 
     is_trainable = False
 
     def is_serializable(self) -> bool:
         return True
-
-    def before_loading(self, model: "PreTrainedModel") -> None:
-        """Replace the layers of a model that has no weights yet."""
-
-    def after_loading(self, model: "PreTrainedModel") -> None:
-        """Adjust the layers once they have their weights."""
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **_: object) -> None:
         self.before_loading(model)

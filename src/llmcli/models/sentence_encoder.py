@@ -20,16 +20,14 @@ def window(folder: Path) -> int:
 
 
 def pooling(folder: Path) -> str:
-    """Return how one vector is made of many: mean_tokens, or cls_token. Raises ModelUnavailableError for other ways."""
+    """Return how one vector is made of many: mean_tokens, or cls_token."""
     modes = _read(folder / "1_Pooling" / "config.json")
     modes_on: list[str] = [name.removeprefix("pooling_mode_") for name, is_on in modes.items() if is_on is True]
     modules = _read(folder / "modules.json") or []
     layers = {str(module["type"]).rpartition(".")[2] for module in modules} - {"Transformer", "Pooling", "Normalize"}
     if layers or (modes_on and modes_on not in (["mean_tokens"], ["cls_token"])):
-        what = ", ".join(sorted(layers) or modes_on)
-        raise ModelUnavailableError(
-            f"{folder}: pooling by {what} is not supported", hint="use another sentence encoder"
-        )
+        reason = f"pooling by {', '.join(sorted(layers) or modes_on)} is not supported"
+        raise ModelUnavailableError(f"{folder}: {reason}", hint="use another sentence encoder")
     return modes_on[0] if modes_on else "mean_tokens"
 
 

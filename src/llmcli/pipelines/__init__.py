@@ -27,17 +27,7 @@ CLASSES = {  # kind: module of this package, and class
 
 
 def load(kind: str, folder: Path, load_options: LoadOptions) -> "TextPipeline":
-    """Load a model and return its pipeline.
-
-    Args:
-        kind: A key of CLASSES.
-        folder: Directory of the weights, the configuration and the tokenizer.
-        load_options: Device, precision and memory.
-
-    Raises:
-        ModelUnavailableError: The model cannot be loaded, as in `loading.load`.
-        UsageError: The device is not available, or --quantize cannot be used with the device or the model.
-    """
+    """Load a model from its directory, and return its pipeline of that kind."""
     pipeline_type = pipeline_class(kind)
     from llmcli.pipelines import quantizer
 
@@ -55,11 +45,7 @@ def wrap_as(kind: str, pipeline: "TextPipeline") -> "TextPipeline":
 
 
 def check_compatibility(folder: Path, load_options: LoadOptions, kinds: Iterable[str]) -> dict[str, str | None]:
-    """Return for each kind why the model in that directory is unsuitable; None if it is suitable.
-
-    Raises:
-        ModelUnavailableError: The configuration cannot be read.
-    """
+    """Return for each kind why the model in that directory is unsuitable; None if it is suitable."""
     loading.quiet_libraries()
     config = loading.read_config(folder, load_options)
     reasons = {kind: pipeline_class(kind).find_incompatibility(config) for kind in kinds}

@@ -1,30 +1,22 @@
 """Texts -> vectors, by an encoder: mean or first-token pooling, of length one. A transformers.Pipeline."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 
 from llmcli.models import sentence_encoder
 from llmcli.pipelines import base
-from llmcli.pipelines.base import Inputs, Parameters, TextPipeline, Usage
+from llmcli.pipelines.base import Inputs, Parameters, TextPipeline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-class Embedding(TypedDict, total=False):
-    """The vector of a text; `truncated` tokens were cut."""
-
-    embedding: list[float]
-    truncated: int
-    usage: Usage
-
-
 class EmbeddingPipeline(TextPipeline):
     """Compute the vector of a text, pooled as the model's sentence-transformers configuration says (default: mean).
 
-    What the steps hand to each other, for a batch of B texts, the longest of P tokens, in D dimensions:
+    For a batch of B texts, the longest of P tokens, in D dimensions:
 
     preprocess   input_ids, P of them; cut: tokens that --truncate took away
     _forward     vectors, float32 (B, D), of Euclidean length 1; what preprocess gave, in lists of B
@@ -48,11 +40,9 @@ class EmbeddingPipeline(TextPipeline):
         return {"truncate": truncate}, {}, {}
 
     def count_tokens(self, text: str) -> int:
-        """Return the number of tokens of a text, special ones included."""
         return len(self.tokenizer(text)["input_ids"])
 
     def preprocess(self, text: str, truncate: bool = False) -> Inputs:
-        """Return the token IDs of one text. If it is too long, raise RecordError or, with `truncate`, cut its end."""
         if not truncate:
             base.check_length(text, self.context_length, self.count_tokens)
         ids = self.tokenizer(text)["input_ids"]
@@ -70,14 +60,12 @@ class EmbeddingPipeline(TextPipeline):
         states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         weights = mask.unsqueeze(-1).float()
         pooled = states[:, 0] if self.takes_first_token else (states * weights).sum(1) / weights.sum(1)
-        vectors = torch.nn.functional.normalize(pooled, dim=-1)
-        return {"vectors": vectors.numpy(force=True), **inputs}
+        return {"vectors": torch.nn.functional.normalize(pooled, dim=-1).numpy(force=True), **inputs}
 
-    def postprocess(self, output: Inputs) -> Embedding:
-        """Return the fields of a result."""
+    def postprocess(self, output: Inputs) -> Inputs:
         (vector,) = output["vectors"]
         base.check_finite(vector)
-        fields: Embedding = {"embedding": vector.tolist()}
+        fields: Inputs = {"embedding": vector.tolist()}
         if output["cut"]:
             fields["truncated"] = output["cut"]
         return {**fields, "usage": {"prompt_tokens": len(output["input_ids"])}}

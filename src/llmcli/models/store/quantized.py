@@ -14,10 +14,7 @@ CONFIGURATION = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.py", "[0-9
 
 
 def get_or_create(folder: Path, variant: str, make: Callable[[Path], None]) -> Path:
-    """Return the copy of a model that `variant` names; it is made if it does not exist, or if the weights changed.
-
-    `make` writes weights and configuration to a directory, which has the tokenizer and the rest already.
-    """
+    """Return the copy of a model that `variant` names; if there is none of these weights, `make` writes them to it."""
     source = folder.resolve()
     stem = f"{folder.name}-{_digest(str(source))}-{variant}"
     home = config.cache_dir() / "quantized" / f"{stem}-{_digest(_state(source))}"
@@ -38,9 +35,7 @@ def get_or_create(folder: Path, variant: str, make: Callable[[Path], None]) -> P
     with cache.writing(), cache.lock(stem, f"{folder.name} is being quantized by another process"):
         if not home.is_dir():
             cache.publish(home, copy)
-            for older in home.parent.glob(f"{stem}-*"):
-                if older != home:
-                    cache.remove(older)
+            cache.remove_older(home)
             prune_orphans()
     return home
 
@@ -54,7 +49,6 @@ def prune_orphans() -> None:
 
 
 def _state(folder: Path) -> str:
-    """Return a text that changes when the weights do."""
     files = sorted(file for kind in ("*.safetensors", "*.bin", "config.json") for file in folder.glob(kind))
     return repr((FORMAT, [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]))
 
