@@ -1,5 +1,6 @@
 """A ready directory -> model and tokenizer. Loads models, and chooses device and data type."""
 
+import json
 import logging
 import math
 import os
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # what dtype applies to; other tensors stay as they are
 UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}
+EMBEDDING_TOKENS = 512  # of a text, for a sentence encoder that states no limit
 HEADROOM = 0.9  # of a GPU's free memory for weights; the rest is for activations and the KV cache
 
 
@@ -226,3 +228,29 @@ def _damaged(path: Path, reason: str) -> ModelUnavailableError:
 
 def _readable(size: int) -> str:
     return next(f"{size / unit:.1f} {name}" for name, unit in UNITS.items() if size >= unit or unit == 1)
+
+
+def embedding_context_length(folder: Path) -> int:
+    """Return the maximum number of tokens of a text for a sentence encoder, special ones included."""
+    limits = (
+        _read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
+        _read_json(folder / "tokenizer_config.json").get("model_max_length"),
+        _read_json(folder / "config.json").get("max_position_embeddings"),
+    )
+    return int(min(filter(None, limits), default=EMBEDDING_TOKENS))
+
+
+def embedding_pooling(folder: Path) -> str:
+    """Return how a sentence encoder makes one vector of many: mean_tokens, or cls_token."""
+    modes = _read_json(folder / "1_Pooling" / "config.json")
+    modes_on: list[str] = [name.removeprefix("pooling_mode_") for name, is_on in modes.items() if is_on is True]
+    modules = _read_json(folder / "modules.json") or []
+    layers = {str(module["type"]).rpartition(".")[2] for module in modules} - {"Transformer", "Pooling", "Normalize"}
+    if layers or (modes_on and modes_on not in (["mean_tokens"], ["cls_token"])):
+        reason = f"pooling by {', '.join(sorted(layers) or modes_on)} is not supported"
+        raise ModelUnavailableError(f"{folder}: {reason}", hint="use another sentence encoder")
+    return modes_on[0] if modes_on else "mean_tokens"
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -4,6 +4,7 @@ import bisect
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ class TokenDecoder:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", before: Sequence[int] = (), **settings: bool) -> None:
         self._tokenizer, self._before, self._settings = tokenizer, list(before), settings
+        self._decode: Callable[[list[int]], str] = partial(tokenizer.decode, skip_special_tokens=True, **settings)
         self._known = self._decode(self._before) if before else ""
 
     def __call__(self, ids: list[int]) -> str:
@@ -41,10 +43,6 @@ class TokenDecoder:
         cleans_up = self._settings.get("clean_up_tokenization_spaces", self._tokenizer.clean_up_tokenization_spaces)
         fast = None if cleans_up else decode_stream(self._tokenizer, self._before)
         return fast or slow_stream(self)
-
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, **self._settings)
-        return text
 
 
 def slow_stream(decode: Callable[[list[int]], str]) -> Callable[[int], str | None]:
@@ -71,15 +69,12 @@ class DeltaStreamer(BaseStreamer):  # type: ignore[misc]  # transformers has no 
         self._held, self._is_prompt, self._is_over = "", True, False
 
     def put(self, value: torch.Tensor) -> None:
-        for token in () if self._is_prompt else value.flatten().tolist():
-            self._add(token)
-        self._is_prompt = False
-
-    def _add(self, token: int) -> None:
-        if self._is_over:
+        if self._is_prompt or self._is_over:
+            self._is_prompt = False
             return
         try:
-            self._held += self._step(token) or ""
+            for token in value.flatten().tolist():
+                self._held += self._step(token) or ""
         except Exception:  # tokenizers': this token changes text that was passed on already
             self._is_over = True
             return
@@ -113,13 +108,11 @@ def _finish(ids: list[int], decode: TokenDecoder, config: "GenerationConfig") ->
     """Return text, finish reason and number of tokens of one sequence."""
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     end = next((i + 1 for i, token in enumerate(ids) if token in eos), None)
-    text = decode(ids[:end])
-    if (cut := first_stop(text, config.stop_strings or ())) is not None:
+    text, stops = decode(ids[:end]), config.stop_strings or ()
+    if (cut := first_stop(text, stops)) is not None:
         # Once a stop text is complete, it stays: bisect for the token that completes it.
-        def has_stop(count: int) -> bool:
-            return first_stop(decode(ids[:count]), config.stop_strings) == cut
-
-        return text[:cut], "stop", bisect.bisect_left(range(len(ids)), True, key=has_stop)
+        count = bisect.bisect_left(range(len(ids)), True, key=lambda i: first_stop(decode(ids[:i]), stops) == cut)
+        return text[:cut], "stop", count
     return text, "stop" if end else "length", end or len(ids)
 
 
@@ -175,10 +168,8 @@ class TokenTimer(StoppingCriteria):  # type: ignore[misc]
 class GeneratingPipeline(TextPipeline):
     """A pipeline whose model generates text."""
 
-    def _sanitize_parameters(
-        self, generation_config: "GenerationConfig | None" = None, truncate: int | None = None
-    ) -> Parameters:
-        config = {} if generation_config is None else {"generation_config": generation_config}
+    def _sanitize_parameters(self, generation_config: object = None, truncate: int | None = None) -> Parameters:
+        config = {"generation_config": generation_config} if generation_config else {}
         return {"truncate": truncate}, config, config
 
     def decoder(self, inputs: Mapping[str, Any]) -> TokenDecoder:

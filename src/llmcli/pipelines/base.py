@@ -49,6 +49,21 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
             mask[i, place] = 1
         return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
 
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text, special ones included."""
+        return len(self.tokenizer(text)["input_ids"])
+
+    def tokenize(self, text: str, maximum: int | None, *, truncate: bool) -> Inputs:
+        """Return the token IDs of a text. If it is too long, raise RecordError or, with `truncate`, cut its end."""
+        ids = self.tokenizer(text)["input_ids"]
+        length = len(ids)
+        if maximum and length > maximum:
+            if not truncate:
+                raise too_long("text", length, maximum)
+            # Tokenize again, so that the token that ends every text stays.
+            ids = self.tokenizer(text, truncation=True, max_length=maximum)["input_ids"]
+        return {"input_ids": make_row(ids), "cut": length - len(ids)}
+
 
 class CausalTextPipeline(TextPipeline):
     """A pipeline that runs a causal language model."""

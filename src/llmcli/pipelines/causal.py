@@ -1,4 +1,4 @@
-"""Prompts, or chats, -> new text, by a causal language model. A transformers.Pipeline."""
+"""Prompts, or chats, -> new text, or the next token, by a causal language model. Two transformers.Pipelines."""
 
 import copy
 import functools
@@ -13,6 +13,7 @@ from llmcli.errors import RecordError, UsageError
 from llmcli.pipelines import base
 from llmcli.pipelines.answers import GeneratingPipeline, TokenDecoder
 from llmcli.pipelines.base import CausalTextPipeline, Inputs
+from llmcli.pipelines.spelling import CONTEXT_TOKENS, token_texts
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, GenerationConfig
@@ -111,15 +112,9 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
             cache = growing_cache(self.model, self.model.generation_config)
             return filled_cache(self.model(prefix, use_cache=True, past_key_values=cache))
 
-    def _forward(
-        self,
-        inputs: Inputs,
-        generation_config: "GenerationConfig | None" = None,
-        *,
-        prefix: "tuple[list[int], DynamicCache] | None" = None,
-        **settings: Any,
-    ) -> Inputs:
+    def _forward(self, inputs: Inputs, generation_config: "GenerationConfig | None" = None, **settings: Any) -> Inputs:
         config = copy.copy(generation_config or self.model.generation_config)
+        prefix: tuple[list[int], DynamicCache] | None = settings.pop("prefix", None)
         known = len(prefix[0]) if prefix else 0
         ids, mask = self.pad([row[known:] for row in base.as_batch(inputs)["input_ids"]], left=True)
         if prefix:  # at the very start; padding comes after it
@@ -133,3 +128,43 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
 
     def decoder(self, inputs: Mapping[str, Any]) -> TokenDecoder:
         return TokenDecoder(self.tokenizer, () if inputs["is_chat"] else inputs["input_ids"][-DECODED_TOKENS:])
+
+
+class NextTokenPipeline(CausalPipeline):
+    """Compute the distribution of the next token.
+
+    For a batch of B texts, the longest of P tokens, with a vocabulary of V:
+
+    preprocess   as of CausalPipeline
+    _forward     probability, the softmax of the model's logits, and sampling_probability, that of what `generate` makes
+                 of these before it draws a token, 1 for a single one if it is greedy: float32 (B, V)
+    postprocess  both, (V,); of one text its input_ids, and as `sampling` the settings by which a token is drawn;
+                 truncated, if tokens were cut
+    """
+
+    def token_texts(self, token: int, before: Sequence[int]) -> str:
+        return token_texts(self.tokenizer, [*before[-CONTEXT_TOKENS:], token])[-1]
+
+    def _forward(self, inputs: Inputs, generation_config: "GenerationConfig | None" = None, **settings: Any) -> Inputs:
+        config = copy.copy(generation_config or self.model.generation_config)
+        config.max_new_tokens, config.max_length, config.num_beams = 1, None, 1
+        config.return_dict_in_generate = config.output_logits = config.output_scores = True
+        config.remove_invalid_values = True  # NaN would end `multinomial`, and the whole batch; postprocess reports it
+        ids, mask = self.pad(base.as_batch(inputs)["input_ids"], left=True)
+        output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        (logits,), (scores,) = output.logits, output.scores
+        sampling = scores.float().softmax(-1)
+        if not config.do_sample:
+            sampling = torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).float()
+        computed = {"probability": logits.float().softmax(-1), "sampling_probability": sampling}
+        return {**{name: tensor.numpy(force=True) for name, tensor in computed.items()}, **inputs}
+
+    def postprocess(self, output: Inputs, generation_config: "GenerationConfig | None" = None) -> Inputs:
+        base.check_finite(output["probability"])
+        config = generation_config or self.model.generation_config
+        sampling: Mapping[str, float] = {"temperature": 0}
+        if config.do_sample:
+            sampling = {name: value for name in ("temperature", "top_k", "top_p") if (value := getattr(config, name))}
+        fields: Inputs = {name: output[name][0] for name in ("probability", "sampling_probability")}
+        fields |= {"input_ids": output["input_ids"].tolist(), "sampling": sampling}
+        return {**fields, "truncated": output["cut"]} if output["cut"] else fields

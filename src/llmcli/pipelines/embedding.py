@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmcli.models import sentence_encoder
+from llmcli.models import loading
 from llmcli.pipelines import base
 from llmcli.pipelines.base import Inputs, Parameters, TextPipeline
 
@@ -29,8 +29,8 @@ class EmbeddingPipeline(TextPipeline):
     def __init__(self, *args: object, **settings: object) -> None:
         super().__init__(*args, **settings)
         folder = Path(self.model.name_or_path)
-        self.takes_first_token = sentence_encoder.pooling(folder) == "cls_token"
-        self.context_length = sentence_encoder.window(folder)
+        self.takes_first_token = loading.embedding_pooling(folder) == "cls_token"
+        self.context_length = loading.embedding_context_length(folder)
 
     @staticmethod
     def find_incompatibility(config: "PreTrainedConfig") -> str | None:
@@ -39,21 +39,12 @@ class EmbeddingPipeline(TextPipeline):
     def _sanitize_parameters(self, truncate: bool = False) -> Parameters:
         return {"truncate": truncate}, {}, {}
 
-    def count_tokens(self, text: str) -> int:
-        return len(self.tokenizer(text)["input_ids"])
-
     def preprocess(self, text: str, truncate: bool = False) -> Inputs:
         if not truncate:
             base.check_length(text, self.context_length, self.count_tokens)
-        ids = self.tokenizer(text)["input_ids"]
-        base.check_tokens(ids)
-        length = len(ids)
-        if length > self.context_length:
-            if not truncate:
-                raise base.too_long("text", length, self.context_length)
-            # Tokenize again, so that the token that ends every text stays.
-            ids = self.tokenizer(text, truncation=True, max_length=self.context_length)["input_ids"]
-        return {"input_ids": base.make_row(ids), "cut": length - len(ids)}
+        inputs = self.tokenize(text, self.context_length, truncate=truncate)
+        base.check_tokens(inputs["input_ids"])
+        return inputs
 
     def _forward(self, inputs: Inputs) -> Inputs:
         ids, mask = self.pad(base.as_batch(inputs)["input_ids"], left=self.tokenizer.padding_side == "left")

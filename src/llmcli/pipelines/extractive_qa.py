@@ -65,12 +65,9 @@ class ExtractiveQaPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  
                 raise RecordError("empty", f"the {name} is empty")
         size, stride = self._window(inputs, doc_stride, max_seq_len)
         order = ("question", "context") if self.is_question_first else ("context", "question")
+        truncation, texts = "only_second" if self.is_question_first else "only_first", [inputs[name] for name in order]
         windows = self.tokenizer(
-            *(inputs[name] for name in order),
-            truncation="only_second" if self.is_question_first else "only_first",
-            max_length=size,
-            stride=stride,
-            return_overflowing_tokens=True,
+            *texts, truncation=truncation, max_length=size, stride=stride, return_overflowing_tokens=True
         ).encodings
         first, cls = order.index("context"), self.tokenizer.cls_token_id
         for window in windows:
@@ -171,14 +168,10 @@ def _best_spans(
 ) -> Iterator[tuple[int, int, float]]:
     """Yield first token, last token and score of the `count` most likely spans, best first."""
     scores = np.tril(np.triu(np.outer(start, end)), max_tokens - 1).ravel()
-    if count == 1:
-        order = np.argmax(scores, keepdims=True)
-    elif count < len(scores):
+    order = np.argmax(scores, keepdims=True) if count == 1 else np.arange(len(scores))
+    if count < len(order):
         order = np.argpartition(-scores, count)[:count]
-        order = order[np.argsort(-scores[order])]
-    else:
-        order = np.argsort(-scores)
-    for at in order.tolist():
+    for at in order[np.argsort(-scores[order])].tolist():
         first, last = divmod(at, len(start))
         # A short context brings spans that touch a barred token.
         if scores[at] > 0 and not (barred[first] or barred[last]):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from llmcli.pipelines.base import TextPipeline
 
 METHOD = "llmcli-weight-only"
+get_source = cache(inspect.getsource)
 LAYERS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
 
 
@@ -119,13 +120,8 @@ def pack(model: "PreTrainedModel") -> None:
 def _reads_weight(model: "PreTrainedModel", name: str) -> bool:
     """Return whether the model's own code multiplies by the weights of that layer itself, as Mamba's does."""
     parent, _, child = name.rpartition(".")
-    source = _source(type(model.get_submodule(parent)).__module__)
-    return bool(re.search(rf"\bself\.{child}\.weight\b(?!\.(?:dtype|device))", source))
-
-
-@cache
-def _source(module: str) -> str:
     try:
-        return inspect.getsource(sys.modules[module])
+        source = get_source(sys.modules[type(model.get_submodule(parent)).__module__])
     except (OSError, TypeError):  # built in, or compiled
-        return ""
+        return False
+    return bool(re.search(rf"\bself\.{child}\.weight\b(?!\.(?:dtype|device))", source))

@@ -27,18 +27,15 @@ class ScoringPipeline(CausalTextPipeline):
     postprocess  {"logprob", "perplexity", "bits_per_byte", "tokens"} of one text; "token_logprobs" if asked for
 
     A text that is longer than the model's context is read through windows that begin every `stride` tokens; each token
-    is scored in the first that holds it. (The sliding window of "Perplexity of fixed-length models" in transformers'
-    documentation.) Bits per byte: L. Gao et al., The Pile, arXiv 2101.00027, section 3.1; of the bytes of those tokens
-    that are scored.
+    is scored in the first that holds it. Bits per byte: L. Gao et al., The Pile, arXiv 2101.00027, section 3.1; of the
+    bytes of those tokens that are scored.
     """
 
     def _sanitize_parameters(self, stride: int | None = None, token_logprobs: bool = False) -> Parameters:
         return {"stride": stride}, {}, {"token_logprobs": token_logprobs}
 
-    def preprocess(
-        self, inputs: Mapping[str, str], stride: int | None = None, truncate: object = None
-    ) -> Iterator[Inputs]:
-        """Yield the windows of `text` after `condition`, `stride` tokens apart. `truncate` has no effect."""
+    def preprocess(self, inputs: Mapping[str, str], stride: int | None = None, **_: object) -> Iterator[Inputs]:
+        """Yield the windows of `text` after `condition`, `stride` tokens apart."""
         text, condition = inputs["text"], inputs["condition"]
         ids = self.tokenizer(condition + text)["input_ids"]
         before = self.tokenizer(condition)["input_ids"] if condition else []
@@ -89,11 +86,9 @@ class ScoringPipeline(CausalTextPipeline):
         }
         if token_logprobs:
             own = ids[begin:].tolist()
-            texts, logprobs = token_texts(self.tokenizer, own), [None] * (len(own) - len(scored)) + scored
-            fields["token_logprobs"] = [
-                {"token": text, "id": token, "logprob": _round(value)}
-                for text, token, value in zip(texts, own, logprobs, strict=True)
-            ]
+            logprobs = [None] * (len(own) - len(scored)) + [*map(_round, scored)]
+            rows = zip(token_texts(self.tokenizer, own), own, logprobs, strict=True)
+            fields["token_logprobs"] = [{"token": text, "id": id, "logprob": value} for text, id, value in rows]
         return fields
 
 

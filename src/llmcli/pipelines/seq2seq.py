@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcli.compat.transformers import is_seq2seq_lm
 from llmcli.pipelines.answers import GeneratingPipeline, TokenDecoder
-from llmcli.pipelines.base import Inputs, as_batch, make_row, too_long
+from llmcli.pipelines.base import Inputs, as_batch
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig
@@ -51,24 +51,12 @@ class Seq2SeqPipeline(GeneratingPipeline):
         names = (f"max_{side}_position_embeddings", "max_position_embeddings")
         return next(filter(None, (getattr(self.model.config, name, None) for name in names)), None)
 
-    def count_tokens(self, text: str) -> int:
-        return len(self.tokenizer(text)["input_ids"])
-
     def preprocess(self, text: str | Mapping[str, str], truncate: int | None = None) -> Inputs:
-        """Return the token IDs of one text, or of {"text", "source"} if the tokenizer has a code for its language.
-
-        A text that is too long raises RecordError or, if `truncate` is a number, loses its end.
-        """
+        """Return the token IDs of one text, or of {"text", "source"} if the tokenizer has a code for its language."""
         text, source = (text, None) if isinstance(text, str) else (text["text"], text.get("source"))
         if source:
             self.tokenizer.src_lang = source
-        ids = self.tokenizer(text)["input_ids"]
-        length, context = len(ids), self.context_length
-        if context and length > context:
-            if truncate is None:
-                raise too_long("text", length, context)
-            ids = self.tokenizer(text, truncation=True, max_length=context)["input_ids"]
-        return {"input_ids": make_row(ids), "cut": length - len(ids)}
+        return self.tokenize(text, self.context_length, truncate=truncate is not None)
 
     def _forward(self, inputs: Inputs, generation_config: "GenerationConfig | None" = None, **settings: Any) -> Inputs:
         config = copy.copy(generation_config or self.model.generation_config)

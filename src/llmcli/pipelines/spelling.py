@@ -50,8 +50,7 @@ def first_token_bytes(tokenizer: "PreTrainedTokenizerBase", token: int) -> int:
 
 
 def _decode(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ""
-    return text
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)) if ids else ""
 
 
 def _to_bytes(piece: str, has_bytes: bool) -> bytes:

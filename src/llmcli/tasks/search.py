@@ -7,7 +7,7 @@ from typing import NotRequired, TypedDict
 
 from llmcli import console
 from llmcli.job import Job, JsonObject
-from llmcli.models import sentence_encoder
+from llmcli.models import loading
 from llmcli.tasks import LocalModel, ModelCall, Strategy, Task, TaskGenerator, TaskResult
 from llmcli.tasks.outputs import EmbeddingOutput
 from llmcli.text import chunking
@@ -83,7 +83,7 @@ def split_passages(documents: Sequence[Document], folder: Path) -> Iterator[Json
     tokenizer.no_truncation()
     tokenizer.no_padding()
     special_tokens = tokenizer.num_special_tokens_to_add(is_pair=False)
-    max_tokens = min(PASSAGE_TOKENS, sentence_encoder.window(folder) - special_tokens)
+    max_tokens = min(PASSAGE_TOKENS, loading.embedding_context_length(folder) - special_tokens)
     for number, document in enumerate(documents):
         text, file, line, counted = document["text"], document.get("file"), document.get("line") or 1, 0
         is_markdown = (file or "").endswith((".md", ".markdown"))

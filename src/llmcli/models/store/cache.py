@@ -1,6 +1,7 @@
 """Writes to the cache: under a lock, in a staging directory, and with one rename into place."""
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,6 +10,10 @@ from pathlib import Path
 
 from llmcli import config, console
 from llmcli.errors import LlmcliError, ModelUnavailableError
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def publish(home: Path, make: Callable[[Path], Path]) -> None:
@@ -55,14 +60,12 @@ def lock(key: str, busy: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     held = FileLock(folder / f"{key}.lock")
     try:
-        held.acquire(timeout=0)
+        acquired = held.acquire(timeout=0)
     except Timeout:
         console.notice(f"{busy}; waiting")
-        held.acquire()
-    try:
+        acquired = held.acquire()
+    with acquired:
         yield
-    finally:
-        held.release()
 
 
 @contextmanager

