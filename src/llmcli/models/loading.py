@@ -72,7 +72,6 @@ def load(
 
 
 def tokenizer(folder: Path, load_options: LoadOptions) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer alone."""
     quiet_libraries()
     return _from_pretrained("AutoTokenizer", folder, load_options)
 

@@ -69,5 +69,4 @@ def _make(kind: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBa
 
     # A model that accelerate spread says where it is; one on a single device would be moved to the first GPU.
     device = None if getattr(model, "hf_device_map", None) else model.device
-    made: TextPipeline = pipeline(f"llmcli-{kind}", model=model, tokenizer=tokenizer, device=device)
-    return made
+    return pipeline(f"llmcli-{kind}", model=model, tokenizer=tokenizer, device=device)  # type: ignore[no-any-return]

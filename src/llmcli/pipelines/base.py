@@ -21,15 +21,10 @@ Parameters = tuple[Inputs, Inputs, Inputs]  # of preprocess, _forward and postpr
 
 
 class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transformers has no types
-    """A pipeline that reads text alone.
+    """A pipeline that reads text alone."""
 
-    Attributes:
-        auto_class: The class of transformers that loads its models.
-        ignorable_weight_prefix: Prefix of weights that a checkpoint may lack: a head for another task.
-    """
-
-    auto_class: str
-    ignorable_weight_prefix: str | None = None
+    auto_class: str  # of transformers, which loads its models
+    ignorable_weight_prefix: str | None = None  # of weights that a checkpoint may lack: a head for another task
 
     @staticmethod
     def find_incompatibility(config: "PreTrainedConfig") -> str | None:
@@ -50,7 +45,6 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
         return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
 
     def count_tokens(self, text: str) -> int:
-        """Return the number of tokens of a text, special ones included."""
         return len(self.tokenizer(text)["input_ids"])
 
     def tokenize(self, text: str, maximum: int | None, *, truncate: bool) -> Inputs:

@@ -24,7 +24,7 @@ class EmbeddingPipeline(TextPipeline):
     """
 
     auto_class = "AutoModel"
-    ignorable_weight_prefix = "pooler."  # a head for another task, which many checkpoints lack
+    ignorable_weight_prefix = "pooler."
 
     def __init__(self, *args: object, **settings: object) -> None:
         super().__init__(*args, **settings)

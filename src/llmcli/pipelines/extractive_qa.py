@@ -117,11 +117,7 @@ class ExtractiveQaPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  
         handle_impossible_answer: bool = False,
         align_to_words: bool = True,
     ) -> Inputs:
-        """Return the fields of a result from all windows of a question.
-
-        Equal texts are one answer, with the place of the first and the sum of the scores. With
-        `handle_impossible_answer` an empty one takes part, with the score of there being none.
-        """
+        """Return the best passages. Equal texts are one, with the place of the first and the sum of the scores."""
         if min(top_k, max_answer_len) < 1:
             raise UsageError("number and length of answers must be at least 1")
         count = 2 * top_k + 10 if align_to_words else top_k  # Spans of the same words become one answer.

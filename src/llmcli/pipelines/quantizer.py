@@ -1,7 +1,4 @@
-"""Weight-only quantization as a quantization method of transformers, and bfloat16 layers packed for oneDNN.
-
-A directory that `save_pretrained` writes after `quantize` is one that `from_pretrained` loads.
-"""
+"""Weight-only quantization as a quantization method of transformers, and bfloat16 layers packed for oneDNN."""
 
 import inspect
 import re
@@ -87,10 +84,7 @@ def quantized(folder: Path, load_options: LoadOptions, pipeline_type: type["Text
 
 
 def quantize(model: "PreTrainedModel", scheme: str) -> bool:
-    """Replace the layers of a loaded model that the kernels can multiply; False if there are none.
-
-    Layers that the model wants in float32 stay, and all else becomes bfloat16.
-    """
+    """Replace the layers of a loaded model that the kernels can multiply; False if there are none."""
     head, layers = model.get_output_embeddings(), dict[str, str]()
     skipped = float32_modules(model)
     with torch.no_grad():

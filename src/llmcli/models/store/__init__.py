@@ -41,11 +41,7 @@ def find_or_none(spec: ModelSpec) -> Path | None:
 
 
 def pull(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False, refresh: bool = False) -> Path:
-    """Return the directory of ready weights, fetched if it does not exist; `refresh` asks the Hub for a newer revision.
-
-    Raises:
-        ModelUnavailableError: The model is unreachable, gated, damaged or not cached, or no space is left.
-    """
+    """Return the directory of ready weights, fetched if it does not exist, or `refresh` asks for a newer revision."""
     asks_hub = refresh and isinstance(spec.source, HubSource) and not offline
     if not asks_hub and (path := find(spec, allow_pickle=allow_pickle)):
         return path
