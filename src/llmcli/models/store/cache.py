@@ -76,16 +76,16 @@ def writing() -> Iterator[None]:
     except LlmcliError:
         raise
     except Exception as exc:
-        code = getattr(exc, "errno", None)
+        code, where = getattr(exc, "errno", None), config.cache_dir()
         # safetensors and others wrap the system's error in their own types
         if code in {errno.ENOSPC, errno.EDQUOT} or "No space left on device" in str(exc):
-            message, hint = f"no space left on the disk of {config.cache_dir()}", "free some space, or set "
+            message, hint = f"no space left on the disk of {where}", "free some space, or set LLMCLI_CACHE (HF_HOME)"
         elif isinstance(exc, OSError) and code:
-            path = exc.filename or config.cache_dir()
-            message, hint = f"cannot write to {path}: {os.strerror(code).lower()}", "set "
+            where = exc.filename or where
+            message, hint = f"cannot write to {where}: {os.strerror(code).lower()}", "set LLMCLI_CACHE (HF_HOME)"
         else:
             raise
-        raise ModelUnavailableError(message, hint=f"{hint}LLMCLI_CACHE (HF_HOME)") from exc
+        raise ModelUnavailableError(message, hint=hint) from exc
 
 
 def _to_disk(folder: Path) -> None:
