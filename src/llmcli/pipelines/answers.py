@@ -24,11 +24,7 @@ BYTES_OF_SPECIALS = 8  # what a stop text's last tokens may have beside it
 
 
 class TokenDecoder:
-    """Decode the new tokens of one row.
-
-    Those that follow a prompt are decoded together with its last tokens, `before`: alone, a SentencePiece tokenizer
-    would lose the space in front of them.
-    """
+    """Decode new tokens with the prompt's last ones, `before`: alone, SentencePiece would lose the space between."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", before: Sequence[int] = (), **settings: bool) -> None:
         self._tokenizer, self._before, self._settings = tokenizer, list(before), settings

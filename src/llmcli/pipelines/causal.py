@@ -100,10 +100,7 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
             raise RecordError("bad_messages", f"chat template rejected the messages: {exc}") from exc
 
     def prefill(self, ids: list[int]) -> "DynamicCache | None":
-        """Return the keys and values of a prefix that many prompts share, as a cache of one row.
-
-        None if the model keeps anything else, forgets, or takes distances from the sequence.
-        """
+        """Return the keys and values of a shared prefix, as a cache of one row; None if the model keeps more."""
         window = getattr(self.model.config.get_text_config(), "sliding_window", None)
         if not self.can_share_prefix or (window and len(ids) + ANSWER_TOKENS > window):
             return None
