@@ -46,10 +46,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no t
 
 
 def growing_cache(model: "PreTrainedModel", config: "GenerationConfig") -> DynamicCache | None:
-    """Return an empty cache that grows in place, or None if it cannot be used.
+    """Return an empty cache that grows in place.
 
-    It cannot if the model keeps anything other than the keys and values of all tokens, or if the generation config
-    asks for another cache or for beams. On a GPU, where copies are cheap, it is of no use.
+    None if the model keeps anything other than the keys and values of all tokens, if the generation config asks for
+    another cache or for beams, or on a GPU, where copies are cheap.
     """
     if (config.num_beams or 1) > 1 or config.use_cache is False or config.cache_implementation:
         return None

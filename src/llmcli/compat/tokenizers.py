@@ -13,10 +13,9 @@ def is_byte_level(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def decode_stream(tokenizer: "PreTrainedTokenizerBase", before: Sequence[int]) -> Callable[[int], str | None] | None:
-    """Return a function from the next token to new text, in time that does not grow with the text.
+    """Return a function from the next token after `before` to new text; None for slow tokenizers.
 
-    It returns nothing while a character is unfinished, and raises if the text before it would change. The text of the
-    `before` tokens is not returned. None for slow tokenizers, which have no such decoder.
+    It returns nothing while a character is unfinished, and raises if the text before it would change.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

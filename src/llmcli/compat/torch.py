@@ -7,8 +7,7 @@ aten = torch.ops.aten
 
 def cpu_capability() -> str:
     """Return the instruction set that the kernels use. The order of packed int4 weights depends on it."""
-    name: str = torch.backends.cpu.get_cpu_capability()
-    return name
+    return str(torch.backends.cpu.get_cpu_capability())
 
 
 def has_fast_bfloat16() -> bool:
@@ -18,13 +17,10 @@ def has_fast_bfloat16() -> bool:
 
 
 def free_gpu_memory(index: int) -> int:
-    """Return the bytes of a GPU that new tensors may take: free ones, and those that PyTorch holds but does not use.
-
-    transformers' get_max_memory adds up the same two, but initializes every GPU of the machine to do so.
-    """
-    free: int = torch.cuda.mem_get_info(index)[0]
-    unused: int = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
-    return free + unused
+    """Return the bytes of a GPU that new tensors may take: free ones, and those that PyTorch holds but does not use."""
+    # transformers' get_max_memory adds up the same two, but initializes every GPU of the machine to do so.
+    unused = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+    return int(torch.cuda.mem_get_info(index)[0] + unused)
 
 
 def can_pack_bfloat16() -> bool:

@@ -4,13 +4,9 @@ import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-)
+import transformers
 from transformers.quantizers import HfQuantizer
 
 if TYPE_CHECKING:
@@ -18,18 +14,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 FIXED_ROPE_TYPES = {None, "default", "linear", "llama3", "yarn"}
-T = TypeVar("T")
 
 
 class TextPipelineMixin:
     """Pipelines that read text alone, and move their tensors to the device themselves."""
 
     _load_tokenizer = True
-    _load_feature_extractor = False
-    _load_image_processor = False
-    _load_processor = False
+    _load_feature_extractor = _load_image_processor = _load_processor = False
 
-    def _ensure_tensor_on_device(self, inputs: T, device: object) -> T:
+    def _ensure_tensor_on_device(self, inputs: object, device: object) -> object:
         return inputs  # transformers would look for tensors in every list, and there is one for each field
 
 
@@ -39,19 +32,16 @@ def share_key_value_heads() -> None:
 
 
 def is_causal_lm(config: "PreTrainedConfig") -> bool:
-    """Return whether the model continues text.
-
-    AutoModelForCausalLM also loads encoders, and the decoders of encoder-decoder models, to train them further.
-    """
+    """Return whether the model continues text: AutoModelForCausalLM also loads encoders, to train them further."""
     has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or ())
-    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
-    is_causal = has_own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    is_encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
+    is_causal = has_own_code or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     return is_causal and not is_encoder and not getattr(config, "is_encoder_decoder", False)
 
 
 def is_seq2seq_lm(config: "PreTrainedConfig") -> bool:
     """Return whether transformers knows the model as one from text to text."""
-    return bool(type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and config.is_encoder_decoder)
+    return bool(type(config) in transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and config.is_encoder_decoder)
 
 
 def takes_position_ids(model: "PreTrainedModel") -> bool:
@@ -83,18 +73,12 @@ def eager_attention(model: "PreTrainedModel") -> Iterator[None]:
 
 
 class WeightQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no types
-    """A quantization method under the names of its hooks that we use."""
+    """A quantization method with the hooks before_loading(model), without weights, and after_loading(model)."""
 
     is_trainable = False
 
     def is_serializable(self) -> bool:
         return True
-
-    def before_loading(self, model: "PreTrainedModel") -> None:
-        """Replace the layers of a model that has no weights yet."""
-
-    def after_loading(self, model: "PreTrainedModel") -> None:
-        """Adjust the layers once they have their weights."""
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **_: object) -> None:
         self.before_loading(model)

@@ -1,7 +1,7 @@
 """The user's options, the model's own configuration and our defaults -> one GenerationConfig."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from llmcli import config
@@ -20,7 +20,7 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "top_h", "eps
 
 
 def greedy(options: JsonObject) -> dict[str, Any]:
-    """Return the user's options, with a temperature of 0 turned into greedy decoding."""
+    """Return options, with a temperature of 0 turned into greedy decoding."""
     if options.get("temperature") != 0:
         return dict(options)
     return {name: value for name, value in options.items() if name not in SAMPLING} | {"do_sample": False}
@@ -31,12 +31,9 @@ def check_known(names: Iterable[str], source: str = "") -> None:
     from transformers import GenerationConfig
 
     known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    for name in names:
-        if name not in known:
-            raise UsageError(
-                f"{source and f'{source}: '}unknown generation option {name!r}{config.did_you_mean(name, known)}",
-                hint=None if source else "-o sets a field of transformers' GenerationConfig",
-            )
+    for name in (name for name in names if name not in known):
+        message = f"{source and f'{source}: '}unknown generation option {name!r}{config.did_you_mean(name, known)}"
+        raise UsageError(message, hint=None if source else "-o sets a field of transformers' GenerationConfig")
 
 
 def check(options: JsonObject, defaults: JsonObject, *, counts_prompt: bool = True) -> None:
@@ -63,27 +60,16 @@ def merge(
     *,
     counts_prompt: bool = True,
 ) -> "GenerationConfig":
-    """Return the generation config of a job. It has four layers; the first that has a value counts:
+    """Return the generation config of a job.
 
-        1. options        what the user gave
-        2. settings       the task's own for this model
-        3. model_config   the model's generation config
-        4. defaults       the task's
-
-    There are two exceptions. How long an answer may be is in two fields (`_lengths`). And options of the user imply
-    others: a sampling parameter asks for sampling, and beams, without one, ask for none.
-
-    Args:
-        model_config: The generation config of the model; it is not changed.
-        options: GenerationConfig values.
-        defaults: GenerationConfig values, `max_new_tokens` among them.
-        settings: GenerationConfig values.
-        counts_prompt: Whether the lengths in the model's config include the prompt, as in causal models.
-
-    Raises:
-        UsageError: The user gave a length that includes the prompt.
+    The first that has a value counts: the user's options, the task's settings for this model, the model's config, the
+    task's defaults. But a sampling parameter of the user implies sampling, and beams without one imply none. With
+    `counts_prompt`, as in causal models, the lengths in the model's config include the prompt.
     """
-    given, settings, model = _normalize(options), settings or {}, model_config.to_diff_dict()
+    given = {name: float(value) if name in FRACTIONS else value for name, value in options.items()}
+    if isinstance(given.get("stop_strings"), str):
+        given["stop_strings"] = [given["stop_strings"]]
+    settings, model = settings or {}, model_config.to_diff_dict()
     if counts_prompt and (total := next((name for name in TOTALS if name in given), None)):
         raise UsageError(f"{total} includes the prompt and its padding", hint=f"use {TOTALS[total]}")
     known = {**model, **settings}
@@ -98,24 +84,12 @@ def merge(
     merged.update(**{**settings, **given})
     if model.get("max_length") == OLD_MAX_LENGTH:
         del model["max_length"]
+    # One of the two lengths counts, from the first layer that has either.
     layers = (given, settings, defaults) if counts_prompt else (given, settings, model, defaults)
-    merged.max_new_tokens, merged.max_length = _lengths(*layers)
+    layer = next(layer for layer in layers if layer.get("max_new_tokens") or layer.get("max_length"))
+    merged.max_new_tokens = layer.get("max_new_tokens") or None
+    merged.max_length = None if merged.max_new_tokens else layer["max_length"]
     if not merged.do_sample:
         for name in SAMPLING:
             setattr(merged, name, None)
     return merged
-
-
-def _normalize(options: JsonObject) -> dict[str, Any]:
-    given = {name: float(value) if name in FRACTIONS else value for name, value in options.items()}
-    if isinstance(given.get("stop_strings"), str):
-        given["stop_strings"] = [given["stop_strings"]]
-    return given
-
-
-def _lengths(*layers: Mapping[str, int | None]) -> tuple[int | None, int | None]:
-    """Return max_new_tokens and max_length, one of them None, from the first layer that has either."""
-    for layer in layers:
-        if layer.get("max_new_tokens") or layer.get("max_length"):
-            return (layer["max_new_tokens"], None) if layer.get("max_new_tokens") else (None, layer["max_length"])
-    raise ValueError("the defaults have no max_new_tokens")

@@ -1,5 +1,6 @@
 """A ready directory -> model and tokenizer. Loads models, and chooses device and data type."""
 
+import json
 import logging
 import math
 import os
@@ -21,26 +22,16 @@ if TYPE_CHECKING:
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # what dtype applies to; other tensors stay as they are
 UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}
+EMBEDDING_TOKENS = 512  # of a text, for a sentence encoder that states no limit
 HEADROOM = 0.9  # of a GPU's free memory for weights; the rest is for activations and the KV cache
 
 
 def load(
     folder: Path, load_options: LoadOptions, pipeline_type: "type[TextPipeline]"
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a model and its tokenizer.
-
-    Args:
-        folder: Directory of the weights, the configuration and the tokenizer.
-        load_options: Device, precision and memory.
-        pipeline_type: The class of the pipeline that the model is for.
-
-    Raises:
-        ModelUnavailableError: The weights are damaged, incomplete, pickled, or too large for the memory.
-        UsageError: The device is not available.
-    """
+    """Load a model for a pipeline of that class, and its tokenizer."""
     weights = _weights(folder, load_options)
     import torch
-    import transformers
 
     from llmcli.compat.transformers import share_key_value_heads
 
@@ -51,25 +42,20 @@ def load(
     dtype = choose_dtype(load_options.dtype, device)
     size = _size(weights, torch.finfo(dtype).bits // 8)
     device_map, max_memory = _device_map(load_options, device, size)
-    common = _common(load_options)
     config = read_config(folder, load_options)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **common)
-        model, report = getattr(transformers, pipeline_type.auto_class).from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            device_map=device_map,
-            max_memory=max_memory,
-            offload_folder=load_options.offload_folder,
-            use_safetensors=not load_options.allow_pickle or weights[0].suffix == ".safetensors",
-            output_loading_info=True,
-            **common,
-        )
-    except (LlmcliError, MemoryError):
-        raise
-    except Exception as exc:
-        raise _translated(exc, folder) from exc
+    tokenizer = _from_pretrained("AutoTokenizer", folder, load_options)
+    model, report = _from_pretrained(
+        pipeline_type.auto_class,
+        folder,
+        load_options,
+        config=config,
+        dtype=dtype,
+        device_map=device_map,
+        max_memory=max_memory,
+        offload_folder=load_options.offload_folder,
+        use_safetensors=not load_options.allow_pickle or weights[0].suffix == ".safetensors",
+        output_loading_info=True,
+    )
     spare = pipeline_type.ignorable_weight_prefix
     if missing := sorted(key for key in report["missing_keys"] if not (spare and key.startswith(spare))):
         others = f" and {len(missing) - 1} more" if missing[1:] else ""
@@ -86,24 +72,30 @@ def load(
 
 
 def tokenizer(folder: Path, load_options: LoadOptions) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer alone. Raises ModelUnavailableError."""
     quiet_libraries()
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, **_common(load_options))
-    except Exception as exc:
-        raise _translated(exc, folder) from exc
+    return _from_pretrained("AutoTokenizer", folder, load_options)
 
 
 def read_config(folder: Path, load_options: LoadOptions) -> "PreTrainedConfig":
-    """Return the model's configuration. Raises ModelUnavailableError."""
+    return _from_pretrained("AutoConfig", folder, load_options)
+
+
+def _from_pretrained(auto_class: str, folder: Path, load_options: LoadOptions, **settings: object) -> Any:
     import transformers
 
+    settings |= {"trust_remote_code": load_options.trust_remote_code, "local_files_only": True}
     try:
-        return transformers.AutoConfig.from_pretrained(folder, **_common(load_options))
+        return getattr(transformers, auto_class).from_pretrained(folder, **settings)
+    except (LlmcliError, MemoryError):
+        raise
     except Exception as exc:
-        raise _translated(exc, folder) from exc
+        text = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+        if type(exc).__name__ == "SafetensorError":
+            raise _damaged(folder, text) from exc
+        message, hint = f"failed to load {folder}: {text}", "rerun with -v for the traceback"
+        if "trust_remote_code" in str(exc):
+            message, hint = f"{folder} requires custom code", "if you trust it, pass --trust-remote-code"
+        raise ModelUnavailableError(message, hint=hint) from exc
 
 
 def quiet_libraries() -> None:
@@ -121,7 +113,7 @@ def quiet_libraries() -> None:
 
 
 def choose_device(name: str) -> str:
-    """Return the device; for `auto` the accelerator, or else the CPU. Raises UsageError if it is not available."""
+    """Return the device; for `auto` the accelerator, or else the CPU."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -153,12 +145,7 @@ def choose_dtype(name: str, device: str) -> "torch.dtype":
     return torch.bfloat16 if has_fast_bfloat16() else torch.float32
 
 
-def _common(load_options: LoadOptions) -> dict[str, Any]:
-    return {"trust_remote_code": load_options.trust_remote_code, "local_files_only": True}
-
-
 def _weights(folder: Path, load_options: LoadOptions) -> list[Path]:
-    """Return the weight files."""
     # A directory may also have the same weights in another layout (consolidated.safetensors).
     if safetensors := sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors")):
         return safetensors
@@ -231,16 +218,6 @@ def _device_map(
     return "auto", limits if load_options.max_memory else None
 
 
-def _translated(exc: Exception, folder: Path) -> ModelUnavailableError:
-    """Return transformers' or safetensors' exception as one of ours."""
-    text = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
-    if type(exc).__name__ == "SafetensorError":
-        return _damaged(folder, text)
-    if "trust_remote_code" in str(exc):
-        return ModelUnavailableError(f"{folder} requires custom code", hint="if you trust it, pass --trust-remote-code")
-    return ModelUnavailableError(f"failed to load {folder}: {text}", hint="rerun with -v for the traceback")
-
-
 def _damaged(path: Path, reason: str) -> ModelUnavailableError:
     return ModelUnavailableError(
         f"weights in {path} are damaged: {reason}",
@@ -249,5 +226,30 @@ def _damaged(path: Path, reason: str) -> ModelUnavailableError:
 
 
 def _readable(size: int) -> str:
-    """Return a size as people read it, e.g. `1.2 GB`."""
     return next(f"{size / unit:.1f} {name}" for name, unit in UNITS.items() if size >= unit or unit == 1)
+
+
+def embedding_context_length(folder: Path) -> int:
+    """Return the maximum number of tokens of a text for a sentence encoder, special ones included."""
+    limits = (
+        _read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
+        _read_json(folder / "tokenizer_config.json").get("model_max_length"),
+        _read_json(folder / "config.json").get("max_position_embeddings"),
+    )
+    return int(min(filter(None, limits), default=EMBEDDING_TOKENS))
+
+
+def embedding_pooling(folder: Path) -> str:
+    """Return how a sentence encoder makes one vector of many: mean_tokens, or cls_token."""
+    modes = _read_json(folder / "1_Pooling" / "config.json")
+    modes_on: list[str] = [name.removeprefix("pooling_mode_") for name, is_on in modes.items() if is_on is True]
+    modules = _read_json(folder / "modules.json") or []
+    layers = {str(module["type"]).rpartition(".")[2] for module in modules} - {"Transformer", "Pooling", "Normalize"}
+    if layers or (modes_on and modes_on not in (["mean_tokens"], ["cls_token"])):
+        reason = f"pooling by {', '.join(sorted(layers) or modes_on)} is not supported"
+        raise ModelUnavailableError(f"{folder}: {reason}", hint="use another sentence encoder")
+    return modes_on[0] if modes_on else "mean_tokens"
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

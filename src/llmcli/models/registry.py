@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from llmcli import config
 from llmcli.errors import ModelUnavailableError, UsageError
@@ -17,36 +16,27 @@ SOURCES = {"hub": str, "wheels": list, "files": list, "folder": str, "sha256": s
 
 @dataclass(frozen=True, slots=True)
 class WheelSource:
-    """Weights published in wheels: the pieces of a GGUF file in order, or a directory that `save_pretrained` wrote.
-
-    `sha256` is of the GGUF file, or of the directory's model.safetensors.
-    """
+    """Weights published in wheels: the pieces of a GGUF file in order, or a directory with a model.safetensors."""
 
     wheels: tuple[str, ...]
-    sha256: str
+    sha256: str  # of the GGUF file, or of model.safetensors
     files: tuple[str, ...] = ()
     folder: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class HubSource:
-    """A repository on the Hugging Face Hub. `revision` is a branch, tag or commit."""
-
     repo: str
-    revision: str | None = None
+    revision: str | None = None  # branch, tag or commit
 
 
 @dataclass(frozen=True, slots=True)
 class FolderSource:
-    """A directory that `save_pretrained` wrote."""
-
     path: Path
 
 
 @dataclass(frozen=True, slots=True)
 class GgufSource:
-    """A GGUF file of the user's own."""
-
     path: Path
 
 
@@ -55,9 +45,9 @@ Source = WheelSource | HubSource | FolderSource | GgufSource
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What is known about a model before it is loaded. `name` is the alias, or what the user wrote."""
+    """What is known about a model before it is loaded."""
 
-    name: str
+    name: str  # the alias, or what the user wrote
     source: Source
     description: str = ""
     license: str | None = None
@@ -66,11 +56,7 @@ class ModelSpec:
 
 
 def resolve(name: str) -> ModelSpec:
-    """Return the model of that name: an alias, or else an existing directory or .gguf file, or else a Hub ID.
-
-    Raises:
-        ModelUnavailableError: The name is none of these.
-    """
+    """Return the model of that name: an alias, or else an existing directory or .gguf file, or else a Hub ID."""
     if spec := models().get(name) or _patterned(name):
         return spec
     path = Path(name).expanduser()
@@ -79,11 +65,11 @@ def resolve(name: str) -> ModelSpec:
     if path.suffix == ".gguf" and path.is_file():
         return ModelSpec(name, GgufSource(path.resolve()))
     looks_like_path = name.startswith((".", "/", "~")) or path.suffix == ".gguf" or (name and path.exists())
-    if not looks_like_path and (source := _hub_source(name)):
-        return ModelSpec(name, source)
     if looks_like_path:
         reason = "is neither a model directory nor a .gguf file" if path.exists() else "does not exist"
         raise ModelUnavailableError(f"model {name!r} {reason}")
+    if source := _hub_source(name):
+        return ModelSpec(name, source)
     raise ModelUnavailableError(
         f"unknown model {name!r}{config.did_you_mean(name, models())}",
         hint="run `llmcli models list` for the aliases, or pass a directory, a .gguf file or a Hub ID: org/name",
@@ -94,9 +80,6 @@ def default_names(task: str, source: str | None = None, target: str | None = Non
     """Return the models of a task without --model, the preferred one first.
 
     Names with {from} and {to} are for two languages, and left out if one is not known.
-
-    Raises:
-        UsageError: The task has no default model, or all of them require a language.
     """
     defaults, own = config.read_toml(HERE / "defaults.toml"), config.settings().defaults
     config.check_keys(own, defaults, f"{config.config_file()}: [defaults]")
@@ -116,7 +99,7 @@ def default_names(task: str, source: str | None = None, target: str | None = Non
 
 @cache
 def models() -> Mapping[str, ModelSpec]:
-    """Return specs by alias. Raises UsageError for an invalid table of the user's."""
+    """Return specs by alias, the user's own included."""
     own = config.config_file().with_name("models.toml")
     paths = [HERE / "models.toml", *([own] if own.exists() else [])]
     return {alias: _spec(alias, table, path) for path in paths for alias, table in config.read_toml(path).items()}
@@ -144,20 +127,15 @@ def _spec(alias: str, table: object, path: Path) -> ModelSpec:
     required = set(kinds) if kinds != ["wheels"] else {"wheels", "sha256", "folder" if "folder" in table else "files"}
     for key in sorted(required ^ (table.keys() - ABOUT.keys())):
         raise UsageError(f"{where}: {key!r} {'cannot be used with' if key in table else 'is required by'} {kinds[0]!r}")
-    about: dict[str, Any] = {
-        key: tuple(value) if key == "tasks" else value for key, value in table.items() if key in ABOUT
-    }
-    return ModelSpec(alias, _source(table, path.parent, where), **about)
-
-
-def _source(table: Mapping[str, Any], folder: Path, where: str) -> Source:
-    if "wheels" in table:
-        return WheelSource(tuple(table["wheels"]), table["sha256"], tuple(table.get("files", ())), table.get("folder"))
-    if "path" in table:
-        path = folder / Path(table["path"]).expanduser()
-        return GgufSource(path) if path.suffix == ".gguf" else FolderSource(path)
+    about = {key: value for key, value in table.items() if key in ABOUT} | {"tasks": tuple(table.get("tasks", ()))}
+    if kinds == ["wheels"]:
+        files, folder = tuple(table.get("files", ())), table.get("folder")
+        return ModelSpec(alias, WheelSource(tuple(table["wheels"]), table["sha256"], files, folder), **about)
+    if kinds == ["path"]:
+        file = path.parent / Path(table["path"]).expanduser()
+        return ModelSpec(alias, GgufSource(file) if file.suffix == ".gguf" else FolderSource(file), **about)
     if source := _hub_source(table["hub"]):
-        return source
+        return ModelSpec(alias, source, **about)
     raise UsageError(f"{where}: {table['hub']!r} is not a Hub ID", hint="write org/name or org/name@revision")
 
 

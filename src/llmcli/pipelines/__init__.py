@@ -20,24 +20,14 @@ CLASSES = {  # kind: module of this package, and class
     "causal_attention": ("attention", "CausalAttentionPipeline"),
     "embedding": ("embedding", "EmbeddingPipeline"),
     "extractive_qa": ("extractive_qa", "ExtractiveQaPipeline"),
-    "next_token": ("next_token", "NextTokenPipeline"),
+    "next_token": ("causal", "NextTokenPipeline"),
     "scoring": ("scoring", "ScoringPipeline"),
     "seq2seq": ("seq2seq", "Seq2SeqPipeline"),
 }
 
 
 def load(kind: str, folder: Path, load_options: LoadOptions) -> "TextPipeline":
-    """Load a model and return its pipeline.
-
-    Args:
-        kind: A key of CLASSES.
-        folder: Directory of the weights, the configuration and the tokenizer.
-        load_options: Device, precision and memory.
-
-    Raises:
-        ModelUnavailableError: The model cannot be loaded, as in `loading.load`.
-        UsageError: The device is not available, or --quantize cannot be used with the device or the model.
-    """
+    """Load a model from its directory, and return its pipeline of that kind."""
     pipeline_type = pipeline_class(kind)
     from llmcli.pipelines import quantizer
 
@@ -55,11 +45,7 @@ def wrap_as(kind: str, pipeline: "TextPipeline") -> "TextPipeline":
 
 
 def check_compatibility(folder: Path, load_options: LoadOptions, kinds: Iterable[str]) -> dict[str, str | None]:
-    """Return for each kind why the model in that directory is unsuitable; None if it is suitable.
-
-    Raises:
-        ModelUnavailableError: The configuration cannot be read.
-    """
+    """Return for each kind why the model in that directory is unsuitable; None if it is suitable."""
     loading.quiet_libraries()
     config = loading.read_config(folder, load_options)
     reasons = {kind: pipeline_class(kind).find_incompatibility(config) for kind in kinds}
@@ -83,5 +69,4 @@ def _make(kind: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBa
 
     # A model that accelerate spread says where it is; one on a single device would be moved to the first GPU.
     device = None if getattr(model, "hf_device_map", None) else model.device
-    made: TextPipeline = pipeline(f"llmcli-{kind}", model=model, tokenizer=tokenizer, device=device)
-    return made
+    return pipeline(f"llmcli-{kind}", model=model, tokenizer=tokenizer, device=device)  # type: ignore[no-any-return]

@@ -4,47 +4,34 @@ import bisect
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import StoppingCriteria
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from llmcli.compat.tokenizers import decode_stream
-from llmcli.pipelines.base import Usage
+from llmcli.pipelines.base import Inputs, Parameters, TextPipeline, as_batch
 from llmcli.pipelines.spelling import PENDING
 from llmcli.text.splitting import first_stop, stop_prefix
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
 BYTES_OF_SPECIALS = 8  # what a stop text's last tokens may have beside it
 
 
-class GeneratedText(TypedDict, total=False):
-    """An answer: `generated_texts` if several were asked for; `truncated` tokens of the prompt were cut."""
-
-    generated_text: str
-    generated_texts: list[str]
-    truncated: int
-    finish_reason: str
-    usage: Usage
-
-
 class TokenDecoder:
-    """Decode the new tokens of one row.
-
-    Tokens that follow a prompt are decoded together with its last tokens, `before`: alone, a SentencePiece tokenizer
-    would lose the space in front of them.
-    """
+    """Decode new tokens with the prompt's last ones, `before`: alone, SentencePiece would lose the space between."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", before: Sequence[int] = (), **settings: bool) -> None:
         self._tokenizer, self._before, self._settings = tokenizer, list(before), settings
+        self._decode: Callable[[list[int]], str] = partial(tokenizer.decode, skip_special_tokens=True, **settings)
         self._known = self._decode(self._before) if before else ""
 
     def __call__(self, ids: list[int]) -> str:
-        """Return the text of new tokens."""
         return self._decode(self._before + ids).removeprefix(self._known)
 
     def stream(self) -> Callable[[int], str | None]:
@@ -53,13 +40,9 @@ class TokenDecoder:
         fast = None if cleans_up else decode_stream(self._tokenizer, self._before)
         return fast or slow_stream(self)
 
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, **self._settings)
-        return text
-
 
 def slow_stream(decode: Callable[[list[int]], str]) -> Callable[[int], str | None]:
-    """Return the same for tokenizers that cannot decode step by step: it decodes all tokens for each new one."""
+    """Return the same as TokenDecoder.stream for slow tokenizers: it decodes all tokens for each new one."""
     ids, length = list[int](), 0
 
     def step(token: int) -> str | None:
@@ -75,28 +58,19 @@ def slow_stream(decode: Callable[[list[int]], str]) -> Callable[[int], str | Non
 
 
 class DeltaStreamer(BaseStreamer):  # type: ignore[misc]  # transformers has no types
-    """Pass text on while it is generated, but only what no later token can change.
-
-    It holds back the bytes of an unfinished character, and an ending that may become a stop text.
-    """
+    """Pass text on while it is generated, except for an unfinished character and the beginning of a stop text."""
 
     def __init__(self, decoder: TokenDecoder, stops: Sequence[str], on_text: Callable[[str], None]) -> None:
         self._step, self._stops, self._on_text = decoder.stream(), stops, on_text
-        self._held = ""
-        self._is_prompt, self._is_over = True, False
+        self._held, self._is_prompt, self._is_over = "", True, False
 
     def put(self, value: torch.Tensor) -> None:
-        if self._is_prompt:
+        if self._is_prompt or self._is_over:
             self._is_prompt = False
             return
-        for token in value.flatten().tolist():
-            self._add(token)
-
-    def _add(self, token: int) -> None:
-        if self._is_over:
-            return
         try:
-            self._held += self._step(token) or ""
+            for token in value.flatten().tolist():
+                self._held += self._step(token) or ""
         except Exception:  # tokenizers': this token changes text that was passed on already
             self._is_over = True
             return
@@ -111,35 +85,30 @@ class DeltaStreamer(BaseStreamer):  # type: ignore[misc]  # transformers has no 
         """Leave the rest to the result."""
 
 
-def make_result(output: Mapping[str, Any], decode: TokenDecoder, config: "GenerationConfig") -> GeneratedText:
-    """Return the fields of one input's result.
-
-    `output` has `sequences` (1, N, T) of new tokens, `input_ids`, how many were `cut`, and perhaps `max_new_tokens`.
-    """
+def make_result(output: Mapping[str, Any], decode: TokenDecoder, config: "GenerationConfig") -> Inputs:
+    """Return the fields of one input's result, from `sequences` (1, N, T) of new tokens."""
     limit = output.get("max_new_tokens")
     answers = [_finish(sequence.tolist()[:limit], decode, config) for sequence in output["sequences"][0]]
     text, reason, _ = answers[0]
-    result: GeneratedText = {"generated_text": text}
+    result: Inputs = {"generated_text": text}
     if len(answers) > 1:
         result["generated_texts"] = [text for text, _, _ in answers]
     if output["cut"]:
         result["truncated"] = output["cut"]
     completion_tokens = sum(count for _, _, count in answers)
-    usage: Usage = {"prompt_tokens": len(output["input_ids"]), "completion_tokens": completion_tokens}
+    usage = {"prompt_tokens": len(output["input_ids"]), "completion_tokens": completion_tokens}
     return {**result, "finish_reason": reason, "usage": usage}
 
 
 def _finish(ids: list[int], decode: TokenDecoder, config: "GenerationConfig") -> tuple[str, str, int]:
-    """Return text, finish reason and number of generated tokens of one sequence."""
+    """Return text, finish reason and number of tokens of one sequence."""
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     end = next((i + 1 for i, token in enumerate(ids) if token in eos), None)
-    text = decode(ids[:end])
-    if (cut := first_stop(text, config.stop_strings or ())) is not None:
+    text, stops = decode(ids[:end]), config.stop_strings or ()
+    if (cut := first_stop(text, stops)) is not None:
         # Once a stop text is complete, it stays: bisect for the token that completes it.
-        def has_stop(count: int) -> bool:
-            return first_stop(decode(ids[:count]), config.stop_strings) == cut
-
-        return text[:cut], "stop", bisect.bisect_left(range(len(ids)), True, key=has_stop)
+        count = bisect.bisect_left(range(len(ids)), True, key=lambda i: first_stop(decode(ids[:i]), stops) == cut)
+        return text[:cut], "stop", count
     return text, "stop" if end else "length", end or len(ids)
 
 
@@ -147,7 +116,7 @@ class NewTextStopCriteria(StoppingCriteria):  # type: ignore[misc]
     """End each row of a batch once its new text contains a stop text.
 
     transformers' own stop strings are found in the prompt's end and in special tokens too. `start` is the padded length
-    of the prompts. Several rows, sequences or beams, may share one of the `decoders`.
+    of the prompts. Several rows, sequences or beams, may share a decoder.
     """
 
     def __init__(self, decoders: Sequence[TokenDecoder], stops: Sequence[str], start: int) -> None:
@@ -163,10 +132,7 @@ class NewTextStopCriteria(StoppingCriteria):  # type: ignore[misc]
 
 
 class RowLimitCriteria(StoppingCriteria):  # type: ignore[misc]
-    """End each row of a batch after its own number of new tokens.
-
-    `start` is the padded length of the prompts. Several rows, sequences or beams, may share one of the `limits`.
-    """
+    """End each row of a batch after its own number of new tokens. Several rows may share a limit."""
 
     def __init__(self, limits: Sequence[int], start: int) -> None:
         self.limits, self.start = torch.tensor(limits), start
@@ -181,8 +147,7 @@ class TokenTimer(StoppingCriteria):  # type: ignore[misc]
     """Note when each token came, and call `on_token` then, which may raise. Ends nothing."""
 
     def __init__(self, on_token: Callable[[], None] | None = None) -> None:
-        self.times: list[float] = []
-        self.on_token = on_token
+        self.times, self.on_token = list[float](), on_token
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
         self.times.append(time.perf_counter())
@@ -196,21 +161,54 @@ class TokenTimer(StoppingCriteria):  # type: ignore[misc]
         return 1 / statistics.median(b - a for a, b in pairwise(self.times)) if len(self.times) > 1 else 0.0
 
 
-def stopping_criteria(
-    config: "GenerationConfig", decoders: Sequence[TokenDecoder], limits: Sequence[int] | None, start: int
-) -> list[StoppingCriteria]:
-    """Take the stop texts out of `config`, set it to the highest of the rows' limits, and return what ends rows.
+class GeneratingPipeline(TextPipeline):
+    """A pipeline whose model generates text."""
 
-    `start` is the number of tokens that precede the new ones, padding included.
-    """
-    criteria: list[StoppingCriteria] = []
-    if config.stop_strings:
-        criteria.append(NewTextStopCriteria(decoders, config.stop_strings, start))
-        config.stop_strings = None
-    if limits:
-        if config.max_length and not config.max_new_tokens:
-            limits = [min(limit, config.max_length - start) for limit in limits]
-        config.max_new_tokens, config.max_length = max(limits), None
-        if min(limits) < max(limits):
-            criteria.append(RowLimitCriteria(limits, start))
-    return criteria
+    def _sanitize_parameters(self, generation_config: object = None, truncate: int | None = None) -> Parameters:
+        config = {"generation_config": generation_config} if generation_config else {}
+        return {"truncate": truncate}, config, config
+
+    def decoder(self, inputs: Mapping[str, Any]) -> TokenDecoder:
+        """Return a decoder of the new tokens for one preprocessed input."""
+        raise NotImplementedError
+
+    def _generate(
+        self,
+        inputs: Inputs,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        config: "GenerationConfig",
+        *,
+        start: int,
+        max_new_tokens: Sequence[int] | None = None,
+        criteria: Sequence[StoppingCriteria] = (),
+        streamer: BaseStreamer | None = None,
+        cache: "DynamicCache | None" = None,
+    ) -> Inputs:
+        """Return the new sequences: what the model puts after `start` tokens, padding included."""
+        ends = [*criteria]
+        if config.stop_strings:
+            batch = as_batch(inputs)
+            rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+            ends.append(NewTextStopCriteria([*map(self.decoder, rows)], config.stop_strings, start))
+            config.stop_strings = None
+        if limits := max_new_tokens:
+            if config.max_length and not config.max_new_tokens:
+                limits = [min(limit, config.max_length - start) for limit in limits]
+            config.max_new_tokens, config.max_length = max(limits), None
+            if min(limits) < max(limits):
+                ends.append(RowLimitCriteria(limits, start))
+        sequences = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList(ends),
+            streamer=streamer,
+            **({"past_key_values": cache} if cache else {}),
+        )
+        sequences = getattr(sequences, "sequences", sequences)[:, start:]
+        sequences = sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True)
+        return {"sequences": sequences, **({"max_new_tokens": max_new_tokens} if max_new_tokens else {}), **inputs}
+
+    def postprocess(self, output: Inputs, generation_config: "GenerationConfig | None" = None) -> Inputs:
+        return make_result(output, self.decoder(output), generation_config or self.model.generation_config)

@@ -1,6 +1,6 @@
 """Texts -> how much each token attends to each. Two transformers.Pipelines."""
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,19 +15,10 @@ if TYPE_CHECKING:
 MAX_TOKENS = 512  # The weights of all heads grow with the square of the length.
 
 
-class Attention(TypedDict):
-    """How much each of T tokens attends to each of them, in a model of so many layers and heads."""
-
-    tokens: list[str]
-    attention: list[list[float]]
-    layers: int
-    heads: int
-
-
 class AttentionPipeline(TextPipeline):
     """Compute attention weights, with the base model of any encoder or decoder.
 
-    What the steps hand to each other, for a batch of B texts of T tokens, with a model of L layers of H heads:
+    For a batch of B texts of T tokens, with a model of L layers of H heads:
 
     preprocess   input_ids, T of them
     _forward     attentions, float32 (B, L, H, T, T): softmax(QKᵀ/√d), a row for each token that attends
@@ -46,7 +37,6 @@ class AttentionPipeline(TextPipeline):
         return {}, {}, {"layer": layer, "head": head}
 
     def preprocess(self, text: str, truncate: object = None) -> Inputs:
-        """Return the token IDs of one text. Raises RecordError for a text with none, or with too many to show."""
         config = self.model.config.get_text_config()
         maximum = min(MAX_TOKENS, getattr(config, "max_position_embeddings", None) or MAX_TOKENS)
         ids = self.tokenizer(text)["input_ids"]
@@ -63,8 +53,7 @@ class AttentionPipeline(TextPipeline):
             raise ModelUnavailableError(f"{self.model.config.model_type} models do not return attention weights")
         return {"attentions": torch.stack(list(attentions), 1).float().numpy(force=True), **inputs}
 
-    def postprocess(self, output: Inputs, layer: int | None = None, head: int | None = None) -> Attention:
-        """Return the fields of a result. Raises UsageError for a layer or head that the model does not have."""
+    def postprocess(self, output: Inputs, layer: int | None = None, head: int | None = None) -> Inputs:
         (weights,) = output["attentions"]
         layers, heads = weights.shape[:2]
         for name, index, count in (("layer", layer, layers), ("head", head, heads)):
@@ -78,7 +67,7 @@ class AttentionPipeline(TextPipeline):
 
 
 class CausalAttentionPipeline(AttentionPipeline):
-    """The same on the weights that a causal model generates with: a worker that keeps them does not load them again."""
+    """The same on the weights that a causal model generates with, which a worker may have loaded."""
 
     auto_class = CausalTextPipeline.auto_class
     find_incompatibility = staticmethod(CausalTextPipeline.find_incompatibility)

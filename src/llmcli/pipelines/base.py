@@ -3,7 +3,7 @@
 import functools
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,32 +20,43 @@ Inputs = dict[str, Any]  # what the steps of a pipeline hand to each other, by n
 Parameters = tuple[Inputs, Inputs, Inputs]  # of preprocess, _forward and postprocess
 
 
-class Usage(TypedDict, total=False):
-    """Tokens of a record."""
-
-    prompt_tokens: int
-    completion_tokens: int
-
-
 class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transformers has no types
-    """A pipeline that reads text alone.
+    """A pipeline that reads text alone."""
 
-    Attributes:
-        auto_class: The class of transformers that loads its models.
-        ignorable_weight_prefix: Prefix of weights that a checkpoint may lack: a head for another task.
-    """
-
-    auto_class: str
-    ignorable_weight_prefix: str | None = None
+    auto_class: str  # of transformers, which loads its models
+    ignorable_weight_prefix: str | None = None  # of weights that a checkpoint may lack: a head for another task
 
     @staticmethod
     def find_incompatibility(config: "PreTrainedConfig") -> str | None:
         """Return why a model of that configuration cannot be used, to follow its name; None if it can."""
         raise NotImplementedError
 
-    def pad(self, rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def pad(
+        self, rows: Sequence[Sequence[int]], *, left: bool = False, fill: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return input_ids and attention_mask, int64 (B, P), of B rows of at most P tokens."""
-        return pad_rows(rows, self.tokenizer.pad_token_id, self.device, left=left)
+        length = max(map(len, rows))
+        ids = np.full((len(rows), length), self.tokenizer.pad_token_id if fill is None else fill, np.int64)
+        mask = np.zeros_like(ids)
+        for i, row in enumerate(rows):
+            place = slice(length - len(row), None) if left else slice(len(row))
+            ids[i, place] = row
+            mask[i, place] = 1
+        return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.tokenizer(text)["input_ids"])
+
+    def tokenize(self, text: str, maximum: int | None, *, truncate: bool) -> Inputs:
+        """Return the token IDs of a text. If it is too long, raise RecordError or, with `truncate`, cut its end."""
+        ids = self.tokenizer(text)["input_ids"]
+        length = len(ids)
+        if maximum and length > maximum:
+            if not truncate:
+                raise too_long("text", length, maximum)
+            # Tokenize again, so that the token that ends every text stays.
+            ids = self.tokenizer(text, truncation=True, max_length=maximum)["input_ids"]
+        return {"input_ids": make_row(ids), "cut": length - len(ids)}
 
 
 class CausalTextPipeline(TextPipeline):
@@ -64,16 +75,12 @@ class CausalTextPipeline(TextPipeline):
     @functools.cached_property
     def context_length(self) -> int | None:
         """Maximum number of tokens of prompt and answer together."""
-        config = self.model.config.get_text_config()
-        length: int | None = getattr(config, "max_position_embeddings", None)
+        length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return length if length and length > 0 else None
 
 
 def make_row(ids: Sequence[int]) -> "array[int]":
-    """Return the tokens of one row as `preprocess` gives them.
-
-    A tensor would cost more time than all else that is done for a record, and a list five times the memory.
-    """
+    """Return one row. A tensor would take longer to make than all else, and a list five times the memory."""
     return array("q", ids)
 
 
@@ -81,19 +88,6 @@ def as_batch(inputs: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Return a list for each field of what `preprocess` gave, for one row (transformers' own way) or for a batch."""
     is_batch = isinstance(inputs["input_ids"], list)
     return {name: value if is_batch else [value] for name, value in inputs.items()}
-
-
-def pad_rows(
-    rows: Sequence[Sequence[int]], pad: int, device: torch.device | str, *, left: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return input_ids and attention_mask, int64 (B, P), of B rows of at most P tokens."""
-    length = max(map(len, rows))
-    ids, mask = np.full((len(rows), length), pad, np.int64), np.zeros((len(rows), length), np.int64)
-    for i, row in enumerate(rows):
-        place = slice(length - len(row), None) if left else slice(len(row))
-        ids[i, place] = row
-        mask[i, place] = 1
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
 def check_length(text: str, maximum: int, count_tokens: Callable[[str], int]) -> None:
@@ -110,7 +104,6 @@ def check_length(text: str, maximum: int, count_tokens: Callable[[str], int]) ->
 
 
 def too_long(what: str, length: int | str, maximum: int) -> RecordError:
-    """Return the error of a text or prompt that does not fit the model's context."""
     return RecordError(
         "context_length_exceeded",
         f"{what} has {length} tokens, which exceeds the context length of {maximum}",
@@ -119,12 +112,10 @@ def too_long(what: str, length: int | str, maximum: int) -> RecordError:
 
 
 def check_tokens(ids: Sequence[int]) -> None:
-    """Raise RecordError for a text without tokens."""
     if not ids:
         raise RecordError("no_tokens", "the text has no tokens")
 
 
 def check_finite(numbers: object) -> None:
-    """Raise RecordError if a number, or one of an array, is not finite."""
     if not np.isfinite(np.asarray(numbers)).all():
         raise RecordError("not_finite", "model returned NaN or infinite values", hint="try --dtype float32")

@@ -1,4 +1,4 @@
-"""Prompts, or chats, -> new text, by a causal language model. A transformers.Pipeline."""
+"""Prompts, or chats, -> new text, or the next token, by a causal language model. Two transformers.Pipelines."""
 
 import copy
 import functools
@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
 from llmcli.compat.cache import filled_cache, growing_cache, repeat_cache
 from llmcli.compat.transformers import has_fixed_rotary_positions, takes_position_ids
 from llmcli.errors import RecordError, UsageError
 from llmcli.pipelines import base
-from llmcli.pipelines.answers import GeneratedText, TokenDecoder, make_result, stopping_criteria
-from llmcli.pipelines.base import CausalTextPipeline, Inputs, Parameters
+from llmcli.pipelines.answers import GeneratingPipeline, TokenDecoder
+from llmcli.pipelines.base import CausalTextPipeline, Inputs
+from llmcli.pipelines.spelling import CONTEXT_TOKENS, token_texts
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, GenerationConfig
@@ -26,23 +25,16 @@ DECODED_TOKENS = 4  # of the prompt's end, decoded together with what follows
 ANSWER_TOKENS = 512  # that fit in a sliding window after a shared prefix
 
 
-class CausalPipeline(CausalTextPipeline):
+class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
     """Generate text. `transformers.pipeline("llmcli-causal", ...)` makes one too.
 
-    What the steps hand to each other, for a batch of B prompts, the longest of P tokens, with N sequences of at most T
-    new tokens each:
+    For a batch of B prompts, the longest of P tokens, with N sequences of at most T new tokens each:
 
     preprocess   input_ids, P of them; is_chat; cut: tokens that --truncate took away
     _forward     sequences, int64 (B, N, T); what preprocess gave, and max_new_tokens if rows have their own, in lists
                  of B
     postprocess  {"generated_text", "finish_reason", "usage"} of one prompt
     """
-
-    def _sanitize_parameters(
-        self, generation_config: "GenerationConfig | None" = None, truncate: int | None = None
-    ) -> Parameters:
-        config = {} if generation_config is None else {"generation_config": generation_config}
-        return {"truncate": truncate}, config, config
 
     @functools.cached_property
     def can_mix_limits(self) -> bool:
@@ -53,15 +45,6 @@ class CausalPipeline(CausalTextPipeline):
         """
         return has_fixed_rotary_positions(self.model)
 
-    def remaining_context(self, inputs: Mapping[str, Any]) -> int | None:
-        """Return the number of tokens that the context leaves for the answer."""
-        return self.context_length - len(inputs["input_ids"]) if self.context_length else None
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether prompts are messages, for the model's chat template."""
-        return bool(self.tokenizer.chat_template)
-
     @functools.cached_property
     def can_share_prefix(self) -> bool:
         """Whether prompts may begin with the keys and values of a common prefix.
@@ -70,12 +53,19 @@ class CausalPipeline(CausalTextPipeline):
         """
         return takes_position_ids(self.model)
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether prompts are messages, for the model's chat template."""
+        return bool(self.tokenizer.chat_template)
+
+    def remaining_context(self, inputs: Mapping[str, Any]) -> int | None:
+        """Return the number of tokens that the context leaves for the answer."""
+        return self.context_length - len(inputs["input_ids"]) if self.context_length else None
+
     def count_prompt_tokens(self, prompt: "Prompt") -> int:
-        """Return the number of tokens of a prompt as the model reads it."""
         return len(self.preprocess(prompt)["input_ids"])
 
     def count_tokens(self, text: str) -> int:
-        """Return the number of tokens of a text."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def preprocess(self, prompt: "Prompt", truncate: int | None = None) -> Inputs:
@@ -84,15 +74,15 @@ class CausalPipeline(CausalTextPipeline):
         One that is too long raises RecordError or, if `truncate` says how many tokens to leave for the answer, is cut:
         its end stays, and a token that begins every text.
         """
-        if self.context_length and truncate is None:
+        context = self.context_length
+        if context and truncate is None:
             text = prompt if isinstance(prompt, str) else self._apply_template(prompt, tokenize=False)
-            base.check_length(text, self.context_length, self.count_tokens)
+            base.check_length(text, context, self.count_tokens)
         encoded = self.tokenizer(prompt) if isinstance(prompt, str) else self._apply_template(prompt, return_dict=True)
-        ids = encoded["input_ids"]
         first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        ids = ids or [token for token in (first, last) if token is not None][:1]
+        ids = encoded["input_ids"] or [token for token in (first, last) if token is not None][:1]
         base.check_tokens(ids)
-        length, context = len(ids), self.context_length
+        length = len(ids)
         if context and length >= context:
             if truncate is None:
                 raise base.too_long("prompt", length, context)
@@ -110,10 +100,7 @@ class CausalPipeline(CausalTextPipeline):
             raise RecordError("bad_messages", f"chat template rejected the messages: {exc}") from exc
 
     def prefill(self, ids: list[int]) -> "DynamicCache | None":
-        """Return the keys and values of a prefix that many prompts share, as a cache of one row.
-
-        None if the model keeps anything else, forgets, or takes distances from the sequence.
-        """
+        """Return the keys and values of a shared prefix, as a cache of one row; None if the model keeps more."""
         window = getattr(self.model.config.get_text_config(), "sliding_window", None)
         if not self.can_share_prefix or (window and len(ids) + ANSWER_TOKENS > window):
             return None
@@ -122,46 +109,59 @@ class CausalPipeline(CausalTextPipeline):
             cache = growing_cache(self.model, self.model.generation_config)
             return filled_cache(self.model(prefix, use_cache=True, past_key_values=cache))
 
-    def _forward(
-        self,
-        inputs: Inputs,
-        generation_config: "GenerationConfig | None" = None,
-        streamer: BaseStreamer | None = None,
-        criteria: Sequence[StoppingCriteria] = (),
-        prefix: "tuple[list[int], DynamicCache] | None" = None,
-        max_new_tokens: Sequence[int] | None = None,
-    ) -> Inputs:
+    def _forward(self, inputs: Inputs, generation_config: "GenerationConfig | None" = None, **settings: Any) -> Inputs:
         config = copy.copy(generation_config or self.model.generation_config)
-        batch, cache = base.as_batch(inputs), None
+        prefix: tuple[list[int], DynamicCache] | None = settings.pop("prefix", None)
         known = len(prefix[0]) if prefix else 0
-        ids, mask = self.pad([row[known:] for row in batch["input_ids"]], left=True)
+        ids, mask = self.pad([row[known:] for row in base.as_batch(inputs)["input_ids"]], left=True)
         if prefix:  # at the very start; padding comes after it
             begin = torch.tensor(prefix[0], device=ids.device).expand(len(ids), -1)
             ids, mask = torch.cat([begin, ids], 1), torch.cat([torch.ones_like(begin), mask], 1)
-            cache = repeat_cache(prefix[1], len(ids))
+            settings["cache"] = repeat_cache(prefix[1], len(ids))
         elif cache := growing_cache(self.model, config):
             config.prefill_chunk_size = config.prefill_chunk_size or max(16, PREFILL_TOKENS // len(ids))
-        decoders = [*map(self._decoder, batch["input_ids"], batch["is_chat"])] if config.stop_strings else []
-        ends = stopping_criteria(config, decoders, max_new_tokens, ids.shape[1])
-        sequences = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=config,
-            stopping_criteria=StoppingCriteriaList([*criteria, *ends]),
-            streamer=streamer,
-            **({"past_key_values": cache} if cache else {}),
-        )
-        sequences = getattr(sequences, "sequences", sequences)[:, ids.shape[1] :]
-        limits = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
-        return {"sequences": sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True), **limits, **inputs}
-
-    def postprocess(self, output: Inputs, generation_config: "GenerationConfig | None" = None) -> GeneratedText:
-        """Return the fields of a result."""
-        return make_result(output, self.decoder(output), generation_config or self.model.generation_config)
+            settings["cache"] = cache
+        return self._generate(inputs, ids, mask, config, start=ids.shape[1], **settings)
 
     def decoder(self, inputs: Mapping[str, Any]) -> TokenDecoder:
-        """Return a decoder of the new tokens for one preprocessed prompt."""
-        return self._decoder(inputs["input_ids"], inputs["is_chat"])
+        return TokenDecoder(self.tokenizer, () if inputs["is_chat"] else inputs["input_ids"][-DECODED_TOKENS:])
 
-    def _decoder(self, prompt: Sequence[int], is_chat: bool) -> TokenDecoder:
-        return TokenDecoder(self.tokenizer, () if is_chat else prompt[-DECODED_TOKENS:])
+
+class NextTokenPipeline(CausalPipeline):
+    """Compute the distribution of the next token.
+
+    For a batch of B texts, the longest of P tokens, with a vocabulary of V:
+
+    preprocess   as of CausalPipeline
+    _forward     probability, the softmax of the model's logits, and sampling_probability, that of what `generate` makes
+                 of these before it draws a token, 1 for a single one if it is greedy: float32 (B, V)
+    postprocess  both, (V,); of one text its input_ids, and as `sampling` the settings by which a token is drawn;
+                 truncated, if tokens were cut
+    """
+
+    def token_texts(self, token: int, before: Sequence[int]) -> str:
+        return token_texts(self.tokenizer, [*before[-CONTEXT_TOKENS:], token])[-1]
+
+    def _forward(self, inputs: Inputs, generation_config: "GenerationConfig | None" = None, **settings: Any) -> Inputs:
+        config = copy.copy(generation_config or self.model.generation_config)
+        config.max_new_tokens, config.max_length, config.num_beams = 1, None, 1
+        config.return_dict_in_generate = config.output_logits = config.output_scores = True
+        config.remove_invalid_values = True  # NaN would end `multinomial`, and the whole batch; postprocess reports it
+        ids, mask = self.pad(base.as_batch(inputs)["input_ids"], left=True)
+        output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        (logits,), (scores,) = output.logits, output.scores
+        sampling = scores.float().softmax(-1)
+        if not config.do_sample:
+            sampling = torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).float()
+        computed = {"probability": logits.float().softmax(-1), "sampling_probability": sampling}
+        return {**{name: tensor.numpy(force=True) for name, tensor in computed.items()}, **inputs}
+
+    def postprocess(self, output: Inputs, generation_config: "GenerationConfig | None" = None) -> Inputs:
+        base.check_finite(output["probability"])
+        config = generation_config or self.model.generation_config
+        sampling: Mapping[str, float] = {"temperature": 0}
+        if config.do_sample:
+            sampling = {name: value for name in ("temperature", "top_k", "top_p") if (value := getattr(config, name))}
+        fields: Inputs = {name: output[name][0] for name in ("probability", "sampling_probability")}
+        fields |= {"input_ids": output["input_ids"].tolist(), "sampling": sampling}
+        return {**fields, "truncated": output["cut"]} if output["cut"] else fields

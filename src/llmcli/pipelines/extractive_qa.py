@@ -1,13 +1,13 @@
 """A question and a context -> the passage of the context that answers it. A transformers.Pipeline."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers.pipelines.base import ChunkPipeline
 
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
-from llmcli.pipelines.base import Inputs, Parameters, TextPipeline, as_batch, check_finite, make_row, pad_rows
+from llmcli.pipelines.base import Inputs, Parameters, TextPipeline, as_batch, check_finite, make_row
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -20,23 +20,10 @@ DEFAULT_WINDOW_TOKENS = 384
 DEFAULT_STRIDE_TOKENS = 128
 
 
-class Answer(TypedDict):
-    """A passage of the context, from character to character; the best one has all `answers` if several were wanted."""
-
-    answer: str | None
-    score: float
-    start: int | None
-    end: int | None
-    answers: NotRequired[list["Answer"]]
-
-
-NO_ANSWER: Answer = {"answer": None, "score": 0.0, "start": None, "end": None}
-
-
 class ExtractiveQaPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  # transformers has no types
     """Answer questions with passages of a context, which is read through overlapping windows if it is long.
 
-    What the steps hand to each other, for a batch of B windows, of one question or of several, the longest of P tokens:
+    For a batch of B windows, of one question or of several, the longest of P tokens:
 
     preprocess   for each window input_ids, P of them; p_mask: whether each token is barred from answers; encoding, as
                  the tokenizer made it; context; is_last
@@ -65,51 +52,33 @@ class ExtractiveQaPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  
         usable = any(name.endswith("ForQuestionAnswering") for name in config.architectures or ())
         return None if usable else "of this kind have no question-answering head"
 
-    def _sanitize_parameters(
-        self, doc_stride: int | None = None, max_seq_len: int | None = None, **answering: object
-    ) -> Parameters:
-        windows = {"doc_stride": doc_stride, "max_seq_len": max_seq_len}
-        return {name: value for name, value in windows.items() if value is not None}, {}, answering
+    def _sanitize_parameters(self, **settings: object) -> Parameters:
+        windows: Inputs = {name: settings.pop(name) for name in ("doc_stride", "max_seq_len") if name in settings}
+        return windows, {}, settings
 
     def preprocess(
-        self,
-        inputs: Mapping[str, str],
-        doc_stride: int | None = None,
-        max_seq_len: int | None = None,
-        truncate: object = None,
+        self, inputs: Mapping[str, str], doc_stride: int | None = None, max_seq_len: int | None = None, **_: object
     ) -> Iterator[Inputs]:
-        """Yield windows of at most `max_seq_len` tokens, the question included, that overlap by `doc_stride` tokens.
-
-        `truncate` has no effect, as windows cover the whole context.
-        """
+        """Yield windows of at most `max_seq_len` tokens, the question included, that overlap by `doc_stride` tokens."""
         for name in ("question", "context"):
             if not inputs[name].strip():
                 raise RecordError("empty", f"the {name} is empty")
         size, stride = self._window(inputs, doc_stride, max_seq_len)
         order = ("question", "context") if self.is_question_first else ("context", "question")
+        truncation, texts = "only_second" if self.is_question_first else "only_first", [inputs[name] for name in order]
         windows = self.tokenizer(
-            *(inputs[name] for name in order),
-            truncation="only_second" if self.is_question_first else "only_first",
-            max_length=size,
-            stride=stride,
-            return_overflowing_tokens=True,
+            *texts, truncation=truncation, max_length=size, stride=stride, return_overflowing_tokens=True
         ).encodings
         first, cls = order.index("context"), self.tokenizer.cls_token_id
         for window in windows:
             # The [CLS] token takes the probability of there being no answer: it has its share of the softmax.
-            barred = [
-                part != first and token != cls for part, token in zip(window.sequence_ids, window.ids, strict=True)
-            ]
-            yield {
-                "input_ids": make_row(window.ids),
-                "p_mask": make_row(barred),
-                "encoding": window,
-                "context": inputs["context"],
-                "is_last": window is windows[-1],
-            }
+            tokens = zip(window.sequence_ids, window.ids, strict=True)
+            barred = make_row([part != first and token != cls for part, token in tokens])
+            window_inputs = {"input_ids": make_row(window.ids), "p_mask": barred, "encoding": window}
+            yield {**window_inputs, "context": inputs["context"], "is_last": window is windows[-1]}
 
     def _window(self, inputs: Mapping[str, str], doc_stride: int | None, max_seq_len: int | None) -> tuple[int, int]:
-        """Return size and overlap. With those that it refuses, tokenizers would panic or never reach the end."""
+        """Return size and overlap. With those that are refused, tokenizers would panic or never reach the end."""
         maximum = self.tokenizer.model_max_length
         size = min(maximum, DEFAULT_WINDOW_TOKENS) if max_seq_len is None else max_seq_len
         stride = min(size // 2, DEFAULT_STRIDE_TOKENS) if doc_stride is None else doc_stride
@@ -134,10 +103,8 @@ class ExtractiveQaPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  
     def _forward(self, inputs: Inputs) -> Inputs:
         batch, left = as_batch(inputs), not self.is_question_first
         ids, mask = self.pad(batch["input_ids"], left=left)
-        known = {"input_ids": ids, "attention_mask": mask}
-        if "token_type_ids" in self.tokenizer.model_input_names:
-            types = [encoding.type_ids for encoding in batch["encoding"]]
-            known["token_type_ids"], _ = pad_rows(types, 0, self.device, left=left)
+        types, _ = self.pad([encoding.type_ids for encoding in batch["encoding"]], left=left, fill=0)
+        known = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
         output = self.model(**{name: known[name] for name in self.tokenizer.model_input_names})
         start, end = (logits.float().numpy(force=True) for logits in (output.start_logits, output.end_logits))
         return {"start": start, "end": end, **inputs}
@@ -149,17 +116,12 @@ class ExtractiveQaPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  
         max_answer_len: int = 15,
         handle_impossible_answer: bool = False,
         align_to_words: bool = True,
-    ) -> Answer:
-        """Return the fields of a result from all windows of a question.
-
-        Equal texts are one answer, with the place of the first and the sum of the scores. With
-        `handle_impossible_answer` an empty one takes part, with the score of there being none.
-        """
+    ) -> Inputs:
+        """Return the best passages. Equal texts are one, with the place of the first and the sum of the scores."""
         if min(top_k, max_answer_len) < 1:
             raise UsageError("number and length of answers must be at least 1")
         count = 2 * top_k + 10 if align_to_words else top_k  # Spans of the same words become one answer.
-        answers: dict[str, Answer] = {}
-        nulls = []
+        answers, nulls = dict[str, dict[str, Any]](), list[float]()
         for window in windows:
             encoding, context = window["encoding"], window["context"]
             own = slice(len(encoding)) if self.is_question_first else slice(-len(encoding), None)  # no padding
@@ -173,10 +135,11 @@ class ExtractiveQaPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  
                 text = context[begin:stop]
                 span = answers.setdefault(text.lower(), {"answer": text, "score": 0.0, "start": begin, "end": stop})
                 span["score"] += score
-        impossible: Answer = {"answer": "", "score": min(nulls), "start": 0, "end": 0}
-        spans = [*answers.values(), *([impossible] if handle_impossible_answer else [])]
+        spans = list(answers.values())
+        if handle_impossible_answer:
+            spans.append({"answer": "", "score": min(nulls), "start": 0, "end": 0})
         spans = sorted(spans, key=lambda span: span["score"], reverse=True)[:top_k]
-        best = spans[0] if spans else NO_ANSWER
+        best = spans[0] if spans else {"answer": None, "score": 0.0, "start": None, "end": None}
         return {**best, "answers": spans} if top_k > 1 else {**best}
 
     def _place(self, encoding: "Encoding", first: int, last: int, align_to_words: bool) -> tuple[int, int]:
@@ -191,29 +154,21 @@ class ExtractiveQaPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  
 
 
 def _probabilities(logits: "Floats", barred: "Bools") -> "Floats":
-    """Return the softmax over the tokens that are not barred."""
     logits = np.where(barred, np.float32(-10000), logits)
     weights = np.exp(logits - logits.max())
-    probabilities: Floats = weights / weights.sum()
-    return probabilities
+    return weights / weights.sum()  # type: ignore[no-any-return]
 
 
 def _best_spans(
     start: "Floats", end: "Floats", barred: "Bools", count: int, max_tokens: int
 ) -> Iterator[tuple[int, int, float]]:
-    """Yield first token, last token and score of the `count` most likely spans, best first.
-
-    A short context brings spans that touch a barred token; these are left out.
-    """
+    """Yield first token, last token and score of the `count` most likely spans, best first."""
     scores = np.tril(np.triu(np.outer(start, end)), max_tokens - 1).ravel()
-    if count == 1:
-        order = np.argmax(scores, keepdims=True)
-    elif count < len(scores):
+    order = np.argmax(scores, keepdims=True) if count == 1 else np.arange(len(scores))
+    if count < len(order):
         order = np.argpartition(-scores, count)[:count]
-        order = order[np.argsort(-scores[order])]
-    else:
-        order = np.argsort(-scores)
-    for at in order.tolist():
+    for at in order[np.argsort(-scores[order])].tolist():
         first, last = divmod(at, len(start))
+        # A short context brings spans that touch a barred token.
         if scores[at] > 0 and not (barred[first] or barred[last]):
             yield first, last, float(scores[at])

@@ -13,11 +13,7 @@ Weights = tuple[Tensor, Tensor]  # quantized, and scales
 
 
 class PackedLinear(nn.Module):  # type: ignore[misc]  # torch has no types for mypy
-    """A bfloat16 layer as torch.compile would call it.
-
-    nn.Linear has oneDNN read the weights in the order in which they are stored, at half the speed of the memory if
-    there is only one row to multiply.
-    """
+    """A bfloat16 layer as torch.compile would call it: nn.Linear reads one row's weights at half the memory's speed."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -29,37 +25,29 @@ class PackedLinear(nn.Module):  # type: ignore[misc]  # torch has no types for m
 
 
 class QuantizedLinear(nn.Module):  # type: ignore[misc]
-    """bfloat16 (..., K) times quantized weights of (N, K).
+    """bfloat16 (..., K) times quantized weights of (N, K), which are empty at first.
 
-    `quantize` makes `weight` and `scales` of float weights; each subclass has its own shapes and types of both.
+    Each subclass has its own shapes and types of `weight` and `scales`: `empty` returns them without values, `quantize`
+    those of float32 weights, by rounding to nearest, and `multiply` maps (M, K) to (M, N).
     """
 
     multiple: int  # that K must be divisible by
 
-    def __init__(self, out_features: int, in_features: int, bias: Tensor | None) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.out_features, self.in_features = out_features, in_features
-        weight, scales = self.empty(out_features, in_features)
+        self.out_features, self.in_features, self.bias = linear.out_features, linear.in_features, linear.bias
+        weight, scales = self.empty(self.out_features, self.in_features)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)
-        self.bias = bias
 
     @classmethod
-    def can_replace(cls, linear: nn.Module) -> bool:
-        """Return whether the kernel multiplies weights of that shape."""
-        if type(linear) is not nn.Linear:
-            return False
-        return bool(linear.out_features % 16 == 0 and linear.in_features % cls.multiple == 0)
-
-    @classmethod
-    def blank(cls, linear: nn.Linear) -> Self:
-        """Return a layer of the same shape whose weights are not set."""
-        return cls(linear.out_features, linear.in_features, linear.bias)
+    def can_replace(cls, module: nn.Module) -> bool:
+        is_linear = type(module) is nn.Linear
+        return is_linear and module.out_features % 16 == 0 and module.in_features % cls.multiple == 0
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Self:
-        """Return that layer, quantized."""
-        layer = cls.blank(linear)
+        layer = cls(linear)
         layer.weight.data, layer.scales.data = cls.quantize(linear.weight.detach().float())
         return layer
 
@@ -68,20 +56,6 @@ class QuantizedLinear(nn.Module):  # type: ignore[misc]
         for parameter in (self.weight, self.scales):
             if parameter.data_ptr() % ALIGNMENT_BYTES:
                 parameter.data = parameter.data.clone()
-
-    @staticmethod
-    def empty(out_features: int, in_features: int) -> Weights:
-        """Return weights and scales without values."""
-        raise NotImplementedError
-
-    @staticmethod
-    def quantize(weight: Tensor) -> Weights:
-        """Return weights and scales of float32 weights (N, K), by rounding to nearest."""
-        raise NotImplementedError
-
-    def multiply(self, rows: Tensor) -> Tensor:
-        """(M, K) -> (M, N)."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         # The kernels require rows of the type of the scales, and do not check it.
@@ -110,9 +84,9 @@ class Int8Linear(QuantizedLinear):
 
 
 class Int4Linear(QuantizedLinear):
-    """int4 in uint8 (N, K / 2), in the order of the CPU's kernel, with a scale and a middle for each GROUP of inputs.
+    """int4 in uint8 (N, K / 2), in the kernel's order, with scale and middle of each group, in (K / GROUP, N, 2).
 
-    Both are in (K / GROUP, N, 2). A weight is (code - 8) * scale + middle: this can hold what GGUF's Q4_1 holds.
+    A weight is (code - 8) * scale + middle: this can hold what GGUF's Q4_1 holds.
     """
 
     multiple = GROUP
@@ -137,5 +111,5 @@ class Int4Linear(QuantizedLinear):
 
 
 def _round_scales(scales: Tensor) -> Tensor:
-    """Round scales as the kernels want them. Codes are computed from these, so that rounding costs next to nothing."""
+    # Codes are computed from rounded scales, so that rounding costs next to nothing.
     return scales.clamp(min=torch.finfo(torch.float32).tiny).bfloat16()

@@ -1,7 +1,4 @@
-"""Weight-only quantization as a quantization method of transformers, and bfloat16 layers packed for oneDNN.
-
-A directory that `save_pretrained` writes after `quantize` is one that `from_pretrained` loads.
-"""
+"""Weight-only quantization as a quantization method of transformers, and bfloat16 layers packed for oneDNN."""
 
 import inspect
 import re
@@ -31,18 +28,13 @@ if TYPE_CHECKING:
     from llmcli.pipelines.base import TextPipeline
 
 METHOD = "llmcli-weight-only"
+get_source = cache(inspect.getsource)
 LAYERS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
 
 
 @register_quantization_config(METHOD)
 class WeightOnlyConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers has no types
-    """How a model is quantized.
-
-    Attributes:
-        scheme: int8 or int4.
-        layers: The scheme of each layer that is quantized, by its name.
-        processor: The instruction set of the kernels that the weights are packed for.
-    """
+    """The scheme of a model and of each quantized layer, int8 or int4, and the CPU capability of the packed weights."""
 
     def __init__(self, scheme: str, layers: dict[str, str], processor: str, **_: object) -> None:
         self.quant_method, self.scheme, self.layers, self.processor = METHOD, scheme, layers, processor
@@ -50,14 +42,12 @@ class WeightOnlyConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transf
 
 @register_quantizer(METHOD)
 class WeightOnlyQuantizer(WeightQuantizer):
-    """Load what `quantize` made."""
-
     def before_loading(self, model: "PreTrainedModel") -> None:
         config = self.quantization_config
         if config.processor != cpu_capability():
             raise ModelUnavailableError(f"weights are quantized for {config.processor}, this CPU is {cpu_capability()}")
         for name, scheme in config.layers.items():
-            replace_module(model, name, LAYERS[scheme].blank(model.get_submodule(name)))
+            replace_module(model, name, LAYERS[scheme](model.get_submodule(name)))
 
     def after_loading(self, model: "PreTrainedModel") -> None:
         for module in model.modules():
@@ -66,22 +56,15 @@ class WeightOnlyQuantizer(WeightQuantizer):
 
 
 def quantized(folder: Path, load_options: LoadOptions, pipeline_type: type["TextPipeline"]) -> Path:
-    """Return a directory with the same model, quantized as the options say; it is made if it does not exist.
-
-    Raises:
-        UsageError: The options or the model do not allow it.
-        ModelUnavailableError: The model cannot be loaded, or there is no space left.
-    """
+    """Return a directory with the same model, quantized as the options say; it is made if it does not exist."""
     scheme, device = load_options.quantize, loading.choose_device(load_options.device)
     if device != "cpu":
         raise UsageError(
             f"--quantize {scheme} requires the CPU, and the model would be loaded on {device}",
             hint="pass --device cpu; or, if the model is too large for the GPU, --offload-folder PATH",
         )
-    if load_options.dtype not in ("auto", "bfloat16"):
-        raise UsageError(
-            f"--quantize {scheme} requires bfloat16, not --dtype {load_options.dtype}", hint="leave --dtype out"
-        )
+    if (dtype := load_options.dtype) not in ("auto", "bfloat16"):
+        raise UsageError(f"--quantize {scheme} requires bfloat16, not --dtype {dtype}", hint="leave --dtype out")
     if load_options.offload_folder:
         raise UsageError("--quantize cannot be used with --offload-folder")
     config = loading.read_config(folder, load_options)
@@ -101,16 +84,12 @@ def quantized(folder: Path, load_options: LoadOptions, pipeline_type: type["Text
 
 
 def quantize(model: "PreTrainedModel", scheme: str) -> bool:
-    """Replace the layers of a loaded model that the kernels can multiply; False if there are none.
-
-    Layers that the model wants in float32 stay, and all else becomes bfloat16. The last layer of a language model,
-    from states to logits, is always int8: int4 there costs more perplexity than in all other layers, and is hardly
-    faster.
-    """
+    """Replace the layers of a loaded model that the kernels can multiply; False if there are none."""
     head, layers = model.get_output_embeddings(), dict[str, str]()
     skipped = float32_modules(model)
     with torch.no_grad():
         for name, module in list(model.named_modules()):
+            # From states to logits, int4 costs more perplexity than in all other layers, and is hardly faster.
             layer = "int8" if module is head else scheme
             is_skipped = any(part in skipped for part in name.split(".")) or _reads_weight(model, name)
             if not is_skipped and LAYERS[layer].can_replace(module):
@@ -122,10 +101,7 @@ def quantize(model: "PreTrainedModel", scheme: str) -> bool:
 
 
 def pack(model: "PreTrainedModel") -> None:
-    """Pack the bfloat16 layers of a loaded model if oneDNN has kernels for it.
-
-    Weights that an embedding shares with the last layer then exist twice.
-    """
+    """Pack the bfloat16 layers if oneDNN has kernels for it. Weights that an embedding shares then exist twice."""
     if not can_pack_bfloat16():
         return
     with torch.no_grad():
@@ -138,13 +114,8 @@ def pack(model: "PreTrainedModel") -> None:
 def _reads_weight(model: "PreTrainedModel", name: str) -> bool:
     """Return whether the model's own code multiplies by the weights of that layer itself, as Mamba's does."""
     parent, _, child = name.rpartition(".")
-    source = _source(type(model.get_submodule(parent)).__module__)
-    return bool(re.search(rf"\bself\.{child}\.weight\b(?!\.(?:dtype|device))", source))
-
-
-@cache
-def _source(module: str) -> str:
     try:
-        return inspect.getsource(sys.modules[module])
+        source = get_source(sys.modules[type(model.get_submodule(parent)).__module__])
     except (OSError, TypeError):  # built in, or compiled
-        return ""
+        return False
+    return bool(re.search(rf"\bself\.{child}\.weight\b(?!\.(?:dtype|device))", source))

@@ -3,7 +3,6 @@
 import math
 import os.path
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypedDict
 
 import torch
 
@@ -16,28 +15,10 @@ LOGITS = 2**27  # numbers that a model with a cache may return at once: 0.5 GB i
 SLICE = 2**22  # of these, looked at together: a CPU's caches hold no more
 
 
-class TokenLogprob(TypedDict):
-    """A token and the natural logarithm of its probability, if it was scored."""
-
-    token: str
-    id: int
-    logprob: float | None
-
-
-class Score(TypedDict, total=False):
-    """How likely a text is."""
-
-    logprob: float | None
-    perplexity: float | None
-    bits_per_byte: float | None
-    tokens: int
-    token_logprobs: list[TokenLogprob]
-
-
 class ScoringPipeline(CausalTextPipeline):
     """Compute log probabilities and perplexity.
 
-    What the steps hand to each other, for a batch of B windows, of one text or of several, the longest of P tokens:
+    For a batch of B windows, of one text or of several, the longest of P tokens:
 
     preprocess   for each window input_ids, P of them; targets, the token that follows each; scored, which of these are
                  scored here; ids, all tokens of the text; begin, the first that is the text's own and not its
@@ -46,21 +27,15 @@ class ScoringPipeline(CausalTextPipeline):
     postprocess  {"logprob", "perplexity", "bits_per_byte", "tokens"} of one text; "token_logprobs" if asked for
 
     A text that is longer than the model's context is read through windows that begin every `stride` tokens; each token
-    is scored in the first that holds it. (The sliding window of "Perplexity of fixed-length models" in transformers'
-    documentation.) Bits per byte: L. Gao et al., The Pile, arXiv 2101.00027, section 3.1; of the bytes of those tokens
-    that are scored.
+    is scored in the first that holds it. Bits per byte: L. Gao et al., The Pile, arXiv 2101.00027, section 3.1; of the
+    bytes of those tokens that are scored.
     """
 
     def _sanitize_parameters(self, stride: int | None = None, token_logprobs: bool = False) -> Parameters:
         return {"stride": stride}, {}, {"token_logprobs": token_logprobs}
 
-    def preprocess(
-        self, inputs: Mapping[str, str], stride: int | None = None, truncate: object = None
-    ) -> Iterator[Inputs]:
-        """Yield the windows of `text` after `condition`, which may be empty, `stride` tokens apart.
-
-        `truncate` has no effect, as windows cover all of the text. UsageError: the stride leaves tokens out.
-        """
+    def preprocess(self, inputs: Mapping[str, str], stride: int | None = None, **_: object) -> Iterator[Inputs]:
+        """Yield the windows of `text` after `condition`, `stride` tokens apart."""
         text, condition = inputs["text"], inputs["condition"]
         ids = self.tokenizer(condition + text)["input_ids"]
         before = self.tokenizer(condition)["input_ids"] if condition else []
@@ -82,27 +57,19 @@ class ScoringPipeline(CausalTextPipeline):
 
     def _forward(self, inputs: Inputs) -> Inputs:
         batch = as_batch(inputs)
-        ids, mask = self.pad(batch["input_ids"])
-        targets, _ = self.pad(batch["targets"])
-        return {"logprobs": self._logprobs(ids, mask, targets).numpy(force=True), **inputs}
-
-    def _logprobs(self, ids: torch.Tensor, mask: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return that of each target, float32 (B, P), given the tokens before it."""
-        config, length = self.model.config.get_text_config(), ids.shape[1]
-        width = max(1, LOGITS // (len(ids) * config.vocab_size))
+        (ids, mask), (targets, _) = self.pad(batch["input_ids"]), self.pad(batch["targets"])
+        length = ids.shape[1]
+        width = max(1, LOGITS // (len(ids) * self.model.config.get_text_config().vocab_size))
         cache = key_value_cache(self.model) if width < length else None
-        if cache is None:
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            return _target_logprobs(logits, targets)
+        settings = {"past_key_values": cache} if cache else {"use_cache": False}
         parts = []
-        for start in range(0, length, width):
-            part = slice(start, start + width)
-            output = self.model(input_ids=ids[:, part], attention_mask=mask[:, : part.stop], past_key_values=cache)
+        for start in range(0, length, width if cache else length):
+            part = slice(start, start + (width if cache else length))
+            output = self.model(input_ids=ids[:, part], attention_mask=mask[:, : part.stop], **settings)
             parts.append(_target_logprobs(output.logits, targets[:, part]))
-        return torch.cat(parts, dim=1)
+        return {"logprobs": torch.cat(parts, dim=1).numpy(force=True), **inputs}
 
-    def postprocess(self, windows: Sequence[Inputs], token_logprobs: bool = False) -> Score:
-        """Return the fields of a result from all windows of a text."""
+    def postprocess(self, windows: Sequence[Inputs], token_logprobs: bool = False) -> Inputs:
         ids, begin, size = (windows[0][name] for name in ("ids", "begin", "size"))
         scored = [value for window in windows for value in window["logprobs"][0, window["scored"]].tolist()]
         logprob = math.fsum(scored)
@@ -111,7 +78,7 @@ class ScoringPipeline(CausalTextPipeline):
         except (OverflowError, ValueError):
             perplexity = math.inf
         check_finite([logprob, perplexity or 0])
-        fields: Score = {
+        fields: Inputs = {
             "logprob": _round(logprob),
             "perplexity": _round(perplexity),
             "bits_per_byte": _round(-logprob / math.log(2) / size if scored and size > 0 else None),
@@ -119,19 +86,14 @@ class ScoringPipeline(CausalTextPipeline):
         }
         if token_logprobs:
             own = ids[begin:].tolist()
-            texts, logprobs = token_texts(self.tokenizer, own), [None] * (len(own) - len(scored)) + scored
-            fields["token_logprobs"] = [
-                {"token": text, "id": token, "logprob": _round(value)}
-                for text, token, value in zip(texts, own, logprobs, strict=True)
-            ]
+            logprobs = [None] * (len(own) - len(scored)) + [*map(_round, scored)]
+            rows = zip(token_texts(self.tokenizer, own), own, logprobs, strict=True)
+            fields["token_logprobs"] = [{"token": text, "id": id, "logprob": value} for text, id, value in rows]
         return fields
 
 
 def windows(length: int, first: int, size: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Yield begin and end of each window of `length` tokens, and the first token that is scored in it.
-
-    `first` is the first of all that are scored.
-    """
+    """Yield begin and end of each window, and the first token that is scored in it; `first` is that of all."""
     known = first
     for begin in range(0, length, stride):
         end = min(begin + size, length)
@@ -150,6 +112,5 @@ def _target_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
     return -torch.cat(losses).view(targets.shape)
 
 
-def _round(value: float | None) -> float | None:
-    """Round to the digits that float32 is good for."""
+def _round(value: float | None) -> float | None:  # to the digits that float32 is good for
     return None if value is None else float(f"{value:.6g}")

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from llmcli.compat.tokenizers import is_byte_level
 
@@ -14,21 +14,8 @@ CONTEXT_TOKENS = 4  # decoded with a token, whose text may depend on them: a spa
 PENDING = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of a part of a character
 
 
-class Token(TypedDict):
-    """A token: its text, its ID, how the vocabulary writes it, and whether it is a special one."""
-
-    token: str
-    id: int
-    piece: str
-    special: bool
-
-
 def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:
-    """Return the text of each token.
-
-    Joined they are the text again, except for two kinds: special tokens have their names, and parts of a character are
-    bytes, `\\xe4`.
-    """
+    """Return the text of each token: of a special one its name, of a part of a character its bytes, `\\xe4`."""
     special, texts, begin = set(tokenizer.all_special_ids), list[str](), 0
     has_bytes = is_byte_level(tokenizer)
     for i, token in enumerate(ids):
@@ -41,13 +28,14 @@ def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> lis
         before = _decode(tokenizer, tail)
         text = _decode(tokenizer, [*tail, token]).removeprefix(before.rstrip(PENDING))
         if PENDING in text or before.endswith(PENDING):
-            text = "".join(_show_byte(byte) for byte in _to_bytes(piece, has_bytes)) or text
+            parts = _to_bytes(piece, has_bytes)
+            text = "".join(chr(byte) if 32 <= byte < 127 else f"\\x{byte:02x}" for byte in parts) or text
         texts.append(text)
     return texts
 
 
-def tokens_of(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[Token]:
-    """Return the tokens of a text."""
+def tokens_of(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[dict[str, object]]:
+    """Return the tokens of a text: each with its text, its ID, how the vocabulary writes it, whether it is special."""
     ids, special = tokenizer(text)["input_ids"], set(tokenizer.all_special_ids)
     rows = zip(token_texts(tokenizer, ids), ids, tokenizer.convert_ids_to_tokens(ids), strict=True)
     return [{"token": token, "id": id, "piece": piece, "special": id in special} for token, id, piece in rows]
@@ -62,8 +50,7 @@ def first_token_bytes(tokenizer: "PreTrainedTokenizerBase", token: int) -> int:
 
 
 def _decode(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ""
-    return text
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)) if ids else ""
 
 
 def _to_bytes(piece: str, has_bytes: bool) -> bytes:
@@ -83,7 +70,3 @@ def _alphabet() -> dict[str, int]:
     printable = {letter: ord(letter) for letter in letters if ord(letter) < 256}
     others = [letter for letter in letters if ord(letter) >= 256]
     return printable | dict(zip(others, sorted(set(range(256)) - set(printable.values())), strict=True))
-
-
-def _show_byte(byte: int) -> str:
-    return chr(byte) if 32 <= byte < 127 else f"\\x{byte:02x}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llmcli import console
 from llmcli.job import Job, JsonObject
-from llmcli.models import sentence_encoder
+from llmcli.models import loading
 from llmcli.tasks import LocalModel, ModelCall, Strategy, Task, TaskGenerator, TaskResult
 from llmcli.text.splitting import split
 from llmcli.text.vector_cache import VectorCache
@@ -51,7 +51,7 @@ def _split_passages(documents: Sequence[JsonObject], folder: Path) -> Iterator[J
     tokenizer.no_truncation()
     tokenizer.no_padding()
     special_tokens = tokenizer.num_special_tokens_to_add(is_pair=False)
-    max_tokens = min(PASSAGE_TOKENS, sentence_encoder.window(folder) - special_tokens)
+    max_tokens = min(PASSAGE_TOKENS, loading.embedding_context_length(folder) - special_tokens)
     for number, document in enumerate(documents):
         text, file, line, counted = document["text"], document.get("file"), document.get("line") or 1, 0
         is_markdown = (file or "").endswith((".md", ".markdown"))

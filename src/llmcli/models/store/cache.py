@@ -1,29 +1,25 @@
 """Writes to the cache: under a lock, in a staging directory, and with one rename into place."""
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llmcli import config, console
 from llmcli.errors import LlmcliError, ModelUnavailableError
 
 
-def staging(key: str) -> Path:
-    """Return the directory in which `key` is made, and from which it is deleted."""
-    return config.cache_dir() / "staging" / key
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def publish(home: Path, make: Callable[[Path], Path]) -> None:
-    """Move the directory that `make` writes to `home`, so that the cache never shows half of it.
-
-    `make` gets a staging directory, and returns the directory that it has written in there.
-    """
-    place = staging(home.name)
-    shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
-    place.mkdir(parents=True)
+    """Move the directory that `make` writes, in the staging directory that it gets, to `home`."""
+    place = _empty_staging(home)
+    place.mkdir()
     try:
         made = make(place)
         _to_disk(made)
@@ -35,11 +31,24 @@ def publish(home: Path, make: Callable[[Path], Path]) -> None:
 
 def remove(home: Path) -> None:
     """Delete a directory. It is moved away first: an interrupted removal must not leave half a model."""
-    doomed = staging(home.name)
-    shutil.rmtree(doomed, ignore_errors=True)
-    doomed.parent.mkdir(parents=True, exist_ok=True)
+    doomed = _empty_staging(home)
     home.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def remove_older(home: Path) -> None:
+    """Delete the directories whose names differ from that of `home` only after the last hyphen."""
+    for folder in home.parent.glob(f"{home.name.rpartition('-')[0]}-*"):
+        if folder != home:
+            with suppress(OSError):
+                remove(folder)
+
+
+def _empty_staging(home: Path) -> Path:
+    place = config.cache_dir() / "staging" / home.name
+    shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place
 
 
 @contextmanager
@@ -51,14 +60,12 @@ def lock(key: str, busy: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     held = FileLock(folder / f"{key}.lock")
     try:
-        held.acquire(timeout=0)
+        acquired = held.acquire(timeout=0)
     except Timeout:
         console.notice(f"{busy}; waiting")
-        held.acquire()
-    try:
+        acquired = held.acquire()
+    with acquired:
         yield
-    finally:
-        held.release()
 
 
 @contextmanager
@@ -69,19 +76,16 @@ def writing() -> Iterator[None]:
     except LlmcliError:
         raise
     except Exception as exc:
-        code = getattr(exc, "errno", None)
+        code, where = getattr(exc, "errno", None), config.cache_dir()
         # safetensors and others wrap the system's error in their own types
         if code in {errno.ENOSPC, errno.EDQUOT} or "No space left on device" in str(exc):
-            raise ModelUnavailableError(
-                f"no space left on the disk of {config.cache_dir()}",
-                hint="free some space, or set LLMCLI_CACHE (HF_HOME)",
-            ) from exc
-        if isinstance(exc, OSError) and code:
-            raise ModelUnavailableError(
-                f"cannot write to {exc.filename or config.cache_dir()}: {os.strerror(code).lower()}",
-                hint="set LLMCLI_CACHE (HF_HOME)",
-            ) from exc
-        raise
+            message, hint = f"no space left on the disk of {where}", "free some space, or set LLMCLI_CACHE (HF_HOME)"
+        elif isinstance(exc, OSError) and code:
+            where = exc.filename or where
+            message, hint = f"cannot write to {where}: {os.strerror(code).lower()}", "set LLMCLI_CACHE (HF_HOME)"
+        else:
+            raise
+        raise ModelUnavailableError(message, hint=hint) from exc
 
 
 def _to_disk(folder: Path) -> None:

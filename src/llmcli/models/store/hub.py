@@ -2,29 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
 
 from llmcli import console
 from llmcli.errors import ModelUnavailableError
 from llmcli.models.registry import HubSource, ModelSpec
-
-if TYPE_CHECKING:
-    from huggingface_hub import CachedRevisionInfo
 
 CONFIGURATION = ["*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.py"]
 SAFETENSORS = "model.safetensors"  # or, in shards, model-00001-of-00002.safetensors and so on, with an index
 PICKLED = "pytorch_model.bin"
 
 
-class Patterns(TypedDict):
-    """Which files of a repository to take, as huggingface_hub filters them."""
-
-    allow_patterns: list[str]
-    ignore_patterns: list[str]
-
-
 def find(source: HubSource, *, allow_pickle: bool) -> Path | None:
-    """Return the cached snapshot if it is complete. Raises ModelUnavailableError for an invalid Hub ID."""
+    """Return the cached snapshot if it is complete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -50,17 +39,13 @@ def fetch(spec: ModelSpec, source: HubSource, *, allow_pickle: bool) -> Path:
     if console.quiet or not console.is_terminal():
         disable_progress_bars()
     try:
-        info = HfApi().model_info(
-            source.repo, revision=source.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
-        )
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        info = HfApi().model_info(source.repo, revision=source.revision, files_metadata=True, timeout=timeout)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         patterns = _patterns(_weights(source.repo, set(sizes), allow_pickle=allow_pickle))
-        missing = [
-            name
-            for name in filter_repo_objects(sizes, **patterns)
-            if not isinstance(try_to_load_from_cache(source.repo, name, revision=info.sha), str)
-        ]
-        if missing:
+        wanted = filter_repo_objects(sizes, **patterns)
+        cached = {name: try_to_load_from_cache(source.repo, name, revision=info.sha) for name in wanted}
+        if missing := [name for name, path in cached.items() if not isinstance(path, str)]:
             size = sum(sizes[name] for name in missing)
             license = getattr(info.card_data, "license", None) or spec.license or "not stated"
             console.notice(f"pulling {source.repo}, {size / 1e6:.0f} MB from the Hub (license: {license})")
@@ -88,30 +73,23 @@ def remove(source: HubSource) -> bool:
         cache = scan_cache_dir()
     except CacheNotFound:
         return False
-    commits = [
-        revision.commit_hash
-        for repo in cache.repos
-        if repo.repo_id == source.repo and repo.repo_type == "model"
-        for revision in repo.revisions
-        if source.revision is None or _is_revision(revision, source.revision)
-    ]
+    repos = [repo for repo in cache.repos if repo.repo_id == source.repo and repo.repo_type == "model"]
+    name, commits = source.revision, list[str]()
+    for revision in (revision for repo in repos for revision in repo.revisions):
+        if name is None or name in revision.refs or revision.commit_hash.startswith(name):
+            commits.append(revision.commit_hash)
     if commits:
         cache.delete_revisions(*commits).execute()
     return bool(commits)
 
 
-def _is_revision(cached: "CachedRevisionInfo", name: str) -> bool:
-    return name in cached.refs or cached.commit_hash.startswith(name)
-
-
-def _patterns(weights: str) -> Patterns:
-    """Return the files of a model. Directories hold other formats, except sentence-transformers' numbered ones."""
+def _patterns(weights: str) -> dict[str, list[str]]:
+    # Directories hold other formats, except sentence-transformers' numbered ones.
     stem, suffix = weights.split(".")
     return {"allow_patterns": [*CONFIGURATION, weights, f"{stem}-*.{suffix}"], "ignore_patterns": ["[!0-9]*/*"]}
 
 
 def _weights(repo: str, files: set[str], *, allow_pickle: bool) -> str:
-    """Return which weights to take."""
     there = [weights for weights in (SAFETENSORS, PICKLED) if {weights, f"{weights}.index.json"} & files]
     if not there or "config.json" not in files:
         raise ModelUnavailableError(
@@ -127,7 +105,7 @@ def _weights(repo: str, files: set[str], *, allow_pickle: bool) -> str:
 
 
 def _is_complete(snapshot: Path, weights: str) -> bool:
-    """Return whether no file is missing. A tool that fetches file by file may have been interrupted."""
+    # A tool that fetches file by file may have been interrupted.
     files, index = ["config.json", weights], snapshot / f"{weights}.index.json"
     if index.is_file() and not (snapshot / weights).is_file():
         files = ["config.json", *json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()]

@@ -1,6 +1,5 @@
 """Quantized copies of models: made once from the weights in a directory, and kept as long as these exist."""
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +13,12 @@ CONFIGURATION = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.py", "[0-9
 
 
 def get_or_create(folder: Path, variant: str, make: Callable[[Path], None]) -> Path:
-    """Return the copy of a model that `variant` names; it is made if it does not exist, or if the weights changed.
-
-    `make` writes weights and configuration to a directory, which has the tokenizer and the rest already.
-    """
+    """Return the copy of a model that `variant` names; if there is none of these weights, `make` writes them to it."""
     source = folder.resolve()
-    stem = f"{folder.name}-{_digest(str(source))}-{variant}"
-    home = config.cache_dir() / "quantized" / f"{stem}-{_digest(_state(source))}"
+    files = sorted(file for kind in ("*.safetensors", "*.bin", "config.json") for file in source.glob(kind))
+    state = FORMAT, [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    stem = f"{folder.name}-{cache.digest(str(source))}-{variant}"
+    home = config.cache_dir() / "quantized" / f"{stem}-{cache.digest(repr(state))}"
     if home.is_dir():
         return home
 
@@ -38,9 +36,7 @@ def get_or_create(folder: Path, variant: str, make: Callable[[Path], None]) -> P
     with cache.writing(), cache.lock(stem, f"{folder.name} is being quantized by another process"):
         if not home.is_dir():
             cache.publish(home, copy)
-            for older in home.parent.glob(f"{stem}-*"):
-                if older != home:
-                    cache.remove(older)
+            cache.remove_older(home)
             prune_orphans()
     return home
 
@@ -51,13 +47,3 @@ def prune_orphans() -> None:
         source = home / SOURCE
         if source.is_file() and not Path(source.read_text(encoding="utf-8")).is_dir():
             cache.remove(home)
-
-
-def _state(folder: Path) -> str:
-    """Return a text that changes when the weights do."""
-    files = sorted(file for kind in ("*.safetensors", "*.bin", "config.json") for file in folder.glob(kind))
-    return repr((FORMAT, [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

