@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from llmcli import config, console, engines
 from llmcli.engines.model import suspended_garbage_collection
@@ -32,24 +33,16 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 app = typer.Typer(help="Inspect tokens, probabilities and attention.", no_args_is_help=True, rich_markup_mode=None)
-Text = Annotated[str | None, typer.Argument(metavar="TEXT", show_default=False)]
-File = Annotated[str | None, typer.Option("--file", "-f", metavar="PATH", help="Read TEXT from PATH; use - for stdin.")]
+Text = Annotated[str | None, Argument(metavar="TEXT", show_default=False)]
+File = Annotated[str | None, Option("--file", "-f", metavar="PATH", help="Read TEXT from PATH; use - for stdin.")]
 
 
 @dataclass
 class TokenizerOptions:
     """Model"""
 
-    models: Annotated[
-        list[str],
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="NAME",
-            autocompletion=completion.models,
-            help="Model alias, Hub ID, directory or .gguf file; repeatable.",
-        ),
-    ] = field(default_factory=list)
+    models: Annotated[list[str], Option("--model", "-m", metavar="NAME", autocompletion=completion.models,
+        help="Model alias, Hub ID, directory or .gguf file; repeatable.")] = field(default_factory=list)  # fmt: skip
     offline: Offline = False
     allow_pickle: AllowPickle = False
     trust_remote_code: TrustRemoteCode = False
@@ -57,10 +50,9 @@ class TokenizerOptions:
     def load_options(self) -> LoadOptions:
         """Return the options that a tokenizer needs."""
         return LoadOptions(
-            offline=self.offline or config.settings().offline,
-            allow_pickle=self.allow_pickle,
+            offline=self.offline or config.settings().offline, allow_pickle=self.allow_pickle,
             trust_remote_code=self.trust_remote_code,
-        )
+        )  # fmt: skip
 
 
 @app.command(cls=Command)
@@ -102,14 +94,12 @@ def tokens(text: Text = None, file: File = None, *, model: TokenizerOptions, out
 def next_token(
     text: Text = None,
     file: File = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", metavar="N", min=1, help="Number of tokens to show.")] = 10,
+    limit: Annotated[int, Option("--limit", "-n", metavar="N", min=1, help="Number of tokens to show.")] = 10,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
-    *,
-    model: ModelOptions,
-    output: FigureOptions,
-) -> None:
+    *, model: ModelOptions, output: FigureOptions,
+) -> None:  # fmt: skip
     """Show the most likely next tokens.
 
     The figure has the probabilities of the model, and those after temperature, top-p and top-k. A text longer than the
@@ -130,11 +120,7 @@ def next_token(
         return figures.draw_next_tokens(record, width)
 
     rows = [
-        (
-            format_probability(token["probability"]),
-            format_probability(token["sampling_probability"]),
-            to_json(token["token"]),
-        )
+        (*map(format_probability, (token["probability"], token["sampling_probability"])), to_json(token["token"]))
         for token in record["next"]
     ]
     output.show(draw, [record], rows, f"Next tokens after {text!r}")
@@ -145,16 +131,12 @@ def next_token(
 def attention(
     text: Text = None,
     file: File = None,
-    layer: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Layer index, from 0 (default: mean over layers).")
-    ] = None,
-    head: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Head index, from 0 (default: mean over heads).")
-    ] = None,
-    *,
-    model: ModelOptions,
-    output: FigureOptions,
-) -> None:
+    layer: Annotated[int | None, Option(metavar="N", min=0,
+        help="Layer index, from 0 (default: mean over layers).")] = None,
+    head: Annotated[int | None, Option(metavar="N", min=0,
+        help="Head index, from 0 (default: mean over heads).")] = None,
+    *, model: ModelOptions, output: FigureOptions,
+) -> None:  # fmt: skip
     """Show the attention weights of a text.
 
     The weights are softmax(QKᵀ/√d). Each row is a token that attends (query); each column is a token that is attended

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from llmcli import console
 from llmcli.errors import ExitStatus, UsageError
@@ -24,26 +24,17 @@ EXCERPT_CHARACTERS = 60  # of a text that is not a line of a file
 @expand_options
 def score(
     texts: Texts,
-    condition: Annotated[
-        str | None,
-        typer.Option(metavar="FIELD", help="Field to use as the prefix that the text is conditioned on."),
-    ] = None,
-    max_perplexity: Annotated[
-        float | None, typer.Option(metavar="X", min=1, help="Keep only records with perplexity <= X.")
-    ] = None,
-    min_perplexity: Annotated[
-        float | None, typer.Option(metavar="X", min=1, help="Keep only records with perplexity >= X.")
-    ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Sliding-window stride in tokens (default: half the context)."),
-    ] = None,
-    tokens: Annotated[bool, typer.Option("--tokens", help="Show the probability of each token.")] = False,
-    *,
-    input: InputOptions,
-    model: BatchModelOptions,
-    output: OutputOptions,
-) -> ExitStatus:
+    condition: Annotated[str | None, Option(metavar="FIELD",
+        help="Field to use as the prefix that the text is conditioned on.")] = None,
+    max_perplexity: Annotated[float | None, Option(metavar="X", min=1,
+        help="Keep only records with perplexity <= X.")] = None,
+    min_perplexity: Annotated[float | None, Option(metavar="X", min=1,
+        help="Keep only records with perplexity >= X.")] = None,
+    stride: Annotated[int | None, Option(metavar="N", min=1,
+        help="Sliding-window stride in tokens (default: half the context).")] = None,
+    tokens: Annotated[bool, Option("--tokens", help="Show the probability of each token.")] = False,
+    *, input: InputOptions, model: BatchModelOptions, output: OutputOptions,
+) -> ExitStatus:  # fmt: skip
     """Compute the perplexity of texts.
 
     Lower means more likely. --json adds the log-probability (natural logarithm), bits per byte and the number of
@@ -65,27 +56,17 @@ def score(
     spec = output.spec(format, texts, input.files)
     is_text = spec.format not in (OutputFormat.JSON, OutputFormat.CSV)
     finisher = ScoreFinisher(
-        field=roles["text"],
-        minimum=min_perplexity,
-        maximum=max_perplexity,
-        is_text=is_text,
-        shows_excerpt=format is InputFormat.WHOLE,
-        shows_tokens=tokens,
+        field=roles["text"], minimum=min_perplexity, maximum=max_perplexity, is_text=is_text,
+        shows_excerpt=format is InputFormat.WHOLE, shows_tokens=tokens,
         for_terminal=is_terminal() and not output.output,
-    )
+    )  # fmt: skip
     if condition is not None and not format.has_fields:
         raise UsageError("--condition requires records with fields", hint="use --jsonl or --csv")
     if tokens and is_text and (format is not InputFormat.WHOLE or finisher.is_filter):
         raise UsageError("--tokens requires whole texts", hint=f"--json writes the tokens of records in {TOKENS}")
-    parameters = {
-        "fields": roles,
-        "condition": condition,
-        "stride": stride,
-        TOKENS: tokens,
-        "max_perplexity": max_perplexity,
-        "min_perplexity": min_perplexity,
-    }
-    job = model.job("score", parameters)
+    parameters = {"fields": roles, "condition": condition, "stride": stride, TOKENS: tokens}
+    filters = {"max_perplexity": max_perplexity, "min_perplexity": min_perplexity}
+    job = model.job("score", parameters | filters)
     records = read_records(open_inputs(texts, input.files), format)
     status = run(job, records, replace(spec, finish=finisher.finish, is_filter=finisher.is_filter))
     if finisher.unscored:
@@ -95,11 +76,7 @@ def score(
 
 @dataclass
 class ScoreFinisher:
-    """Filter results by perplexity, and give them their text.
-
-    Attributes:
-        unscored: Number of records without a perplexity that a filter has dropped.
-    """
+    """Filter results by perplexity, and give them their text."""
 
     field: str
     minimum: float | None
@@ -108,11 +85,10 @@ class ScoreFinisher:
     shows_excerpt: bool
     shows_tokens: bool
     for_terminal: bool
-    unscored: int = 0
+    unscored: int = 0  # records without a perplexity that the filter has dropped
 
     @property
     def is_filter(self) -> bool:
-        """Whether results may be dropped."""
         return self.minimum is not None or self.maximum is not None
 
     def finish(self, result: Result) -> list[Result]:

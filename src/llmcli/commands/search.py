@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from llmcli import config
 from llmcli.errors import ExitStatus, LlmcliError, UsageError
@@ -19,13 +19,11 @@ BATCH_SIZE = 32  # passages, unless --batch-size is given
 
 @expand_options
 def search(
-    query: Annotated[str, typer.Argument(metavar="QUERY", show_default=False)],
-    files: Annotated[list[str], typer.Argument(metavar="FILE", default_factory=list, show_default=False)],
-    limit: Annotated[int, typer.Option("--limit", "-n", metavar="N", min=1, help="Number of passages to print.")] = 5,
-    *,
-    model: BatchModelOptions,
-    output: OutputOptions,
-) -> ExitStatus:
+    query: Annotated[str, Argument(metavar="QUERY", show_default=False)],
+    files: Annotated[list[str], Argument(metavar="FILE", default_factory=list, show_default=False)],
+    limit: Annotated[int, Option("--limit", "-n", metavar="N", min=1, help="Number of passages to print.")] = 5,
+    *, model: BatchModelOptions, output: OutputOptions,
+) -> ExitStatus:  # fmt: skip
     """Search files by meaning.
 
     Prints the passages most similar to QUERY, the best first, as file:line: passage (score). Without FILE, searches the

@@ -104,10 +104,6 @@ def _split_by_width(text: str) -> Iterator[tuple[str, bool]]:
 def _css(style: Style | None) -> str:
     if not style:
         return ""
-    properties = {
-        "fill": _hex(style.color),
-        "font-weight": style.bold and "bold",
-        "opacity": style.dim and "0.6",
-    }
+    properties = {"fill": _hex(style.color), "font-weight": style.bold and "bold", "opacity": style.dim and "0.6"}
     rules = "; ".join(f"{name}: {value}" for name, value in properties.items() if value)
     return f' style="{rules}"' if rules else ""

@@ -21,25 +21,7 @@ from llmcli.options.model import (
 )
 
 __all__ = [
-    "AllowPickle",
-    "BatchModelOptions",
-    "CommonGenerationOptions",
-    "FigureOptions",
-    "GenerationOptions",
-    "InputOptions",
-    "Json",
-    "Model",
-    "ModelOptions",
-    "Offline",
-    "OutputOptions",
-    "Prompt",
-    "Quiet",
-    "ServedModelOptions",
-    "Temperature",
-    "Texts",
-    "TopK",
-    "TopP",
-    "TrustRemoteCode",
-    "Verbose",
-    "parse_key_value",
-]
+    "AllowPickle", "BatchModelOptions", "CommonGenerationOptions", "FigureOptions", "GenerationOptions", "InputOptions",
+    "Json", "Model", "ModelOptions", "Offline", "OutputOptions", "Prompt", "Quiet", "ServedModelOptions", "Temperature",
+    "Texts", "TopK", "TopP", "TrustRemoteCode", "Verbose", "parse_key_value",
+]  # fmt: skip

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from llmcli import console
 from llmcli.errors import UsageError
@@ -24,8 +24,8 @@ class FigureOptions:
     """Output"""
 
     json: Json = False
-    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Save the figure as SVG.")] = None
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Save the figure as an HTML page.")] = None
+    svg: Annotated[Path | None, Option("--svg", metavar="FILE", help="Save the figure as SVG.")] = None
+    html: Annotated[Path | None, Option("--html", metavar="FILE", help="Save the figure as an HTML page.")] = None
     quiet: Quiet = False
     verbose: Verbose = False
 
@@ -44,9 +44,6 @@ class FigureOptions:
             objects: What --json prints.
             rows: What a pipe gets, as tab-separated values.
             title: Title of a file.
-
-        Raises:
-            UsageError: If a file cannot be written.
         """
         for kind, path in self.files.items():
             from llmcli.draw import svg
