@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from pathlib import Path
 
 from llmcli import config, console, engines
 from llmcli.engines.engine import Engine
@@ -26,8 +25,11 @@ def converse(job: Job) -> ExitStatus:
     from prompt_toolkit.history import FileHistory
     from prompt_toolkit.output import create_output
 
+    history = config.cache_dir() / "chat_history"
+    history.parent.mkdir(parents=True, exist_ok=True)
+    history.touch(mode=0o600)
     session: PromptSession[str] = PromptSession(
-        history=FileHistory(str(_history_file())),
+        history=FileHistory(str(history)),
         completer=WordCompleter(list(COMMANDS), sentence=True),
         complete_while_typing=False,
         output=create_output(stdout=sys.stderr),  # `llmcli chat > answers.txt` saves the answers alone.
@@ -88,10 +90,3 @@ def _answer(engine: Engine, job: Job, messages: list[Message]) -> list[Message]:
 
 def _new_conversation(system: str | None) -> list[Message]:
     return [{"role": "system", "content": system}] if system else []
-
-
-def _history_file() -> Path:
-    path = config.cache_dir() / "chat_history"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch(mode=0o600)
-    return path

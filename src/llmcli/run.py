@@ -9,7 +9,7 @@ from llmcli.errors import ExitStatus, UsageError
 from llmcli.io.output import Output, OutputFormat, OutputSpec
 from llmcli.io.progress import Progress, RunCounts, print_statistics
 from llmcli.io.resume import Journal
-from llmcli.job import Job, Record, Result
+from llmcli.job import Job, Record
 
 
 def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
@@ -48,7 +48,10 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
                     for part in written:
                         output.write(part)
                 counts.add(result, len(written))
-                _report_result(result)
+                if count := result.output.get("truncated"):
+                    console.warning(f"{result.record.where}truncated by {count} tokens")
+                if result.failure:
+                    console.error(f"{result.record.where}{result.failure.message}")
                 if result.failure and spec.stop_on_error:
                     return ExitStatus.FAILED
         if journal:
@@ -77,13 +80,6 @@ def _output_names(job: Job, format: OutputFormat) -> list[str]:
     outputs = tasks.find(job.task).outputs
     extra = ["token_logprobs"] * bool(job.parameters.get("token_logprobs"))
     return [*dict.fromkeys([*outputs, *[f"{outputs[0]}s"] * is_plural, *["truncated"] * job.truncate, *extra])]
-
-
-def _report_result(result: Result) -> None:
-    if cut := result.output.get("truncated"):
-        console.warning(f"{result.record.where}truncated by {cut} tokens")
-    if result.failure:
-        console.error(f"{result.record.where}{result.failure.message}")
 
 
 def _report_end(counts: RunCounts, spec: OutputSpec) -> ExitStatus:

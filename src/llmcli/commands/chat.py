@@ -8,8 +8,7 @@ from typer import Argument, Option
 from llmcli.errors import ExitStatus
 from llmcli.io.output import OutputSpec
 from llmcli.io.records import read_prompts
-from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
-from llmcli.options.expand import expand_options
+from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, expand_options
 from llmcli.run import run
 from llmcli.tasks.templates import build_prompt_parameters
 

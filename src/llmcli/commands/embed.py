@@ -8,8 +8,7 @@ from llmcli.errors import ExitStatus
 from llmcli.io.formats import InputFormat
 from llmcli.io.output import OutputFormat
 from llmcli.io.records import open_inputs, read_records
-from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, Texts
-from llmcli.options.expand import expand_options
+from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, Texts, expand_options
 from llmcli.run import run
 
 

@@ -7,8 +7,7 @@ from importlib.metadata import version
 from llmcli import __version__, config
 from llmcli.io.output import print_lines, to_json
 from llmcli.models import registry, store
-from llmcli.options import Json, Quiet, Verbose
-from llmcli.options.expand import expand_options
+from llmcli.options import Json, Quiet, Verbose, expand_options
 
 PACKAGES = ("transformers", "torch", "accelerate", "huggingface_hub", "tokenizers", "safetensors", "typer", "rich")
 

@@ -2,8 +2,7 @@
 
 from typing import Annotated, Any
 
-import typer
-from typer import Argument
+from typer import Argument, Typer
 
 from llmcli.config import settings
 from llmcli.errors import ModelUnavailableError
@@ -11,10 +10,10 @@ from llmcli.io.output import print_lines, print_table, to_json
 from llmcli.io.units import format_megabytes
 from llmcli.models import registry, store
 from llmcli.models.registry import FolderSource, GgufSource, HubSource, ModelSpec, WheelSource
-from llmcli.options import AllowPickle, Json, Offline, Quiet, Verbose, completion
-from llmcli.options.expand import Command, expand_options
+from llmcli.options import AllowPickle, Json, Offline, Quiet, Verbose, completion, expand_options
+from llmcli.options.expand import Command
 
-app = typer.Typer(help="Manage models.", no_args_is_help=True, rich_markup_mode=None)
+app = Typer(help="Manage models.", no_args_is_help=True, rich_markup_mode=None)
 Name = Annotated[str, Argument(metavar="NAME", show_default=False, autocompletion=completion.models)]
 
 

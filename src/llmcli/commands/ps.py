@@ -4,8 +4,7 @@ from llmcli import console
 from llmcli.engines.worker import client
 from llmcli.io.output import print_lines, print_table, to_json
 from llmcli.io.units import format_megabytes
-from llmcli.options import Json, Quiet, Verbose
-from llmcli.options.expand import expand_options
+from llmcli.options import Json, Quiet, Verbose, expand_options
 
 
 @expand_options

@@ -13,8 +13,7 @@ from llmcli.io.output import OutputFormat, is_terminal, to_json
 from llmcli.io.records import open_inputs, read_records
 from llmcli.io.units import format_probability
 from llmcli.job import JsonObject, Result
-from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, Texts
-from llmcli.options.expand import expand_options
+from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, Texts, expand_options
 from llmcli.run import run
 
 TOKENS = "token_logprobs"
@@ -99,27 +98,21 @@ class ScoreFinisher:
             return [] if self.is_filter and self.is_text else [result]
         if self.shows_tokens:  # The result of an empty text has none.
             result = replace(result, output={TOKENS: [], **result.output})
-        if not self._passes(result.output["perplexity"]):
-            return []
-        return [replace(result, text=self._format(result))]
-
-    def _passes(self, perplexity: float | None) -> bool:
+        perplexity = result.output["perplexity"]
         if not self.is_filter:
-            return True
-        if perplexity is None:
-            self.unscored += 1
-            return False
-        return (self.minimum or 0) <= perplexity <= (self.maximum or math.inf)
+            return [replace(result, text=f"{_format_perplexity(perplexity)}\t{self._describe(result)}")]
+        self.unscored += perplexity is None
+        if perplexity is None or not (self.minimum or 0) <= perplexity <= (self.maximum or math.inf):
+            return []
+        return [replace(result, text=result.record.fields[self.field])]
 
-    def _format(self, result: Result) -> str:
+    def _describe(self, result: Result) -> str:
         text: str = result.record.fields[self.field]
-        if self.is_filter:
-            return text
         if self.shows_excerpt:
             text = result.record.file or " ".join(text.split())[:EXCERPT_CHARACTERS]
         if self.shows_tokens and self.is_text:
-            text = _format_tokens(text, result.output[TOKENS], for_terminal=self.for_terminal)
-        return f"{_format_perplexity(result.output['perplexity'])}\t{text}"
+            return _format_tokens(text, result.output[TOKENS], for_terminal=self.for_terminal)
+        return text
 
 
 def _format_tokens(text: str, tokens: list[JsonObject], *, for_terminal: bool) -> str:

@@ -10,8 +10,7 @@ from llmcli.errors import ExitStatus, LlmcliError, UsageError
 from llmcli.io.formats import InputFormat
 from llmcli.io.records import decode_argument, open_inputs, read_records
 from llmcli.job import Record, Result
-from llmcli.options import BatchModelOptions, OutputOptions
-from llmcli.options.expand import expand_options
+from llmcli.options import BatchModelOptions, OutputOptions, expand_options
 from llmcli.run import run
 
 BATCH_SIZE = 32  # passages, unless --batch-size is given
@@ -57,10 +56,9 @@ def _expand_matches(result: Result) -> list[Result]:
         return []
     if result.failure:
         raise LlmcliError(result.failure.message)
-    return [_format_match(**match) for match in result.output["matches"]]
-
-
-def _format_match(*, file: str | None, line: int, text: str, score: float, **_: object) -> Result:
-    place = f"{file}:{line}" if file else str(line)
-    record = Record({"line": line, "text": text}, file)
-    return Result(record, {"score": score}, f"{place}: {' '.join(text.split())} ({score:.3f})")
+    results = []
+    for match in result.output["matches"]:
+        file, line, text, score = match["file"], match["line"], match["text"], match["score"]
+        passage = f"{f'{file}:' if file else ''}{line}: {' '.join(text.split())} ({score:.3f})"
+        results.append(Result(Record({"line": line, "text": text}, file), {"score": score}, passage))
+    return results

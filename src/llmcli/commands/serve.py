@@ -5,8 +5,7 @@ from typing import Annotated
 from typer import Option
 
 from llmcli.io.units import parse_duration
-from llmcli.options import Quiet, Verbose
-from llmcli.options.expand import expand_options
+from llmcli.options import Quiet, Verbose, expand_options
 
 
 @expand_options

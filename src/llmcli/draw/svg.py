@@ -76,7 +76,6 @@ def _draw_line(segments: list[Segment], number: int) -> Iterator[str]:
 
 
 def _hex(color: Color | None) -> str | None:
-    """Return a color as `#rrggbb`; None for the default color of the terminal."""
     return color.get_truecolor().hex if color and not color.is_default else None
 
 
@@ -86,15 +85,12 @@ def _rectangle(x: float, y: float, width: float, height: float, color: str) -> s
 
 
 def _split_by_width(text: str) -> Iterator[tuple[str, bool]]:
-    """Yield parts whose characters have the same width, and whether they are a bar.
-
-    A combining character has no width, and stays with the character before it.
-    """
+    """Yield parts whose characters have the same width, and whether they are a bar."""
     width = 1
 
     def kind(character: str) -> tuple[int, bool]:
         nonlocal width
-        width = cell_len(character) or width
+        width = cell_len(character) or width  # A combining character has no width.
         return width, character in EIGHTHS[1:]
 
     for (_, is_bar), run in groupby(text, kind):

@@ -27,7 +27,7 @@ class InputFormat(Enum):
 
     @property
     def has_fields(self) -> bool:
-        """Whether a record has named fields, not a text alone."""
+        """Whether a record has named fields."""
         return self in (InputFormat.JSONL, InputFormat.CSV)
 
 
@@ -155,9 +155,6 @@ def _read_csv(stream: Stream, name: str | None) -> Iterator[Record]:
 
 
 READERS: Mapping[InputFormat, Callable[[Stream, str | None], Iterator[Record]]] = {
-    InputFormat.WHOLE: _read_whole,
-    InputFormat.LINES: _read_lines,
-    InputFormat.NULL: _read_null,
-    InputFormat.JSONL: _read_jsonl,
-    InputFormat.CSV: _read_csv,
-}
+    InputFormat.WHOLE: _read_whole, InputFormat.LINES: _read_lines, InputFormat.NULL: _read_null,
+    InputFormat.JSONL: _read_jsonl, InputFormat.CSV: _read_csv,
+}  # fmt: skip

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 from llmcli.errors import LlmcliError, OutputClosedError, UsageError, reason
 from llmcli.job import Result
@@ -50,9 +50,15 @@ class Sink(AbstractContextManager["Sink"]):
     def __init__(self, path: Path | None = None, *, append: bool = False) -> None:
         if not path and sys.stdout is None:
             raise LlmcliError("stdout is closed")
-        self.file: BinaryIO = _open(path, "ab" if append else "xb") if path else sys.stdout.buffer
         self._path = path
         self._is_empty = not append
+        try:
+            self.file: BinaryIO = path.open("ab" if append else "xb") if path else sys.stdout.buffer
+        except FileExistsError:
+            hint = "use --resume to continue, or choose another path"
+            raise UsageError(f"'{path}' already exists", hint) from None
+        except OSError as exc:
+            raise UsageError(f"{path}: {reason(exc)}") from exc
 
     def write(self, text: str) -> int:
         """Write a text at once, and return its number of bytes."""
@@ -85,13 +91,9 @@ class Output(AbstractContextManager["Output"]):
     """Write results as they arrive. The task adds the fields `names`, which a CSV header must have."""
 
     def __init__(
-        self,
-        format: OutputFormat,
-        model: str,
-        path: Path | None = None,
-        names: Sequence[str] = (),
+        self, format: OutputFormat, model: str, *, path: Path | None = None, names: Sequence[str] = (),
         append: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.format, self.model, self.names = format, model, names
         self._sink = Sink(path, append=append)
         self.is_watched = not path and sys.stdout.isatty()
@@ -187,7 +189,7 @@ def print_lines(lines: Iterable[str]) -> None:
     """Print lines to stdout."""
     sink = Sink()
     for line in lines:
-        sink.write(line + "\n")
+        sink.write(f"{line}\n")
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -204,15 +206,6 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-
-
-def _open(path: Path, mode: Literal["ab", "xb"]) -> BinaryIO:
-    try:
-        return path.open(mode)
-    except FileExistsError:
-        raise UsageError(f"'{path}' already exists", hint="use --resume to continue, or choose another path") from None
-    except OSError as exc:
-        raise UsageError(f"{path}: {reason(exc)}") from exc
 
 
 def _format_row(cells: Sequence[object]) -> str:

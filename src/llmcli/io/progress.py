@@ -54,8 +54,7 @@ class Progress:
     def line(self) -> str:
         """Return e.g. `96 of ~1280 records, 1 failed, 0:07:36 left, 2.6 records/s, 41 tokens/s`.
 
-        Unknown parts are left out; a single record has no line. Rates start with the first result, without the time
-        for loading the model.
+        Unknown parts are left out; a single record has no line. Rates start with the first result.
         """
         if self._read < 2:
             return ""
@@ -90,17 +89,12 @@ def print_statistics(model: str, counts: RunCounts) -> Iterator[None]:
         seconds = time.perf_counter() - start
         prompt, completion = map(counts.tokens.get, ("prompt_tokens", "completion_tokens"))
         statistics = {
-            "model": model,
-            "records": counts.records,
-            "failed": counts.failed,
-            "carried_over": counts.carried_over,
-            "written": counts.written,
-            "seconds": round(seconds, 3),
+            "model": model, "records": counts.records, "failed": counts.failed, "carried_over": counts.carried_over,
+            "written": counts.written, "seconds": round(seconds, 3),
             "records_per_second": round((counts.records - before) / seconds, 3),
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
+            "prompt_tokens": prompt, "completion_tokens": completion,
             "tokens_per_second": None if completion is None else round(completion / seconds, 3),
-        }
+        }  # fmt: skip
         with suppress(ImportError):  # Windows has no such module.
             import resource
 

@@ -12,7 +12,7 @@ from typing import cast
 
 from llmcli import config, console
 from llmcli.errors import RecordError, UsageError, reason
-from llmcli.io.formats import BOM, READERS, InputFormat, Stream, decode_utf8, strip_line_end
+from llmcli.io.formats import READERS, InputFormat, Stream, decode_utf8
 from llmcli.job import JsonObject, Record
 
 Inputs = Sequence[tuple[str | None, Stream]]  # name of the file, if it is one, and its stream
@@ -63,7 +63,11 @@ def read_prompts(texts: Sequence[str], files: Sequence[str], format: InputFormat
     if format is not InputFormat.WHOLE:
         hint = 'to add text to each record: --prompt "... {text}"'
         raise UsageError(f"TEXT with -f cannot be combined with --{format.value}", hint)
-    parts = [_read_part(name, stream) for name, stream in (*open_inputs([], files), *open_inputs(texts, []))]
+    parts = []
+    for record in read_records([*open_inputs([], files), *open_inputs(texts, [])], format):
+        if record.failure:
+            raise RecordError(record.failure.type, f"{record.where}{record.failure.message}")
+        parts.append(record.fields["text"])
     return iter([Record({"text": "\n\n".join(parts)}, file=files[0] if len(files) == 1 else None)])
 
 
@@ -99,14 +103,6 @@ def decode_argument(text: str) -> str:
         return decode_utf8(text.encode("utf-8", "surrogateescape"))
     except RecordError as exc:
         raise UsageError(exc.message) from None
-
-
-def _read_part(name: str | None, stream: Stream) -> str:
-    with stream:
-        try:
-            return decode_utf8(strip_line_end(stream.read())).removeprefix(BOM)
-        except RecordError as exc:
-            raise RecordError(exc.kind, f"{name}: {exc.message}" if name else exc.message) from None
 
 
 def _open_file(name: str) -> Stream:

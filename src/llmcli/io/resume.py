@@ -192,9 +192,9 @@ def fingerprint(texts: Sequence[str], files: Sequence[str]) -> str:
 
 def _content_hash(descriptor: int) -> bytes:
     """Return the hash of a regular file without moving its position; nothing for another kind of file."""
+    digest, position = hashlib.sha256(), 0
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         return b""
-    digest, position = hashlib.sha256(), 0
     while chunk := os.pread(descriptor, 1 << 20, position):
         digest.update(chunk)
         position += len(chunk)

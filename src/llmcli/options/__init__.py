@@ -1,5 +1,6 @@
 """Options that commands share. Each group is a dataclass, and a section of --help."""
 
+from llmcli.options.expand import expand_options
 from llmcli.options.figure import FigureOptions
 from llmcli.options.generation import (
     CommonGenerationOptions,
@@ -23,5 +24,5 @@ from llmcli.options.model import (
 __all__ = [
     "AllowPickle", "BatchModelOptions", "CommonGenerationOptions", "FigureOptions", "GenerationOptions", "InputOptions",
     "Json", "Model", "ModelOptions", "Offline", "OutputOptions", "Prompt", "Quiet", "ServedModelOptions", "Temperature",
-    "Texts", "TopK", "TopP", "TrustRemoteCode", "Verbose", "parse_key_value",
+    "Texts", "TopK", "TopP", "TrustRemoteCode", "Verbose", "expand_options", "parse_key_value",
 ]  # fmt: skip

@@ -1,19 +1,4 @@
-"""Declare a command by groups of options. Each group is a dataclass, and a section of --help.
-
-For example, this command has the options of both groups, and its function is given the groups:
-
-    @dataclass
-    class InputOptions:
-        \"\"\"Input\"\"\"
-
-        lines: Annotated[bool, Option("--lines", help="Treat each line as a record.")] = False
-
-
-    @expand_options
-    def count(input: InputOptions, output: OutputOptions) -> ExitStatus:
-        print(len(read(by_lines=input.lines)))
-        return ExitStatus.OK
-"""
+"""Declare a command by groups of options. Each group is a dataclass, and a section of --help."""
 
 import copy
 import dataclasses

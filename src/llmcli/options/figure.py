@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
@@ -16,7 +16,7 @@ from llmcli.options.input_output import Json, Quiet, Verbose
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-Draw = Callable[[int | None, bool], "RenderableType"]
+Draw = Callable[[Any, int | None, bool], "RenderableType"]
 
 
 @dataclass
@@ -39,16 +39,16 @@ class FigureOptions:
         """Save the figure, draw it in the terminal, or print its data.
 
         Args:
-            draw: `draw(width, has_colors)` returns the figure for a terminal that has that many columns; if the width
-                is None, it is as wide as it needs to be.
+            draw: `draw(figures, width, has_colors)` returns the figure; `figures` is the module that draws. If the
+                width (in columns) is None, the figure is as wide as it needs to be.
             objects: What --json prints.
             rows: What a pipe gets, as tab-separated values.
             title: Title of a file.
         """
         for kind, path in self.files.items():
-            from llmcli.draw import svg
+            from llmcli.draw import figures, svg
 
-            write_file(path, getattr(svg, kind)(draw(None, True), title))
+            write_file(path, getattr(svg, kind)(draw(figures, None, True), title))
             console.notice(f"saved {path}")
         if self.json:
             print_lines(map(to_json, objects))
@@ -58,6 +58,6 @@ class FigureOptions:
             from llmcli.draw import figures
 
             terminal = figures.terminal()
-            print_lines([figures.render(draw(terminal.width, figures.has_colors(terminal)), terminal)])
+            print_lines([figures.render(draw(figures, terminal.width, figures.has_colors(terminal)), terminal)])
         else:
             print_lines("\t".join(row) for row in rows)

@@ -20,12 +20,9 @@ Quiet = Annotated[bool, Option("--quiet", "-q", callback=console.set_quiet, help
 Verbose = Annotated[bool, Option("--verbose", "-v", callback=console.set_verbose,
     help="Print tracebacks and library warnings.")]  # fmt: skip
 FORMATS = {
-    InputFormat.WHOLE: OutputFormat.TEXT,
-    InputFormat.LINES: OutputFormat.LINES,
-    InputFormat.NULL: OutputFormat.NULL,
-    InputFormat.JSONL: OutputFormat.JSON,
-    InputFormat.CSV: OutputFormat.CSV,
-}
+    InputFormat.WHOLE: OutputFormat.TEXT, InputFormat.LINES: OutputFormat.LINES, InputFormat.NULL: OutputFormat.NULL,
+    InputFormat.JSONL: OutputFormat.JSON, InputFormat.CSV: OutputFormat.CSV,
+}  # fmt: skip
 
 
 @dataclass
