@@ -17,13 +17,10 @@ from llmcli.errors import ExitStatus, LlmcliError, OutputClosedError, Terminated
 from llmcli.options.expand import Command
 
 app = typer.Typer(
-    name="llmcli",
-    help="Run Transformers models from the command line.",
-    no_args_is_help=True,
+    name="llmcli", help="Run Transformers models from the command line.", no_args_is_help=True,
     rich_markup_mode=None,  # plain help is faster, and readable in a pipe
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["--help", "-h"]},
-)
+    pretty_exceptions_enable=False, context_settings={"help_option_names": ["--help", "-h"]},
+)  # fmt: skip
 for _name in (module.name for module in pkgutil.iter_modules(commands.__path__)):
     _module = importlib.import_module(f"{commands.__name__}.{_name}")
     if group := getattr(_module, "app", None):

@@ -58,7 +58,6 @@ def config_file() -> Path:
 
 @cache
 def settings() -> Settings:
-    """Return the settings of this process."""
     path = config_file()
     if not path.exists() and "LLMCLI_CONFIG" in os.environ:
         raise UsageError(f"{path}: no such file", hint="LLMCLI_CONFIG names it")
@@ -89,7 +88,6 @@ def validate_device(name: str) -> str:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Return the tables of a TOML file."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:

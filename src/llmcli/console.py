@@ -25,13 +25,11 @@ _relay: ContextVar[Relay | None] = ContextVar("relay", default=None)
 
 
 def set_quiet(value: bool) -> None:
-    """Print errors only (-q)."""
     global quiet
     quiet = value
 
 
 def set_verbose(value: bool) -> None:
-    """Print tracebacks, and the warnings of libraries (-v)."""
     global verbose
     verbose = value
 
@@ -83,7 +81,6 @@ def print_line(line: str) -> None:
 
 
 def working(message: str) -> AbstractContextManager[None]:
-    """Show a message on the live line while something takes its time."""
     return live_status(lambda: message)
 
 

@@ -78,9 +78,8 @@ class Record:
 
     def drop_error(self) -> "Record":
         """Return the record without the error of an earlier run."""
-        if not self.has_error:
-            return self
-        return replace(self, fields={name: value for name, value in self.fields.items() if name != "error"})
+        fields = {name: value for name, value in self.fields.items() if name != "error"}
+        return replace(self, fields=fields) if self.has_error else self
 
 
 @dataclass(frozen=True, slots=True)

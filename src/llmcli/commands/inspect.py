@@ -36,10 +36,8 @@ class TokenizerOptions:
     trust_remote_code: TrustRemoteCode = False
 
     def load_options(self) -> LoadOptions:
-        return LoadOptions(
-            offline=self.offline or config.settings().offline, allow_pickle=self.allow_pickle,
-            trust_remote_code=self.trust_remote_code,
-        )  # fmt: skip
+        is_offline = self.offline or config.settings().offline
+        return LoadOptions(offline=is_offline, allow_pickle=self.allow_pickle, trust_remote_code=self.trust_remote_code)
 
 
 @app.command(cls=Command)
@@ -53,14 +51,13 @@ def tokens(text: Text = None, file: File = None, *, model: TokenizerOptions, out
     llmcli inspect tokens "Antidisestablishmentarianism"
     llmcli inspect tokens "你好，世界" -m smollm2 -m gemma3-270m
     """
-    text, load_options = _read_text(text, file), model.load_options()
+    text, options = _read_text(text, file), model.load_options()
     tokens = {}
     rows: list[tuple[str, ...]] = []
-    for name in model.models or [store.choose(registry.default_names("inspect"), load_options)]:
-        spec = registry.resolve(name)
-        folder = store.pull(spec, offline=load_options.offline, allow_pickle=load_options.allow_pickle)
+    for name in model.models or [store.choose(registry.default_names("inspect"), options)]:
+        folder = store.pull(registry.resolve(name), offline=options.offline, allow_pickle=options.allow_pickle)
         with suspended_garbage_collection():
-            tokenizer = loading.tokenizer(folder, load_options)
+            tokenizer = loading.tokenizer(folder, options)
         tokens[name] = tokens_of(tokenizer, text)
         rows += [(name, str(i), str(token["id"]), to_json(token["token"])) for i, token in enumerate(tokens[name])]
     objects = [{"text": text, "tokens": of_model, "model": name} for name, of_model in tokens.items()]
@@ -91,10 +88,8 @@ def next_token(
     sampling = generation.greedy({name: value for name, value in options.items() if value is not None})
     text = _read_text(text, file)
     record = _run(model.job("inspect_next", {"limit": limit}, defaults=sampling, truncate=True), text)
-    rows = [
-        (*map(format_probability, (token["probability"], token["sampling_probability"])), to_json(token["token"]))
-        for token in record["next"]
-    ]
+    names = ("probability", "sampling_probability")
+    rows = [(*(format_probability(token[key]) for key in names), to_json(token["token"])) for token in record["next"]]
     title = f"Next tokens after {text!r}"
     output.show(lambda figures, width, _: figures.draw_next_tokens(record, width), [record], rows, title)
 
@@ -123,10 +118,8 @@ def attention(
     record = _run(model.job("inspect_attention", {"layer": layer, "head": head}), text)
     layers = f"mean of {record['layers']} layers" if layer is None else f"layer {layer}"
     heads = f"mean of {record['heads']} heads" if head is None else f"head {head}"
-    rows = [
-        (to_json(token), *map(format_probability, weights))
-        for token, weights in zip(record["tokens"], record["attention"], strict=True)
-    ]
+    weights = zip(record["tokens"], record["attention"], strict=True)
+    rows = [(to_json(token), *map(format_probability, row)) for token, row in weights]
     output.show(
         lambda figures, width, has_colors: figures.draw_attention(record, f"{layers}, {heads}", width, has_colors),
         [record], rows, f"Attention in {text!r}",
@@ -146,7 +139,6 @@ def _read_text(text: str | None, file: str | None) -> str:
 
 
 def _run(job: Job, text: str) -> JsonObject:
-    """Return the fields of the result for one text."""
     (result,) = engines.engine_for(job).run(job, [Record({"text": text})])
     if result.failure:
         raise LlmcliError(result.failure.message)

@@ -30,14 +30,11 @@ def list_models(json: Json = False, quiet: Quiet = False, verbose: Verbose = Fal
     if json:
         print_lines(to_json(_describe(spec)) for spec in models)
         return
-    print_table(
-        ("NAME", "CACHED", "DOWNLOAD", "TASKS", "LICENSE"),
-        [
-            (spec.name, "yes" if store.find_or_none(spec) else "no", format_megabytes(spec.size), " ".join(spec.tasks),
-             spec.license or "-")
-            for spec in models
-        ],
-    )  # fmt: skip
+    rows = []
+    for spec in models:
+        is_cached = "yes" if store.find_or_none(spec) else "no"
+        rows.append((spec.name, is_cached, format_megabytes(spec.size), " ".join(spec.tasks), spec.license or "-"))
+    print_table(("NAME", "CACHED", "DOWNLOAD", "TASKS", "LICENSE"), rows)
 
 
 @app.command(cls=Command)

@@ -54,16 +54,16 @@ def qa(
     roles = input.roles("question", "context")
     given = {roles["question"]: question, roles["context"]: context}
     fields = {name: decode_argument(text) for name, text in given.items() if text is not None}
+    records: Iterable[Record]
     documents = None
     if question is not None and context is None and format is InputFormat.WHOLE and input.files:
         records, documents = read_documents(input.files, fields)
-        source: Iterable[Record] = records
     else:
-        source = _read_questions(fields, roles, input.files, format, retry=output.retry_errors)
+        records = _read_questions(fields, roles, input.files, format, retry=output.retry_errors)
     parameters = {"fields": roles, "documents": documents or None, **asdict(extractive)}
     parameters["handle_impossible_answer"] = parameters.pop("allow_no_answer") or None
     job = model.job("qa", parameters | build_prompt_parameters(prompt), generation)
-    return run(job, source, spec)
+    return run(job, records, spec)
 
 
 def _read_questions(

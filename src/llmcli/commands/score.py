@@ -100,7 +100,9 @@ class ScoreFinisher:
             result = replace(result, output={TOKENS: [], **result.output})
         perplexity = result.output["perplexity"]
         if not self.is_filter:
-            return [replace(result, text=f"{_format_perplexity(perplexity)}\t{self._describe(result)}")]
+            digits = 2 if (perplexity or 0) < 100 else 1 if perplexity < 1000 else 0  # those that are significant
+            shown = "-" if perplexity is None else f"{perplexity:.{digits}f}"
+            return [replace(result, text=f"{shown}\t{self._describe(result)}")]
         self.unscored += perplexity is None
         if perplexity is None or not (self.minimum or 0) <= perplexity <= (self.maximum or math.inf):
             return []
@@ -127,10 +129,3 @@ def _format_tokens(text: str, tokens: list[JsonObject], *, for_terminal: bool) -
     if figures.has_colors(screen):
         return figures.render(figures.heat_map(tokens), screen)
     return f"{text}\n{figures.render(figures.probability_table(tokens, screen.width), screen)}"
-
-
-def _format_perplexity(perplexity: float | None) -> str:
-    """Return a perplexity with the digits that are significant."""
-    if perplexity is None:
-        return "-"
-    return f"{perplexity:.{2 if perplexity < 100 else 1 if perplexity < 1000 else 0}f}"

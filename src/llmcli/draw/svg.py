@@ -54,7 +54,6 @@ def svg(figure: RenderableType, title: str) -> str:
 
 
 def html(figure: RenderableType, title: str) -> str:
-    """Return an HTML page that shows a figure."""
     return PAGE.format(title=escape(title), figure=svg(figure, title))
 
 

@@ -27,17 +27,14 @@ class InputFormat(Enum):
 
     @property
     def has_fields(self) -> bool:
-        """Whether a record has named fields."""
         return self in (InputFormat.JSONL, InputFormat.CSV)
 
 
-def strip_line_end(data: bytes) -> bytes:
-    """Return the data without its last line end, as `$(...)` does in a shell."""
+def _strip_line_end(data: bytes) -> bytes:
     return data[:-1].removesuffix(b"\r") if data.endswith(b"\n") else data
 
 
 def decode_utf8(data: bytes) -> str:
-    """Decode UTF-8, or raise RecordError."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as exc:
@@ -46,12 +43,12 @@ def decode_utf8(data: bytes) -> str:
 
 
 def _read_whole(stream: Stream, name: str | None) -> Iterator[Record]:
-    yield _text_record(strip_line_end(stream.read()), name)
+    yield _text_record(_strip_line_end(stream.read()), name)
 
 
 def _read_lines(stream: Stream, name: str | None) -> Iterator[Record]:
     for number, line in enumerate(stream, start=1):
-        yield _text_record(strip_line_end(line), name, number)
+        yield _text_record(_strip_line_end(line), name, number)
 
 
 def _read_null(stream: Stream, name: str | None) -> Iterator[Record]:
@@ -77,7 +74,7 @@ def _text_record(data: bytes, name: str | None, number: int | None = None) -> Re
 def _read_jsonl(stream: Stream, name: str | None) -> Iterator[Record]:
     for number, line in enumerate(stream, start=1):
         try:
-            text = decode_utf8(strip_line_end(line))
+            text = decode_utf8(_strip_line_end(line))
             # Concatenated files can have a byte order mark on any line.
             yield Record(_parse_object(text.removeprefix(BOM)), name, number)
         except RecordError as exc:

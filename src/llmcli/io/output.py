@@ -115,22 +115,16 @@ class Output(AbstractContextManager["Output"]):
 
     def write(self, result: Result) -> int:
         """Write a result, or what `stream` has left of it; return the number of bytes without a CSV header."""
-        had_columns = bool(self._columns)
-        line = self._format_line(result)
-        if self._columns and not had_columns:
-            self._sink.write(_format_row(self._columns))
-        self._streamed = 0
-        return self._sink.write(line) if line else 0
-
-    def _format_line(self, result: Result) -> str:
         if self.format is OutputFormat.JSON:
-            return to_json(self._fields(result)) + "\n"
+            return self._sink.write(to_json(self._fields(result)) + "\n")
         if self.format is OutputFormat.CSV:
-            return self._format_cells(self._fields(result))
+            return self._sink.write(self._format_cells(self._fields(result)))
         if result.failure and self.format is OutputFormat.TEXT and not self._streamed:
-            return ""
+            return 0
         end = "\0" if self.format is OutputFormat.NULL else "\n"
-        return self._on_one_line(result.text[self._streamed :]) + end
+        rest = self._on_one_line(result.text[self._streamed :])
+        self._streamed = 0
+        return self._sink.write(rest + end)
 
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         if self._streamed and kind is not OutputClosedError:  # The text was interrupted: end its line.
@@ -160,6 +154,7 @@ class Output(AbstractContextManager["Output"]):
             added = [*self.names, "model", "file", "error"]
             own = [name for name in fields if name not in added]
             self._columns = [*own, *(name for name in added if name != "file" or name in fields)]
+            self._sink.write(_format_row(self._columns))
         if unknown := [name for name in fields if name not in self._columns]:
             hint = "run files with other columns alone, or use --json"
             raise UsageError(f"the first row has no column {unknown[0]!r}", hint)
@@ -186,7 +181,6 @@ def write_file(path: Path, text: str) -> None:
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print lines to stdout."""
     sink = Sink()
     for line in lines:
         sink.write(f"{line}\n")

@@ -59,7 +59,6 @@ class Journal(AbstractContextManager["Journal"]):
         self.output = self._log.output
 
     def counts(self) -> RunCounts:
-        """Return the counts of the results that stay."""
         entries = list(filter(self._stays, self._done))
         states = [entry.state for entry in entries]
         written = sum(entry.size > 0 for entry in entries)
@@ -67,7 +66,6 @@ class Journal(AbstractContextManager["Journal"]):
 
     @property
     def is_complete(self) -> bool:
-        """Whether no record is left to run."""
         return self._log.is_complete
 
     def _stays(self, entry: Entry) -> bool:
@@ -99,7 +97,6 @@ class Journal(AbstractContextManager["Journal"]):
             self._last_sync = time.monotonic()
 
     def mark_complete(self) -> None:
-        """Note that all records are done."""
         self._copy_done()
         self._log.mark_complete()
 
@@ -178,10 +175,7 @@ class Journal(AbstractContextManager["Journal"]):
 
 
 def fingerprint(texts: Sequence[str], files: Sequence[str]) -> str:
-    """Return a SHA-256 fingerprint of the texts and the regular files of an input; "-" is stdin.
-
-    Piped input cannot be read twice: `Journal.remaining` checks it record by record.
-    """
+    """Return a fingerprint of the texts and the regular files; `Journal.remaining` checks what is piped."""
     digest = hashlib.sha256(json.dumps(list(texts)).encode())
     for name in files or ["-"]:
         digest.update(name.encode("utf-8", "surrogateescape"))

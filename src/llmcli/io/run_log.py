@@ -55,7 +55,6 @@ class RunLog:
         return self[len(self) - 1].end if len(self) else 0
 
     def begin(self, identity: JsonObject) -> None:
-        """Start an empty log."""
         os.truncate(self.path, 0)
         self._sink.write(json.dumps(identity) + "\n")
         sync(self.path)
@@ -87,23 +86,19 @@ class RunLog:
         os.truncate(self.output, self.end)
 
     def append(self, entries: Iterable[Entry]) -> None:
-        """Add records."""
         data = b"".join(map(_pack, entries))
         self._sink.write_bytes(data)
         self._entries += data
 
     def mark_complete(self) -> None:
-        """Note that all records are done."""
         self._sink.write_bytes(_pack(Entry(self.end, 0, 0, COMPLETE)))
         self.is_complete = True
 
     def sync(self) -> None:
-        """Write both files to the disk, so that a power cut cannot take them."""
         sync(self.output)
         sync(self.path)
 
     def close(self) -> None:
-        """Close and unlock the log."""
         self._sink.__exit__(None)
 
     def _lock(self) -> None:

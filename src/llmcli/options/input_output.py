@@ -11,6 +11,7 @@ from llmcli import console
 from llmcli.errors import UsageError
 from llmcli.io.formats import InputFormat
 from llmcli.io.output import OutputFormat, OutputSpec
+from llmcli.io.resume import fingerprint
 
 Texts = Annotated[list[str], Argument(metavar="TEXT", default_factory=list, show_default=False)]
 Prompt = Annotated[str | None, Option(metavar="TEMPLATE",
@@ -81,9 +82,7 @@ class OutputOptions:
         """Return where and how results are written.
 
         Args:
-            input_format: How records are read. It determines the output format.
             texts: Texts of the input; --resume checks that they, and the files, stay the same.
-            files: Files of the input.
             format: Output format of a command that writes no other.
         """
         format = format or (OutputFormat.JSON if self.json else FORMATS[input_format])
@@ -94,8 +93,6 @@ class OutputOptions:
             if format is OutputFormat.TEXT:
                 hint = "add --json, --jsonl, --csv, --lines or --null"
                 raise UsageError("--resume requires a structured format", hint)
-            from llmcli.io.resume import fingerprint
-
             resume = fingerprint(texts, files)
         return OutputSpec(
             format=format, path=self.output, resume=resume, retry=self.retry_errors, stats=self.stats,

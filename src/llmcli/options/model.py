@@ -56,6 +56,7 @@ class ModelOptions:
             truncate: Whether to truncate long inputs, if there are no generation options.
             languages: Source and target language; the names of some default models contain them.
         """
+        keep_alive = self.keep_alive or config.settings().keep_alive
         job = Job(
             task=task,
             model=self.model_name(task.partition("_")[0], **languages),  # inspect_next shares the default of inspect
@@ -64,7 +65,7 @@ class ModelOptions:
             load_options=self.load_options(),
             seed=generation.seed if generation else None,
             truncate=generation.truncate if generation else truncate,
-            keep_alive=self.keep_alive_seconds(),
+            keep_alive=parse_duration(keep_alive) if keep_alive else None,
         )
         return self._complete(job)
 
@@ -72,7 +73,6 @@ class ModelOptions:
         return job  # Subclasses add their options.
 
     def model_name(self, task: str, **languages: str | None) -> str:
-        """Return the model that was asked for, or the default model of the task."""
         if self.model is not None:
             return self.model
         return store.choose(registry.default_names(task, **languages), self.load_options())
@@ -81,20 +81,12 @@ class ModelOptions:
         """Return the options, completed from the environment and the configuration file."""
         settings = config.settings()
         return LoadOptions(
-            device=config.validate_device(self.device or settings.device),
-            dtype=self.dtype or settings.dtype,
-            quantize=self.quantize,
-            max_memory=parse_size(self.max_memory) if self.max_memory else None,
+            device=config.validate_device(self.device or settings.device), dtype=self.dtype or settings.dtype,
+            quantize=self.quantize, max_memory=parse_size(self.max_memory) if self.max_memory else None,
             offload_folder=str(self.offload_folder) if self.offload_folder else None,
-            offline=self.offline or settings.offline,
-            allow_pickle=self.allow_pickle,
+            offline=self.offline or settings.offline, allow_pickle=self.allow_pickle,
             trust_remote_code=self.trust_remote_code,
-        )
-
-    def keep_alive_seconds(self) -> float | None:
-        """Return how long a worker keeps the model loaded; None if it is not set."""
-        duration = self.keep_alive or config.settings().keep_alive
-        return parse_duration(duration) if duration else None
+        )  # fmt: skip
 
 
 @dataclass
@@ -126,7 +118,6 @@ class ServedModelOptions(BatchModelOptions):
         return replace(job, endpoint=self.endpoint, concurrency=self.concurrency)
 
     def model_name(self, task: str, **languages: str | None) -> str:
-        """Return the model that was asked for, the only one of the server, or the default model of the task."""
         if self.model is None and self.endpoint:
             from llmcli.engines.endpoint import only_model
 
