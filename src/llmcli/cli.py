@@ -17,13 +17,10 @@ from llmcli.errors import ExitStatus, LlmcliError, OutputClosedError, Terminated
 from llmcli.options.expand import Command
 
 app = typer.Typer(
-    name="llmcli",
-    help="Run Transformers models from the command line.",
-    no_args_is_help=True,
+    name="llmcli", help="Run Transformers models from the command line.", no_args_is_help=True,
     rich_markup_mode=None,  # plain help is faster, and readable in a pipe
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["--help", "-h"]},
-)
+    pretty_exceptions_enable=False, context_settings={"help_option_names": ["--help", "-h"]},
+)  # fmt: skip
 for _name in (module.name for module in pkgutil.iter_modules(commands.__path__)):
     _module = importlib.import_module(f"{commands.__name__}.{_name}")
     if group := getattr(_module, "app", None):
@@ -38,19 +35,15 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
+Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")]
+
+
 @app.callback()
-def root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None: ...
+def root(version: Version = False) -> None: ...
 
 
 def run() -> NoReturn:
-    """Run the command line of the process, and end the process.
-
-    Freeing a model is slow, and threads that wait for input or for another process would delay the exit.
-    """
+    """Run the command line of the process, and end the process."""
     status = main()
     try:
         if sys.stdout:
@@ -60,20 +53,19 @@ def run() -> NoReturn:
     except OSError as exc:
         console.error(f"stdout: {exc.strerror}")
         status = ExitStatus.FAILED
-    os._exit(status)
+    os._exit(status)  # Freeing a model is slow, and threads that wait for input would delay the exit.
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run a command line and return its exit status.
-
-    Args:
-        args: Words of the command line, without the program; None means those of the process.
-    """
+    """Run a command line, without the name of the program, and return its exit status."""
     with _raise_on_sigterm():
         try:
             app(args, prog_name="llmcli")
-        except SystemExit as exc:
-            return _exit_status(exc)
+        except SystemExit as exc:  # As Python's own exit does: a text is printed, and means failure.
+            if exc.code is None or isinstance(exc.code, int):
+                return exc.code or ExitStatus.OK
+            console.error(exc.code)
+            return ExitStatus.FAILED
         except OutputClosedError as exc:
             return exc.status
         except LlmcliError as exc:
@@ -93,19 +85,15 @@ def main(args: list[str] | None = None) -> int:
     return ExitStatus.OK
 
 
-def _exit_status(exc: SystemExit) -> int:
-    """Return the status as Python's own exit does: a text is printed, and means failure."""
-    if exc.code is None or isinstance(exc.code, int):
-        return exc.code or ExitStatus.OK
-    console.error(exc.code)
-    return ExitStatus.FAILED
-
-
 @contextlib.contextmanager
 def _raise_on_sigterm() -> Iterator[None]:
     """Raise TerminatedError when SIGTERM arrives; a program that calls `main` gets its own handler back."""
+
+    def terminate(signum: int, frame: FrameType | None) -> NoReturn:
+        raise TerminatedError
+
     try:
-        previous = signal.signal(signal.SIGTERM, _terminate)
+        previous = signal.signal(signal.SIGTERM, terminate)
     except ValueError:  # Only the main thread may set a handler.
         yield
         return
@@ -114,7 +102,3 @@ def _raise_on_sigterm() -> Iterator[None]:
     finally:
         if previous is not None:  # None: the handler was not set from Python.
             signal.signal(signal.SIGTERM, previous)
-
-
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    raise TerminatedError

@@ -29,7 +29,7 @@ class Settings:
 
 
 def world_size() -> int:
-    """Return the number of processes of this run, as torchrun and accelerate launch start them."""
+    """Return the number of processes of this run, which torchrun or accelerate launch starts."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
@@ -48,10 +48,7 @@ def cache_dir() -> Path:
 
 
 def config_file() -> Path:
-    """Return the path of the configuration file: LLMCLI_CONFIG, or config.toml in the platform's directory.
-
-    The user's models.toml is beside it. Neither has to exist.
-    """
+    """Return the path of the configuration file, which may not exist. The user's models.toml is beside it."""
     if path := os.environ.get("LLMCLI_CONFIG"):
         return Path(path).expanduser()
     import platformdirs
@@ -61,11 +58,6 @@ def config_file() -> Path:
 
 @cache
 def settings() -> Settings:
-    """Return the settings of this process.
-
-    Raises:
-        UsageError: If the configuration file is invalid.
-    """
     path = config_file()
     if not path.exists() and "LLMCLI_CONFIG" in os.environ:
         raise UsageError(f"{path}: no such file", hint="LLMCLI_CONFIG names it")
@@ -89,22 +81,13 @@ def settings() -> Settings:
 
 
 def validate_device(name: str) -> str:
-    """Return the name of a device, whether or not this machine has the device.
-
-    Raises:
-        UsageError: If it cannot be the name of a device.
-    """
+    """Return the name of a device, whether or not this machine has the device."""
     if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", name):
         raise UsageError(f"unknown device {name!r}", hint="devices: auto, cpu, cuda, cuda:N, mps, xpu")
     return name
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Return the tables of a TOML file.
-
-    Raises:
-        UsageError: If the file is invalid; the message names the file and the position.
-    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
@@ -112,18 +95,12 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def check_keys(table: Mapping[str, object], allowed: Iterable[str], where: str) -> None:
-    """Refuse a key that nothing reads, since it is a typing error.
-
-    Raises:
-        UsageError: If the table has an unknown key.
-    """
+    """Raise UsageError for an unknown key: it is a typing error."""
     allowed = list(allowed)
     for key in table:
         if key not in allowed:
-            raise UsageError(
-                f"{where}: unknown key {key!r}{did_you_mean(key, allowed)}",
-                hint=f"known keys: {', '.join(allowed)}",
-            )
+            message = f"{where}: unknown key {key!r}{did_you_mean(key, allowed)}"
+            raise UsageError(message, hint=f"known keys: {', '.join(allowed)}")
 
 
 def check_table(table: Mapping[str, object], types: Mapping[str, type], where: str) -> None:

@@ -25,13 +25,11 @@ _relay: ContextVar[Relay | None] = ContextVar("relay", default=None)
 
 
 def set_quiet(value: bool) -> None:
-    """Print errors only (-q)."""
     global quiet
     quiet = value
 
 
 def set_verbose(value: bool) -> None:
-    """Print tracebacks, and the warnings of libraries (-v)."""
     global verbose
     verbose = value
 
@@ -75,8 +73,7 @@ def _print_labeled(label: str, message: str) -> None:
 
 def print_line(line: str) -> None:
     """Print a line to stderr, above the live line."""
-    # A full disk or a closed terminal must not hide the exit status.
-    with suppress(OSError):
+    with suppress(OSError):  # A full disk or a closed terminal must not hide the exit status.
         if _live:
             _live.console.out(line, highlight=False)
         elif sys.stderr:
@@ -84,17 +81,12 @@ def print_line(line: str) -> None:
 
 
 def working(message: str) -> AbstractContextManager[None]:
-    """Show a message on the live line while something takes its time."""
     return live_status(lambda: message)
 
 
 @contextmanager
 def live_status(status: Callable[[], str]) -> Iterator[None]:
-    """Show a line on a terminal that disappears at the end.
-
-    Args:
-        status: Returns the text at every refresh. The text of an inner status follows the text of an outer one.
-    """
+    """Show `status()` on a line that disappears at the end. An inner status follows the outer one on the line."""
     global _live
     if relay := _relay.get():
         relay("working", status())
@@ -106,18 +98,18 @@ def live_status(status: Callable[[], str]) -> Iterator[None]:
         return
     _statuses.append(status)
     is_outermost = not _live
-    if is_outermost:
-        _live = _live_line()
-        with suppress(OSError):
+    with suppress(OSError):
+        if is_outermost:
+            _live = _live_line()
             _live.start(refresh=True)
     try:
         yield
     finally:
         _statuses.remove(status)
-        if is_outermost and _live:
-            with suppress(OSError):
-                _live.stop()
-            _live = None
+        with suppress(OSError):
+            if is_outermost and _live:
+                live, _live = _live, None
+                live.stop()
 
 
 def _live_line() -> "Live":

@@ -16,25 +16,12 @@ class ExitStatus(IntEnum):
 
     @classmethod
     def from_counts(cls, failed: int, total: int) -> "ExitStatus":
-        """Return the status of a run.
-
-        Args:
-            failed: Number of records that failed.
-            total: Number of records.
-        """
-        if not failed:
-            return cls.OK
-        return cls.FAILED if total == 1 else cls.PARTIAL
+        """Return the status of a run in which `failed` of `total` records failed."""
+        return cls.OK if not failed else cls.FAILED if total == 1 else cls.PARTIAL
 
 
 class LlmcliError(Exception):
-    """An error that the user can act on.
-
-    Args:
-        message: What happened, in one line.
-        hint: What to do, in one line.
-        status: The exit status, if it is not the one of the class.
-    """
+    """An error that the user can act on: what happened and what to do, in one line each."""
 
     status = ExitStatus.FAILED
 
@@ -62,13 +49,7 @@ class ModelTooLargeError(ModelUnavailableError):
 
 
 class RecordError(LlmcliError):
-    """One record cannot be run; the others can.
-
-    Args:
-        kind: Type of the error, the field `error.type` of the output.
-        message: What happened, in one line.
-        hint: What to do, in one line.
-    """
+    """One record cannot be run; the others can. `kind` becomes the field `error.type` of the output."""
 
     def __init__(self, kind: str, message: str, hint: str | None = None) -> None:
         super().__init__(message, hint)

@@ -2,13 +2,12 @@
 
 import dataclasses
 import sys
-from pathlib import Path
 
 from llmcli import config, console, engines
 from llmcli.engines.engine import Engine
 from llmcli.errors import ExitStatus
 from llmcli.io.output import Output, OutputFormat
-from llmcli.job import Failure, Job, Record
+from llmcli.job import Job, Record
 from llmcli.tasks.chat import Message
 
 COMMANDS = {
@@ -20,20 +19,20 @@ COMMANDS = {
 
 
 def converse(job: Job) -> ExitStatus:
-    """Read messages until /exit or the end of input. Ctrl-C stops an answer, or clears the line.
-
-    Prompts and notes go to stderr and answers to stdout: `llmcli chat > answers.txt` saves the answers alone.
-    """
+    """Read messages until /exit or the end of input. Ctrl-C stops an answer, or clears the line."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.history import FileHistory
     from prompt_toolkit.output import create_output
 
+    history = config.cache_dir() / "chat_history"
+    history.parent.mkdir(parents=True, exist_ok=True)
+    history.touch(mode=0o600)
     session: PromptSession[str] = PromptSession(
-        history=FileHistory(str(_history_file())),
+        history=FileHistory(str(history)),
         completer=WordCompleter(list(COMMANDS), sentence=True),
         complete_while_typing=False,
-        output=create_output(stdout=sys.stderr),
+        output=create_output(stdout=sys.stderr),  # `llmcli chat > answers.txt` saves the answers alone.
     )
     engine = engines.engine_for(job)
     engine.load(job)
@@ -76,7 +75,11 @@ def _answer(engine: Engine, job: Job, messages: list[Message]) -> list[Message]:
         try:
             for result in engine.run(job, [Record({"messages": messages})], on_text):
                 if result.failure:
-                    _report(result.failure, is_first=len(messages) <= 2)
+                    is_too_long = result.failure.type == "context_length_exceeded" and len(messages) > 2
+                    if is_too_long:
+                        console.error("the conversation exceeds the context length", hint="start over with /clear")
+                    else:
+                        console.error(result.failure.message)
                     return messages[:-1]
                 parts = [result.text]
                 output.write(result)
@@ -85,20 +88,5 @@ def _answer(engine: Engine, job: Job, messages: list[Message]) -> list[Message]:
     return [*messages, {"role": "assistant", "content": "".join(parts)}] if parts else messages[:-1]
 
 
-def _report(failure: Failure, *, is_first: bool) -> None:
-    """Print why there is no answer, and how to go on if the conversation is too long."""
-    if failure.type == "context_length_exceeded" and not is_first:
-        console.error("the conversation exceeds the context length", hint="start over with /clear")
-    else:
-        console.error(failure.message)
-
-
 def _new_conversation(system: str | None) -> list[Message]:
     return [{"role": "system", "content": system}] if system else []
-
-
-def _history_file() -> Path:
-    path = config.cache_dir() / "chat_history"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch(mode=0o600)
-    return path

@@ -9,62 +9,60 @@ from llmcli.errors import ExitStatus, UsageError
 from llmcli.io.output import Output, OutputFormat, OutputSpec
 from llmcli.io.progress import Progress, RunCounts, print_statistics
 from llmcli.io.resume import Journal
-from llmcli.job import Job, Record, Result
+from llmcli.job import Job, Record
 
 
-def run(job: Job, records: Iterable[Record], target: OutputSpec) -> ExitStatus:
-    """Write every result as soon as its turn is done, and every failure to stderr.
-
-    Returns FAILED for a single input that failed, or where nothing passed a filter; PARTIAL for some of many that
-    failed; OK otherwise.
-    """
+def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
+    """Write every result as soon as it has its turn, and every failure to stderr."""
     if config.rank():
         from llmcli.engines.distributed import serve
 
         return serve(engines.engine_for(job))
-    names = _names(job, target.format)
+    names = _output_names(job, spec.format)
     with ExitStack() as stack:
-        journal = stack.enter_context(Journal(target, job)) if target.resume else None
+        journal = stack.enter_context(Journal(spec, job)) if spec.resume else None
         counts = journal.counts() if journal else RunCounts()
-        if target.stats:
+        if spec.stats:
             stack.enter_context(print_statistics(job.model, counts))
-        counts.records += target.extra_records
+        counts.records += spec.extra_records
         if journal and journal.is_complete:
-            console.notice(f"'{target.path}' is already complete")
-            list(_engine(job).run(job, ()))  # other processes wait to be told
-            return _ended(counts, target)
+            console.notice(f"'{spec.path}' is already complete")
+            list(_engine_for(job).run(job, ()))  # Other processes wait for the end.
+            return _report_end(counts, spec)
         progress = Progress(counts)
         records = progress.track(records)
         if journal:
             records = journal.remaining(records)
-        if target.retry:
+        if spec.retry:
             records = map(Record.drop_error, records)
-        path = journal.output if journal else target.path
-        output = Output(target.format, path=path, names=names, model=job.model, append=journal is not None)
+        path = journal.output if journal else spec.path
+        output = Output(spec.format, path=path, names=names, model=job.model, append=journal is not None)
         shows = console.is_watched() and not output.is_watched
         with output, console.live_status(progress.line) if shows else nullcontext():
             on_text, on_result = output.stream if output.streams else None, progress.done.add if shows else None
-            for result in _engine(job).run(job, records, on_text, on_result):
-                written = target.finish(result) if target.finish else [result]
+            for result in _engine_for(job).run(job, records, on_text, on_result):
+                written = spec.finish(result) if spec.finish else [result]
                 if journal:
                     journal.write(output, result, written)
                 else:
                     for part in written:
                         output.write(part)
                 counts.add(result, len(written))
-                _say(result)
-                if result.failure and target.stop_on_error:
+                if count := result.output.get("truncated"):
+                    console.warning(f"{result.record.where}truncated by {count} tokens")
+                if result.failure:
+                    console.error(f"{result.record.where}{result.failure.message}")
+                if result.failure and spec.stop_on_error:
                     return ExitStatus.FAILED
         if journal:
             journal.mark_complete()
         if counts.carried_over:
-            console.notice(
-                f"{counts.carried_over} of {counts.records} records already had an `error` and were passed on unchanged"
-            )
-        return _ended(counts, target)
+            share = f"{counts.carried_over} of {counts.records} records"
+            console.notice(f"{share} already had an `error` and were passed on unchanged")
+        return _report_end(counts, spec)
 
 
-def _engine(job: Job) -> Any:
+def _engine_for(job: Job) -> Any:
     if config.world_size() == 1:
         return engines.engine_for(job)
     from llmcli.engines.distributed import DistributedEngine
@@ -72,31 +70,21 @@ def _engine(job: Job) -> Any:
     return DistributedEngine(engines.engine_for(job))
 
 
-def _names(job: Job, format: OutputFormat) -> list[str]:
-    """The fields that the task adds to a record."""
-    several = (job.generation.get("num_return_sequences") or 1) > 1
-    if several and format is OutputFormat.LINES:
-        raise UsageError(
-            "-n greater than 1 cannot be used with --lines", hint="--json writes all of them in generated_texts"
-        )
-    several = several or (job.parameters.get("top_k") or 1) > 1
+def _output_names(job: Job, format: OutputFormat) -> list[str]:
+    """Return the fields that the task adds to a record."""
+    is_plural = (job.generation.get("num_return_sequences") or 1) > 1
+    if is_plural and format is OutputFormat.LINES:
+        hint = "--json writes all of them in generated_texts"
+        raise UsageError("-n greater than 1 cannot be used with --lines", hint)
+    is_plural = is_plural or (job.parameters.get("top_k") or 1) > 1
     outputs = tasks.load_task(job.task).outputs
     extra = ["token_logprobs"] * bool(job.parameters.get("token_logprobs"))
-    return [*dict.fromkeys([*outputs, *[f"{outputs[0]}s"] * several, *["truncated"] * job.truncate, *extra])]
+    return [*dict.fromkeys([*outputs, *[f"{outputs[0]}s"] * is_plural, *["truncated"] * job.truncate, *extra])]
 
 
-def _say(result: Result) -> None:
-    if cut := result.output.get("truncated"):
-        console.warning(f"{result.record.where}truncated by {cut} tokens")
-    if result.failure:
-        console.error(f"{result.record.where}{result.failure.message}")
-
-
-def _ended(counts: RunCounts, target: OutputSpec) -> ExitStatus:
-    """The status of a whole run; of many records, how many failed is said."""
+def _report_end(counts: RunCounts, spec: OutputSpec) -> ExitStatus:
     status = ExitStatus.from_counts(counts.failed, counts.records)
     if status is ExitStatus.PARTIAL:
         console.error(f"{counts.failed} of {counts.records} records failed")
-    if not status and target.is_filter and not counts.written:
-        return ExitStatus.FAILED  # as grep
-    return status
+    has_no_match = spec.is_filter and not counts.written
+    return ExitStatus.FAILED if has_no_match and not status else status  # like grep

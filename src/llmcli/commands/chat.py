@@ -3,28 +3,23 @@
 import sys
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from llmcli.errors import ExitStatus
 from llmcli.io.output import OutputSpec
 from llmcli.io.records import read_prompts
-from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
-from llmcli.options.expand import expand_options
+from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, expand_options
 from llmcli.run import run
 from llmcli.tasks.fields import build_prompt_parameters
 
 
 @expand_options
 def chat(
-    text: Annotated[str | None, typer.Argument(metavar="TEXT", show_default=False)] = None,
+    text: Annotated[str | None, Argument(metavar="TEXT", show_default=False)] = None,
     prompt: Prompt = None,
-    system: Annotated[str | None, typer.Option("--system", "-s", metavar="TEXT", help="System message.")] = None,
-    *,
-    input: InputOptions,
-    generation: GenerationOptions,
-    model: ServedModelOptions,
-    output: OutputOptions,
-) -> ExitStatus:
+    system: Annotated[str | None, Option("--system", "-s", metavar="TEXT", help="System message.")] = None,
+    *, input: InputOptions, generation: GenerationOptions, model: ServedModelOptions, output: OutputOptions,
+) -> ExitStatus:  # fmt: skip
     """Chat with a model.
 
     The model's chat template is used. Without TEXT at a terminal, a conversation starts.

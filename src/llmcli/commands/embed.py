@@ -2,28 +2,22 @@
 
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from llmcli.errors import ExitStatus
 from llmcli.io.formats import InputFormat
 from llmcli.io.output import OutputFormat
 from llmcli.io.records import open_inputs, read_records
-from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, Texts
-from llmcli.options.expand import expand_options
+from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, Texts, expand_options
 from llmcli.run import run
 
 
 @expand_options
 def embed(
     texts: Texts,
-    truncate: Annotated[
-        bool, typer.Option("--truncate", help="Truncate inputs longer than the context length.")
-    ] = False,
-    *,
-    input: InputOptions,
-    model: BatchModelOptions,
-    output: OutputOptions,
-) -> ExitStatus:
+    truncate: Annotated[bool, Option("--truncate", help="Truncate inputs longer than the context length.")] = False,
+    *, input: InputOptions, model: BatchModelOptions, output: OutputOptions,
+) -> ExitStatus:  # fmt: skip
     """Compute text embeddings.
 
     The output is JSON Lines, or CSV with --csv. Vectors have length 1: texts with a similar meaning have a large dot

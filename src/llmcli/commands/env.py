@@ -7,8 +7,7 @@ from importlib.metadata import version
 from llmcli import __version__, config
 from llmcli.io.output import print_lines, to_json
 from llmcli.models import registry, store
-from llmcli.options import Json, Quiet, Verbose
-from llmcli.options.expand import expand_options
+from llmcli.options import Json, Quiet, Verbose, expand_options
 
 PACKAGES = ("transformers", "torch", "accelerate", "huggingface_hub", "tokenizers", "safetensors", "typer", "rich")
 
@@ -20,6 +19,8 @@ def env(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> N
     \b
     llmcli env
     """
+    from huggingface_hub import constants
+
     info = {
         "llmcli": __version__,
         "python": f"{platform.python_version()} ({sys.executable})",
@@ -28,7 +29,7 @@ def env(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> N
         **_devices(),
         "cache": str(config.cache_dir()),
         "config": str(config.config_file()),
-        "hub cache": _hub_cache(),
+        "hub cache": str(constants.HF_HUB_CACHE),
         "offline": config.settings().offline,
         "cached": [spec.name for spec in registry.models().values() if store.find_or_none(spec)],
     }
@@ -54,12 +55,6 @@ def _devices() -> dict[str, object]:
         "default": f"{device}, {str(loading.choose_dtype('auto', device)).removeprefix('torch.')}",
         "memory": f"{psutil.virtual_memory().available / 1e9:.1f} GB available",
     }
-
-
-def _hub_cache() -> str:
-    from huggingface_hub import constants
-
-    return str(constants.HF_HUB_CACHE)
 
 
 def _format(value: object) -> str:

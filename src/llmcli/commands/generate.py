@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.io.records import read_prompts
@@ -17,22 +17,11 @@ from llmcli.tasks.prompting import load_preset
 def generate(
     texts: Texts,
     prompt: Prompt = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            "--preset",
-            metavar="NAME",
-            autocompletion=completion.presets,
-            help="Writing preset: story, screenplay, poem or dialogue.",
-        ),
-    ] = None,
-    full_text: Annotated[bool, typer.Option(help="Include the prompt in text output.")] = True,
-    *,
-    input: InputOptions,
-    generation: GenerationOptions,
-    model: ServedModelOptions,
-    output: OutputOptions,
-) -> ExitStatus:
+    preset: Annotated[str | None, Option(metavar="NAME", autocompletion=completion.presets,
+        help="Writing preset: story, screenplay, poem or dialogue.")] = None,
+    full_text: Annotated[bool, Option(help="Include the prompt in text output.")] = True,
+    *, input: InputOptions, generation: GenerationOptions, model: ServedModelOptions, output: OutputOptions,
+) -> ExitStatus:  # fmt: skip
     """Generate text from a prompt.
 
     Each TEXT is one prompt. With -f, the files and TEXT together are one prompt.

@@ -1,9 +1,9 @@
 """llmcli inspect: inspect the tokens, the next-token probabilities and the attention of a model."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-import typer
+from typer import Argument, Option, Typer
 
 from llmcli import config, console, engines
 from llmcli.engines.model import suspended_garbage_collection
@@ -14,53 +14,30 @@ from llmcli.io.records import decode_argument, open_inputs, read_records, warn_i
 from llmcli.io.units import format_probability
 from llmcli.job import Job, JsonObject, LoadOptions, Record
 from llmcli.models import generation, loading, registry, store
-from llmcli.options import (
-    AllowPickle,
-    FigureOptions,
-    ModelOptions,
-    Offline,
-    Temperature,
-    TopK,
-    TopP,
-    TrustRemoteCode,
-    completion,
-)
-from llmcli.options.expand import Command, expand_options
+from llmcli.options import FigureOptions, ModelOptions, completion, expand_options
+from llmcli.options.expand import Command
+from llmcli.options.generation import Temperature, TopK, TopP
+from llmcli.options.model import AllowPickle, Offline, TrustRemoteCode
 from llmcli.pipelines.spelling import tokens_of
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-app = typer.Typer(help="Inspect tokens, probabilities and attention.", no_args_is_help=True, rich_markup_mode=None)
-Text = Annotated[str | None, typer.Argument(metavar="TEXT", show_default=False)]
-File = Annotated[str | None, typer.Option("--file", "-f", metavar="PATH", help="Read TEXT from PATH; use - for stdin.")]
+app = Typer(help="Inspect tokens, probabilities and attention.", no_args_is_help=True, rich_markup_mode=None)
+Text = Annotated[str | None, Argument(metavar="TEXT", show_default=False)]
+File = Annotated[str | None, Option("--file", "-f", metavar="PATH", help="Read TEXT from PATH; use - for stdin.")]
 
 
 @dataclass
 class TokenizerOptions:
     """Model"""
 
-    models: Annotated[
-        list[str],
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="NAME",
-            autocompletion=completion.models,
-            help="Model alias, Hub ID, directory or .gguf file; repeatable.",
-        ),
-    ] = field(default_factory=list)
+    models: Annotated[list[str], Option("--model", "-m", metavar="NAME", autocompletion=completion.models,
+        help="Model alias, Hub ID, directory or .gguf file; repeatable.")] = field(default_factory=list)  # fmt: skip
     offline: Offline = False
     allow_pickle: AllowPickle = False
     trust_remote_code: TrustRemoteCode = False
 
     def load_options(self) -> LoadOptions:
-        """Return the options that a tokenizer needs."""
-        return LoadOptions(
-            offline=self.offline or config.settings().offline,
-            allow_pickle=self.allow_pickle,
-            trust_remote_code=self.trust_remote_code,
-        )
+        is_offline = self.offline or config.settings().offline
+        return LoadOptions(offline=is_offline, allow_pickle=self.allow_pickle, trust_remote_code=self.trust_remote_code)
 
 
 @app.command(cls=Command)
@@ -74,27 +51,17 @@ def tokens(text: Text = None, file: File = None, *, model: TokenizerOptions, out
     llmcli inspect tokens "Antidisestablishmentarianism"
     llmcli inspect tokens "你好，世界" -m smollm2 -m gemma3-270m
     """
-    text, load_options = _read_text(text, file), model.load_options()
+    text, options = _read_text(text, file), model.load_options()
     tokens = {}
-    for name in model.models or [store.choose(registry.default_names("inspect"), load_options)]:
-        spec = registry.resolve(name)
-        folder = store.pull(spec, offline=load_options.offline, allow_pickle=load_options.allow_pickle)
+    rows: list[tuple[str, ...]] = []
+    for name in model.models or [store.choose(registry.default_names("inspect"), options)]:
+        folder = store.pull(registry.resolve(name), offline=options.offline, allow_pickle=options.allow_pickle)
         with suspended_garbage_collection():
-            tokenizer = loading.tokenizer(folder, load_options)
+            tokenizer = loading.tokenizer(folder, options)
         tokens[name] = tokens_of(tokenizer, text)
-
-    def draw(width: int | None, has_colors: bool) -> "RenderableType":
-        from llmcli.draw import figures
-
-        return figures.draw_tokens(tokens, width)
-
-    rows = [
-        (name, str(i), str(token["id"]), to_json(token["token"]))
-        for name, of_model in tokens.items()
-        for i, token in enumerate(of_model)
-    ]
+        rows += [(name, str(i), str(token["id"]), to_json(token["token"])) for i, token in enumerate(tokens[name])]
     objects = [{"text": text, "tokens": of_model, "model": name} for name, of_model in tokens.items()]
-    output.show(draw, objects, rows, f"Tokens of {text!r}")
+    output.show(lambda figures, width, _: figures.draw_tokens(tokens, width), objects, rows, f"Tokens of {text!r}")
 
 
 @app.command("next", cls=Command)
@@ -102,14 +69,12 @@ def tokens(text: Text = None, file: File = None, *, model: TokenizerOptions, out
 def next_token(
     text: Text = None,
     file: File = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", metavar="N", min=1, help="Number of tokens to show.")] = 10,
+    limit: Annotated[int, Option("--limit", "-n", metavar="N", min=1, help="Number of tokens to show.")] = 10,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
-    *,
-    model: ModelOptions,
-    output: FigureOptions,
-) -> None:
+    *, model: ModelOptions, output: FigureOptions,
+) -> None:  # fmt: skip
     """Show the most likely next tokens.
 
     The figure has the probabilities of the model, and those after temperature, top-p and top-k. A text longer than the
@@ -123,21 +88,10 @@ def next_token(
     sampling = generation.greedy({name: value for name, value in options.items() if value is not None})
     text = _read_text(text, file)
     record = _run(model.job("inspect_next", {"limit": limit}, defaults=sampling, truncate=True), text)
-
-    def draw(width: int | None, has_colors: bool) -> "RenderableType":
-        from llmcli.draw import figures
-
-        return figures.draw_next_tokens(record, width)
-
-    rows = [
-        (
-            format_probability(token["probability"]),
-            format_probability(token["sampling_probability"]),
-            to_json(token["token"]),
-        )
-        for token in record["next"]
-    ]
-    output.show(draw, [record], rows, f"Next tokens after {text!r}")
+    names = ("probability", "sampling_probability")
+    rows = [(*(format_probability(token[key]) for key in names), to_json(token["token"])) for token in record["next"]]
+    title = f"Next tokens after {text!r}"
+    output.show(lambda figures, width, _: figures.draw_next_tokens(record, width), [record], rows, title)
 
 
 @app.command(cls=Command)
@@ -145,16 +99,12 @@ def next_token(
 def attention(
     text: Text = None,
     file: File = None,
-    layer: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Layer index, from 0 (default: mean over layers).")
-    ] = None,
-    head: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Head index, from 0 (default: mean over heads).")
-    ] = None,
-    *,
-    model: ModelOptions,
-    output: FigureOptions,
-) -> None:
+    layer: Annotated[int | None, Option(metavar="N", min=0,
+        help="Layer index, from 0 (default: mean over layers).")] = None,
+    head: Annotated[int | None, Option(metavar="N", min=0,
+        help="Head index, from 0 (default: mean over heads).")] = None,
+    *, model: ModelOptions, output: FigureOptions,
+) -> None:  # fmt: skip
     """Show the attention weights of a text.
 
     The weights are softmax(QKᵀ/√d). Each row is a token that attends (query); each column is a token that is attended
@@ -168,21 +118,15 @@ def attention(
     record = _run(model.job("inspect_attention", {"layer": layer, "head": head}), text)
     layers = f"mean of {record['layers']} layers" if layer is None else f"layer {layer}"
     heads = f"mean of {record['heads']} heads" if head is None else f"head {head}"
-
-    def draw(width: int | None, has_colors: bool) -> "RenderableType":
-        from llmcli.draw import figures
-
-        return figures.draw_attention(record, f"{layers}, {heads}", width, has_colors=has_colors)
-
-    rows = [
-        (to_json(token), *map(format_probability, weights))
-        for token, weights in zip(record["tokens"], record["attention"], strict=True)
-    ]
-    output.show(draw, [record], rows, f"Attention in {text!r}")
+    weights = zip(record["tokens"], record["attention"], strict=True)
+    rows = [(to_json(token), *map(format_probability, row)) for token, row in weights]
+    output.show(
+        lambda figures, width, has_colors: figures.draw_attention(record, f"{layers}, {heads}", width, has_colors),
+        [record], rows, f"Attention in {text!r}",
+    )  # fmt: skip
 
 
 def _read_text(text: str | None, file: str | None) -> str:
-    """Return TEXT, or the text of the file or of stdin."""
     if text is not None and file is not None:
         raise UsageError("TEXT cannot be used with -f")
     if text is not None:
@@ -195,7 +139,6 @@ def _read_text(text: str | None, file: str | None) -> str:
 
 
 def _run(job: Job, text: str) -> JsonObject:
-    """Return the fields of the result for one text."""
     (result,) = engines.engine_for(job).run(job, [Record({"text": text})])
     if result.failure:
         raise LlmcliError(result.failure.message)

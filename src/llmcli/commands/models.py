@@ -1,8 +1,8 @@
 """llmcli models: list, show, pull and delete models."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
+from typer import Argument, Typer
 
 from llmcli.config import settings
 from llmcli.errors import ModelUnavailableError
@@ -10,11 +10,11 @@ from llmcli.io.output import print_lines, print_table, to_json
 from llmcli.io.units import format_megabytes
 from llmcli.models import registry, store
 from llmcli.models.registry import FolderSource, GgufSource, HubSource, ModelSpec, WheelSource
-from llmcli.options import AllowPickle, Json, Offline, Quiet, Verbose, completion
-from llmcli.options.expand import Command, expand_options
+from llmcli.options import AllowPickle, Json, Offline, Quiet, Verbose, completion, expand_options
+from llmcli.options.expand import Command
 
-app = typer.Typer(help="Manage models.", no_args_is_help=True, rich_markup_mode=None)
-Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False, autocompletion=completion.models)]
+app = Typer(help="Manage models.", no_args_is_help=True, rich_markup_mode=None)
+Name = Annotated[str, Argument(metavar="NAME", show_default=False, autocompletion=completion.models)]
 
 
 @app.command("list", cls=Command)
@@ -30,14 +30,11 @@ def list_models(json: Json = False, quiet: Quiet = False, verbose: Verbose = Fal
     if json:
         print_lines(to_json(_describe(spec)) for spec in models)
         return
-    print_table(
-        ("NAME", "CACHED", "DOWNLOAD", "TASKS", "LICENSE"),
-        [
-            (spec.name, "yes" if store.find_or_none(spec) else "no", format_megabytes(spec.size), " ".join(spec.tasks),
-             spec.license or "-")
-            for spec in models
-        ],
-    )  # fmt: skip
+    rows = []
+    for spec in models:
+        is_cached = "yes" if store.find_or_none(spec) else "no"
+        rows.append((spec.name, is_cached, format_megabytes(spec.size), " ".join(spec.tasks), spec.license or "-"))
+    print_table(("NAME", "CACHED", "DOWNLOAD", "TASKS", "LICENSE"), rows)
 
 
 @app.command(cls=Command)
@@ -53,7 +50,7 @@ def show(name: Name, json: Json = False, quiet: Quiet = False, verbose: Verbose 
     if json:
         print_lines([to_json(fields)])
         return
-    sizes = {"download": format_megabytes(spec.size), "on disk": format_megabytes(_disk_bytes(spec))}
+    sizes = {name: format_megabytes(fields[name]) for name in ("download", "on disk")}
     fields |= {"tasks": ", ".join(spec.tasks), **sizes}
     print_lines(f"{key:12} {value}" for key, value in fields.items() if value not in (None, "", "-"))
 
@@ -62,11 +59,8 @@ def show(name: Name, json: Json = False, quiet: Quiet = False, verbose: Verbose 
 @expand_options
 def pull(
     name: Name,
-    offline: Offline = False,
-    allow_pickle: AllowPickle = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
+    offline: Offline = False, allow_pickle: AllowPickle = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
     """Download a model and print its path.
 
     A model that is cached is updated to its newest revision.
@@ -106,23 +100,13 @@ def path(name: Name, allow_pickle: AllowPickle = False, quiet: Quiet = False, ve
     print_lines([str(folder)])
 
 
-def _describe(spec: ModelSpec) -> dict[str, object]:
+def _describe(spec: ModelSpec) -> dict[str, Any]:
     folder = store.find_or_none(spec)
     return {
-        "name": spec.name,
-        "description": spec.description,
-        "source": _describe_source(spec),
-        "license": spec.license,
-        "download": spec.size,
-        "tasks": list(spec.tasks),
-        "path": str(folder) if folder else None,
-        "on disk": _disk_bytes(spec),
-    }
-
-
-def _disk_bytes(spec: ModelSpec) -> int | None:
-    folder = store.find_or_none(spec)
-    return sum(file.stat().st_size for file in folder.iterdir()) if folder else None
+        "name": spec.name, "description": spec.description, "source": _describe_source(spec), "license": spec.license,
+        "download": spec.size, "tasks": list(spec.tasks), "path": str(folder) if folder else None,
+        "on disk": sum(file.stat().st_size for file in folder.iterdir()) if folder else None,
+    }  # fmt: skip
 
 
 def _describe_source(spec: ModelSpec) -> str:

@@ -4,8 +4,7 @@ from llmcli import console
 from llmcli.engines.worker import client
 from llmcli.io.output import print_lines, print_table, to_json
 from llmcli.io.units import format_megabytes
-from llmcli.options import Json, Quiet, Verbose
-from llmcli.options.expand import expand_options
+from llmcli.options import Json, Quiet, Verbose, expand_options
 
 
 @expand_options
@@ -23,18 +22,16 @@ def ps(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> No
     elif json:
         print_lines([to_json(status)])
     else:
-        print_table(
-            ("MODEL", "DEVICE", "DTYPE", "MEMORY", "JOBS", "IDLE", "EXPIRES"),
-            [
-                (model["model"], model["device"], model["dtype"], format_megabytes(model["bytes"]), str(model["jobs"]),
-                 _duration(model["idle_seconds"]), _duration(model["expires_in_seconds"]))
-                for model in status["models"]
-            ],
-        )  # fmt: skip
+        rows = []
+        for model in status["models"]:
+            times = _format_duration(model["idle_seconds"]), _format_duration(model["expires_in_seconds"])
+            memory = format_megabytes(model["bytes"])
+            rows.append((model["model"], model["device"], model["dtype"], memory, str(model["jobs"]), *times))
+        print_table(("MODEL", "DEVICE", "DTYPE", "MEMORY", "JOBS", "IDLE", "EXPIRES"), rows)
         console.notice(f"worker {status['pid']}: {format_megabytes(status['memory'])}, {status['jobs']} jobs")
 
 
-def _duration(seconds: float | None) -> str:
+def _format_duration(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     return f"{seconds:.0f}s" if seconds < 100 else f"{seconds / 60:.0f}m"

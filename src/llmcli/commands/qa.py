@@ -1,10 +1,10 @@
 """llmcli qa: answer a question from a text."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.io.formats import InputFormat
@@ -20,35 +20,25 @@ from llmcli.tasks.fields import build_prompt_parameters
 class ExtractiveOptions:
     """Extractive QA models"""
 
-    top_k: Annotated[int | None, typer.Option(metavar="N", min=1, help="Number of answers to return.")] = None
-    max_answer_len: Annotated[int | None, typer.Option(metavar="N", min=1, help="Maximum answer length in tokens.")] = (
-        None
-    )
-    doc_stride: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Overlap between context windows, in tokens.")
-    ] = None
-    max_seq_len: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Window length in tokens, including the question.")
-    ] = None
-    allow_no_answer: Annotated[
-        bool, typer.Option("--allow-no-answer", help="Return an empty answer if it scores highest.")
-    ] = False
+    top_k: Annotated[int | None, Option(metavar="N", min=1, help="Number of answers to return.")] = None
+    max_answer_len: Annotated[int | None, Option(metavar="N", min=1, help="Maximum answer length in tokens.")] = None
+    doc_stride: Annotated[int | None, Option(metavar="N", min=1,
+        help="Overlap between context windows, in tokens.")] = None  # fmt: skip
+    max_seq_len: Annotated[int | None, Option(metavar="N", min=1,
+        help="Window length in tokens, including the question.")] = None  # fmt: skip
+    allow_no_answer: Annotated[bool, Option("--allow-no-answer",
+        help="Return an empty answer if it scores highest.")] = False  # fmt: skip
 
 
 @expand_options
 def qa(
-    question: Annotated[str | None, typer.Argument(metavar="QUESTION", show_default=False)] = None,
-    context: Annotated[
-        str | None, typer.Option("--context", "-c", metavar="TEXT", help="Text that contains the answer.")
-    ] = None,
+    question: Annotated[str | None, Argument(metavar="QUESTION", show_default=False)] = None,
+    context: Annotated[str | None, Option("--context", "-c", metavar="TEXT",
+        help="Text that contains the answer.")] = None,
     prompt: Prompt = None,
-    *,
-    input: InputOptions,
-    extractive: ExtractiveOptions,
-    generation: CommonGenerationOptions,
-    model: ServedModelOptions,
-    output: OutputOptions,
-) -> ExitStatus:
+    *, input: InputOptions, extractive: ExtractiveOptions, generation: CommonGenerationOptions,
+    model: ServedModelOptions, output: OutputOptions,
+) -> ExitStatus:  # fmt: skip
     """Answer a question from a text.
 
     The text is -c TEXT, all -f files together, or stdin. Records (--jsonl, --csv) have a question and a context;
@@ -64,23 +54,16 @@ def qa(
     roles = input.roles("question", "context")
     given = {roles["question"]: question, roles["context"]: context}
     fields = {name: decode_argument(text) for name, text in given.items() if text is not None}
+    records: Iterable[Record]
     documents = None
     if question is not None and context is None and format is InputFormat.WHOLE and input.files:
         records, documents = read_documents(input.files, fields)
-        source: Iterable[Record] = records
     else:
-        source = _read_questions(fields, roles, input.files, format, retry=output.retry_errors)
-    parameters = {
-        "fields": roles,
-        "documents": documents or None,
-        "top_k": extractive.top_k,
-        "max_answer_len": extractive.max_answer_len,
-        "doc_stride": extractive.doc_stride,
-        "max_seq_len": extractive.max_seq_len,
-        "handle_impossible_answer": extractive.allow_no_answer or None,
-    }
+        records = _read_questions(fields, roles, input.files, format, retry=output.retry_errors)
+    parameters = {"fields": roles, "documents": documents or None, **asdict(extractive)}
+    parameters["handle_impossible_answer"] = parameters.pop("allow_no_answer") or None
     job = model.job("qa", parameters | build_prompt_parameters(prompt), generation)
-    return run(job, source, spec)
+    return run(job, records, spec)
 
 
 def _read_questions(

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from llmcli import console
 from llmcli.errors import ExitStatus, UsageError
@@ -13,8 +13,7 @@ from llmcli.io.output import OutputFormat, is_terminal, to_json
 from llmcli.io.records import open_inputs, read_records
 from llmcli.io.units import format_probability
 from llmcli.job import JsonObject, Result
-from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, Texts
-from llmcli.options.expand import expand_options
+from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, Texts, expand_options
 from llmcli.run import run
 
 TOKENS = "token_logprobs"
@@ -24,26 +23,17 @@ EXCERPT_CHARACTERS = 60  # of a text that is not a line of a file
 @expand_options
 def score(
     texts: Texts,
-    condition: Annotated[
-        str | None,
-        typer.Option(metavar="FIELD", help="Field to use as the prefix that the text is conditioned on."),
-    ] = None,
-    max_perplexity: Annotated[
-        float | None, typer.Option(metavar="X", min=1, help="Keep only records with perplexity <= X.")
-    ] = None,
-    min_perplexity: Annotated[
-        float | None, typer.Option(metavar="X", min=1, help="Keep only records with perplexity >= X.")
-    ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Sliding-window stride in tokens (default: half the context)."),
-    ] = None,
-    tokens: Annotated[bool, typer.Option("--tokens", help="Show the probability of each token.")] = False,
-    *,
-    input: InputOptions,
-    model: BatchModelOptions,
-    output: OutputOptions,
-) -> ExitStatus:
+    condition: Annotated[str | None, Option(metavar="FIELD",
+        help="Field to use as the prefix that the text is conditioned on.")] = None,
+    max_perplexity: Annotated[float | None, Option(metavar="X", min=1,
+        help="Keep only records with perplexity <= X.")] = None,
+    min_perplexity: Annotated[float | None, Option(metavar="X", min=1,
+        help="Keep only records with perplexity >= X.")] = None,
+    stride: Annotated[int | None, Option(metavar="N", min=1,
+        help="Sliding-window stride in tokens (default: half the context).")] = None,
+    tokens: Annotated[bool, Option("--tokens", help="Show the probability of each token.")] = False,
+    *, input: InputOptions, model: BatchModelOptions, output: OutputOptions,
+) -> ExitStatus:  # fmt: skip
     """Compute the perplexity of texts.
 
     Lower means more likely. --json adds the log-probability (natural logarithm), bits per byte and the number of
@@ -65,27 +55,17 @@ def score(
     spec = output.spec(format, texts, input.files)
     is_text = spec.format not in (OutputFormat.JSON, OutputFormat.CSV)
     finisher = ScoreFinisher(
-        field=roles["text"],
-        minimum=min_perplexity,
-        maximum=max_perplexity,
-        is_text=is_text,
-        shows_excerpt=format is InputFormat.WHOLE,
-        shows_tokens=tokens,
+        field=roles["text"], minimum=min_perplexity, maximum=max_perplexity, is_text=is_text,
+        shows_excerpt=format is InputFormat.WHOLE, shows_tokens=tokens,
         for_terminal=is_terminal() and not output.output,
-    )
+    )  # fmt: skip
     if condition is not None and not format.has_fields:
         raise UsageError("--condition requires records with fields", hint="use --jsonl or --csv")
     if tokens and is_text and (format is not InputFormat.WHOLE or finisher.is_filter):
         raise UsageError("--tokens requires whole texts", hint=f"--json writes the tokens of records in {TOKENS}")
-    parameters = {
-        "fields": roles,
-        "condition": condition,
-        "stride": stride,
-        TOKENS: tokens,
-        "max_perplexity": max_perplexity,
-        "min_perplexity": min_perplexity,
-    }
-    job = model.job("score", parameters)
+    parameters = {"fields": roles, "condition": condition, "stride": stride, TOKENS: tokens}
+    filters = {"max_perplexity": max_perplexity, "min_perplexity": min_perplexity}
+    job = model.job("score", parameters | filters)
     records = read_records(open_inputs(texts, input.files), format)
     status = run(job, records, replace(spec, finish=finisher.finish, is_filter=finisher.is_filter))
     if finisher.unscored:
@@ -95,11 +75,7 @@ def score(
 
 @dataclass
 class ScoreFinisher:
-    """Filter results by perplexity, and give them their text.
-
-    Attributes:
-        unscored: Number of records without a perplexity that a filter has dropped.
-    """
+    """Filter results by perplexity, and give them their text."""
 
     field: str
     minimum: float | None
@@ -108,11 +84,10 @@ class ScoreFinisher:
     shows_excerpt: bool
     shows_tokens: bool
     for_terminal: bool
-    unscored: int = 0
+    unscored: int = 0  # records without a perplexity that the filter has dropped
 
     @property
     def is_filter(self) -> bool:
-        """Whether results may be dropped."""
         return self.minimum is not None or self.maximum is not None
 
     def finish(self, result: Result) -> list[Result]:
@@ -123,27 +98,23 @@ class ScoreFinisher:
             return [] if self.is_filter and self.is_text else [result]
         if self.shows_tokens:  # The result of an empty text has none.
             result = replace(result, output={TOKENS: [], **result.output})
-        if not self._passes(result.output["perplexity"]):
-            return []
-        return [replace(result, text=self._format(result))]
-
-    def _passes(self, perplexity: float | None) -> bool:
+        perplexity = result.output["perplexity"]
         if not self.is_filter:
-            return True
-        if perplexity is None:
-            self.unscored += 1
-            return False
-        return (self.minimum or 0) <= perplexity <= (self.maximum or math.inf)
+            digits = 2 if (perplexity or 0) < 100 else 1 if perplexity < 1000 else 0  # those that are significant
+            shown = "-" if perplexity is None else f"{perplexity:.{digits}f}"
+            return [replace(result, text=f"{shown}\t{self._describe(result)}")]
+        self.unscored += perplexity is None
+        if perplexity is None or not (self.minimum or 0) <= perplexity <= (self.maximum or math.inf):
+            return []
+        return [replace(result, text=result.record.fields[self.field])]
 
-    def _format(self, result: Result) -> str:
+    def _describe(self, result: Result) -> str:
         text: str = result.record.fields[self.field]
-        if self.is_filter:
-            return text
         if self.shows_excerpt:
             text = result.record.file or " ".join(text.split())[:EXCERPT_CHARACTERS]
         if self.shows_tokens and self.is_text:
-            text = _format_tokens(text, result.output[TOKENS], for_terminal=self.for_terminal)
-        return f"{_format_perplexity(result.output['perplexity'])}\t{text}"
+            return _format_tokens(text, result.output[TOKENS], for_terminal=self.for_terminal)
+        return text
 
 
 def _format_tokens(text: str, tokens: list[JsonObject], *, for_terminal: bool) -> str:
@@ -158,10 +129,3 @@ def _format_tokens(text: str, tokens: list[JsonObject], *, for_terminal: bool) -
     if figures.has_colors(screen):
         return figures.render(figures.heat_map(tokens), screen)
     return f"{text}\n{figures.render(figures.probability_table(tokens, screen.width), screen)}"
-
-
-def _format_perplexity(perplexity: float | None) -> str:
-    """Return a perplexity with the digits that are significant."""
-    if perplexity is None:
-        return "-"
-    return f"{perplexity:.{2 if perplexity < 100 else 1 if perplexity < 1000 else 0}f}"

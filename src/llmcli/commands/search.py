@@ -3,15 +3,14 @@
 from dataclasses import replace
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from llmcli import config
 from llmcli.errors import ExitStatus, LlmcliError, UsageError
 from llmcli.io.formats import InputFormat
 from llmcli.io.records import decode_argument, open_inputs, read_records
 from llmcli.job import Record, Result
-from llmcli.options import BatchModelOptions, OutputOptions
-from llmcli.options.expand import expand_options
+from llmcli.options import BatchModelOptions, OutputOptions, expand_options
 from llmcli.run import run
 
 BATCH_SIZE = 32  # passages, unless --batch-size is given
@@ -19,13 +18,11 @@ BATCH_SIZE = 32  # passages, unless --batch-size is given
 
 @expand_options
 def search(
-    query: Annotated[str, typer.Argument(metavar="QUERY", show_default=False)],
-    files: Annotated[list[str], typer.Argument(metavar="FILE", default_factory=list, show_default=False)],
-    limit: Annotated[int, typer.Option("--limit", "-n", metavar="N", min=1, help="Number of passages to print.")] = 5,
-    *,
-    model: BatchModelOptions,
-    output: OutputOptions,
-) -> ExitStatus:
+    query: Annotated[str, Argument(metavar="QUERY", show_default=False)],
+    files: Annotated[list[str], Argument(metavar="FILE", default_factory=list, show_default=False)],
+    limit: Annotated[int, Option("--limit", "-n", metavar="N", min=1, help="Number of passages to print.")] = 5,
+    *, model: BatchModelOptions, output: OutputOptions,
+) -> ExitStatus:  # fmt: skip
     """Search files by meaning.
 
     Prints the passages most similar to QUERY, the best first, as file:line: passage (score). Without FILE, searches the
@@ -59,10 +56,9 @@ def _expand_matches(result: Result) -> list[Result]:
         return []
     if result.failure:
         raise LlmcliError(result.failure.message)
-    return [_format_match(**match) for match in result.output["matches"]]
-
-
-def _format_match(*, file: str | None, line: int, text: str, score: float, **_: object) -> Result:
-    place = f"{file}:{line}" if file else str(line)
-    record = Record({"line": line, "text": text}, file)
-    return Result(record, {"score": score}, f"{place}: {' '.join(text.split())} ({score:.3f})")
+    results = []
+    for match in result.output["matches"]:
+        file, line, text, score = match["file"], match["line"], match["text"], match["score"]
+        passage = f"{f'{file}:' if file else ''}{line}: {' '.join(text.split())} ({score:.3f})"
+        results.append(Result(Record({"line": line, "text": text}, file), {"score": score}, passage))
+    return results

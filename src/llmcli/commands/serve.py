@@ -2,22 +2,18 @@
 
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from llmcli.io.units import parse_duration
-from llmcli.options import Quiet, Verbose
-from llmcli.options.expand import expand_options
+from llmcli.options import Quiet, Verbose, expand_options
 
 
 @expand_options
 def serve(
-    keep_alive: Annotated[
-        str | None,
-        typer.Option(metavar="DURATION", help="Exit after this long without requests (default: never)."),
-    ] = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
+    keep_alive: Annotated[str | None, Option(metavar="DURATION",
+        help="Exit after this long without requests (default: never).")] = None,
+    quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
     """Run the worker in the foreground.
 
     It keeps models loaded for other calls, which use it without further options, until Ctrl-C or `llmcli stop`.

@@ -2,8 +2,7 @@
 
 from llmcli import console
 from llmcli.engines.worker import client
-from llmcli.options import Quiet, Verbose
-from llmcli.options.expand import expand_options
+from llmcli.options import Quiet, Verbose, expand_options
 
 
 @expand_options

@@ -12,12 +12,8 @@ from llmcli.tasks.fields import build_prompt_parameters
 def summarize(
     texts: Texts,
     prompt: Prompt = None,
-    *,
-    input: InputOptions,
-    generation: GenerationOptions,
-    model: ServedModelOptions,
-    output: OutputOptions,
-) -> ExitStatus:
+    *, input: InputOptions, generation: GenerationOptions, model: ServedModelOptions, output: OutputOptions,
+) -> ExitStatus:  # fmt: skip
     """Summarize texts of any length.
 
     A text longer than the context length is summarized in parts. Then the summaries are summarized together.

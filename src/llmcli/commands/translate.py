@@ -1,11 +1,12 @@
 """llmcli translate: translate texts, preserving line structure."""
 
+import itertools
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from llmcli.errors import ExitStatus
-from llmcli.io.records import open_inputs, peek_first, read_records
+from llmcli.io.records import open_inputs, read_records
 from llmcli.job import Job
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, Texts, completion
 from llmcli.options.expand import expand_options
@@ -17,31 +18,13 @@ from llmcli.text import languages
 @expand_options
 def translate(
     texts: Texts,
-    to: Annotated[
-        str,
-        typer.Option(
-            "--to",
-            metavar="LANG",
-            autocompletion=completion.languages,
-            help="Target language, e.g. fr, zh-Hans or french.",
-        ),
-    ],
-    from_: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            metavar="LANG",
-            autocompletion=completion.languages,
-            help="Source language (default: detected).",
-        ),
-    ] = None,
+    to: Annotated[str, Option(metavar="LANG", autocompletion=completion.languages,
+        help="Target language, e.g. fr, zh-Hans or french.")],
+    from_: Annotated[str | None, Option("--from", metavar="LANG", autocompletion=completion.languages,
+        help="Source language (default: detected).")] = None,
     prompt: Prompt = None,
-    *,
-    input: InputOptions,
-    generation: GenerationOptions,
-    model: ServedModelOptions,
-    output: OutputOptions,
-) -> ExitStatus:
+    *, input: InputOptions, generation: GenerationOptions, model: ServedModelOptions, output: OutputOptions,
+) -> ExitStatus:  # fmt: skip
     """Translate texts, preserving line structure.
 
     A text longer than the context length is translated sentence by sentence.
@@ -58,9 +41,10 @@ def translate(
     records = read_records(open_inputs(texts, input.files), format)
     likely_source = source
     if model.model is None and not model.endpoint:  # The default model depends on the language of the first text.
-        records, first = peek_first(records)
+        first = next(records, None)
         if not first:
-            return run(Job("translate", ""), records, spec)
+            return run(Job("translate", ""), [], spec)
+        records = itertools.chain([first], records)
         text = first.fields.get(roles["text"])
         likely_source = source or (languages.detect_or_none(text) if isinstance(text, str) else None)
     parameters = {"fields": roles, "from": source, "to": target} | build_prompt_parameters(prompt)

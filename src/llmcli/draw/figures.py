@@ -34,7 +34,6 @@ MAX_TITLE_CHARACTERS = 80
 
 
 def terminal() -> Console:
-    """Return the terminal at stdout, which knows its width and its colors."""
     return Console(highlight=False, markup=False, emoji=False)  # Tokens are not markup, whatever they contain.
 
 
@@ -46,7 +45,6 @@ def render(figure: RenderableType, screen: Console) -> str:
 
 
 def has_colors(screen: Console) -> bool:
-    """Return whether a terminal shows colors."""
     return screen.color_system is not None and not screen.no_color
 
 
@@ -57,10 +55,7 @@ def show_whitespace(token: str, max_columns: int = MAX_TOKEN_COLUMNS) -> str:
 
 
 def heat_map(tokens: Sequence[JsonObject]) -> Text:
-    """Draw a text whose less likely tokens are darker.
-
-    The first token has no probability, and no color. A character of several tokens has the color of the least likely.
-    """
+    """Draw a text whose less likely tokens are darker. A character of several tokens shows the least likely one."""
     text, darkness, decoder = Text(), 0.0, codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
         token_darkness = min(-(token["logprob"] or 0) / math.log(1000), 1)
@@ -120,7 +115,7 @@ def sampling_table(tokens: Sequence[JsonObject], sampling: str, width: int) -> G
     return Group(table, Text(f"Sampled with {sampling}", DIM))
 
 
-def draw_attention(record: JsonObject, source: str, width: int | None, *, has_colors: bool) -> RenderableType:
+def draw_attention(record: JsonObject, source: str, width: int | None, has_colors: bool) -> RenderableType:
     """Draw the attention weights of a text; `source` names their layers and heads."""
     tokens, weights = record["tokens"], record["attention"]
     count = count_fitting(tokens, width) if width else len(tokens)
@@ -141,10 +136,8 @@ def count_fitting(tokens: Sequence[str], width: int) -> int:
 
 
 def _draw_matrix(tokens: Sequence[str], weights: Sequence[Sequence[float]], source: str, *, has_colors: bool) -> Text:
-    """Draw a row per query token and a column per key token; a brighter cell is a larger weight.
-
-    The label of a row follows its last column, which in a causal model is the token itself.
-    """
+    """Draw a row per query token and a column per key token; a brighter cell is a larger weight."""
+    # The label of a row follows its last column, which in a causal model is the token itself.
     is_causal = not any(any(row[i + 1 :]) for i, row in enumerate(weights))
     step = 1 if len(tokens) <= 10 else 2  # Numbers of two digits would touch.
     numbers = [f"{i % 100:>{CELL_COLUMNS}}" if i % step == 0 else " " * CELL_COLUMNS for i in range(len(tokens))]
@@ -166,9 +159,7 @@ def _with_title(title: str, figure: RenderableType) -> Group:
 
 def _escape_controls(text: str) -> str:
     """Return the text without characters that would move the cursor, except line ends and tabs."""
-    return "".join(
-        character if character.isprintable() or character in "\n\t" else ascii(character)[1:-1] for character in text
-    )
+    return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
 
 
 def _draw_cell(weight: float, has_colors: bool) -> tuple[str, Style]:

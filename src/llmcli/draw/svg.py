@@ -54,7 +54,6 @@ def svg(figure: RenderableType, title: str) -> str:
 
 
 def html(figure: RenderableType, title: str) -> str:
-    """Return an HTML page that shows a figure."""
     return PAGE.format(title=escape(title), figure=svg(figure, title))
 
 
@@ -76,7 +75,6 @@ def _draw_line(segments: list[Segment], number: int) -> Iterator[str]:
 
 
 def _hex(color: Color | None) -> str | None:
-    """Return a color as `#rrggbb`; None for the default color of the terminal."""
     return color.get_truecolor().hex if color and not color.is_default else None
 
 
@@ -86,15 +84,12 @@ def _rectangle(x: float, y: float, width: float, height: float, color: str) -> s
 
 
 def _split_by_width(text: str) -> Iterator[tuple[str, bool]]:
-    """Yield parts whose characters have the same width, and whether they are a bar.
-
-    A combining character has no width, and stays with the character before it.
-    """
+    """Yield parts whose characters have the same width, and whether they are a bar."""
     width = 1
 
     def kind(character: str) -> tuple[int, bool]:
         nonlocal width
-        width = cell_len(character) or width
+        width = cell_len(character) or width  # A combining character has no width.
         return width, character in EIGHTHS[1:]
 
     for (_, is_bar), run in groupby(text, kind):
@@ -104,10 +99,6 @@ def _split_by_width(text: str) -> Iterator[tuple[str, bool]]:
 def _css(style: Style | None) -> str:
     if not style:
         return ""
-    properties = {
-        "fill": _hex(style.color),
-        "font-weight": style.bold and "bold",
-        "opacity": style.dim and "0.6",
-    }
+    properties = {"fill": _hex(style.color), "font-weight": style.bold and "bold", "opacity": style.dim and "0.6"}
     rules = "; ".join(f"{name}: {value}" for name, value in properties.items() if value)
     return f' style="{rules}"' if rules else ""

@@ -27,35 +27,28 @@ class InputFormat(Enum):
 
     @property
     def has_fields(self) -> bool:
-        """Whether a record has named fields, not a text alone."""
         return self in (InputFormat.JSONL, InputFormat.CSV)
 
 
-def strip_line_end(data: bytes) -> bytes:
-    """Return the data without its last line end, as `$(...)` does in a shell."""
+def _strip_line_end(data: bytes) -> bytes:
     return data[:-1].removesuffix(b"\r") if data.endswith(b"\n") else data
 
 
 def decode_utf8(data: bytes) -> str:
-    """Decode UTF-8.
-
-    Raises:
-        RecordError: If the data is not UTF-8; the message gives the offset.
-    """
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as exc:
-        byte = data[exc.start]
-        raise RecordError("invalid_utf8", f"not UTF-8: byte 0x{byte:02x} at offset {exc.start}") from None
+        message = f"not UTF-8: byte 0x{data[exc.start]:02x} at offset {exc.start}"
+        raise RecordError("invalid_utf8", message) from None
 
 
 def _read_whole(stream: Stream, name: str | None) -> Iterator[Record]:
-    yield _text_record(strip_line_end(stream.read()), name)
+    yield _text_record(_strip_line_end(stream.read()), name)
 
 
 def _read_lines(stream: Stream, name: str | None) -> Iterator[Record]:
     for number, line in enumerate(stream, start=1):
-        yield _text_record(strip_line_end(line), name, number)
+        yield _text_record(_strip_line_end(line), name, number)
 
 
 def _read_null(stream: Stream, name: str | None) -> Iterator[Record]:
@@ -73,23 +66,19 @@ def _text_record(data: bytes, name: str | None, number: int | None = None) -> Re
     try:
         text = decode_utf8(data)
     except RecordError as exc:
-        return _failed_record(name, number, exc)
+        fields = {} if number is None else {"line": number}
+        return Record(fields, name, number, Failure(exc.kind, exc.message))
     return Record({"text": text if number and number > 1 else text.removeprefix(BOM)}, name, number)
-
-
-def _failed_record(name: str | None, number: int | None, exc: RecordError) -> Record:
-    fields = {} if number is None else {"line": number}
-    return Record(fields, name, number, Failure(exc.kind, exc.message))
 
 
 def _read_jsonl(stream: Stream, name: str | None) -> Iterator[Record]:
     for number, line in enumerate(stream, start=1):
         try:
-            text = decode_utf8(strip_line_end(line))
+            text = decode_utf8(_strip_line_end(line))
             # Concatenated files can have a byte order mark on any line.
             yield Record(_parse_object(text.removeprefix(BOM)), name, number)
         except RecordError as exc:
-            yield _failed_record(name, number, exc)
+            yield Record({"line": number}, name, number, Failure(exc.kind, exc.message))
 
 
 def _parse_object(text: str) -> JsonObject:
@@ -111,31 +100,25 @@ def _parse_object(text: str) -> JsonObject:
     return value
 
 
-def _is_too_deep(value: object) -> bool:
+def _is_too_deep(value: dict[str, object]) -> bool:
     """Return whether writing the value as JSON could exceed the recursion limit."""
-    level = [value]
+    level: list[dict[str, object] | list[object]] = [value]
     for _ in range(MAX_JSON_DEPTH):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
+        containers = [outer.values() if isinstance(outer, dict) else outer for outer in level]
+        level = [inner for container in containers for inner in container if isinstance(inner, dict | list)]
         if not level:
             return False
     return True
 
 
-def _reject_constant(name: str) -> float:
-    raise ValueError(f"{name[:20]} is not a valid number")
+def _parse_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is not a valid number")
+    return value
 
 
-def _parse_float(digits: str) -> float:
-    value = float(digits)
-    return value if math.isfinite(value) else _reject_constant(digits)
-
-
-JSON = json.JSONDecoder(parse_constant=_reject_constant, parse_float=_parse_float)
+JSON = json.JSONDecoder(parse_constant=_parse_float, parse_float=_parse_float)
 
 
 def _read_csv(stream: Stream, name: str | None) -> Iterator[Record]:
@@ -169,9 +152,6 @@ def _read_csv(stream: Stream, name: str | None) -> Iterator[Record]:
 
 
 READERS: Mapping[InputFormat, Callable[[Stream, str | None], Iterator[Record]]] = {
-    InputFormat.WHOLE: _read_whole,
-    InputFormat.LINES: _read_lines,
-    InputFormat.NULL: _read_null,
-    InputFormat.JSONL: _read_jsonl,
-    InputFormat.CSV: _read_csv,
-}
+    InputFormat.WHOLE: _read_whole, InputFormat.LINES: _read_lines, InputFormat.NULL: _read_null,
+    InputFormat.JSONL: _read_jsonl, InputFormat.CSV: _read_csv,
+}  # fmt: skip

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 from llmcli.errors import LlmcliError, OutputClosedError, UsageError, reason
 from llmcli.job import Result
@@ -31,66 +31,45 @@ class OutputFormat(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputSpec:
-    """Where and how the results of a run are written, and how failures are handled.
-
-    Attributes:
-        format: How a result is written.
-        path: The file to write; None is stdout.
-        finish: Returns what is written of a result: nothing if a filter drops it, one result, or several.
-        is_filter: Whether `finish` may drop results.
-        resume: Fingerprint of the input, if the run continues the file at `path`.
-        retry: Whether to run records again that failed earlier, in the input and in the file at `path`.
-        stop_on_error: Whether to stop at the first failure.
-        stats: Whether to print statistics at the end.
-        extra_records: Number of records that the command has read itself and passes on in another record.
-    """
+    """Where and how the results of a run are written, and how failures are handled."""
 
     format: OutputFormat = OutputFormat.TEXT
-    path: Path | None = None
-    finish: Callable[[Result], Sequence[Result]] | None = None
-    is_filter: bool = False
-    resume: str | None = None
-    retry: bool = False
+    path: Path | None = None  # None: stdout
+    finish: Callable[[Result], Sequence[Result]] | None = None  # returns what is written of a result
+    is_filter: bool = False  # `finish` may drop results
+    resume: str | None = None  # fingerprint of the input, if the run continues the file at `path`
+    retry: bool = False  # run records again that failed earlier, in the input and in the file at `path`
     stop_on_error: bool = False
-    stats: bool = False
-    extra_records: int = 0
+    stats: bool = False  # print statistics at the end
+    extra_records: int = 0  # records that the command has read itself and passes on in another record
 
 
 class Sink(AbstractContextManager["Sink"]):
-    """stdout or a file, written as UTF-8 with line feeds in every locale.
-
-    Args:
-        path: The file to create; None is stdout.
-        append: Whether the file may exist and is continued.
-
-    Raises:
-        UsageError: If the file exists or cannot be created.
-        OutputClosedError: If the reader of stdout is gone.
-        LlmcliError: If the disk is full. A file that an error leaves empty is deleted.
-    """
+    """stdout or a file, written as UTF-8. A new file that an error leaves empty is deleted."""
 
     def __init__(self, path: Path | None = None, *, append: bool = False) -> None:
         if not path and sys.stdout is None:
             raise LlmcliError("stdout is closed")
-        self._stream: BinaryIO = _open(path, "ab" if append else "xb") if path else sys.stdout.buffer
         self._path = path
         self._is_empty = not append
-
-    @property
-    def descriptor(self) -> int:
-        """The file descriptor."""
-        return self._stream.fileno()
+        try:
+            self.file: BinaryIO = path.open("ab" if append else "xb") if path else sys.stdout.buffer
+        except FileExistsError:
+            hint = "use --resume to continue, or choose another path"
+            raise UsageError(f"'{path}' already exists", hint) from None
+        except OSError as exc:
+            raise UsageError(f"{path}: {reason(exc)}") from exc
 
     def write(self, text: str) -> int:
         """Write a text at once, and return its number of bytes."""
-        return self.write_bytes(_encode(text))
+        return self.write_bytes(text.encode("utf-8", "backslashreplace"))  # JSON can hold lone surrogates.
 
     def write_bytes(self, data: bytes) -> int:
         """Write data at once, and return its number of bytes."""
         self._is_empty = False
         try:
-            self._stream.write(data)
-            self._stream.flush()
+            self.file.write(data)
+            self.file.flush()
         except OSError as exc:
             if not self._path:  # The buffer still holds the data: without this, the flush at exit would fail again.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -103,40 +82,25 @@ class Sink(AbstractContextManager["Sink"]):
         if not self._path:
             return
         with suppress(OSError):  # write_bytes has reported it.
-            self._stream.close()
+            self.file.close()
         if kind and self._is_empty:
             self._path.unlink(missing_ok=True)
 
 
 class Output(AbstractContextManager["Output"]):
-    """Write results as they arrive.
-
-    Args:
-        format: How a result is written.
-        path: The file to create; None is stdout.
-        names: Fields that the task adds, for the header of a CSV file.
-        model: Name of the model, for the field `model`.
-        append: Whether the file may exist and is continued.
-
-    Raises:
-        UsageError: If the columns of a CSV row are not those of the first row; and what Sink raises.
-    """
+    """Write results as they arrive. The task adds the fields `names`, which a CSV header must have."""
 
     def __init__(
-        self,
-        format: OutputFormat,
-        *,
-        path: Path | None = None,
-        names: Sequence[str] = (),
-        model: str,
+        self, format: OutputFormat, model: str, *, path: Path | None = None, names: Sequence[str] = (),
         append: bool = False,
-    ) -> None:
-        self.format = format
-        self.names = names
-        self.model = model
+    ) -> None:  # fmt: skip
+        self.format, self.model, self.names = format, model, names
         self._sink = Sink(path, append=append)
         self.is_watched = not path and sys.stdout.isatty()
-        self._columns = _read_header(path) if path and append and format is OutputFormat.CSV else []
+        self._columns: list[str] = []
+        if path and append and format is OutputFormat.CSV:
+            with path.open(encoding="utf-8", newline="") as file:
+                self._columns = next(csv.reader(file), [])
         self._streamed = 0  # characters of the next result that `stream` has written
 
     @property
@@ -150,27 +114,17 @@ class Output(AbstractContextManager["Output"]):
         self._sink.write(self._on_one_line(text))
 
     def write(self, result: Result) -> int:
-        """Write a result, or what `stream` has left of it.
-
-        Returns:
-            The number of bytes, without the CSV header that precedes the first row.
-        """
-        had_columns = bool(self._columns)
-        line = self._format_line(result)
-        if self._columns and not had_columns:
-            self._sink.write(_format_row(self._columns))
-        self._streamed = 0
-        return self._sink.write(line) if line else 0
-
-    def _format_line(self, result: Result) -> str:
+        """Write a result, or what `stream` has left of it; return the number of bytes without a CSV header."""
         if self.format is OutputFormat.JSON:
-            return to_json(self._fields(result)) + "\n"
+            return self._sink.write(to_json(self._fields(result)) + "\n")
         if self.format is OutputFormat.CSV:
-            return self._format_cells(self._fields(result))
+            return self._sink.write(self._format_cells(self._fields(result)))
         if result.failure and self.format is OutputFormat.TEXT and not self._streamed:
-            return ""
+            return 0
         end = "\0" if self.format is OutputFormat.NULL else "\n"
-        return self._on_one_line(result.text[self._streamed :]) + end
+        rest = self._on_one_line(result.text[self._streamed :])
+        self._streamed = 0
+        return self._sink.write(rest + end)
 
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         if self._streamed and kind is not OutputClosedError:  # The text was interrupted: end its line.
@@ -200,11 +154,12 @@ class Output(AbstractContextManager["Output"]):
             added = [*self.names, "model", "file", "error"]
             own = [name for name in fields if name not in added]
             self._columns = [*own, *(name for name in added if name != "file" or name in fields)]
+            self._sink.write(_format_row(self._columns))
         if unknown := [name for name in fields if name not in self._columns]:
-            raise UsageError(
-                f"the first row has no column {unknown[0]!r}", hint="run files with other columns alone, or use --json"
-            )
-        return _format_row([_format_cell(fields.get(column)) for column in self._columns])
+            hint = "run files with other columns alone, or use --json"
+            raise UsageError(f"the first row has no column {unknown[0]!r}", hint)
+        cells = [fields.get(column) for column in self._columns]
+        return _format_row([to_json(cell) if isinstance(cell, dict | list) else cell for cell in cells])
 
 
 def to_json(value: object) -> str:
@@ -218,11 +173,7 @@ def is_terminal() -> bool:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a text file; replace it if it exists.
-
-    Raises:
-        UsageError: If the file cannot be written.
-    """
+    """Write a text file; replace it if it exists."""
     try:
         path.write_text(text, encoding="utf-8", newline="\n")
     except OSError as exc:
@@ -230,10 +181,9 @@ def write_file(path: Path, text: str) -> None:
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print lines to stdout."""
     sink = Sink()
     for line in lines:
-        sink.write(line + "\n")
+        sink.write(f"{line}\n")
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -252,32 +202,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     Console().print(table)
 
 
-def _read_header(path: Path) -> list[str]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return next(csv.reader(file), [])
-
-
-def _open(path: Path, mode: Literal["ab", "xb"]) -> BinaryIO:
-    try:
-        return path.open(mode)
-    except FileExistsError:
-        raise UsageError(f"'{path}' already exists", hint="use --resume to continue, or choose another path") from None
-    except OSError as exc:
-        raise UsageError(f"{path}: {reason(exc)}") from exc
-
-
 def _format_row(cells: Sequence[object]) -> str:
     text = io.StringIO()
     csv.writer(text).writerow(cells)  # With "\n" as its line end, the writer would not quote a cell with "\r".
     return text.getvalue().removesuffix("\r\n") + "\n"
-
-
-def _format_cell(value: object) -> object:
-    return to_json(value) if isinstance(value, dict | list) else value
-
-
-def _encode(text: str) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError:  # A lone surrogate came from the JSON of a record.
-        return text.encode("utf-8", "backslashreplace")

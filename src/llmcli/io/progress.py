@@ -15,21 +15,13 @@ from llmcli.job import Record, Result
 
 @dataclass
 class RunCounts:
-    """How many records a run has done, and what became of them.
+    """How many records a run has done, and what became of them."""
 
-    Attributes:
-        records: Records that have a result.
-        failed: Records that failed.
-        carried_over: Records that came with the error of an earlier run.
-        written: Results that a filter did not drop.
-        tokens: Tokens by their names in `usage`.
-    """
-
-    records: int = 0
+    records: int = 0  # that have a result
     failed: int = 0
-    carried_over: int = 0
-    written: int = 0
-    tokens: Counter[str] = field(default_factory=Counter)
+    carried_over: int = 0  # records that came with the error of an earlier run
+    written: int = 0  # results that a filter did not drop
+    tokens: Counter[str] = field(default_factory=Counter)  # by their names in `usage`
 
     def add(self, result: Result, written: int = 1) -> None:
         """Count a record of which `written` results were written."""
@@ -42,14 +34,10 @@ class RunCounts:
 
 
 class Progress:
-    """How far a run is.
-
-    Attributes:
-        done: Counts of all results, those included that wait for the results of earlier records.
-    """
+    """How far a run is."""
 
     def __init__(self, before: RunCounts) -> None:
-        self.done = RunCounts(before.records, before.failed)
+        self.done = RunCounts(before.records, before.failed)  # with results that wait for those of earlier records
         self._succeeded_before = before.records - before.failed
         self._read = 0
         self._input_fraction: float | None = None
@@ -66,8 +54,7 @@ class Progress:
     def line(self) -> str:
         """Return e.g. `96 of ~1280 records, 1 failed, 0:07:36 left, 2.6 records/s, 41 tokens/s`.
 
-        Unknown parts are left out; a single record has no line. Rates start with the first result, without the time
-        for loading the model.
+        Unknown parts are left out; a single record has no line. Rates start with the first result.
         """
         if self._read < 2:
             return ""
@@ -94,11 +81,7 @@ class Progress:
 
 @contextmanager
 def print_statistics(model: str, counts: RunCounts) -> Iterator[None]:
-    """Print a JSON object to stderr at the end, even after an error.
-
-    It has the counts, seconds, rates per second and the peak memory. What is unknown is null. Rates leave out what an
-    earlier run has done.
-    """
+    """Print a JSON object to stderr at the end, even after an error. Rates leave out what an earlier run has done."""
     start, before = time.perf_counter(), counts.records
     try:
         yield
@@ -106,17 +89,12 @@ def print_statistics(model: str, counts: RunCounts) -> Iterator[None]:
         seconds = time.perf_counter() - start
         prompt, completion = map(counts.tokens.get, ("prompt_tokens", "completion_tokens"))
         statistics = {
-            "model": model,
-            "records": counts.records,
-            "failed": counts.failed,
-            "carried_over": counts.carried_over,
-            "written": counts.written,
-            "seconds": round(seconds, 3),
+            "model": model, "records": counts.records, "failed": counts.failed, "carried_over": counts.carried_over,
+            "written": counts.written, "seconds": round(seconds, 3),
             "records_per_second": round((counts.records - before) / seconds, 3),
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
+            "prompt_tokens": prompt, "completion_tokens": completion,
             "tokens_per_second": None if completion is None else round(completion / seconds, 3),
-        }
+        }  # fmt: skip
         with suppress(ImportError):  # Windows has no such module.
             import resource
 

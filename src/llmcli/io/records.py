@@ -1,7 +1,6 @@
 """Open arguments, files and stdin, and read them into Records. No other module reads input."""
 
 import io
-import itertools
 import os
 import stat
 import sys
@@ -13,25 +12,14 @@ from typing import cast
 
 from llmcli import config, console
 from llmcli.errors import RecordError, UsageError, reason
-from llmcli.io.formats import BOM, READERS, InputFormat, Stream, decode_utf8, strip_line_end
+from llmcli.io.formats import READERS, InputFormat, Stream, decode_utf8
 from llmcli.job import JsonObject, Record
 
 Inputs = Sequence[tuple[str | None, Stream]]  # name of the file, if it is one, and its stream
 
 
 def open_inputs(texts: Sequence[str], files: Sequence[str]) -> Inputs:
-    """Open the arguments, then the files; or stdin if there are neither.
-
-    Args:
-        texts: Texts given on the command line.
-        files: Paths given on the command line; "-" is stdin.
-
-    Returns:
-        The name and the stream of each input; the name of a text or of stdin without "-" is None.
-
-    Raises:
-        UsageError: If a file cannot be read, or if there is no input and stdin is a terminal.
-    """
+    """Open the texts, then the files ("-" is stdin); or stdin if there are neither."""
     if not texts and not files:
         if not config.rank() and (sys.stdin is None or sys.stdin.isatty()):
             raise UsageError("no input", hint="pass TEXT, use -f FILE, or pipe data to stdin; -f - reads the terminal")
@@ -54,18 +42,7 @@ def warn_if_likely_mistake(texts: Sequence[str]) -> None:
 
 
 def read_records(inputs: Inputs, format: InputFormat) -> Iterator[Record]:
-    """Read the records of the inputs, in order.
-
-    Args:
-        inputs: What `open_inputs` returned. Each stream is closed after its last record.
-        format: What a record is.
-
-    Yields:
-        Every record. A record that cannot be parsed has a `failure`.
-
-    Raises:
-        UsageError: If a file cannot be read, or the header of a CSV file is invalid.
-    """
+    """Yield every record of the inputs, and close them. A record that cannot be parsed has a `failure`."""
     # NUL-terminated strings are read in chunks, so the position says nothing about the record.
     total = 0 if format is InputFormat.NULL else _total_bytes(stream for _, stream in inputs)
     done = 0
@@ -80,33 +57,24 @@ def read_records(inputs: Inputs, format: InputFormat) -> Iterator[Record]:
 
 
 def read_prompts(texts: Sequence[str], files: Sequence[str], format: InputFormat) -> Iterator[Record]:
-    """Read the records of generate and chat: texts and files together are one prompt, files first.
-
-    Raises:
-        UsageError: If an input cannot be read, or texts and files are given for another format than WHOLE.
-        RecordError: If a part of the prompt is not UTF-8.
-    """
+    """Read the records of generate and chat: texts and files together are one prompt, files first."""
     if not (texts and files):
         return read_records(open_inputs(texts, files), format)
     if format is not InputFormat.WHOLE:
-        raise UsageError(
-            f"TEXT with -f cannot be combined with --{format.value}",
-            hint='to add text to each record: --prompt "... {text}"',
-        )
-    parts = [_read_part(name, stream) for name, stream in (*open_inputs([], files), *open_inputs(texts, []))]
+        hint = 'to add text to each record: --prompt "... {text}"'
+        raise UsageError(f"TEXT with -f cannot be combined with --{format.value}", hint)
+    parts = []
+    for record in read_records([*open_inputs([], files), *open_inputs(texts, [])], format):
+        if record.failure:
+            raise RecordError(record.failure.type, f"{record.where}{record.failure.message}")
+        parts.append(record.fields["text"])
     return iter([Record({"text": "\n\n".join(parts)}, file=files[0] if len(files) == 1 else None)])
 
 
 def read_documents(files: Sequence[str], fields: JsonObject) -> tuple[list[Record], list[dict[str, str | None]]]:
-    """Read files that all records share as context.
+    """Return a record with the fields, and the text and the file of each document that it asks about.
 
-    Args:
-        files: Paths; "-" is stdin.
-        fields: Fields of the only record.
-
-    Returns:
-        The record, and the text and the file of each document. The record has the failure of the first document that
-        cannot be read.
+    The record has the failure of the first document that cannot be read.
     """
     documents: list[dict[str, str | None]] = []
     for document in read_records(open_inputs([], files), InputFormat.WHOLE):
@@ -124,35 +92,17 @@ def add_fields(records: Iterable[Record], fields: JsonObject, *, retry: bool) ->
 
 
 def rename_text(records: Iterable[Record], name: str, fields: JsonObject) -> Iterator[Record]:
-    """Put the text of each record into the field `name`, beside the given fields."""
+    """Put the text of each record into the field `name`, beside `fields`."""
     for record in records:
         yield record if record.failure else replace(record, fields={**fields, name: record.fields["text"]})
 
 
-def peek_first(records: Iterator[Record]) -> tuple[Iterator[Record], Record | None]:
-    """Return all records, and the first one; None if there is none."""
-    first = next(records, None)
-    return (itertools.chain([first], records), first) if first else (records, None)
-
-
 def decode_argument(text: str) -> str:
-    """Return a text of the command line.
-
-    Raises:
-        UsageError: If it is not UTF-8.
-    """
+    """Return a text of the command line; raise UsageError if it is not UTF-8."""
     try:
         return decode_utf8(text.encode("utf-8", "surrogateescape"))
     except RecordError as exc:
         raise UsageError(exc.message) from None
-
-
-def _read_part(name: str | None, stream: Stream) -> str:
-    with stream:
-        try:
-            return decode_utf8(strip_line_end(stream.read())).removeprefix(BOM)
-        except RecordError as exc:
-            raise RecordError(exc.kind, f"{name}: {exc.message}" if name else exc.message) from None
 
 
 def _open_file(name: str) -> Stream:

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import stat
 import time
 import zlib
 from collections import deque
@@ -32,15 +33,7 @@ RESUME_IGNORED_FIELDS = ("batch_size", "concurrency", "keep_alive", "offline", "
 
 
 class Journal(AbstractContextManager["Journal"]):
-    """What a run knows about its output.
-
-    Attributes:
-        output: The file to append results to.
-
-    Raises:
-        UsageError: If the output belongs to another job or input, has no log, or is being written by another run.
-        LlmcliError: If the disk is full.
-    """
+    """What a run knows about its output, the file `output`."""
 
     def __init__(self, spec: OutputSpec, job: Job) -> None:
         assert spec.path
@@ -51,69 +44,52 @@ class Journal(AbstractContextManager["Journal"]):
         self._identity = {"job": _identify(job), "format": spec.format.value, "input": spec.resume}
         self._crcs: deque[tuple[int, int]] = deque()  # numbers of the records that run, and their CRC
         self._last_sync = time.monotonic()
-        self._old: RunLog | None = None  # the log whose results are copied
         is_begun = path.exists() and path.stat().st_size > 0
         if is_begun and not self._state.exists():
-            raise UsageError(
-                f"'{path}' exists but its state file '{self._state}' is missing",
-                hint="choose another path, or remove the file first",
-            )
-        self._log = RunLog(self._state, path)
+            message = f"'{path}' exists but its state file '{self._state}' is missing"
+            raise UsageError(message, hint="choose another path, or remove the file first")
+        self._log = self._done = RunLog(self._state, path)  # two logs if the results of one are copied to the other
         if is_begun:
             self._resume()
         else:
             self._discard_new()
             self._log.begin(self._identity)
-        if spec.retry and any(entry.state != OK for entry in self._log):
+        if spec.retry and any(entry.state != OK for entry in self._done):
             self._begin_retry()
         self.output = self._log.output
 
     def counts(self) -> RunCounts:
-        """Return the counts of the results that stay."""
-        entries = [entry for entry in self._done if self._old is None or entry.state == OK]
+        entries = list(filter(self._stays, self._done))
         states = [entry.state for entry in entries]
         written = sum(entry.size > 0 for entry in entries)
         return RunCounts(len(entries), states.count(FAILED), states.count(CARRIED_OVER), written)
 
     @property
     def is_complete(self) -> bool:
-        """Whether no record is left to run."""
         return self._log.is_complete
 
-    @property
-    def _done(self) -> RunLog:
-        """The log of the results that are there."""
-        return self._log if self._old is None else self._old
+    def _stays(self, entry: Entry) -> bool:
+        return entry.state == OK or self._done is self._log
 
     def remaining(self, records: Iterable[Record]) -> Iterator[Record]:
-        """Yield the records that have to run.
-
-        Raises:
-            UsageError: If the records that are done were different ones.
-        """
+        """Yield the records that have to run; refuse others than those that are done."""
         done, count, crc = len(self._done), 0, 0
         for number, record in enumerate(records):
             count = number + 1
             crc = zlib.crc32(json.dumps(record.fields, sort_keys=True, default=str).encode(), crc)
             if number < done and crc != self._done[number].input_crc:
                 raise _changed(self.path, "the input")
-            if number >= done or (self._old is not None and self._old[number].state != OK):
+            if number >= done or not self._stays(self._done[number]):
                 self._crcs.append((number, crc))
                 yield record
         if count < done:
             raise _changed(self.path, "the input")
 
     def write(self, output: Output, result: Result, written: Sequence[Result]) -> None:
-        """Write the result of the next of the `remaining` records.
-
-        Args:
-            output: Where to write.
-            result: The result of the record.
-            written: What is written of the result.
-        """
+        """Write the result of the next of the `remaining` records: the parts `written`."""
         number, crc = self._crcs.popleft()
-        self._copy_old(number)
-        size = sum(output.write(part) for part in written)
+        self._copy_done(number)
+        size = sum(map(output.write, written))
         state = FAILED if result.failure else CARRIED_OVER if result.record.has_error else OK
         self._log.append([Entry(self.output.stat().st_size, size, crc, state)])
         if time.monotonic() - self._last_sync > SYNC_INTERVAL_S:
@@ -121,42 +97,36 @@ class Journal(AbstractContextManager["Journal"]):
             self._last_sync = time.monotonic()
 
     def mark_complete(self) -> None:
-        """Note that all records are done."""
-        self._copy_old()
+        self._copy_done()
         self._log.mark_complete()
 
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         try:
-            if kind is None and self._old is not None:
-                self._replace_old()
+            if kind is None and self._done is not self._log:
+                self._replace_done()
             elif kind is None:
                 self._log.sync()
         finally:
             self._log.close()
-            if self._old is not None:
-                self._old.close()
+            self._done.close()
 
     def _resume(self) -> None:
         if self._new_state.exists() and not self._new_output.exists():  # Interrupted between the two replacements.
             self._log.close()
             os.replace(self._new_state, self._state)
-            self._log = RunLog(self._state, self.path)
-        self._log.read()
+            self._log = self._done = RunLog(self._state, self.path)
         for key, name in (("job", "the command"), ("format", "the format"), ("input", "the input")):
             if self._log.identity.get(key) != self._identity[key]:
                 raise _changed(self.path, name)
         self._log.cut()
         if self._new_state.exists():
-            self._old, self._log = self._log, RunLog(self._new_state, self._new_output)
-            self._log.read()
+            self._log = RunLog(self._new_state, self._new_output)
             self._log.cut()
             if len(self._log):
-                self._replace_old()
-                self._old.close()
-            else:
-                self._log.close()
-                self._log = self._old
-            self._old = None
+                self._replace_done()
+                self._log, self._done = self._done, self._log
+            self._log.close()
+            self._log = self._done
         self._discard_new()
 
     def _discard_new(self) -> None:
@@ -165,37 +135,34 @@ class Journal(AbstractContextManager["Journal"]):
 
     def _begin_retry(self) -> None:
         self._new_output.touch()
-        self._old, self._log = self._log, RunLog(self._new_state, self._new_output)
+        self._log = RunLog(self._new_state, self._new_output)
         self._log.begin(self._identity)
-        first = next((entry for entry in self._old if entry.size), None)
-        header = first.end - first.size if first else self._old.end
+        first = next((entry for entry in self._done if entry.size), None)
+        header = first.end - first.size if first else self._done.end
         with self.path.open("rb") as old, Sink(self._new_output, append=True) as new:
             new.write_bytes(old.read(header))
 
-    def _copy_old(self, until: int | None = None) -> None:
+    def _copy_done(self, until: int | None = None) -> None:
         """Copy the results up to record `until` that the new output does not have yet."""
-        if self._old is None:
-            return
-        until = min(len(self._old), len(self._old) if until is None else until)
+        until = len(self._done) if until is None else min(until, len(self._done))
         if len(self._log) >= until:
             return
-        with self._old.output.open("rb") as old, Sink(self._log.output, append=True) as new:
+        with self._done.output.open("rb") as old, Sink(self._log.output, append=True) as new:
             end = self._log.output.stat().st_size
             for start in range(len(self._log), until, ENTRIES_PER_COPY):
                 copied, data = [], bytearray()
                 for number in range(start, min(start + ENTRIES_PER_COPY, until)):
-                    entry = self._old[number]
+                    entry = self._done[number]
                     old.seek(entry.end - entry.size)
                     data += old.read(entry.size)
                     copied.append(entry._replace(end=end + len(data)))
                 end += new.write_bytes(bytes(data))
                 self._log.append(copied)
 
-    def _replace_old(self) -> None:
+    def _replace_done(self) -> None:
         """Complete the new output and its log, and put them in the place of the old ones."""
-        assert self._old is not None
-        self._copy_old()
-        if self._old.is_complete and not self._log.is_complete:
+        self._copy_done()
+        if self._done.is_complete and not self._log.is_complete:
             self._log.mark_complete()
         self._new_output.chmod(self.path.stat().st_mode)
         self._log.sync()
@@ -208,37 +175,20 @@ class Journal(AbstractContextManager["Journal"]):
 
 
 def fingerprint(texts: Sequence[str], files: Sequence[str]) -> str:
-    """Return a SHA-256 fingerprint of the input.
-
-    It covers arguments and regular files. Piped input cannot be read twice; `Journal.remaining` checks it record by
-    record.
-
-    Args:
-        texts: Texts given on the command line.
-        files: Paths given with -f; "-" is stdin.
-
-    Returns:
-        The digest as a hexadecimal string.
-    """
+    """Return a fingerprint of the texts and the regular files; `Journal.remaining` checks what is piped."""
     digest = hashlib.sha256(json.dumps(list(texts)).encode())
     for name in files or ["-"]:
         digest.update(name.encode("utf-8", "surrogateescape"))
-        with suppress(OSError, ValueError):
-            if name == "-":
-                digest.update(_content_hash(0))
-            else:
-                with open(name, "rb") as file:
-                    digest.update(_content_hash(file.fileno()))
+        with suppress(OSError, ValueError), open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
+            digest.update(_content_hash(file.fileno()))
     return digest.hexdigest()
 
 
 def _content_hash(descriptor: int) -> bytes:
     """Return the hash of a regular file without moving its position; nothing for another kind of file."""
-    import stat
-
+    digest, position = hashlib.sha256(), 0
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         return b""
-    digest, position = hashlib.sha256(), 0
     while chunk := os.pread(descriptor, 1 << 20, position):
         digest.update(chunk)
         position += len(chunk)
@@ -256,7 +206,5 @@ def _identify(job: Job) -> JsonObject:
 
 
 def _changed(path: Path, name: str) -> UsageError:
-    return UsageError(
-        f"cannot resume '{path}': {name} has changed since it was started",
-        hint="choose another --output, or remove the file",
-    )
+    message = f"cannot resume '{path}': {name} has changed since it was started"
+    return UsageError(message, hint="choose another --output, or remove the file")

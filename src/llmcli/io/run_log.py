@@ -1,4 +1,4 @@
-"""The log of a run: one entry of fixed size per record, after a line of JSON that identifies the job and the input."""
+"""The log of a run: a line of JSON that identifies the job and the input, then one entry of fixed size per record."""
 
 import json
 import os
@@ -14,9 +14,8 @@ from llmcli.errors import LlmcliError, UsageError
 from llmcli.io.output import Sink
 from llmcli.job import JsonObject
 
-ENTRY = struct.Struct("<QQIB")
-CHECKSUM = struct.Struct("<I")
-ENTRY_BYTES = ENTRY.size + CHECKSUM.size
+ENTRY = struct.Struct("<QQIB")  # followed by its CRC-32
+ENTRY_BYTES = ENTRY.size + 4
 OK, FAILED, CARRIED_OVER, COMPLETE = range(4)  # states of a record; COMPLETE is the entry after the last record
 
 
@@ -30,22 +29,16 @@ class Entry(NamedTuple):
 
 
 class RunLog:
-    """An output and its log. The log is locked while it is open.
-
-    Raises:
-        UsageError: If another run has opened the log.
-        LlmcliError: If the disk is full.
-    """
+    """An output and its log. The log is locked while it is open."""
 
     def __init__(self, path: Path, output: Path) -> None:
-        self.path = path
-        self.output = output
+        self.path, self.output = path, output
         self.identity: JsonObject = {}
         self.is_complete = False
-        self._identity_bytes = 0
         self._entries = bytearray()
         self._sink = Sink(path, append=True)
         self._lock()
+        self._read()
 
     def __len__(self) -> int:
         return len(self._entries) // ENTRY_BYTES
@@ -62,25 +55,27 @@ class RunLog:
         return self[len(self) - 1].end if len(self) else 0
 
     def begin(self, identity: JsonObject) -> None:
-        """Start an empty log."""
         os.truncate(self.path, 0)
-        self._identity_bytes = self._sink.write(json.dumps(identity) + "\n")
+        self._sink.write(json.dumps(identity) + "\n")
         sync(self.path)
+        self._read()
 
-    def read(self) -> None:
-        """Read the log, and cut what only the log or only the output holds."""
+    def _read(self) -> None:
+        """Read the entries up to the first damaged one."""
         first, newline, rest = self.path.read_bytes().partition(b"\n")
+        self._identity_bytes = len(first) + len(newline)
         with suppress(ValueError):
             self.identity = json.loads(first)
-        self._identity_bytes = len(first) + len(newline)
-        end = 0
-        while end + ENTRY_BYTES <= len(rest) and not self.is_complete:
-            (checksum,) = CHECKSUM.unpack_from(rest, end + ENTRY.size)
-            if checksum != zlib.crc32(rest[end : end + ENTRY.size]):
+        self._entries.clear()
+        self.is_complete = False
+        for start in range(0, len(rest), ENTRY_BYTES):
+            data = rest[start : start + ENTRY_BYTES]
+            if data[ENTRY.size :] != _checksum(data[: ENTRY.size]):
                 break
-            self.is_complete = Entry(*ENTRY.unpack_from(rest, end)).state == COMPLETE
-            end += ENTRY_BYTES
-        self._entries = bytearray(rest[: end - ENTRY_BYTES if self.is_complete else end])
+            if Entry(*ENTRY.unpack_from(data)).state == COMPLETE:
+                self.is_complete = True
+                break
+            self._entries += data
 
     def cut(self) -> None:
         """Cut what only the log or only the output holds."""
@@ -91,31 +86,27 @@ class RunLog:
         os.truncate(self.output, self.end)
 
     def append(self, entries: Iterable[Entry]) -> None:
-        """Add records."""
         data = b"".join(map(_pack, entries))
         self._sink.write_bytes(data)
         self._entries += data
 
     def mark_complete(self) -> None:
-        """Note that all records are done."""
         self._sink.write_bytes(_pack(Entry(self.end, 0, 0, COMPLETE)))
         self.is_complete = True
 
     def sync(self) -> None:
-        """Write both files to the disk, so that a power cut cannot take them."""
         sync(self.output)
         sync(self.path)
 
     def close(self) -> None:
-        """Close and unlock the log."""
         self._sink.__exit__(None)
 
     def _lock(self) -> None:
         import fcntl  # Windows has no such module.
 
         try:
-            fcntl.flock(self._sink.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(self._sink.descriptor).st_ino != self.path.stat().st_ino:
+            fcntl.flock(self._sink.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(self._sink.file.fileno()).st_ino != self.path.stat().st_ino:
                 raise BlockingIOError  # Another run has just put a new log in its place.
         except BlockingIOError:
             raise UsageError(f"'{self.output}' is being written by another run") from None
@@ -134,6 +125,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _checksum(data: bytes) -> bytes:
+    return zlib.crc32(data).to_bytes(4, "little")
+
+
 def _pack(entry: Entry) -> bytes:
     data = ENTRY.pack(*entry)
-    return data + CHECKSUM.pack(zlib.crc32(data))
+    return data + _checksum(data)

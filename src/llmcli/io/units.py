@@ -10,11 +10,7 @@ BYTES |= {f"{unit}I": 1024**power for power, unit in enumerate(("K", "M", "G", "
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds of a duration, e.g. 90, 90s, 10m, 1h or 1d.
-
-    Raises:
-        UsageError: If it is not a duration.
-    """
+    """Return the seconds of a duration, e.g. 90, 90s, 10m, 1h or 1d."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
     if not match:
         raise UsageError(f"invalid duration {text!r}", hint="write it like 30s, 10m or 2h")
@@ -22,11 +18,7 @@ def parse_duration(text: str) -> float:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size, e.g. 8GB, 500MB or 2GiB.
-
-    Raises:
-        UsageError: If it is not a size.
-    """
+    """Return the bytes of a size, e.g. 8GB, 500MB or 2GiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip(), re.IGNORECASE)
     if not match or match[2].upper() not in BYTES:
         raise UsageError(f"invalid size {text!r}", hint="write it like 8GB, 500MB or 2GiB")

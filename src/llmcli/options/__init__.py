@@ -1,45 +1,13 @@
 """Options that commands share. Each group is a dataclass, and a section of --help."""
 
+from llmcli.options.expand import expand_options
 from llmcli.options.figure import FigureOptions
-from llmcli.options.generation import (
-    CommonGenerationOptions,
-    GenerationOptions,
-    Temperature,
-    TopK,
-    TopP,
-    parse_key_value,
-)
+from llmcli.options.generation import CommonGenerationOptions, GenerationOptions, parse_key_value
 from llmcli.options.input_output import InputOptions, Json, OutputOptions, Prompt, Quiet, Texts, Verbose
-from llmcli.options.model import (
-    AllowPickle,
-    BatchModelOptions,
-    Model,
-    ModelOptions,
-    Offline,
-    ServedModelOptions,
-    TrustRemoteCode,
-)
+from llmcli.options.model import AllowPickle, BatchModelOptions, ModelOptions, Offline, ServedModelOptions
 
 __all__ = [
-    "AllowPickle",
-    "BatchModelOptions",
-    "CommonGenerationOptions",
-    "FigureOptions",
-    "GenerationOptions",
-    "InputOptions",
-    "Json",
-    "Model",
-    "ModelOptions",
-    "Offline",
-    "OutputOptions",
-    "Prompt",
-    "Quiet",
-    "ServedModelOptions",
-    "Temperature",
-    "Texts",
-    "TopK",
-    "TopP",
-    "TrustRemoteCode",
-    "Verbose",
-    "parse_key_value",
-]
+    "AllowPickle", "BatchModelOptions", "CommonGenerationOptions", "FigureOptions", "GenerationOptions", "InputOptions",
+    "Json", "ModelOptions", "Offline", "OutputOptions", "Prompt", "Quiet", "ServedModelOptions", "Texts", "Verbose",
+    "expand_options", "parse_key_value",
+]  # fmt: skip

@@ -17,14 +17,13 @@ def _complete_from(names: Callable[[], Iterable[str]]) -> Callable[[str], list[s
     return complete
 
 
-def _languages() -> set[str]:
-    """Return the languages of the example sentences."""
+def _languages() -> list[str]:
     from llmcli.tasks import translate
 
-    return {tag for sentence in translate.load_examples() for tag in sentence}
+    return sorted({tag for sentence in translate.load_examples() for tag in sentence})
 
 
 models = _complete_from(lambda: [name for name in registry.models() if "{" not in name])
-languages = _complete_from(lambda: sorted(_languages()))
+languages = _complete_from(_languages)
 presets = _complete_from(load_presets)
 devices = _complete_from(lambda: ("auto", "cpu", "cuda", "mps", "xpu"))

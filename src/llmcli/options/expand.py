@@ -1,19 +1,4 @@
-"""Declare a command by groups of options. Each group is a dataclass, and a section of --help.
-
-For example, this command has the options of both groups, and its function is given the groups:
-
-    @dataclass
-    class InputOptions:
-        \"\"\"Input\"\"\"
-
-        lines: Annotated[bool, typer.Option("--lines", help="Treat each line as a record.")] = False
-
-
-    @expand_options
-    def count(input: InputOptions, output: OutputOptions) -> ExitStatus:
-        print(len(read(by_lines=input.lines)))
-        return ExitStatus.OK
-"""
+"""Declare a command by groups of options. Each group is a dataclass, and a section of --help."""
 
 import copy
 import dataclasses
@@ -62,14 +47,10 @@ class Command(TyperCommand):
 
 
 def expand_options(function: Callable[..., ExitStatus | None]) -> Callable[..., None]:
-    """Make a function a command.
+    """Make a function a command for `typer.Typer.command`.
 
-    Args:
-        function: Parameters whose type is a dataclass are expanded into one option per field. The exit status that the
-            function returns becomes the exit code.
-
-    Returns:
-        A function for `typer.Typer.command`.
+    Parameters whose type is a dataclass are expanded into one option per field. The exit status that the function
+    returns becomes the exit code.
     """
     parameters: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}
@@ -94,12 +75,11 @@ def expand_options(function: Callable[..., ExitStatus | None]) -> Callable[..., 
 
 
 def _parameter(field: "dataclasses.Field[object]", panel: str | None) -> inspect.Parameter:
-    """Return the parameter for a field `name: Annotated[type, typer.Option(...)] = default`."""
+    """Return the parameter for a field `name: Annotated[type, Option(...)] = default`."""
     assert get_origin(field.type) is Annotated, f"{field.name} is not declared as an option"
     kind, info = get_args(field.type)
     info = copy.copy(info)  # Commands without groups use the same object.
     info.rich_help_panel = panel
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
-    )
+    parameter = inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default)
+    return parameter.replace(annotation=Annotated[kind, info])

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from llmcli import console
 from llmcli.errors import UsageError
@@ -16,7 +16,7 @@ from llmcli.options.input_output import Json, Quiet, Verbose
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-Draw = Callable[[int | None, bool], "RenderableType"]
+Draw = Callable[[Any, int | None, bool], "RenderableType"]
 
 
 @dataclass
@@ -24,8 +24,8 @@ class FigureOptions:
     """Output"""
 
     json: Json = False
-    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Save the figure as SVG.")] = None
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Save the figure as an HTML page.")] = None
+    svg: Annotated[Path | None, Option("--svg", metavar="FILE", help="Save the figure as SVG.")] = None
+    html: Annotated[Path | None, Option("--html", metavar="FILE", help="Save the figure as an HTML page.")] = None
     quiet: Quiet = False
     verbose: Verbose = False
 
@@ -39,19 +39,16 @@ class FigureOptions:
         """Save the figure, draw it in the terminal, or print its data.
 
         Args:
-            draw: `draw(width, has_colors)` returns the figure for a terminal that has that many columns; if the width
-                is None, it is as wide as it needs to be.
+            draw: `draw(figures, width, has_colors)` returns the figure; `figures` is the module that draws. If the
+                width (in columns) is None, the figure is as wide as it needs to be.
             objects: What --json prints.
             rows: What a pipe gets, as tab-separated values.
             title: Title of a file.
-
-        Raises:
-            UsageError: If a file cannot be written.
         """
         for kind, path in self.files.items():
-            from llmcli.draw import svg
+            from llmcli.draw import figures, svg
 
-            write_file(path, getattr(svg, kind)(draw(None, True), title))
+            write_file(path, getattr(svg, kind)(draw(figures, None, True), title))
             console.notice(f"saved {path}")
         if self.json:
             print_lines(map(to_json, objects))
@@ -61,6 +58,6 @@ class FigureOptions:
             from llmcli.draw import figures
 
             terminal = figures.terminal()
-            print_lines([figures.render(draw(terminal.width, figures.has_colors(terminal)), terminal)])
+            print_lines([figures.render(draw(figures, terminal.width, figures.has_colors(terminal)), terminal)])
         else:
             print_lines("\t".join(row) for row in rows)

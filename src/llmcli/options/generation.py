@@ -6,77 +6,51 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from llmcli.errors import UsageError
 from llmcli.job import JsonObject
 from llmcli.models import generation
 
-Temperature = Annotated[
-    float | None, typer.Option(metavar="X", min=0, help="Sampling temperature; 0 means greedy decoding.")
-]
-TopP = Annotated[
-    float | None, typer.Option(metavar="X", min=0, max=1, help="Nucleus sampling: cumulative probability cutoff.")
-]
-TopK = Annotated[int | None, typer.Option(metavar="N", min=0, help="Sample from the N most likely tokens.")]
+Temperature = Annotated[float | None, Option(metavar="X", min=0, help="Sampling temperature; 0 means greedy decoding.")]
+TopP = Annotated[float | None, Option(metavar="X", min=0, max=1,
+    help="Nucleus sampling: cumulative probability cutoff.")]  # fmt: skip
+TopK = Annotated[int | None, Option(metavar="N", min=0, help="Sample from the N most likely tokens.")]
 
 
 @dataclass
 class CommonGenerationOptions:
     """Generation"""
 
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-new-tokens",
-            "--max-tokens",
-            metavar="N",
-            min=1,
-            help="Maximum number of tokens to generate. [default: 128 for generate, 512 for chat, else by the model]",
-        ),
-    ] = None
-    min_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Minimum number of tokens to generate.")
-    ] = None
+    # fmt: off
+    max_new_tokens: Annotated[int | None, Option("--max-new-tokens", "--max-tokens", metavar="N", min=1,
+        help="Maximum number of tokens to generate. [default: 128 for generate, 512 for chat, else by the model]",
+    )] = None
+    min_new_tokens: Annotated[int | None, Option(metavar="N", min=0,
+        help="Minimum number of tokens to generate.")] = None
     temperature: Temperature = None
     top_p: TopP = None
-    repetition_penalty: Annotated[
-        float | None, typer.Option(metavar="X", help="Penalty for repeated tokens; 1.0 means none.")
-    ] = None
-    num_beams: Annotated[int | None, typer.Option(metavar="N", min=1, help="Number of beams for beam search.")] = None
-    num_return_sequences: Annotated[
-        int | None,
-        typer.Option(
-            "--num-return-sequences", "-n", metavar="N", min=1, help="Number of sequences to generate per record."
-        ),
-    ] = None
-    stop: Annotated[
-        list[str], typer.Option(metavar="TEXT", help="Stop sequence, excluded from the output; repeatable.")
-    ] = field(default_factory=list)
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Random seed for reproducible sampling.")
-    ] = None
-    option: Annotated[
-        list[str],
-        typer.Option("--option", "-o", metavar="KEY=VALUE", help="Set another GenerationConfig field; repeatable."),
-    ] = field(default_factory=list)
-    truncate: Annotated[bool, typer.Option("--truncate", help="Truncate inputs longer than the context length.")] = (
-        False
-    )
+    repetition_penalty: Annotated[float | None, Option(metavar="X",
+        help="Penalty for repeated tokens; 1.0 means none.")] = None
+    num_beams: Annotated[int | None, Option(metavar="N", min=1, help="Number of beams for beam search.")] = None
+    num_return_sequences: Annotated[int | None, Option("--num-return-sequences", "-n", metavar="N", min=1,
+        help="Number of sequences to generate per record.")] = None
+    stop: Annotated[list[str], Option(metavar="TEXT",
+        help="Stop sequence, excluded from the output; repeatable.")] = field(default_factory=list)
+    seed: Annotated[int | None, Option(metavar="N", min=0, max=2**32 - 1,
+        help="Random seed for reproducible sampling.")] = None
+    option: Annotated[list[str], Option("--option", "-o", metavar="KEY=VALUE",
+        help="Set another GenerationConfig field; repeatable.")] = field(default_factory=list)
+    truncate: Annotated[bool, Option("--truncate", help="Truncate inputs longer than the context length.")] = False
+    # fmt: on
 
     def config(self) -> JsonObject:
-        """Return the GenerationConfig fields that the user gave.
-
-        Raises:
-            UsageError: If a value is invalid.
-        """
-        not_fields = ("stop", "seed", "option", "truncate")
-        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in not_fields}
+        """Return the GenerationConfig fields that the user gave."""
         if "" in self.stop:
             raise UsageError("--stop must not be empty")
-        if self.stop:
-            values["stop_strings"] = self.stop
-        given = {name: value for name, value in values.items() if value is not None}
+        values = {**dataclasses.asdict(self), "stop_strings": self.stop or None}
+        others = ("stop", "seed", "option", "truncate")
+        given = {name: value for name, value in values.items() if value is not None and name not in others}
         return generation.greedy(given | dict(map(parse_key_value, self.option)))
 
 

@@ -5,56 +5,42 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
 from llmcli import console
 from llmcli.errors import UsageError
 from llmcli.io.formats import InputFormat
 from llmcli.io.output import OutputFormat, OutputSpec
+from llmcli.io.resume import fingerprint
 
-Texts = Annotated[list[str], typer.Argument(metavar="TEXT", default_factory=list, show_default=False)]
-Prompt = Annotated[
-    str | None,
-    typer.Option("--prompt", metavar="TEMPLATE", help='Prompt template with record fields, e.g. "Classify: {text}".'),
-]
-Json = Annotated[bool, typer.Option("--json", help="Write JSON Lines.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=console.set_quiet, help="Print errors only.")]
-Verbose = Annotated[
-    bool,
-    typer.Option("--verbose", "-v", callback=console.set_verbose, help="Print tracebacks and library warnings."),
-]
+Texts = Annotated[list[str], Argument(metavar="TEXT", default_factory=list, show_default=False)]
+Prompt = Annotated[str | None, Option(metavar="TEMPLATE",
+    help='Prompt template with record fields, e.g. "Classify: {text}".')]  # fmt: skip
+Json = Annotated[bool, Option("--json", help="Write JSON Lines.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", callback=console.set_quiet, help="Print errors only.")]
+Verbose = Annotated[bool, Option("--verbose", "-v", callback=console.set_verbose,
+    help="Print tracebacks and library warnings.")]  # fmt: skip
 FORMATS = {
-    InputFormat.WHOLE: OutputFormat.TEXT,
-    InputFormat.LINES: OutputFormat.LINES,
-    InputFormat.NULL: OutputFormat.NULL,
-    InputFormat.JSONL: OutputFormat.JSON,
-    InputFormat.CSV: OutputFormat.CSV,
-}
+    InputFormat.WHOLE: OutputFormat.TEXT, InputFormat.LINES: OutputFormat.LINES, InputFormat.NULL: OutputFormat.NULL,
+    InputFormat.JSONL: OutputFormat.JSON, InputFormat.CSV: OutputFormat.CSV,
+}  # fmt: skip
 
 
 @dataclass
 class InputOptions:
     """Input"""
 
-    files: Annotated[
-        list[str],
-        typer.Option("--file", "-f", metavar="PATH", help="Read input from PATH; repeatable. Use - for stdin."),
-    ] = field(default_factory=list)
-    lines: Annotated[bool, typer.Option("--lines", help="Treat each line as a record.")] = False
-    null: Annotated[bool, typer.Option("--null", help="Treat each NUL-terminated string as a record.")] = False
-    jsonl: Annotated[bool, typer.Option("--jsonl", help="Read and write JSON Lines, one object per line.")] = False
-    csv: Annotated[bool, typer.Option("--csv", help="Read and write CSV; the first row is the header.")] = False
-    fields: Annotated[
-        list[str],
-        typer.Option("--field", metavar="[ROLE=]NAME", help="Input field to use (default: text); repeatable."),
-    ] = field(default_factory=list)
+    files: Annotated[list[str], Option("--file", "-f", metavar="PATH",
+        help="Read input from PATH; repeatable. Use - for stdin.")] = field(default_factory=list)  # fmt: skip
+    lines: Annotated[bool, Option("--lines", help="Treat each line as a record.")] = False
+    null: Annotated[bool, Option("--null", help="Treat each NUL-terminated string as a record.")] = False
+    jsonl: Annotated[bool, Option("--jsonl", help="Read and write JSON Lines, one object per line.")] = False
+    csv: Annotated[bool, Option("--csv", help="Read and write CSV; the first row is the header.")] = False
+    fields: Annotated[list[str], Option("--field", metavar="[ROLE=]NAME",
+        help="Input field to use (default: text); repeatable.")] = field(default_factory=list)  # fmt: skip
 
     def format(self) -> InputFormat:
-        """Return the record format that was chosen.
-
-        Raises:
-            UsageError: If more than one format was chosen.
-        """
+        """Return the record format that was chosen; raise UsageError if there are several."""
         chosen = [format for format in InputFormat if getattr(self, format.value, False)]
         if len(chosen) > 1:
             raise UsageError(f"--{chosen[0].value} cannot be used with --{chosen[1].value}")
@@ -65,9 +51,6 @@ class InputOptions:
 
         Args:
             known: Roles of the command. A --field without a role sets the first one.
-
-        Raises:
-            UsageError: If a --field names an unknown role.
         """
         roles = {role: role for role in known}
         for item in self.fields:
@@ -84,38 +67,23 @@ class OutputOptions:
     """Output"""
 
     json: Json = False
-    output: Annotated[
-        Path | None, typer.Option("--output", metavar="PATH", help="Write results to PATH; fails if it exists.")
-    ] = None
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run; requires --output.")] = False
-    retry_errors: Annotated[
-        bool, typer.Option("--retry-errors", help="Retry records that failed in an earlier run.")
-    ] = False
-    on_error: Annotated[
-        Literal["skip", "stop"], typer.Option("--on-error", help="Skip failed records, or stop at the first one.")
-    ] = "skip"
-    stats: Annotated[bool, typer.Option("--stats", help="Print run statistics to stderr as JSON.")] = False
+    output: Annotated[Path | None, Option(metavar="PATH", help="Write results to PATH; fails if it exists.")] = None
+    resume: Annotated[bool, Option("--resume", help="Continue an interrupted run; requires --output.")] = False
+    retry_errors: Annotated[bool, Option("--retry-errors", help="Retry records that failed in an earlier run.")] = False
+    on_error: Annotated[Literal["skip", "stop"], Option(help="Skip failed records, or stop at the first one.")] = "skip"
+    stats: Annotated[bool, Option("--stats", help="Print run statistics to stderr as JSON.")] = False
     quiet: Quiet = False
     verbose: Verbose = False
 
     def spec(
-        self,
-        input_format: InputFormat,
-        texts: Sequence[str] = (),
-        files: Sequence[str] = (),
-        *,
+        self, input_format: InputFormat, texts: Sequence[str] = (), files: Sequence[str] = (), *,
         format: OutputFormat | None = None,
-    ) -> OutputSpec:
+    ) -> OutputSpec:  # fmt: skip
         """Return where and how results are written.
 
         Args:
-            input_format: How records are read. It determines the output format.
-            texts: Texts given on the command line; --resume checks that they stay the same.
-            files: Files given on the command line; --resume checks that they stay the same.
+            texts: Texts of the input; --resume checks that they, and the files, stay the same.
             format: Output format of a command that writes no other.
-
-        Raises:
-            UsageError: If --resume lacks --output, or cannot tell the records of the output apart.
         """
         format = format or (OutputFormat.JSON if self.json else FORMATS[input_format])
         resume = None
@@ -123,17 +91,10 @@ class OutputOptions:
             if not self.output:
                 raise UsageError("--resume requires --output")
             if format is OutputFormat.TEXT:
-                raise UsageError(
-                    "--resume requires a structured format", hint="add --json, --jsonl, --csv, --lines or --null"
-                )
-            from llmcli.io.resume import fingerprint
-
+                hint = "add --json, --jsonl, --csv, --lines or --null"
+                raise UsageError("--resume requires a structured format", hint)
             resume = fingerprint(texts, files)
         return OutputSpec(
-            format=format,
-            path=self.output,
-            resume=resume,
-            retry=self.retry_errors,
+            format=format, path=self.output, resume=resume, retry=self.retry_errors, stats=self.stats,
             stop_on_error=self.on_error == "stop",
-            stats=self.stats,
-        )
+        )  # fmt: skip

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal
 
-import typer
+from typer import Option
 
 from llmcli import config
 from llmcli.errors import UsageError
@@ -14,102 +15,64 @@ from llmcli.models import registry, store
 from llmcli.options import completion
 from llmcli.options.generation import CommonGenerationOptions
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="NAME",
-        autocompletion=completion.models,
-        help="Model alias, Hub ID (org/name[@revision]), directory or .gguf file.",
-    ),
-]
-Offline = Annotated[bool, typer.Option("--offline", help="Do not download models. [env: HF_HUB_OFFLINE]")]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Allow pickle weights, which can run code when loaded.")
-]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Allow Python code shipped with the model to run.")
-]
+Model = Annotated[str | None, Option("--model", "-m", metavar="NAME", autocompletion=completion.models,
+    help="Model alias, Hub ID (org/name[@revision]), directory or .gguf file.")]  # fmt: skip
+Offline = Annotated[bool, Option("--offline", help="Do not download models. [env: HF_HUB_OFFLINE]")]
+AllowPickle = Annotated[bool, Option("--allow-pickle", help="Allow pickle weights, which can run code when loaded.")]
+TrustRemoteCode = Annotated[bool, Option("--trust-remote-code",
+    help="Allow Python code shipped with the model to run.")]  # fmt: skip
 
 
 @dataclass
 class ModelOptions:
     """Model"""
 
+    # fmt: off
     model: Model = None
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DEVICE",
-            autocompletion=completion.devices,
-            help="Device: auto, cpu, cuda[:N], mps or xpu. [env: LLMCLI_DEVICE]",
-        ),
-    ] = None
-    dtype: Annotated[config.DType | None, typer.Option(help="Data type of the weights. [env: LLMCLI_DTYPE]")] = None
-    quantize: Annotated[
-        Literal["none", "int8", "int4"],
-        typer.Option(help="Weight-only quantization (CPU only); the result is cached."),
-    ] = "none"
-    max_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Maximum RAM for model weights, e.g. 8GB.")] = (
-        None
-    )
-    offload_folder: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Directory for weights that do not fit in memory.")
-    ] = None
-    keep_alive: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DURATION",
-            help="Keep the model loaded in a worker, e.g. 10m; 0 to disable. [env: LLMCLI_KEEP_ALIVE]",
-        ),
-    ] = None
+    device: Annotated[str | None, Option(metavar="DEVICE", autocompletion=completion.devices,
+        help="Device: auto, cpu, cuda[:N], mps or xpu. [env: LLMCLI_DEVICE]")] = None
+    dtype: Annotated[config.DType | None, Option(help="Data type of the weights. [env: LLMCLI_DTYPE]")] = None
+    quantize: Annotated[Literal["none", "int8", "int4"], Option(
+        help="Weight-only quantization (CPU only); the result is cached.")] = "none"
+    max_memory: Annotated[str | None, Option(metavar="SIZE", help="Maximum RAM for model weights, e.g. 8GB.")] = None
+    offload_folder: Annotated[Path | None, Option(metavar="PATH",
+        help="Directory for weights that do not fit in memory.")] = None
+    keep_alive: Annotated[str | None, Option(metavar="DURATION",
+        help="Keep the model loaded in a worker, e.g. 10m; 0 to disable. [env: LLMCLI_KEEP_ALIVE]")] = None
     offline: Offline = False
     allow_pickle: AllowPickle = False
     trust_remote_code: TrustRemoteCode = False
+    # fmt: on
 
     def job(
-        self,
-        task: str,
-        parameters: JsonObject,
-        generation: CommonGenerationOptions | None = None,
-        *,
-        defaults: JsonObject | None = None,
-        truncate: bool = False,
-        **languages: str | None,
-    ) -> Job:
+        self, task: str, parameters: JsonObject, generation: CommonGenerationOptions | None = None, *,
+        defaults: JsonObject = MappingProxyType({}), truncate: bool = False, **languages: str | None,
+    ) -> Job:  # fmt: skip
         """Return the job that the options describe.
 
         Args:
-            task: Name of the task.
-            parameters: Parameters of the task.
             generation: Generation options of a task that generates text.
             defaults: GenerationConfig values under those that the user gave.
             truncate: Whether to truncate long inputs, if there are no generation options.
             languages: Source and target language; the names of some default models contain them.
-
-        Raises:
-            UsageError: If an option is invalid.
-            ModelUnavailableError: If no default model of the task is available.
         """
+        keep_alive = self.keep_alive or config.settings().keep_alive
         job = Job(
             task=task,
             model=self.model_name(task.partition("_")[0], **languages),  # inspect_next shares the default of inspect
-            generation={**(defaults or {}), **(generation.config() if generation else {})},
+            generation={**defaults, **(generation.config() if generation else {})},
             parameters=parameters,
             load_options=self.load_options(),
             seed=generation.seed if generation else None,
             truncate=generation.truncate if generation else truncate,
-            keep_alive=self.keep_alive_seconds(),
+            keep_alive=parse_duration(keep_alive) if keep_alive else None,
         )
         return self._complete(job)
 
     def _complete(self, job: Job) -> Job:
-        """Return the job with the options of a subclass."""
-        return job
+        return job  # Subclasses add their options.
 
     def model_name(self, task: str, **languages: str | None) -> str:
-        """Return the model that was asked for, or the default model of the task."""
         if self.model is not None:
             return self.model
         return store.choose(registry.default_names(task, **languages), self.load_options())
@@ -118,29 +81,20 @@ class ModelOptions:
         """Return the options, completed from the environment and the configuration file."""
         settings = config.settings()
         return LoadOptions(
-            device=config.validate_device(self.device or settings.device),
-            dtype=self.dtype or settings.dtype,
-            quantize=self.quantize,
-            max_memory=parse_size(self.max_memory) if self.max_memory else None,
+            device=config.validate_device(self.device or settings.device), dtype=self.dtype or settings.dtype,
+            quantize=self.quantize, max_memory=parse_size(self.max_memory) if self.max_memory else None,
             offload_folder=str(self.offload_folder) if self.offload_folder else None,
-            offline=self.offline or settings.offline,
-            allow_pickle=self.allow_pickle,
+            offline=self.offline or settings.offline, allow_pickle=self.allow_pickle,
             trust_remote_code=self.trust_remote_code,
-        )
-
-    def keep_alive_seconds(self) -> float | None:
-        """Return how long a worker keeps the model loaded; None if it is not set."""
-        duration = self.keep_alive or config.settings().keep_alive
-        return parse_duration(duration) if duration else None
+        )  # fmt: skip
 
 
 @dataclass
 class BatchModelOptions(ModelOptions):
     """Model"""
 
-    batch_size: Annotated[
-        str, typer.Option(metavar="N|auto", help="Records per batch, or auto to tune it during the run.")
-    ] = "auto"
+    batch_size: Annotated[str, Option(metavar="N|auto",
+        help="Records per batch, or auto to tune it during the run.")] = "auto"  # fmt: skip
 
     def _complete(self, job: Job) -> Job:
         job = super()._complete(job)
@@ -155,19 +109,15 @@ class BatchModelOptions(ModelOptions):
 class ServedModelOptions(BatchModelOptions):
     """Model"""
 
-    endpoint: Annotated[
-        str | None, typer.Option(metavar="URL", help="URL of an OpenAI-compatible server to use instead.")
-    ] = None
-    concurrency: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Maximum concurrent requests to the endpoint.")
-    ] = 16
+    endpoint: Annotated[str | None, Option(metavar="URL",
+        help="URL of an OpenAI-compatible server to use instead.")] = None  # fmt: skip
+    concurrency: Annotated[int, Option(metavar="N", min=1, help="Maximum concurrent requests to the endpoint.")] = 16
 
     def _complete(self, job: Job) -> Job:
         job = super()._complete(job)
         return replace(job, endpoint=self.endpoint, concurrency=self.concurrency)
 
     def model_name(self, task: str, **languages: str | None) -> str:
-        """Return the model that was asked for, the only one of the server, or the default model of the task."""
         if self.model is None and self.endpoint:
             from llmcli.engines.endpoint import only_model
 
