@@ -25,40 +25,33 @@ class BatchPolicy(ABC):
     def __init__(
         self,
         batch_size: int | None,
-        device_type: str,
+        device: str,
         memory: MemoryEstimator,
-        *,
         answer_tokens: int = 0,
         is_fixed: bool = False,
     ) -> None:
+        self.memory = memory
         self.size = batch_size or INITIAL_ROWS
-        self._max_size = batch_size or MAX_ROWS.get(device_type, MAX_ROWS_ACCELERATOR)
-        self._memory = memory
+        self._max_size = batch_size or MAX_ROWS.get(device, MAX_ROWS_ACCELERATOR)
+        self._tokens_per_row = TOKENS_PER_ROW.get(device, TOKENS_PER_ROW_ACCELERATOR)
         self._answer_tokens = answer_tokens
         self._is_settled = is_fixed or batch_size is not None
         self._is_fixed = is_fixed
         self._best_speed = 0.0
 
     def choose(self, lengths: Sequence[int]) -> list[int]:
-        """Return the indices of the rows of the next batch: the first one, which has waited longest, and similar ones.
-
-        `lengths` are the tokens of the waiting rows.
-        """
+        """Return the indices of the next batch, the first row and similar ones, by the `lengths` of all rows."""
+        fits = self.memory.is_below_failure if self._is_fixed else self.memory.fits
         size = self.size
         while True:
             batch = self._select(lengths, size)
             chosen = [lengths[i] for i in batch]
-            if len(batch) == 1 or self._fits(chosen):
+            if len(batch) == 1 or fits(self._count_tokens(chosen)):
                 return batch
             size = max(1, self._measure(chosen) // 2)
 
-    def start_batch(self) -> None:
-        """Prepare to measure the memory of a batch."""
-        self._memory.start_batch()
-
     def observe(self, lengths: Sequence[int], tokens_per_second: float) -> None:
-        """Learn from a batch that has run."""
-        self._memory.observe(self._count_tokens(lengths))
+        self.memory.observe(self._count_tokens(lengths))
         rows = self._measure(lengths)
         if self._is_settled or rows <= self.size // 2:  # the last rows of an input tell nothing about a full batch
             return
@@ -71,12 +64,7 @@ class BatchPolicy(ABC):
             self._is_settled = self.size == self._max_size
 
     def observe_out_of_memory(self, lengths: Sequence[int]) -> None:
-        """Learn from a batch that ran out of memory."""
-        self._memory.observe_failure(self._count_tokens(lengths))
-
-    def _fits(self, lengths: Sequence[int]) -> bool:
-        tokens = self._count_tokens(lengths)
-        return self._memory.is_below_failure(tokens) if self._is_fixed else self._memory.fits(tokens)
+        self.memory.observe_failure(self._count_tokens(lengths))
 
     def _count_tokens(self, lengths: Sequence[int]) -> int:
         """Return the tokens of a batch, with padding and answers."""
@@ -107,10 +95,6 @@ class RowPolicy(BatchPolicy):
 
 class TokenPolicy(BatchPolicy):
     """Measures a batch in tokens: where one forward pass reads all of them. `size` counts rows of a fixed length."""
-
-    def __init__(self, batch_size: int | None, device_type: str, memory: MemoryEstimator) -> None:
-        super().__init__(batch_size, device_type, memory)
-        self._tokens_per_row = TOKENS_PER_ROW.get(device_type, TOKENS_PER_ROW_ACCELERATOR)
 
     def _select(self, lengths: Sequence[int], size: int) -> list[int]:
         return bucket_by_tokens(lengths, size * self._tokens_per_row)

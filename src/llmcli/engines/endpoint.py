@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -74,17 +73,15 @@ class RemoteModel:
         return getattr(model, "max_model_len", None)
 
     def look_up(self) -> "list[Model]":
-        """Return the server's models, asked for once. Raises ModelUnavailableError if the server is unreachable."""
+        """Return the server's models, asked for once."""
         if self._models is None:
             self._models = list_models(self.client)
         return self._models
 
     def count_tokens(self, text: str) -> int:
-        """Return an estimate of the tokens of a text."""
         return -(-len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN)
 
     def count_prompt_tokens(self, prompt: Prompt) -> int:
-        """Return an estimate of the tokens of a prompt."""
         texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
         return sum(self.count_tokens(text) for text in texts)
 
@@ -97,11 +94,11 @@ class EndpointRunner:
         self._model = model
         self._options = protocol_options(job, strategy, model)
         self._unsent: list[Request] = []
-        self._finished: SimpleQueue[tuple[Request, Future[JsonObject]]] = SimpleQueue()
+        self._sent: dict[Future[JsonObject], Request] = {}
+        self._finished: SimpleQueue[Future[JsonObject]] = SimpleQueue()
         self._threads = ThreadPoolExecutor(job.concurrency)
 
     def add(self, requests: Sequence[Request]) -> None:
-        """Queue requests."""
         self.queue.update(requests)
         self._unsent += requests
 
@@ -115,20 +112,19 @@ class EndpointRunner:
             return
         for request in requests:
             answer = self._threads.submit(self._complete, request.input)
-            answer.add_done_callback(partial(self._put, request))
+            self._sent[answer] = request
+            answer.add_done_callback(self._finished.put)
         try:
             finished = [self._finished.get(timeout=POLL_S)]
         except Empty:
             return
         while not self._finished.empty():
             finished.append(self._finished.get())
-        for request, answer in finished:
+        for answer in finished:
+            request = self._sent.pop(answer)
             with capture_errors(request):
                 request.output = answer.result()
             self.queue.discard(request)
-
-    def _put(self, request: Request, answer: "Future[JsonObject]") -> None:
-        self._finished.put((request, answer))
 
     def _complete(self, prompt: Prompt) -> JsonObject:
         with self._translated_errors():
@@ -136,7 +132,9 @@ class EndpointRunner:
         choices = getattr(response, "choices", None) or []
         if len(choices) < self._options.get("n", 1):
             raise RecordError("invalid_response", f"server returned {len(choices)} answers")
-        texts = [self._cut(choice.text if isinstance(prompt, str) else choice.message.content) for choice in choices]
+        texts = [(choice.text if isinstance(prompt, str) else choice.message.content) or "" for choice in choices]
+        stop = self._options.get("stop", ())  # which some servers leave at the end
+        texts = [text[: stops.first_stop(text, stop)] for text in texts]
         several = {"generated_texts": texts} if len(texts) > 1 else {}
         return {"generated_text": texts[0], **several, **_end_fields(choices[0].finish_reason, response.usage)}
 
@@ -158,11 +156,6 @@ class EndpointRunner:
         settings: dict[str, Any] = {"model": self._model.name, field: prompt, **self._options, **options}
         client = self._model.client
         return (client if field == "prompt" else client.chat).completions.create(**settings)
-
-    def _cut(self, text: str | None) -> str:
-        """Return a text without a stop string, which some servers leave at the end."""
-        text = text or ""
-        return text[: stops.first_stop(text, self._options.get("stop", ()))]
 
     @contextmanager
     def _translated_errors(self) -> Iterator[None]:
@@ -189,12 +182,9 @@ class EndpointRunner:
 
 
 def protocol_options(job: Job, strategy: Strategy, model: RemoteModel) -> dict[str, Any]:
-    """Return the options of a job under the protocol's names: the user's over the task's.
-
-    Where neither says how to sample, the server decides.
-    """
+    """Return the options of a job under the protocol's names: the user's over the task's."""
     task = {**(strategy.defaults or {}), **strategy.parameters(job, model)}
-    if task.get("do_sample"):
+    if task.get("do_sample"):  # The server decides how.
         task = {"max_new_tokens": task["max_new_tokens"]}
     options = {**task, **job.generation, **({} if job.seed is None else {"seed": job.seed})}
     if isinstance(options.get("stop_strings"), str):
@@ -240,10 +230,8 @@ def only_model(endpoint: str) -> str:
     """Return the name of the server's only model. Raises UsageError if it has none or several."""
     names = [model.id for model in list_models(make_client(endpoint))]
     if len(names) != 1:
-        message = (
-            f"the server has {len(names)} models: {', '.join(names[:5])}" if names else "the server lists no model"
-        )
-        raise UsageError(message, hint="choose one with -m NAME")
+        several = f"the server has {len(names)} models: {', '.join(names[:5])}"
+        raise UsageError(several if names else "the server lists no model", hint="choose one with -m NAME")
     return names[0]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmcli import console, tasks
+from llmcli.engines.model_cache import ModelLease
 from llmcli.errors import ModelTooLargeError, ModelUnavailableError
 from llmcli.job import Job
 from llmcli.models import registry, store
@@ -16,17 +17,14 @@ from llmcli.models import registry, store
 if TYPE_CHECKING:
     from transformers import Pipeline, PreTrainedConfig, PreTrainedTokenizerBase
 
-    from llmcli.engines.model_cache import ModelLease
-
 
 class Model:
     """A job's model. Its weights are found, and pulled if needed, at once; `pipeline` loads them when first used.
 
-    `folder` holds the weights; `kind` selects the task's strategy. Raises ModelUnavailableError if the weights cannot
-    be had, or cannot do the job's task.
+    Raises ModelUnavailableError if the weights cannot be had, or cannot do the job's task.
     """
 
-    def __init__(self, job: Job, lease: "ModelLease") -> None:
+    def __init__(self, job: Job, lease: ModelLease) -> None:
         self._job, self._lease = job, lease
         self._pipeline: Pipeline | None = None
         options = job.load_options
@@ -38,12 +36,7 @@ class Model:
 
     @property
     def pipeline(self) -> "Pipeline":
-        """The pipeline, loaded at the first access.
-
-        Raises:
-            ModelUnavailableError: The weights are damaged, incomplete or too large.
-            UsageError: The device does not exist.
-        """
+        """The pipeline, loaded at the first access, which raises ModelUnavailableError or UsageError (the device)."""
         if self._pipeline is None:
             from llmcli import pipelines
 
@@ -62,8 +55,7 @@ class Model:
 
     @property
     def is_chat(self) -> bool:
-        is_chat: bool = self.pipeline.is_chat
-        return is_chat
+        return bool(self.pipeline.is_chat)
 
     @property
     def context_length(self) -> int | None:
@@ -79,12 +71,10 @@ class Model:
         return self.pipeline.model.config
 
     def count_tokens(self, text: str) -> int:
-        count: int = self.pipeline.count_tokens(text)
-        return count
+        return int(self.pipeline.count_tokens(text))
 
     def count_prompt_tokens(self, prompt: tasks.Prompt) -> int:
-        count: int = self.pipeline.count_prompt_tokens(prompt)
-        return count
+        return int(self.pipeline.count_prompt_tokens(prompt))
 
     @property
     def _changed_ns(self) -> int:
@@ -98,8 +88,9 @@ class Model:
             try:
                 return pipelines.load(kind, self.folder, self._job.load_options)
             except MemoryError as exc:
-                message = f"{self._job.model} does not fit in memory"
-                raise ModelTooLargeError(message, hint="use a smaller model") from exc
+                raise ModelTooLargeError(
+                    f"{self._job.model} does not fit in memory", hint="use a smaller model"
+                ) from exc
 
     def _find_kind(self) -> str:
         """Return the first kind of pipeline, in the order of the task's strategies, that the model can be."""
@@ -113,23 +104,16 @@ class Model:
                 return kind
             kinds_by_task = {name: set(tasks.find(name).strategies) for name in tasks.names()}
             others = pipelines.check_compatibility(self.folder, options, set().union(*kinds_by_task.values()))
-        able = [_command(name) for name, kinds in kinds_by_task.items() if any(others[kind] is None for kind in kinds)]
+        able = [name for name, kinds in kinds_by_task.items() if any(others[kind] is None for kind in kinds)]
         raise ModelUnavailableError(
-            f"{self._job.model} cannot {_command(self._job.task)}: {' and '.join(map(str, reasons.values()))}",
-            hint=f"it can {', '.join(able)}" if able else "llmcli has no task for it",
+            f"{self._job.model} cannot {self._job.task.replace('_', ' ')}: {' and '.join(map(str, reasons.values()))}",
+            hint=f"it can {', '.join(able).replace('_', ' ')}" if able else "llmcli has no task for it",
         )
-
-
-def _command(task: str) -> str:
-    return task.replace("_", " ")
 
 
 @contextmanager
 def suspended_garbage_collection() -> Iterator[None]:
-    """Keep the garbage collector away from the objects of imports and weights, which stay for good.
-
-    Scanning them again and again, while they are made and at exit, takes a quarter of a cold call.
-    """
+    """Spare the objects of imports and weights, which stay for good, from scans: a quarter of a cold call's time."""
     module_count = len(sys.modules)
     gc.disable()
     try:

@@ -21,11 +21,9 @@ class FairLock:
 
     @property
     def has_waiters(self) -> bool:
-        """Whether a thread waits for the lock."""
         return bool(self._waiters)
 
     def acquire(self) -> None:
-        """Wait for the lock, and hold it."""
         with self._lock:
             if not self._is_held:
                 self._is_held = True
@@ -35,7 +33,6 @@ class FairLock:
         granted.wait()
 
     def release(self) -> None:
-        """Hand the lock to the next thread, if one waits."""
         with self._lock:
             if self._waiters:
                 self._waiters.popleft().set()

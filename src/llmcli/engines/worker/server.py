@@ -10,16 +10,17 @@ import traceback
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from socket import socket
+from typing import Any
 
 from llmcli import console
 from llmcli.engines.batch_runner import BatchRunner
 from llmcli.engines.local import LocalEngine
 from llmcli.engines.model import Model
 from llmcli.engines.model_cache import ModelCache, ModelLease
+from llmcli.engines.requests import failure_from
 from llmcli.engines.worker import protocol
 from llmcli.engines.worker.device_lock import DeviceLock, FairLock
-from llmcli.engines.worker.protocol import Connection, ConnectionClosedError, ErrorMessage, MessageTooLargeError
+from llmcli.engines.worker.protocol import Connection, ConnectionClosedError, MessageTooLargeError
 from llmcli.errors import ExitStatus, LlmcliError
 from llmcli.job import Failure, Job, JsonObject, Record
 from llmcli.models import malloc
@@ -37,11 +38,12 @@ class JobCancelledError(BaseException):
 
 
 def serve(keep_alive_s: float | None) -> None:
-    """Run jobs until none has come for so many seconds and no model is loaded; None: until a signal or `llmcli stop`.
+    """Run jobs until none has come for so many seconds and no model is loaded, or until a signal or `llmcli stop`."""
+    import resource
 
-    Raises LlmcliError if a worker is running already, or its socket cannot be made.
-    """
-    _raise_file_limit()
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # Idle connections must not keep others out.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if limit == resource.RLIM_INFINITY else limit, limit))
     malloc.use_one_arena()  # One thread computes at a time.
     with Worker(math.inf if keep_alive_s is None else keep_alive_s) as worker:
         while not worker.is_finished:
@@ -76,9 +78,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         super().server_bind()
         self._path.chmod(0o600)
 
-    def verify_request(self, request: object, client_address: object) -> bool:
-        """Return whether the call is of this process's user."""
-        assert isinstance(request, socket)
+    def verify_request(self, request: Any, client_address: object) -> bool:
         return protocol.peer_uid(request) == os.getuid()
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -113,7 +113,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             return is_accepting
 
     def end_job(self) -> None:
-        """Count a job as ended."""
         with self._state_lock:
             self.jobs -= 1
             self._last_used = time.monotonic()
@@ -127,15 +126,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
                 self._lock_file = None
 
     def stop(self) -> None:
-        """Exit without finishing the jobs."""
+        """Exit soon, without finishing the jobs."""
         self._is_stopped = True
-
-    def status(self) -> protocol.WorkerStatus:
-        """Return what `llmcli ps` prints."""
-        import psutil
-
-        memory = psutil.Process().memory_info().rss
-        return {"pid": os.getpid(), "jobs": self.jobs, "memory": memory, "models": self.models.status()}
 
     def server_close(self) -> None:
         self.drain()
@@ -162,8 +154,11 @@ class ClientHandler(socketserver.BaseRequestHandler):
         send = self._connection.send
         match hello.get("do"):
             case "status":
-                send(worker=os.getpid())
-                send(status=self.server.status())
+                import psutil
+
+                pid, memory, jobs = os.getpid(), psutil.Process().memory_info().rss, self.server.jobs
+                send(worker=pid)
+                send(status={"pid": pid, "jobs": jobs, "memory": memory, "models": self.server.models.status()})
             case "stop":
                 send(worker=os.getpid())
                 self.server.stop()
@@ -187,7 +182,6 @@ class ClientHandler(socketserver.BaseRequestHandler):
                 send(refused="unknown action")
 
     def _run(self, first: JsonObject, *, loads: bool) -> None:
-        """Run the job of the first message to its end."""
         device_lock = DeviceLock(self.server.device_lock)
         lease = ModelLease(self.server.models, device_lock.unlocked)
 
@@ -210,23 +204,21 @@ class ClientHandler(socketserver.BaseRequestHandler):
                 else:
                     with closing(engine.run(job, _records(self._connection), on_text)) as results:
                         for result in results:
-                            failure = result.failure.to_json() if result.failure else None
                             try:
-                                send(result=protocol.ResultMessage(result.output, result.text, failure))
+                                send(result=(result.output, result.text, result.failure))
                             except MessageTooLargeError as exc:
-                                send(result=protocol.ResultMessage({}, "", exc.to_failure().to_json()))
+                                send(result=({}, "", failure_from(exc)))
             send(done=True)
         except LlmcliError as exc:
-            send(error=ErrorMessage(None, exc.message, exc.hint, exc.status, traceback.format_exc()))
+            send(error=(None, exc.message, exc.hint, exc.status, traceback.format_exc()))
         except Exception as exc:
-            send(error=ErrorMessage(type(exc).__name__, str(exc), None, ExitStatus.FAILED, traceback.format_exc()))
+            send(error=(type(exc).__name__, str(exc), None, ExitStatus.FAILED, traceback.format_exc()))
         finally:
             lease.release(job.keep_alive if job else None)
 
 
 class WarmEngine(LocalEngine):
-    """Runs a job beside others on the same device and models. It raises JobCancelledError, within a token, once the
-    call has closed its connection."""
+    """Runs a job beside others on the same device and models; it ends within a token once the call has hung up."""
 
     def __init__(self, connection: Connection, device_lock: DeviceLock, lease: ModelLease) -> None:
         super().__init__(lease)
@@ -239,17 +231,17 @@ class WarmEngine(LocalEngine):
 
     def make_runner(self, job: Job, strategy: Strategy, model: Model) -> BatchRunner:
         runner = super().make_runner(job, strategy, model)
-        runner.on_token = self._between_tokens
-        return runner
 
-    def _between_tokens(self) -> None:
-        if self._connection.is_closed:
-            raise JobCancelledError
-        self._device_lock.yield_to_others()
+        def between_tokens() -> None:
+            if self._connection.is_closed:
+                raise JobCancelledError
+            self._device_lock.yield_to_others()
+
+        runner.on_token = between_tokens
+        return runner
 
 
 def _records(connection: Connection) -> Iterator[Record]:
-    """Yield the records of a call as they arrive. Raises JobCancelledError if the call exits before the end."""
     while True:
         try:
             message = connection.receive()
@@ -257,12 +249,12 @@ def _records(connection: Connection) -> Iterator[Record]:
             raise JobCancelledError from None
         if "end" in message:
             return
-        fields, failure = protocol.RecordMessage(*message["record"])
+        fields, failure = message["record"]
         yield Record(fields, failure=Failure(**failure) if failure else None)
 
 
 def _lock(path: Path) -> int:
-    """Return an open file that is locked. Raises LlmcliError if another worker does not release it."""
+    """Return an open file that is locked."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline = time.monotonic() + LOCK_TIMEOUT_S
     while True:
@@ -274,12 +266,3 @@ def _lock(path: Path) -> int:
                 os.close(descriptor)
                 raise LlmcliError("a worker is already running", hint="run `llmcli stop` to stop it") from None
             time.sleep(POLL_S / 10)
-
-
-def _raise_file_limit() -> None:
-    """Allow as many connections as the system does: idle ones must not keep others out."""
-    import resource
-
-    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if limit == resource.RLIM_INFINITY else limit, limit))
