@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmcli import console
-from llmcli.engines.batching import BatchPolicy
+from llmcli.engines.batching import RowPolicy
 from llmcli.engines.requests import OnText, Request, capture_errors, is_out_of_memory
 from llmcli.errors import LlmcliError
 from llmcli.job import JsonObject
@@ -37,7 +37,7 @@ class BatchRunner:
     called after each token that a batch generates; it may raise.
     """
 
-    def __init__(self, pipeline: "Pipeline", policy: BatchPolicy, parameters: JsonObject, *, truncate: bool) -> None:
+    def __init__(self, pipeline: "Pipeline", policy: RowPolicy, parameters: JsonObject, *, truncate: bool) -> None:
         self.pipeline, self.policy = pipeline, policy
         self.on_token: Callable[[], None] | None = None
         self.queue: list[Row] = []
@@ -78,10 +78,9 @@ class BatchRunner:
         """Run one batch: the row that has waited longest, and similar ones. `on_text` receives the text of one row."""
         batch = self.queue
         if len(batch) > 1:
-            candidates = self.queue
             if self._config and not self.pipeline.can_mix_limits:
-                candidates = [row for row in self.queue if row.max_new_tokens == self.queue[0].max_new_tokens]
-            batch = [candidates[i] for i in self.policy.choose([row.length for row in candidates])]
+                batch = [row for row in batch if row.max_new_tokens == batch[0].max_new_tokens]
+            batch = [batch[i] for i in self.policy.choose([row.length for row in batch])]
         chosen = set(map(id, batch))
         self.queue = [row for row in self.queue if id(row) not in chosen]
         self._run_batch(batch, on_text if len(batch) == 1 else None)
@@ -113,22 +112,18 @@ class BatchRunner:
 
     def _run_forward(self, rows: list[Row], on_text: OnText | None = None) -> None:
         """Run the pipeline's forward pass, and tell the policy how it went."""
-        is_measured = len(rows) > 1 or bool(self.queue)  # a single record tells nothing about batches
+        # A single record tells nothing about batches, and a single row that generates tells little.
+        is_measured = len(rows) > 1 or bool(self.queue and not self._config)
         if is_measured:
             self.policy.memory.start_batch()
         inputs = {name: [row.inputs[name] for row in rows] for name in rows[0].inputs}
-        start, speed = time.perf_counter(), 0.0
-        if self._config:
-            from llmcli.pipelines.answers import TokenTimer
-
-            timer = TokenTimer(self.on_token)
-            outputs = self.pipeline.forward(inputs, criteria=[timer], **self._generation_settings(rows, on_text))
-            # Only the time of decoding steps tells whether a batch has a good size: prefill depends on the prompts.
-            speed = len(rows) * timer.speed
-        else:
-            outputs = self.pipeline.forward(inputs)
+        settings = self._generation_settings(rows, on_text) if self._config else {}
+        start = time.perf_counter()
+        outputs = self.pipeline.forward(inputs, **settings)
         if is_measured:
             lengths = [row.length for row in rows]
+            # Only the time of decoding steps tells whether a batch has a good size: prefill depends on the prompts.
+            speed = len(rows) * settings["criteria"][0].speed if settings else 0.0
             self.policy.observe(lengths, speed or len(rows) * max(lengths) / (time.perf_counter() - start))
         for i, row in enumerate(rows):
             row.request.row_outputs[row.index] = {
@@ -136,14 +131,14 @@ class BatchRunner:
             }
 
     def _generation_settings(self, rows: list[Row], on_text: OnText | None) -> dict[str, Any]:
+        from llmcli.pipelines.answers import DeltaStreamer, TokenTimer
+
         assert self._config
-        settings: dict[str, Any] = {"generation_config": self._config}
+        settings: dict[str, Any] = {"generation_config": self._config, "criteria": [TokenTimer(self.on_token)]}
         limits = [row.max_new_tokens for row in rows]
         if min(limits) < self._max_new_tokens:
             settings["max_new_tokens"] = limits
         if on_text and self._is_single:
-            from llmcli.pipelines.answers import DeltaStreamer
-
             decode = self.pipeline.decoder(rows[0].inputs)
             settings["streamer"] = DeltaStreamer(decode, self._config.stop_strings or (), on_text)
         if self._can_share_prefix and len(rows) > 1 and (prefix := self._find_prefix(rows)):
@@ -151,10 +146,7 @@ class BatchRunner:
         return settings
 
     def _find_prefix(self, rows: list[Row]) -> "tuple[list[int], Cache | None] | None":
-        """Return the tokens that all prompts begin with, and their keys and values; None if they are too few.
-
-        The first batch determines the prefix; a later batch with only a part of it makes it shorter.
-        """
+        """Return the tokens that all prompts of this batch and earlier ones begin with, and their keys and values."""
         known, _ = self._prefix
         # The last token of a prompt has to be computed: its logits give the first new token.
         prompts = [row.inputs["input_ids"].tolist()[:-1] for row in rows]
@@ -167,7 +159,6 @@ class BatchRunner:
         return self._prefix if self._can_share_prefix else None
 
     def _finish(self, request: Request) -> None:
-        """Make the output of a request from those of its rows."""
         if not request.failure:
             with capture_errors(request):
                 rows = [request.row_outputs[i] for i in range(request.row_count)]

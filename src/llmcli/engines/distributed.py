@@ -36,12 +36,11 @@ class DistributedEngine:
     def run(
         self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_result: OnResult | None = None
     ) -> Iterator[Result]:
-        """Yield the results in the order of the records. Raises what the engine of any rank raises."""
         remotes = [_RemoteRank(rank, job) for rank in range(1, _group().size())]
         own = self._engine.run(_job_of_rank(job), _deal(records, remotes), on_result=on_result)
         with ReadAhead(own, MAX_IN_FLIGHT) as results:  # goes on computing while other ranks are waited for
-            while result := next(iter(results.take(1, minimum=1)), None):
-                yield result
+            while taken := results.take(1, minimum=1):
+                yield from taken
                 for remote in remotes:
                     for result in remote.results.take(1, minimum=1):
                         if on_result:
@@ -64,7 +63,6 @@ class _RemoteRank:
         self.results = ReadAhead(self._receive_results(), MAX_IN_FLIGHT)
 
     def send(self, record: Record | None) -> None:
-        """Send the rank its next record, or None after the last one."""
         if record:
             self._sent.put(record)
         self._to_send.put(record)
@@ -99,7 +97,7 @@ def serve(engine: Engine) -> ExitStatus:
 
 
 def _deal(records: Iterable[Record], remotes: list[_RemoteRank]) -> Iterator[Record]:
-    """Give each rank a record in turn; yield those of this process."""
+    """Give each rank a record in turn, and at last None; yield those of this process."""
     for number, record in enumerate(records):
         if rank := number % (len(remotes) + 1):
             remotes[rank - 1].send(record)
@@ -121,10 +119,8 @@ def _group() -> "ProcessGroup":
             return torch.distributed.new_group(timeout=MESSAGE_TIMEOUT)
     except (RuntimeError, ValueError) as exc:
         why, *_ = str(exc).split("\n")
-        raise LlmcliError(
-            f"cannot join the other processes: {why}",
-            hint="start all with torchrun; to run one process, unset RANK and WORLD_SIZE",
-        ) from exc
+        hint = "start all with torchrun; to run one process, unset RANK and WORLD_SIZE"
+        raise LlmcliError(f"cannot join the other processes: {why}", hint) from exc
 
 
 def _job_of_rank(job: Job) -> Job:

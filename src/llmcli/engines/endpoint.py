@@ -3,7 +3,8 @@
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -36,18 +37,16 @@ STANDARD_OPTIONS = ("max_tokens", "stop", "n", "temperature", "top_p", "seed")  
 class EndpointEngine(TaskEngine):
     """Sends model calls to the job's server. Nothing of the model runs here."""
 
-    def check(self, job: Job) -> None:
+    def find_model(self, job: Job) -> "RemoteModel":
+        assert job.endpoint
         if (job.generation.get("num_beams") or 1) > 1:
             raise UsageError("--num-beams is not supported with --endpoint")
         if job.truncate:
             raise UsageError("--truncate is not supported with --endpoint: only the server can count tokens")
-
-    def find_model(self, job: Job) -> "RemoteModel":
-        assert job.endpoint
         return RemoteModel(job.model, make_client(job.endpoint))
 
     def make_runner(self, job: Job, strategy: Strategy, model: "RemoteModel") -> "EndpointRunner":
-        model.look_up()  # raises if the server cannot be reached
+        _ = model.models  # raises if the server cannot be reached
         return EndpointRunner(job, strategy, model)
 
     def local(self) -> TaskEngine:
@@ -64,19 +63,16 @@ class RemoteModel:
 
     def __init__(self, name: str, client: "OpenAI") -> None:
         self.name, self.client = name, client
-        self._models: list[Model] | None = None
 
     @property
     def context_length(self) -> int | None:
         """Maximum number of tokens of prompt and answer, if the server reports it, as vLLM does."""
-        model = next((model for model in self.look_up() if model.id == self.name), None)
+        model = next((model for model in self.models if model.id == self.name), None)
         return getattr(model, "max_model_len", None)
 
-    def look_up(self) -> "list[Model]":
-        """Return the server's models, asked for once."""
-        if self._models is None:
-            self._models = list_models(self.client)
-        return self._models
+    @cached_property
+    def models(self) -> "list[Model]":
+        return list_models(self.client)
 
     def count_tokens(self, text: str) -> int:
         return -(-len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN)
@@ -114,17 +110,14 @@ class EndpointRunner:
             answer = self._threads.submit(self._complete, request.input)
             self._sent[answer] = request
             answer.add_done_callback(self._finished.put)
-        try:
-            finished = [self._finished.get(timeout=POLL_S)]
-        except Empty:
-            return
-        while not self._finished.empty():
-            finished.append(self._finished.get())
-        for answer in finished:
-            request = self._sent.pop(answer)
-            with capture_errors(request):
-                request.output = answer.result()
-            self.queue.discard(request)
+        with suppress(Empty):
+            answer = self._finished.get(timeout=POLL_S)
+            while True:
+                request = self._sent.pop(answer)
+                with capture_errors(request):
+                    request.output = answer.result()
+                self.queue.discard(request)
+                answer = self._finished.get_nowait()
 
     def _complete(self, prompt: Prompt) -> JsonObject:
         with self._translated_errors():
@@ -170,7 +163,7 @@ class EndpointRunner:
                 raise ModelUnavailableError(message, hint="set LLMCLI_API_KEY to the server's key") from exc
             if code == 404:
                 hint = "check -m NAME; if the server lacks /v1/completions, use `llmcli chat`"
-                raise ModelUnavailableError(message, hint=hint) from exc
+                raise ModelUnavailableError(message, hint) from exc
             is_temporary = code >= 500 or code in (408, 409, 429)
             raise RecordError("server_error" if is_temporary else "request_rejected", message) from exc
         except openai.APIConnectionError as exc:
@@ -206,12 +199,9 @@ def make_client(endpoint: str) -> "OpenAI":
     except ImportError as exc:
         raise UsageError("--endpoint requires the openai package", hint="run `pip install 'llmcli[openai]'`") from exc
     openai_key = os.environ.get("OPENAI_API_KEY") if url.scheme == "https" else None  # not to be sent unencrypted
-    return openai.OpenAI(
-        base_url=endpoint if url.path.strip("/") else f"{endpoint.rstrip('/')}/v1",
-        api_key=os.environ.get("LLMCLI_API_KEY") or openai_key or "none",
-        max_retries=MAX_RETRIES,
-        timeout=TIMEOUT_S,
-    )
+    key = os.environ.get("LLMCLI_API_KEY") or openai_key or "none"
+    base_url = endpoint if url.path.strip("/") else f"{endpoint.rstrip('/')}/v1"
+    return openai.OpenAI(base_url=base_url, api_key=key, max_retries=MAX_RETRIES, timeout=TIMEOUT_S)
 
 
 def list_models(client: "OpenAI") -> "list[Model]":
@@ -236,14 +226,11 @@ def only_model(endpoint: str) -> str:
 
 
 def _end_fields(reason: str | None, usage: "CompletionUsage | None") -> JsonObject:
-    return {
-        "finish_reason": "length" if reason == "length" else "stop",
-        "usage": {name: getattr(usage, name, 0) for name in ("prompt_tokens", "completion_tokens")},
-    }
+    tokens = {name: getattr(usage, name, 0) for name in ("prompt_tokens", "completion_tokens")}
+    return {"finish_reason": "length" if reason == "length" else "stop", "usage": tokens}
 
 
 def _error_text(exc: "APIStatusError") -> str:
-    """Return the server's message, without the JSON around it."""
     body = exc.body
     while isinstance(body, dict):
         body = next((body[key] for key in ("error", "message", "detail") if key in body), str(body))

@@ -25,13 +25,10 @@ class Engine(Protocol):
     def run(
         self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_result: OnResult | None = None
     ) -> Iterator[Result]:
-        """Yield the results in the order of the records, which are read ahead.
+        """Yield the results in the order of the records. Raises ModelUnavailableError and UsageError.
 
-        Args:
-            on_text: Receives the text of a record that is alone in flight, while it is generated.
-            on_result: Receives every Result as soon as it is known, which may be before its turn.
-
-        Raises ModelUnavailableError, or UsageError if the job's options make no sense for its model.
+        `on_text` receives the text of a record that is alone in flight, while it is generated. `on_result` receives
+        every Result as soon as it is known, which may be before its turn.
         """
 
     def load(self, job: Job) -> None:
@@ -39,9 +36,7 @@ class Engine(Protocol):
 
 
 class EngineModel(TaskModel, Protocol):
-    """A job's model. `kind` selects the task's strategy."""
-
-    kind: str
+    kind: str  # selects the task's strategy
 
 
 class TaskEngine(ABC):
@@ -50,16 +45,12 @@ class TaskEngine(ABC):
     exclusive: AbstractContextManager[object] = nullcontext()  # held while the job uses the device
 
     @abstractmethod
-    def check(self, job: Job) -> None:
-        """Raise UsageError if the job's options make no sense, before any model is looked for."""
-
-    @abstractmethod
     def find_model(self, job: Job) -> EngineModel:
-        """Return the job's model, which is not loaded yet. Raise ModelUnavailableError."""
+        """Check the job's options, and return its model, which is not loaded yet."""
 
     @abstractmethod
     def make_runner(self, job: Job, strategy: Strategy, model: Any) -> Runner:
-        """Load the model and return its runner. Raise ModelUnavailableError or UsageError."""
+        """Load the model and return its runner."""
 
     def local(self) -> "TaskEngine":
         """Return the engine that runs nested jobs, which tasks ask for."""
@@ -132,10 +123,7 @@ class PendingRecord:
 
 
 class JobRun:
-    """One run of a job: `admit` records, `step` through batches, and `pop_finished` results in input order.
-
-    Raises UsageError if the job's options make no sense, and ModelUnavailableError; a failed record is a Result.
-    """
+    """One run of a job: `admit` records, `step` through batches, and `pop_finished` results in input order."""
 
     def __init__(self, engine: TaskEngine, job: Job, on_text: OnText | None, on_result: OnResult | None) -> None:
         self.in_flight: deque[PendingRecord] = deque()  # in input order
@@ -181,9 +169,7 @@ class JobRun:
             yield result
 
     def find_model(self) -> EngineModel:
-        """Return the job's model, which is found before it is loaded."""
         if self._model is None:
-            self._engine.check(self._job)
             self._model = self._engine.find_model(self._job)
         return self._model
 

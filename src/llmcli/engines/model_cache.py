@@ -9,7 +9,6 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from llmcli import console
@@ -61,7 +60,6 @@ class ModelCache:
         return len(self._models)
 
     def status(self) -> list[JsonObject]:
-        """Return the rows of `llmcli ps`, without models that are still being loaded."""
         done = [cached for cached in list(self._models.values()) if cached.loading.done()]
         return [cached.status() for cached in done if not (cached.loading.cancelled() or cached.loading.exception())]
 
@@ -121,7 +119,7 @@ class ModelCache:
                     ]
                 if not idle:
                     raise
-                _, key, name = min(idle, key=itemgetter(0))
+                _, key, name = min(idle, key=lambda model: model[0])
                 console.notice(f"low memory; unloaded {name}")
                 if not self._evict([key]):
                     raise

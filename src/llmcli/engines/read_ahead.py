@@ -10,10 +10,7 @@ T = TypeVar("T")
 
 
 class ReadAhead(AbstractContextManager["ReadAhead[T]"], Generic[T]):
-    """Items of a slow iterable, as they arrive. At most `ahead` of them wait in memory.
-
-    An exception of the iterable is raised by `take` after the items that precede it.
-    """
+    """Items of a slow iterable, as they arrive; at most `ahead` wait. Its exception is raised after its last item."""
 
     def __init__(self, items: Iterable[T], ahead: int) -> None:
         # A Queue with a maximum would lock and wake four times for each item.

@@ -24,7 +24,6 @@ class Request:
 
     @property
     def key(self) -> str:
-        """Equal for equal inputs."""
         return self.input if isinstance(self.input, str) else repr(self.input)
 
     @property
@@ -36,11 +35,9 @@ class Runner(Protocol):
     """Runs requests. `add` them, then `step` until the queue is empty."""
 
     @property
-    def queue(self) -> Collection[object]:
-        """What waits to be run."""
+    def queue(self) -> Collection[object]: ...
 
-    def add(self, requests: Sequence[Request]) -> None:
-        """Queue requests."""
+    def add(self, requests: Sequence[Request]) -> None: ...
 
     def step(self, on_text: OnText | None = None) -> None:
         """Run a part of the queue. `on_text` receives the text of a single request while it is generated."""

@@ -19,7 +19,6 @@ from llmcli.engines.worker.protocol import Connection, ConnectionClosedError, Me
 from llmcli.errors import ExitStatus, LlmcliError, ModelUnavailableError, reason
 from llmcli.job import Failure, Job, JsonObject, Record, Result
 from llmcli.models import registry
-from llmcli.models.registry import FolderSource, GgufSource
 
 HANDSHAKE_TIMEOUT_S = 10.0  # a worker that takes longer to answer is not used
 START_TIMEOUT_S = 60.0
@@ -46,7 +45,6 @@ class WorkerEngine:
         self._choose("load", job).load(job)
 
     def _choose(self, action: str, job: Job) -> Engine:
-        """Return the engine of a worker that waits for the job, or of this process."""
         if self._local is None:
             try:
                 if connection := connect_or_start(action, job.keep_alive):
@@ -92,7 +90,6 @@ class ConnectedEngine:
             raise self._input_error
 
     def _receive(self, on_text: OnText | None) -> Iterator[Any]:
-        """Yield the results, and show what the worker sends between them."""
         with ExitStack() as shown:
             while True:
                 try:
@@ -143,13 +140,12 @@ class ConnectedEngine:
 def connect_or_start(action: str, keep_alive_s: float | None) -> Connection | None:
     """Return a connection as `connect` does. If `keep_alive_s` is given, a worker is started if needed; it replaces one
     of another environment. Raises LlmcliError if the worker refuses or cannot be started."""
-    try:
-        connection = connect(action, replace=keep_alive_s is not None)
-    except WorkerUnavailableError:
-        if keep_alive_s is None:
-            raise
-        connection = None  # It makes way for the one that is started here.
-    return connection if connection or keep_alive_s is None else _start(action, keep_alive_s)
+    if keep_alive_s is None:
+        return connect(action)
+    with suppress(WorkerUnavailableError):  # It makes way for the one that is started here.
+        if connection := connect(action, replace=True):
+            return connection
+    return _start(action, keep_alive_s)
 
 
 def connect(action: str, *, replace: bool = False) -> Connection | None:
@@ -236,6 +232,6 @@ def _with_absolute_paths(job: Job) -> Job:
         load_options = replace(load_options, offload_folder=os.path.abspath(load_options.offload_folder))
     with suppress(ModelUnavailableError):  # The worker raises the error.
         source = registry.resolve(job.model).source
-        if isinstance(source, FolderSource | GgufSource):
+        if isinstance(source, registry.FolderSource | registry.GgufSource):
             model = str(source.path)
     return replace(job, model=model, load_options=load_options)

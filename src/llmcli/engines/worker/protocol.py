@@ -30,17 +30,15 @@ from llmcli.errors import LlmcliError, RecordError
 from llmcli.job import JsonObject
 
 MAX_MESSAGE_BYTES = 64 * 2**20
+CLOSED = "the connection is closed"
 SOCKET_NAME = "worker.sock"
 LIBRARY_PREFIXES = ("HF_", "TRANSFORMERS_", "TORCH", "PYTORCH", "CUDA", "OMP_", "MKL_", "PIP_", "UV_")
 
-_encode = json.JSONEncoder(default=asdict).encode
+_encode = json.JSONEncoder(default=asdict).encode  # dataclasses become objects
 
 
 class ConnectionClosedError(LlmcliError):
     """The other end has closed the connection."""
-
-    def __init__(self) -> None:
-        super().__init__("the connection is closed")
 
 
 class ProtocolError(LlmcliError):
@@ -62,10 +60,7 @@ class Connection:
         self._poll.register(connection, 0)  # poll always reports hangups and errors
 
     def send(self, **message: object) -> None:
-        """Send a message, in which dataclasses become objects, and wait while the other end is slow to read.
-
-        Raises ConnectionClosedError; or MessageTooLargeError, and nothing is sent.
-        """
+        """Send a message, and wait while the other end is slow to read. If it is too large, nothing is sent."""
         line = _encode(message).encode() + b"\n"
         if len(line) > MAX_MESSAGE_BYTES:
             size = f"message has {len(line)} bytes, but a worker accepts at most {MAX_MESSAGE_BYTES}"
@@ -74,18 +69,18 @@ class Connection:
             with self._sending:
                 self.socket.sendall(line)
         except OSError as exc:
-            raise ConnectionClosedError from exc
+            raise ConnectionClosedError(CLOSED) from exc
 
     def receive(self, max_bytes: int = MAX_MESSAGE_BYTES) -> JsonObject:
         """Return the next message. Raises ConnectionClosedError, MessageTooLargeError and ProtocolError."""
         try:
             line = self._reader.readline(max_bytes + 1)
         except (OSError, ValueError) as exc:  # ValueError: another thread has closed it
-            raise ConnectionClosedError from exc
+            raise ConnectionClosedError(CLOSED) from exc
         if len(line) > max_bytes:
             raise MessageTooLargeError("too_large", f"message has more than {max_bytes} bytes")
         if not line.endswith(b"\n"):
-            raise ConnectionClosedError
+            raise ConnectionClosedError(CLOSED)
         try:
             message = json.loads(line)
         except (ValueError, RecursionError) as exc:
@@ -100,7 +95,6 @@ class Connection:
         return bool(self._poll.poll(0))
 
     def close(self) -> None:
-        """Close the connection, and wake threads that wait at either end."""
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self._reader.close()
@@ -135,7 +129,6 @@ def _runtime_dir() -> Path:
 
 
 def peer_uid(connection: socket.socket) -> int:
-    """Return the user ID of the other end, as the system knows it."""
     if hasattr(socket, "SO_PEERCRED"):  # Linux: struct ucred
         return int(struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1])
     return int(struct.unpack("Ii", connection.getsockopt(0, 1, 8))[1])  # macOS, BSD: struct xucred, by LOCAL_PEERCRED

@@ -12,10 +12,11 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from llmcli import console
 from llmcli.engines.batch_runner import BatchRunner
-from llmcli.engines.local import LocalEngine
-from llmcli.engines.model import Model
+from llmcli.engines.local import LocalEngine, Model
 from llmcli.engines.model_cache import ModelCache, ModelLease
 from llmcli.engines.requests import failure_from
 from llmcli.engines.worker import protocol
@@ -30,7 +31,6 @@ HANDSHAKE_TIMEOUT_S = 5.0  # for a call to say what it wants
 MAX_HANDSHAKE_BYTES = 4096
 POLL_S = 0.5  # between two looks at what is idle
 LOCK_TIMEOUT_S = 5.0  # for another worker to make way
-LISTEN_BACKLOG = 1024
 
 
 class JobCancelledError(BaseException):
@@ -51,12 +51,11 @@ def serve(keep_alive_s: float | None) -> None:
 
 
 class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-    """The socket, and what all calls share. One worker at a time holds the lock on a file beside the socket, which the
-    system releases however the worker exits."""
+    """The socket, and what all calls share. One worker at a time holds the lock on a file beside the socket."""
 
     daemon_threads = True
     block_on_close = False
-    request_queue_size = LISTEN_BACKLOG
+    request_queue_size = 1024
     timeout = POLL_S
 
     def __init__(self, keep_alive_s: float) -> None:
@@ -95,7 +94,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
     @property
     def is_finished(self) -> bool:
-        """Whether the worker is to exit now."""
         with self._state_lock:
             if self._is_stopped or (self._lock_file is None and not self.jobs):
                 return True
@@ -106,7 +104,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             return False
 
     def begin_job(self) -> bool:
-        """Count a new job, and return whether it may run."""
         with self._state_lock:
             is_accepting = self._lock_file is not None
             self.jobs += is_accepting
@@ -126,7 +123,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
                 self._lock_file = None
 
     def stop(self) -> None:
-        """Exit soon, without finishing the jobs."""
         self._is_stopped = True
 
     def server_close(self) -> None:
@@ -154,11 +150,9 @@ class ClientHandler(socketserver.BaseRequestHandler):
         send = self._connection.send
         match hello.get("do"):
             case "status":
-                import psutil
-
-                pid, memory, jobs = os.getpid(), psutil.Process().memory_info().rss, self.server.jobs
-                send(worker=pid)
-                send(status={"pid": pid, "jobs": jobs, "memory": memory, "models": self.server.models.status()})
+                memory, models = psutil.Process().memory_info().rss, self.server.models.status()
+                send(worker=os.getpid())
+                send(status={"pid": os.getpid(), "jobs": self.server.jobs, "memory": memory, "models": models})
             case "stop":
                 send(worker=os.getpid())
                 self.server.stop()
@@ -254,7 +248,6 @@ def _records(connection: Connection) -> Iterator[Record]:
 
 
 def _lock(path: Path) -> int:
-    """Return an open file that is locked."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline = time.monotonic() + LOCK_TIMEOUT_S
     while True:
