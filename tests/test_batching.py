@@ -4,8 +4,14 @@ import json
 
 import pytest
 
-from llmcli.engines.batching import RowPolicy, TokenPolicy, bucket_by_length, bucket_by_tokens
-from llmcli.engines.memory import MemoryEstimator, MemoryUsage
+from llmcli.engines.batching import (
+    MemoryEstimator,
+    MemoryUsage,
+    RowPolicy,
+    TokenPolicy,
+    bucket_by_length,
+    bucket_by_tokens,
+)
 
 
 def test_the_oldest_row_and_those_nearest_to_it_in_length():
@@ -203,10 +209,10 @@ def test_seed_repeats_a_run_whatever_the_speed(llmcli, tiny, monkeypatch):
     lines = "".join(f"the fox {i}\n" for i in range(120)).encode()
     args = ("generate", "--lines", "-m", tiny, "--max-new-tokens", 4, "--seed", 7, "--temperature", 1)
     first = llmcli(*args, stdin=lines)
-    observe = batching.BatchPolicy.observe
+    observe = batching.RowPolicy.observe
     speeds = iter([100.0, 1.0] * 100)
     monkeypatch.setattr(
-        batching.BatchPolicy, "observe", lambda self, lengths, speed: observe(self, lengths, next(speeds))
+        batching.RowPolicy, "observe", lambda self, lengths, speed: observe(self, lengths, next(speeds))
     )
     assert llmcli(*args, stdin=lines).stdout == first.stdout
 

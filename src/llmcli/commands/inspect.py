@@ -6,7 +6,7 @@ from typing import Annotated
 from typer import Argument, Option, Typer
 
 from llmcli import config, console, engines
-from llmcli.engines.model import suspended_garbage_collection
+from llmcli.engines.local import suspended_garbage_collection
 from llmcli.errors import LlmcliError, UsageError
 from llmcli.io.formats import InputFormat
 from llmcli.io.output import to_json

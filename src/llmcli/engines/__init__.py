@@ -6,7 +6,6 @@ from llmcli.job import Job
 
 
 def engine_for(job: Job) -> Engine:
-    """Return the engine that runs a job."""
     if job.endpoint:
         from llmcli.engines.endpoint import EndpointEngine
 

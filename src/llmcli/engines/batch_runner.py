@@ -1,19 +1,22 @@
 """Runs requests through a loaded pipeline in batches. What happens to one request does not affect the others."""
 
 import inspect
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmcli import console
-from llmcli.engines.batching import BatchPolicy
+from llmcli.engines.batching import RowPolicy
 from llmcli.engines.requests import OnText, Request, capture_errors, is_out_of_memory
 from llmcli.errors import LlmcliError
 from llmcli.job import JsonObject
 
 if TYPE_CHECKING:
-    from transformers import Pipeline
+    from transformers import Cache, GenerationConfig, Pipeline
+
+MIN_PREFIX_TOKENS = 16  # a shorter prefix costs more to copy than to compute again
 
 
 @dataclass(slots=True, eq=False)
@@ -24,33 +27,35 @@ class Row:
     index: int
     inputs: dict[str, Any]
     length: int
-    max_new_tokens: int = 0
+    max_new_tokens: int
 
 
 class BatchRunner:
     """Runs requests on a pipeline: `add` them, then `step` until the queue is empty.
 
-    `on_token`, if set, is called after each token that a batch generates; it may raise. Where equal inputs have equal
-    outputs (`is_repeatable`), duplicates run once.
+    `parameters` are the pipeline's; it generates if they have a merged `generation_config`. `on_token`, if set, is
+    called after each token that a batch generates; it may raise.
     """
 
-    def __init__(
-        self,
-        pipeline: "Pipeline",
-        policy: BatchPolicy,
-        parameters: JsonObject,
-        *,
-        truncate: object = None,
-        is_repeatable: bool = True,
-    ) -> None:
+    def __init__(self, pipeline: "Pipeline", policy: RowPolicy, parameters: JsonObject, *, truncate: bool) -> None:
         self.pipeline, self.policy = pipeline, policy
         self.on_token: Callable[[], None] | None = None
         self.queue: list[Row] = []
         before, _, self._postprocess_parameters = pipeline._sanitize_parameters(**parameters)
         self._preprocess_parameters = {**before, "truncate": truncate}
         self._takes_rows = inspect.isgeneratorfunction(pipeline.preprocess)
-        self._is_repeatable = is_repeatable
-        self._unfinished: dict[str, Request] = {}  # by key, to find duplicates
+        self._unfinished: dict[str, Request] = {}  # by key, to find duplicates, which run once
+        self._is_repeatable = True  # equal inputs have equal outputs
+        self._config: GenerationConfig | None = None
+        self._max_new_tokens = 0
+        if config := parameters.get("generation_config"):
+            self._config = config
+            self._preprocess_parameters["truncate"] = (config.max_new_tokens or 0) if truncate else None
+            self._is_repeatable = not config.do_sample
+            self._max_new_tokens = config.max_new_tokens or config.max_length or 0
+            self._is_single = (config.num_beams or 1) == 1 and (config.num_return_sequences or 1) == 1
+            self._can_share_prefix = self._is_single and pipeline.can_share_prefix
+            self._prefix: tuple[list[int], Cache | None] = [], None
 
     def add(self, requests: Sequence[Request]) -> None:
         """Queue the rows of requests. A request that cannot be preprocessed fails at once."""
@@ -60,15 +65,22 @@ class BatchRunner:
                 continue
             with capture_errors(request):
                 made = self.pipeline.preprocess(request.input, **self._preprocess_parameters)
-                rows = [*made] if self._takes_rows else [made]
+                rows = []
+                for i, inputs in enumerate(made if self._takes_rows else [made]):
+                    remaining = self.pipeline.remaining_context(inputs) if self._config else None
+                    limit = self._max_new_tokens if remaining is None else min(remaining, self._max_new_tokens)
+                    rows.append(Row(request, i, inputs, len(inputs["input_ids"]), limit))
                 request.row_count = len(rows)
                 self._unfinished[request.key] = request
-                self.queue += [self._make_row(request, i, inputs) for i, inputs in enumerate(rows)]
+                self.queue += rows
 
     def step(self, on_text: OnText | None = None) -> None:
         """Run one batch: the row that has waited longest, and similar ones. `on_text` receives the text of one row."""
-        candidates = self._find_candidates()
-        batch = [candidates[i] for i in self.policy.choose([row.length for row in candidates])]
+        batch = self.queue
+        if len(batch) > 1:
+            if self._config and not self.pipeline.can_mix_limits:
+                batch = [row for row in batch if row.max_new_tokens == batch[0].max_new_tokens]
+            batch = [batch[i] for i in self.policy.choose([row.length for row in batch])]
         chosen = set(map(id, batch))
         self.queue = [row for row in self.queue if id(row) not in chosen]
         self._run_batch(batch, on_text if len(batch) == 1 else None)
@@ -98,20 +110,55 @@ class BatchRunner:
             for row in rows:
                 self._run_batch([row])
 
-    def _run_forward(self, rows: Sequence[Row], on_text: OnText | None = None) -> None:
+    def _run_forward(self, rows: list[Row], on_text: OnText | None = None) -> None:
         """Run the pipeline's forward pass, and tell the policy how it went."""
-        self.policy.start_batch()
+        # A single record tells nothing about batches, and a single row that generates tells little.
+        is_measured = len(rows) > 1 or bool(self.queue and not self._config)
+        if is_measured:
+            self.policy.memory.start_batch()
+        inputs = {name: [row.inputs[name] for row in rows] for name in rows[0].inputs}
+        settings = self._generation_settings(rows, on_text) if self._config else {}
         start = time.perf_counter()
-        outputs, speed = self._forward(rows, on_text)
-        lengths = [row.length for row in rows]
-        self.policy.observe(lengths, speed or len(rows) * max(lengths) / (time.perf_counter() - start))
+        outputs = self.pipeline.forward(inputs, **settings)
+        if is_measured:
+            lengths = [row.length for row in rows]
+            # Only the time of decoding steps tells whether a batch has a good size: prefill depends on the prompts.
+            speed = len(rows) * settings["criteria"][0].speed if settings else 0.0
+            self.policy.observe(lengths, speed or len(rows) * max(lengths) / (time.perf_counter() - start))
         for i, row in enumerate(rows):
             row.request.row_outputs[row.index] = {
                 name: value[i : i + 1] if hasattr(value, "shape") else value[i] for name, value in outputs.items()
             }
 
+    def _generation_settings(self, rows: list[Row], on_text: OnText | None) -> dict[str, Any]:
+        from llmcli.pipelines.answers import DeltaStreamer, TokenTimer
+
+        assert self._config
+        settings: dict[str, Any] = {"generation_config": self._config, "criteria": [TokenTimer(self.on_token)]}
+        limits = [row.max_new_tokens for row in rows]
+        if min(limits) < self._max_new_tokens:
+            settings["max_new_tokens"] = limits
+        if on_text and self._is_single:
+            decode = self.pipeline.decoder(rows[0].inputs)
+            settings["streamer"] = DeltaStreamer(decode, self._config.stop_strings or (), on_text)
+        if self._can_share_prefix and len(rows) > 1 and (prefix := self._find_prefix(rows)):
+            settings["prefix"] = prefix
+        return settings
+
+    def _find_prefix(self, rows: list[Row]) -> "tuple[list[int], Cache | None] | None":
+        """Return the tokens that all prompts of this batch and earlier ones begin with, and their keys and values."""
+        known, _ = self._prefix
+        # The last token of a prompt has to be computed: its logits give the first new token.
+        prompts = [row.inputs["input_ids"].tolist()[:-1] for row in rows]
+        prefix = list(os.path.commonprefix([*prompts, known or prompts[0]]))  # noqa: RUF071  # of lists, not of paths
+        if len(prefix) < MIN_PREFIX_TOKENS:
+            self._can_share_prefix = False
+        elif prefix != known:
+            self._prefix = prefix, self.pipeline.prefill(prefix)
+            self._can_share_prefix = self._prefix[1] is not None
+        return self._prefix if self._can_share_prefix else None
+
     def _finish(self, request: Request) -> None:
-        """Make the output of a request from those of its rows."""
         if not request.failure:
             with capture_errors(request):
                 rows = [request.row_outputs[i] for i in range(request.row_count)]
@@ -121,19 +168,3 @@ class BatchRunner:
         self._unfinished.pop(request.key, None)
         for duplicate in request.duplicates:
             duplicate.output, duplicate.failure = request.output, request.failure
-
-    def _make_row(self, request: Request, index: int, inputs: dict[str, Any]) -> Row:
-        return Row(request, index, inputs, len(inputs["input_ids"]))
-
-    def _find_candidates(self) -> list[Row]:
-        """Return the rows that may share a batch with the first one."""
-        return self.queue
-
-    def _forward(self, rows: Sequence[Row], on_text: OnText | None) -> tuple[Mapping[str, Any], float]:
-        """Return the outputs of a batch and its speed, in tokens per second of each row; 0 if that is not known."""
-        return self.pipeline.forward(collate(rows)), 0.0
-
-
-def collate(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Return the inputs of rows as one list per field."""
-    return {name: [row.inputs[name] for row in rows] for name in rows[0].inputs}

@@ -1,10 +1,15 @@
-"""Batching policies: which rows run together, and how many."""
+"""Batching policies: which rows run together, how many, and whether they fit in memory."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from llmcli.engines.memory import MemoryEstimator
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 INITIAL_ROWS = 16
 MAX_ROWS = {"cpu": 64}  # larger batches gain nothing there
@@ -12,53 +17,125 @@ MAX_ROWS_ACCELERATOR = 256
 TOKENS_PER_ROW = {"cpu": 16}  # the length of a row where a batch is measured in tokens
 TOKENS_PER_ROW_ACCELERATOR = 64
 MIN_SPEED_RATIO = 0.7  # a larger batch may seem slower only because its rows are longer
+USABLE_FRACTION = 0.8  # of the free memory, for one batch
 
 
-class BatchPolicy(ABC):
+class MemoryUsage(NamedTuple):
+    """Bytes in use now, the peak since the last reset, and bytes free for more."""
+
+    used: int
+    peak: int
+    free: int
+
+
+class MemoryEstimator:
+    """Learns how much memory a token of a batch takes, padding and answers included. `probe(True)` resets the peak."""
+
+    def __init__(self, probe: Callable[[bool], MemoryUsage]) -> None:
+        self._probe = probe
+        self._peak_before = 0
+        self._bytes_per_token = 0.0
+        self._failed_tokens: int | None = None  # the smallest batch that ran out of memory
+
+    @cached_property
+    def _baseline(self) -> MemoryUsage:
+        return self._probe(False)
+
+    def start_batch(self) -> None:
+        _ = self._baseline  # measured now at the latest
+        self._peak_before = self._probe(True).peak
+
+    def observe(self, tokens: int) -> None:
+        usage = self._probe(False)
+        # Where the peak cannot be reset, it may be that of loading the model or of an earlier batch.
+        peak = max(usage.used, usage.peak if usage.peak > self._peak_before else 0)
+        self._bytes_per_token = max(self._bytes_per_token, (peak - self._baseline.used) / tokens)
+
+    def observe_failure(self, tokens: int) -> None:
+        self._failed_tokens = min(tokens, self._failed_tokens or tokens)
+
+    def is_below_failure(self, tokens: int) -> bool:
+        return self._failed_tokens is None or tokens < self._failed_tokens
+
+    def fits(self, tokens: int) -> bool:
+        """Return whether a batch of that many tokens is expected to fit. Any does until one has run."""
+        if not self.is_below_failure(tokens):
+            return False
+        usage = self._probe(False)
+        return tokens * self._bytes_per_token <= USABLE_FRACTION * (usage.free + usage.used - self._baseline.used)
+
+
+def probe_memory(model: "PreTrainedModel", reset: bool) -> MemoryUsage:
+    """Measure the devices that hold a model: several if Accelerate has spread it."""
+    import psutil
+    import torch
+
+    places = (getattr(model, "hf_device_map", None) or {"": model.device}).values()
+    devices = {torch.device(place) for place in places if place != "disk"}
+    gpus = [device for device in devices if device.type == "cuda"]
+    used = peak = free = 0
+    for gpu in gpus:
+        if reset:
+            torch.cuda.reset_peak_memory_stats(gpu)
+        allocated = torch.cuda.memory_allocated(gpu)
+        used += allocated
+        peak += torch.cuda.max_memory_allocated(gpu)
+        # The allocator's reserve is not free to others, but free to the next batch.
+        free += torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) - allocated
+    if gpus:
+        return MemoryUsage(used, peak, free)
+
+    if reset:
+        with suppress(OSError):  # Linux; elsewhere the peak is that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")
+    info = psutil.Process().memory_info()
+    with suppress(ImportError):  # Windows
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    with suppress(OSError):  # Linux, where the peak can be reset
+        status = Path("/proc/self/status").read_text()
+        peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    shared = getattr(info, "shared", 0)  # mapped files, such as weights, which are read during the first batch
+    # The process keeps what its largest batch took, and the next batch uses it again.
+    return MemoryUsage(info.rss - shared, peak - shared, psutil.virtual_memory().available)
+
+
+class RowPolicy:
     """Chooses batches. `choose` one, then report by `observe` or `observe_out_of_memory` how it went.
 
-    The size of a batch is `batch_size` or, if that is None, doubles while throughput improves, unless `is_fixed`. A
-    batch also has to fit in memory, with `answer_tokens` for each row. A batch that ran out of memory limits the tokens
-    of later ones, not their rows: one long record does not make batches of short records smaller.
+    A batch is measured in rows: for generation, where each step takes as long for long rows as for short ones.
+
+    The `size` of batches, if None, doubles while throughput improves, unless `is_fixed`. A batch also has to fit in
+    memory, with `answer_tokens` for each row. A batch that ran out of memory limits the tokens of later ones, not their
+    rows: one long record does not make batches of short records smaller.
     """
 
     def __init__(
-        self,
-        batch_size: int | None,
-        device_type: str,
-        memory: MemoryEstimator,
-        *,
-        answer_tokens: int = 0,
-        is_fixed: bool = False,
+        self, size: int | None, device: str, memory: MemoryEstimator, answer_tokens: int = 0, is_fixed: bool = False
     ) -> None:
-        self.size = batch_size or INITIAL_ROWS
-        self._max_size = batch_size or MAX_ROWS.get(device_type, MAX_ROWS_ACCELERATOR)
-        self._memory = memory
+        self.memory = memory
+        self.size = size or INITIAL_ROWS
+        self._max_size = size or MAX_ROWS.get(device, MAX_ROWS_ACCELERATOR)
+        self._tokens_per_row = TOKENS_PER_ROW.get(device, TOKENS_PER_ROW_ACCELERATOR)
         self._answer_tokens = answer_tokens
-        self._is_settled = is_fixed or batch_size is not None
+        self._is_settled = is_fixed or size is not None
         self._is_fixed = is_fixed
         self._best_speed = 0.0
 
     def choose(self, lengths: Sequence[int]) -> list[int]:
-        """Return the indices of the rows of the next batch: the first one, which has waited longest, and similar ones.
-
-        `lengths` are the tokens of the waiting rows.
-        """
+        """Return the indices of the next batch, the first row and similar ones, by the `lengths` of all rows."""
+        fits = self.memory.is_below_failure if self._is_fixed else self.memory.fits
         size = self.size
         while True:
             batch = self._select(lengths, size)
             chosen = [lengths[i] for i in batch]
-            if len(batch) == 1 or self._fits(chosen):
+            if len(batch) == 1 or fits(self._count_tokens(chosen)):
                 return batch
             size = max(1, self._measure(chosen) // 2)
 
-    def start_batch(self) -> None:
-        """Prepare to measure the memory of a batch."""
-        self._memory.start_batch()
-
     def observe(self, lengths: Sequence[int], tokens_per_second: float) -> None:
-        """Learn from a batch that has run."""
-        self._memory.observe(self._count_tokens(lengths))
+        self.memory.observe(self._count_tokens(lengths))
         rows = self._measure(lengths)
         if self._is_settled or rows <= self.size // 2:  # the last rows of an input tell nothing about a full batch
             return
@@ -71,32 +148,11 @@ class BatchPolicy(ABC):
             self._is_settled = self.size == self._max_size
 
     def observe_out_of_memory(self, lengths: Sequence[int]) -> None:
-        """Learn from a batch that ran out of memory."""
-        self._memory.observe_failure(self._count_tokens(lengths))
-
-    def _fits(self, lengths: Sequence[int]) -> bool:
-        tokens = self._count_tokens(lengths)
-        return self._memory.is_below_failure(tokens) if self._is_fixed else self._memory.fits(tokens)
+        self.memory.observe_failure(self._count_tokens(lengths))
 
     def _count_tokens(self, lengths: Sequence[int]) -> int:
         """Return the tokens of a batch, with padding and answers."""
         return len(lengths) * (max(lengths) + self._answer_tokens)
-
-    @abstractmethod
-    def _select(self, lengths: Sequence[int], size: int) -> list[int]:
-        """Return the first row and similar ones, at most `size`."""
-
-    @abstractmethod
-    def _measure(self, lengths: Sequence[int]) -> int:
-        """Return the size of a batch in the unit of `size`."""
-
-
-class RowPolicy(BatchPolicy):
-    """Measures a batch in rows: for generation, where each step takes as long for long rows as for short ones."""
-
-    def observe(self, lengths: Sequence[int], tokens_per_second: float) -> None:
-        if len(lengths) > 1:  # what a single row costs tells little about a batch
-            super().observe(lengths, tokens_per_second)
 
     def _select(self, lengths: Sequence[int], size: int) -> list[int]:
         return bucket_by_length(lengths, size)
@@ -105,12 +161,8 @@ class RowPolicy(BatchPolicy):
         return len(lengths)
 
 
-class TokenPolicy(BatchPolicy):
+class TokenPolicy(RowPolicy):
     """Measures a batch in tokens: where one forward pass reads all of them. `size` counts rows of a fixed length."""
-
-    def __init__(self, batch_size: int | None, device_type: str, memory: MemoryEstimator) -> None:
-        super().__init__(batch_size, device_type, memory)
-        self._tokens_per_row = TOKENS_PER_ROW.get(device_type, TOKENS_PER_ROW_ACCELERATOR)
 
     def _select(self, lengths: Sequence[int], size: int) -> list[int]:
         return bucket_by_tokens(lengths, size * self._tokens_per_row)

@@ -1,22 +1,20 @@
-"""One run by several processes: rank 0 deals out the records, every rank runs its part, and rank 0 collects the results
-in input order."""
+"""One run by several processes: rank 0 deals out the records, and collects every rank's results in input order."""
 
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from llmcli import console
-from llmcli.engines.engine import MAX_IN_FLIGHT, Engine
-from llmcli.engines.job_run import OnResult
+from llmcli.engines.engine import MAX_IN_FLIGHT, Engine, OnResult
 from llmcli.engines.read_ahead import ReadAhead
 from llmcli.engines.requests import OnText
 from llmcli.errors import ExitStatus, LlmcliError
-from llmcli.job import Failure, Job, JsonObject, Record, Result
+from llmcli.job import Job, Record, Result
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -24,20 +22,9 @@ if TYPE_CHECKING:
 JOIN_TIMEOUT_S = 300.0  # for all ranks to start
 MESSAGE_TIMEOUT = timedelta(days=365)  # a rank may wait this long for input, or for a slow batch of another one
 
-Outcome = tuple[JsonObject, str, Failure | None]  # a Result without its record
-
 
 class RankExitedError(LlmcliError):
     """Another process exited before its work was done."""
-
-
-@dataclass(frozen=True, slots=True)
-class _RemoteError:
-    """An LlmcliError of another rank."""
-
-    message: str
-    hint: str | None
-    status: ExitStatus
 
 
 class DistributedEngine:
@@ -49,19 +36,18 @@ class DistributedEngine:
     def run(
         self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_result: OnResult | None = None
     ) -> Iterator[Result]:
-        """Yield the results in the order of the records. Raises what the engine of any rank raises."""
         remotes = [_RemoteRank(rank, job) for rank in range(1, _group().size())]
         own = self._engine.run(_job_of_rank(job), _deal(records, remotes), on_result=on_result)
         with ReadAhead(own, MAX_IN_FLIGHT) as results:  # goes on computing while other ranks are waited for
-            while result := next(iter(results.take(1, minimum=1)), None):
-                yield result
+            while taken := results.take(1, minimum=1):
+                yield from taken
                 for remote in remotes:
-                    if result := remote.next_result():
+                    for result in remote.results.take(1, minimum=1):
                         if on_result:
                             on_result(result)
                         yield result
             for remote in remotes:
-                remote.wait()
+                remote.results.take(1, minimum=1)  # the end: the rank is done
         _leave()
 
 
@@ -70,30 +56,23 @@ class _RemoteRank:
 
     def __init__(self, rank: int, job: Job) -> None:
         self._rank = rank
-        self._sent: SimpleQueue[Record | None] = SimpleQueue()
+        self._sent: SimpleQueue[Record] = SimpleQueue()
         self._to_send: SimpleQueue[Record | None] = SimpleQueue()
         _send(job, rank)
         threading.Thread(target=self._send_records, daemon=True).start()
-        self._outcomes: ReadAhead[Outcome] = ReadAhead(_receive(rank), MAX_IN_FLIGHT)
+        self.results = ReadAhead(self._receive_results(), MAX_IN_FLIGHT)
 
     def send(self, record: Record | None) -> None:
-        """Send the rank its next record, or None after the last one."""
-        self._sent.put(record)
+        if record:
+            self._sent.put(record)
         self._to_send.put(record)
 
-    def next_result(self) -> Result | None:
-        """Return the result of the rank's next record, or None after the last one."""
-        if (record := self._sent.get()) is None:
-            return None
-        ((output, text, failure),) = self._outcomes.take(1, minimum=1)
-        return Result(record, output, text, failure)
-
-    def wait(self) -> None:
-        """Wait until the rank is done."""
-        self._outcomes.take(1, minimum=1)
+    def _receive_results(self) -> Iterator[Result]:
+        for outcome in _receive(self._rank):
+            yield Result(self._sent.get(), *outcome)
 
     def _send_records(self) -> None:
-        with suppress(RankExitedError):  # next_result raises it too
+        with suppress(RankExitedError):  # _receive_results raises it too
             while record := self._to_send.get():
                 _send(record, self._rank)
             _send(None, self._rank)
@@ -111,14 +90,14 @@ def serve(engine: Engine) -> ExitStatus:
         return ExitStatus.OK  # rank 0 has reported why
     except LlmcliError as exc:
         with suppress(RankExitedError):
-            _send(_RemoteError(exc.message, exc.hint, exc.status), 0)
+            _send(LlmcliError(exc.message, exc.hint, exc.status), 0)
         return exc.status
     _leave()
     return ExitStatus.OK
 
 
 def _deal(records: Iterable[Record], remotes: list[_RemoteRank]) -> Iterator[Record]:
-    """Give each rank a record in turn; yield those of this process."""
+    """Give each rank a record in turn, and at last None; yield those of this process."""
     for number, record in enumerate(records):
         if rank := number % (len(remotes) + 1):
             remotes[rank - 1].send(record)
@@ -140,20 +119,15 @@ def _group() -> "ProcessGroup":
             return torch.distributed.new_group(timeout=MESSAGE_TIMEOUT)
     except (RuntimeError, ValueError) as exc:
         why, *_ = str(exc).split("\n")
-        raise LlmcliError(
-            f"cannot join the other processes: {why}",
-            hint="start all with torchrun; to run one process, unset RANK and WORLD_SIZE",
-        ) from exc
+        hint = "start all with torchrun; to run one process, unset RANK and WORLD_SIZE"
+        raise LlmcliError(f"cannot join the other processes: {why}", hint) from exc
 
 
 def _job_of_rank(job: Job) -> Job:
-    """Return the job with this rank's own device, if there are several, and its own seed.
-
-    With one seed for all, equal records would get equal samples in every rank.
-    """
+    """Return the job with this rank's own device, if there are several, and its own seed."""
     from llmcli.models.loading import choose_device
 
-    if job.seed is not None:
+    if job.seed is not None:  # With one seed for all, equal records would get equal samples in every rank.
         job = replace(job, seed=(job.seed + _group().rank()) % 2**32)
     device = choose_device(job.load_options.device)
     if job.load_options.device != "auto" or device == "cpu":
@@ -191,7 +165,7 @@ def _receive(rank: int) -> Iterator[Any]:
         except RuntimeError as exc:
             raise RankExitedError(f"process {rank} has exited", hint="run the command again with --resume") from exc
         (item,) = items
-        if isinstance(item, _RemoteError):
+        if isinstance(item, LlmcliError):
             raise LlmcliError(f"process {rank}: {item.message}", item.hint, item.status)
         if item is None:
             return

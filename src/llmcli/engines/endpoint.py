@@ -3,8 +3,8 @@
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -14,7 +14,6 @@ from llmcli.engines.requests import OnText, Request, capture_errors
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
 from llmcli.job import Job, JsonObject
 from llmcli.tasks import Prompt, Strategy
-from llmcli.text.splitting import first_stop
 
 if TYPE_CHECKING:
     from openai import APIStatusError, OpenAI
@@ -37,18 +36,16 @@ STANDARD_OPTIONS = ("max_tokens", "stop", "n", "temperature", "top_p", "seed")  
 class EndpointEngine(TaskEngine):
     """Sends model calls to the job's server. Nothing of the model runs here."""
 
-    def check(self, job: Job) -> None:
+    def find_model(self, job: Job) -> "RemoteModel":
+        assert job.endpoint
         if (job.generation.get("num_beams") or 1) > 1:
             raise UsageError("--num-beams is not supported with --endpoint")
         if job.truncate:
             raise UsageError("--truncate is not supported with --endpoint: only the server can count tokens")
-
-    def find_model(self, job: Job) -> "RemoteModel":
-        assert job.endpoint
         return RemoteModel(job.model, make_client(job.endpoint))
 
     def make_runner(self, job: Job, strategy: Strategy, model: "RemoteModel") -> "EndpointRunner":
-        model.look_up()  # raises if the server cannot be reached
+        _ = model.models  # raises if the server cannot be reached
         return EndpointRunner(job, strategy, model)
 
     def local(self) -> TaskEngine:
@@ -65,26 +62,21 @@ class RemoteModel:
 
     def __init__(self, name: str, client: "OpenAI") -> None:
         self.name, self.client = name, client
-        self._models: list[Model] | None = None
 
     @property
     def context_length(self) -> int | None:
         """Maximum number of tokens of prompt and answer, if the server reports it, as vLLM does."""
-        model = next((model for model in self.look_up() if model.id == self.name), None)
+        model = next((model for model in self.models if model.id == self.name), None)
         return getattr(model, "max_model_len", None)
 
-    def look_up(self) -> "list[Model]":
-        """Return the server's models, asked for once. Raises ModelUnavailableError if the server is unreachable."""
-        if self._models is None:
-            self._models = list_models(self.client)
-        return self._models
+    @cached_property
+    def models(self) -> "list[Model]":
+        return list_models(self.client)
 
     def count_tokens(self, text: str) -> int:
-        """Return an estimate of the tokens of a text."""
         return -(-len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN)
 
     def count_prompt_tokens(self, prompt: Prompt) -> int:
-        """Return an estimate of the tokens of a prompt."""
         texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
         return sum(self.count_tokens(text) for text in texts)
 
@@ -97,11 +89,11 @@ class EndpointRunner:
         self._model = model
         self._options = protocol_options(job, strategy, model)
         self._unsent: list[Request] = []
-        self._finished: SimpleQueue[tuple[Request, Future[JsonObject]]] = SimpleQueue()
+        self._sent: dict[Future[JsonObject], Request] = {}
+        self._finished: SimpleQueue[Future[JsonObject]] = SimpleQueue()
         self._threads = ThreadPoolExecutor(job.concurrency)
 
     def add(self, requests: Sequence[Request]) -> None:
-        """Queue requests."""
         self.queue.update(requests)
         self._unsent += requests
 
@@ -115,20 +107,16 @@ class EndpointRunner:
             return
         for request in requests:
             answer = self._threads.submit(self._complete, request.input)
-            answer.add_done_callback(partial(self._put, request))
-        try:
-            finished = [self._finished.get(timeout=POLL_S)]
-        except Empty:
-            return
-        while not self._finished.empty():
-            finished.append(self._finished.get())
-        for request, answer in finished:
-            with capture_errors(request):
-                request.output = answer.result()
-            self.queue.discard(request)
-
-    def _put(self, request: Request, answer: "Future[JsonObject]") -> None:
-        self._finished.put((request, answer))
+            self._sent[answer] = request
+            answer.add_done_callback(self._finished.put)
+        with suppress(Empty):
+            answer = self._finished.get(timeout=POLL_S)
+            while True:
+                request = self._sent.pop(answer)
+                with capture_errors(request):
+                    request.output = answer.result()
+                self.queue.discard(request)
+                answer = self._finished.get_nowait()
 
     def _complete(self, prompt: Prompt) -> JsonObject:
         with self._translated_errors():
@@ -136,7 +124,9 @@ class EndpointRunner:
         choices = getattr(response, "choices", None) or []
         if len(choices) < self._options.get("n", 1):
             raise RecordError("invalid_response", f"server returned {len(choices)} answers")
-        texts = [self._cut(choice.text if isinstance(prompt, str) else choice.message.content) for choice in choices]
+        texts = [(choice.text if isinstance(prompt, str) else choice.message.content) or "" for choice in choices]
+        stop = self._options.get("stop", ())  # which some servers leave at the end
+        texts = [text[: first_stop(text, stop)] for text in texts]
         several = {"generated_texts": texts} if len(texts) > 1 else {}
         return {"generated_text": texts[0], **several, **_end_fields(choices[0].finish_reason, response.usage)}
 
@@ -159,11 +149,6 @@ class EndpointRunner:
         client = self._model.client
         return (client if field == "prompt" else client.chat).completions.create(**settings)
 
-    def _cut(self, text: str | None) -> str:
-        """Return a text without a stop string, which some servers leave at the end."""
-        text = text or ""
-        return text[: first_stop(text, self._options.get("stop", ()))]
-
     @contextmanager
     def _translated_errors(self) -> Iterator[None]:
         """Raise RecordError for what is wrong with one request, ModelUnavailableError for what is wrong with all."""
@@ -177,7 +162,7 @@ class EndpointRunner:
                 raise ModelUnavailableError(message, hint="set LLMCLI_API_KEY to the server's key") from exc
             if code == 404:
                 hint = "check -m NAME; if the server lacks /v1/completions, use `llmcli chat`"
-                raise ModelUnavailableError(message, hint=hint) from exc
+                raise ModelUnavailableError(message, hint) from exc
             is_temporary = code >= 500 or code in (408, 409, 429)
             raise RecordError("server_error" if is_temporary else "request_rejected", message) from exc
         except openai.APIConnectionError as exc:
@@ -189,12 +174,9 @@ class EndpointRunner:
 
 
 def protocol_options(job: Job, strategy: Strategy, model: RemoteModel) -> dict[str, Any]:
-    """Return the options of a job under the protocol's names: the user's over the task's.
-
-    Where neither says how to sample, the server decides.
-    """
+    """Return the options of a job under the protocol's names: the user's over the task's."""
     task = {**(strategy.defaults or {}), **strategy.parameters(job, model)}
-    if task.get("do_sample"):
+    if task.get("do_sample"):  # The server decides how.
         task = {"max_new_tokens": task["max_new_tokens"]}
     options = {**task, **job.generation, **({} if job.seed is None else {"seed": job.seed})}
     if isinstance(options.get("stop_strings"), str):
@@ -216,12 +198,9 @@ def make_client(endpoint: str) -> "OpenAI":
     except ImportError as exc:
         raise UsageError("--endpoint requires the openai package", hint="run `pip install 'llmcli[openai]'`") from exc
     openai_key = os.environ.get("OPENAI_API_KEY") if url.scheme == "https" else None  # not to be sent unencrypted
-    return openai.OpenAI(
-        base_url=endpoint if url.path.strip("/") else f"{endpoint.rstrip('/')}/v1",
-        api_key=os.environ.get("LLMCLI_API_KEY") or openai_key or "none",
-        max_retries=MAX_RETRIES,
-        timeout=TIMEOUT_S,
-    )
+    key = os.environ.get("LLMCLI_API_KEY") or openai_key or "none"
+    base_url = endpoint if url.path.strip("/") else f"{endpoint.rstrip('/')}/v1"
+    return openai.OpenAI(base_url=base_url, api_key=key, max_retries=MAX_RETRIES, timeout=TIMEOUT_S)
 
 
 def list_models(client: "OpenAI") -> "list[Model]":
@@ -240,22 +219,17 @@ def only_model(endpoint: str) -> str:
     """Return the name of the server's only model. Raises UsageError if it has none or several."""
     names = [model.id for model in list_models(make_client(endpoint))]
     if len(names) != 1:
-        message = (
-            f"the server has {len(names)} models: {', '.join(names[:5])}" if names else "the server lists no model"
-        )
-        raise UsageError(message, hint="choose one with -m NAME")
+        several = f"the server has {len(names)} models: {', '.join(names[:5])}"
+        raise UsageError(several if names else "the server lists no model", hint="choose one with -m NAME")
     return names[0]
 
 
 def _end_fields(reason: str | None, usage: "CompletionUsage | None") -> JsonObject:
-    return {
-        "finish_reason": "length" if reason == "length" else "stop",
-        "usage": {name: getattr(usage, name, 0) for name in ("prompt_tokens", "completion_tokens")},
-    }
+    tokens = {name: getattr(usage, name, 0) for name in ("prompt_tokens", "completion_tokens")}
+    return {"finish_reason": "length" if reason == "length" else "stop", "usage": tokens}
 
 
 def _error_text(exc: "APIStatusError") -> str:
-    """Return the server's message, without the JSON around it."""
     body = exc.body
     while isinstance(body, dict):
         body = next((body[key] for key in ("error", "message", "detail") if key in body), str(body))

@@ -1,17 +1,22 @@
-"""The engine contract, and the loop of the engines that run tasks: many records in flight, results in input order."""
+"""The loop of the engines that run tasks: admit records, run a batch, advance tasks, emit results in input order."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from llmcli.engines.job_run import JobRun, OnResult
+from llmcli import console, tasks
 from llmcli.engines.read_ahead import ReadAhead
-from llmcli.engines.requests import OnText, Runner
+from llmcli.engines.requests import OnText, Request, Runner, failure_from
+from llmcli.errors import RecordError
 from llmcli.job import Job, Record, Result
-from llmcli.tasks import Strategy, TaskModel
+from llmcli.tasks import ModelCall, Strategy, TaskGenerator, TaskModel
 
 MAX_IN_FLIGHT = 512  # records among whose rows a batch is chosen
+
+OnResult = Callable[[Result], None]
 
 
 class Engine(Protocol):
@@ -20,17 +25,10 @@ class Engine(Protocol):
     def run(
         self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_result: OnResult | None = None
     ) -> Iterator[Result]:
-        """Yield the results in the order of the records, which are read ahead.
+        """Yield the results in the order of the records. Raises ModelUnavailableError and UsageError.
 
-        Args:
-            job: What to do with each record.
-            records: The input; it may be slow.
-            on_text: Receives the text of a record that is alone in flight, while it is generated.
-            on_result: Receives every Result as soon as it is known, which may be before its turn.
-
-        Raises:
-            ModelUnavailableError: The model cannot be found, loaded or reached.
-            UsageError: The job's options make no sense for its model.
+        `on_text` receives the text of a record that is alone in flight, while it is generated. `on_result` receives
+        every Result as soon as it is known, which may be before its turn.
         """
 
     def load(self, job: Job) -> None:
@@ -38,39 +36,28 @@ class Engine(Protocol):
 
 
 class EngineModel(TaskModel, Protocol):
-    """A job's model. `kind` selects the task's strategy."""
-
-    kind: str
+    kind: str  # selects the task's strategy
 
 
 class TaskEngine(ABC):
-    """Runs each record through its task. Subclasses say where the model is and how it runs.
+    """Runs each record through its task. Subclasses say where the model is and how it runs."""
 
-    Attributes:
-        exclusive: Held while the job uses the device.
-    """
-
-    exclusive: AbstractContextManager[object] = nullcontext()
-
-    @abstractmethod
-    def check(self, job: Job) -> None:
-        """Raise UsageError if the job's options make no sense, before any model is looked for."""
+    exclusive: AbstractContextManager[object] = nullcontext()  # held while the job uses the device
 
     @abstractmethod
     def find_model(self, job: Job) -> EngineModel:
-        """Return the job's model, which is not loaded yet. Raise ModelUnavailableError."""
+        """Check the job's options, and return its model, which is not loaded yet."""
 
     @abstractmethod
     def make_runner(self, job: Job, strategy: Strategy, model: Any) -> Runner:
-        """Load the model and return its runner. Raise ModelUnavailableError or UsageError."""
+        """Load the model and return its runner."""
 
-    @abstractmethod
     def local(self) -> "TaskEngine":
         """Return the engine that runs nested jobs, which tasks ask for."""
+        return self
 
     def load(self, job: Job) -> None:
-        """Load the job's model."""
-        JobRun(self, job).load()
+        JobRun(self, job, None, None).load()
 
     def run(
         self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_result: OnResult | None = None
@@ -89,3 +76,170 @@ class TaskEngine(ABC):
                 yield from run.pop_finished()
                 run.step()
                 yield from run.pop_finished()
+
+
+@dataclass(slots=True, eq=False)
+class PendingRecord:
+    """A record in flight: its task, the model call that the task waits for, and finally the result."""
+
+    record: Record
+    task: TaskGenerator | None = None
+    call: ModelCall | None = None
+    requests: list[Request] = field(default_factory=list)
+    result: Result | None = None
+
+    def resume(self, outputs: list[Any] | None) -> None:
+        """Run the task up to its next model call or its result. `outputs` are those of the last call."""
+        assert self.task
+        try:
+            self.call = self.task.send(outputs)  # type: ignore[arg-type]  # None starts a generator
+            self.requests = [Request(item) for item in self.call.inputs]
+        except StopIteration as stop:
+            self.result = Result(self.record, stop.value.output, stop.value.text)
+        except RecordError as exc:
+            self.result = Result(self.record, failure=failure_from(exc))
+
+    @property
+    def has_outputs(self) -> bool:
+        for request in self.requests:  # noqa: SIM110  # asked for hundreds of records after each batch: all() is slower
+            if not request.is_finished:
+                return False
+        return True
+
+    def deliver(self) -> None:
+        """Resume the task with the outputs of its call; the first failure of a request is the record's."""
+        assert self.call
+        if failure := next((request.failure for request in self.requests if request.failure), None):
+            self.result = Result(self.record, failure=failure)
+            return
+        outputs = [request.output for request in self.requests]
+        if self.call.strip:
+            for i, output in enumerate(outputs):
+                texts = {"generated_text": output["generated_text"].strip()}
+                if several := output.get("generated_texts"):
+                    texts["generated_texts"] = [text.strip() for text in several]
+                outputs[i] = {**output, **texts}
+        self.resume(outputs)
+
+
+class JobRun:
+    """One run of a job: `admit` records, `step` through batches, and `pop_finished` results in input order."""
+
+    def __init__(self, engine: TaskEngine, job: Job, on_text: OnText | None, on_result: OnResult | None) -> None:
+        self.in_flight: deque[PendingRecord] = deque()  # in input order
+        self._engine, self._job, self._task = engine, job, tasks.load_task(job.task)
+        self._on_text, self._on_result = on_text, on_result
+        self._model: EngineModel | None = None
+        self._runner: Runner | None = None
+        self._waiting: list[PendingRecord] = []  # for outputs of their model calls
+
+    def admit(self, records: Sequence[Record]) -> None:
+        """Take records in, and start the tasks of those that need the model."""
+        admitted = [PendingRecord(record) for record in records]
+        self.in_flight += admitted
+        prepared = [(pending, self._prepare(pending)) for pending in admitted]
+        unfinished = [(pending, inputs) for pending, inputs in prepared if not pending.result]
+        if unfinished:
+            with self._engine.exclusive:
+                strategy = self._task.strategies[self.find_model().kind]
+                for pending, inputs in unfinished:
+                    pending.task = strategy.run(self._job, inputs, self._model)
+                    pending.resume(None)
+                    self._dispatch(pending)
+
+    def step(self) -> None:
+        """Run one batch, and resume the tasks whose outputs are complete."""
+        if not self._waiting:
+            return
+        with self._engine.exclusive:
+            if self._runner and self._runner.queue:
+                self._run_batch(self._runner)
+            waiting, self._waiting = self._waiting, []
+            for pending in waiting:
+                if pending.has_outputs:
+                    pending.deliver()
+                    self._dispatch(pending)
+                else:
+                    self._waiting.append(pending)
+
+    def pop_finished(self) -> Iterator[Result]:
+        """Yield the results that no unfinished record precedes."""
+        while self.in_flight and (result := self.in_flight[0].result):
+            self.in_flight.popleft()
+            yield result
+
+    def find_model(self) -> EngineModel:
+        if self._model is None:
+            self._model = self._engine.find_model(self._job)
+        return self._model
+
+    def load(self) -> Runner:
+        """Return the runner of the job's model, which is loaded at the first call."""
+        if self._runner is None:
+            model = self.find_model()
+            self._runner = self._engine.make_runner(self._job, self._task.strategies[model.kind], model)
+        return self._runner
+
+    def _prepare(self, pending: PendingRecord) -> Any:
+        """Return what the task reads from the record, or set the result if it is known without the model."""
+        record = pending.record
+        try:
+            if record.failure or record.has_error:
+                pending.result = Result(record, failure=record.failure)
+            elif (inputs := self._task.prepare(self._job, record.fields)) is not None:
+                return inputs
+            else:
+                pending.result = Result(record, self._task.empty)
+        except RecordError as exc:
+            pending.result = Result(record, failure=failure_from(exc))
+        self._report(pending)
+        return None
+
+    def _dispatch(self, pending: PendingRecord) -> None:
+        """Queue the requests of a task's call, run them now if they are another job's, or report the result."""
+        while pending.result is None and pending.call and pending.call.job:
+            nested = self._engine.local().run(pending.call.job, [Record(request.input) for request in pending.requests])
+            for request, result in zip(pending.requests, nested, strict=True):
+                request.output, request.failure = result.output, result.failure
+            pending.deliver()
+        if pending.result is None:
+            self.load().add(pending.requests)
+            self._waiting.append(pending)
+        else:
+            self._report(pending)
+
+    def _run_batch(self, runner: Runner) -> None:
+        requests = [request for pending in self._waiting for request in pending.requests]
+        on_text, call = None, self._waiting[0].call
+        # Pieces may be shown only if nothing precedes them: no other record, and no other request.
+        if self._on_text and len(self.in_flight) == len(runner.queue) == 1 and call and call.shown is not None:
+            if call.shown:
+                self._on_text(call.shown)
+            on_text = _strip_stream(self._on_text) if call.strip else self._on_text
+            self._waiting[0].call = replace(call, shown=None)  # a server may take several steps
+        if len(requests) <= len(self._waiting):
+            runner.step(on_text)
+        else:
+            finished = sum(request.is_finished for request in requests)
+            with console.working(f"{finished} of {len(requests)} parts"):
+                runner.step(on_text)
+
+    def _report(self, pending: PendingRecord) -> None:
+        if self._on_result and pending.result:
+            self._on_result(pending.result)
+
+
+def _strip_stream(on_text: OnText) -> OnText:
+    """Return a function that passes pieces of text on, without the white space around the whole."""
+    held, has_begun = "", False
+
+    def pass_on(piece: str) -> None:
+        nonlocal held, has_begun
+        text = held + piece if has_begun else (held + piece).lstrip()
+        shown = text.rstrip()
+        held = text[len(shown) :]
+        if shown:
+            has_begun = True
+            on_text(shown)
+
+    return pass_on

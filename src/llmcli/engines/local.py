@@ -1,16 +1,26 @@
 """The engine of this process: finds and loads models, and runs them in batches."""
 
-from llmcli import tasks
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from llmcli import console, pipelines, tasks
 from llmcli.engines.batch_runner import BatchRunner
-from llmcli.engines.batching import RowPolicy, TokenPolicy
+from llmcli.engines.batching import MemoryEstimator, RowPolicy, TokenPolicy, probe_memory
 from llmcli.engines.engine import TaskEngine
-from llmcli.engines.generating_runner import GeneratingRunner
-from llmcli.engines.memory import MemoryEstimator, memory_probe
-from llmcli.engines.model import Model, suspended_garbage_collection
 from llmcli.engines.model_cache import ModelCache, ModelLease
+from llmcli.errors import ModelTooLargeError, ModelUnavailableError
 from llmcli.job import Job
+from llmcli.models import generation, registry, store
 from llmcli.models.loading import quiet_libraries
 from llmcli.tasks import Strategy
+
+if TYPE_CHECKING:
+    from transformers import Pipeline, PreTrainedConfig, PreTrainedTokenizerBase
 
 
 class LocalEngine(TaskEngine):
@@ -19,65 +29,129 @@ class LocalEngine(TaskEngine):
     def __init__(self, lease: ModelLease | None = None) -> None:
         self._lease = lease or ModelLease(ModelCache())
 
-    def check(self, job: Job) -> None:
+    def find_model(self, job: Job) -> "Model":
         strategies = tasks.load_task(job.task).strategies
-        defaults = {kind: item.defaults for kind, item in strategies.items() if item.defaults is not None}
-        if defaults:
-            from llmcli.models import generation
-
+        generating = [(kind, item.defaults) for kind, item in strategies.items() if item.defaults is not None]
+        if generating:
+            kind, defaults = generating[0]
             with suspended_garbage_collection():
                 quiet_libraries()
-                kind = next(iter(defaults))
-                generation.check(job.generation, defaults[kind], counts_prompt=kind == "causal")
-
-    def find_model(self, job: Job) -> Model:
+                generation.check(job.generation, defaults, counts_prompt=kind == "causal")
         return Model(job, self._lease)
 
-    def make_runner(self, job: Job, strategy: Strategy, model: Model) -> BatchRunner:
+    def make_runner(self, job: Job, strategy: Strategy, model: "Model") -> BatchRunner:
         pipeline = model.pipeline
         device = pipeline.device.type
-        memory = MemoryEstimator(memory_probe(_find_devices(model)))
+        memory = MemoryEstimator(partial(probe_memory, pipeline.model))
         parameters = strategy.parameters(job, model)
         if strategy.defaults is None:
             # A batch that is only read is measured in tokens, unless the user says how many rows it has.
             policy = RowPolicy if job.batch_size else TokenPolicy
-            batches = policy(job.batch_size, device, memory)
-            return BatchRunner(pipeline, batches, parameters, truncate=job.truncate)
+            return BatchRunner(pipeline, policy(job.batch_size, device, memory), parameters, truncate=job.truncate)
         from transformers import set_seed
-
-        from llmcli.models import generation
 
         is_seq2seq = pipeline.model.config.is_encoder_decoder
         generation.check_known(parameters, f"{job.model}: task_specific_params" if is_seq2seq else "prompts.toml")
-        config = generation.merge(
-            pipeline.model.generation_config,
-            job.generation,
-            strategy.defaults,
-            parameters,
-            counts_prompt=not is_seq2seq,
-        )
+        own = pipeline.model.generation_config
+        config = generation.merge(own, job.generation, strategy.defaults, parameters, counts_prompt=not is_seq2seq)
         if config.pad_token_id is None:
             config.pad_token_id = pipeline.tokenizer.pad_token_id
         if job.seed is not None:
             set_seed(job.seed)
-        batches = RowPolicy(
-            job.batch_size,
-            device,
-            memory,
-            answer_tokens=config.max_new_tokens or config.max_length or 0,
-            # A seed repeats a run only if the batches do not depend on speed and free memory.
-            is_fixed=job.seed is not None and bool(config.do_sample),
+        # A seed repeats a run only if the batches do not depend on speed and free memory.
+        is_fixed = job.seed is not None and bool(config.do_sample)
+        answer_tokens = config.max_new_tokens or config.max_length or 0
+        batches = RowPolicy(job.batch_size, device, memory, answer_tokens, is_fixed)
+        return BatchRunner(pipeline, batches, {"generation_config": config}, truncate=job.truncate)
+
+
+class Model:
+    """A job's model. Its weights are found, and pulled if needed, at once; `pipeline` loads them when first used."""
+
+    def __init__(self, job: Job, lease: ModelLease) -> None:
+        self._job, self._lease, options = job, lease, job.load_options
+        self._pipeline: Pipeline | None = None
+        spec = registry.resolve(job.model)
+        self.folder = store.pull(spec, offline=options.offline, allow_pickle=options.allow_pickle)
+        strategies = list(tasks.load_task(job.task).strategies)
+        # A task with one strategy is checked when the model is loaded: it may need no more than the folder.
+        self.kind = strategies[0] if len(strategies) == 1 else self._find_kind()
+
+    @property
+    def pipeline(self) -> "Pipeline":
+        """The pipeline, loaded at the first access, which raises ModelUnavailableError or UsageError (the device)."""
+        if self._pipeline is None:
+            with suspended_garbage_collection():
+                head = pipelines.pipeline_class(self.kind).auto_class
+            # Kinds with the same head share one loaded model.
+            key = (self.folder, self._changed_ns, head, replace(self._job.load_options, offline=False))
+            self._pipeline = pipelines.wrap_as(self.kind, self._lease.get(self._job.model, key, self._load))
+        return self._pipeline
+
+    @property
+    def fingerprint(self) -> str:
+        options = self._job.load_options
+        return f"{self.folder} {self._changed_ns} {options.dtype} {options.quantize}"
+
+    @property
+    def is_chat(self) -> bool:
+        return bool(self.pipeline.is_chat)
+
+    @property
+    def context_length(self) -> int | None:
+        length: int | None = self.pipeline.context_length
+        return length
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        return self.pipeline.tokenizer
+
+    @property
+    def config(self) -> "PreTrainedConfig":
+        return self.pipeline.model.config
+
+    def count_tokens(self, text: str) -> int:
+        return int(self.pipeline.count_tokens(text))
+
+    def count_prompt_tokens(self, prompt: tasks.Prompt) -> int:
+        return int(self.pipeline.count_prompt_tokens(prompt))
+
+    @property
+    def _changed_ns(self) -> int:
+        return max(file.stat().st_mtime_ns for file in self.folder.iterdir())
+
+    def _load(self) -> "Pipeline":
+        kind = self._find_kind()
+        with suspended_garbage_collection(), console.working(f"loading {self._job.model}"):
+            try:
+                return pipelines.load(kind, self.folder, self._job.load_options)
+            except MemoryError as exc:
+                raise ModelTooLargeError(f"{self._job.model} does not fit in memory", "use a smaller model") from exc
+
+    def _find_kind(self) -> str:
+        """Return the first kind of pipeline, in the order of the task's strategies, that the model can be."""
+        options, strategies = self._job.load_options, tasks.load_task(self._job.task).strategies
+        with suspended_garbage_collection():
+            reasons = pipelines.check_compatibility(self.folder, options, strategies)
+            if kind := next((kind for kind, reason in reasons.items() if reason is None), None):
+                return kind
+            kinds_by_task = {name: set(tasks.load_task(name).strategies) for name in tasks.task_names()}
+            others = pipelines.check_compatibility(self.folder, options, set().union(*kinds_by_task.values()))
+        able = [name for name, kinds in kinds_by_task.items() if any(others[kind] is None for kind in kinds)]
+        raise ModelUnavailableError(
+            f"{self._job.model} cannot {self._job.task.replace('_', ' ')}: {' and '.join(map(str, reasons.values()))}",
+            hint=f"it can {', '.join(able).replace('_', ' ')}" if able else "llmcli has no task for it",
         )
-        return GeneratingRunner(pipeline, batches, config, truncate=job.truncate)
-
-    def local(self) -> TaskEngine:
-        return self
 
 
-def _find_devices(model: Model) -> list[object]:
-    """Return the devices that hold a model: several if Accelerate has spread it."""
-    import torch
-
-    spread = getattr(model.pipeline.model, "hf_device_map", None) or {}
-    devices = {torch.device(place) for place in spread.values() if place not in ("cpu", "disk")}
-    return [*devices] or [model.pipeline.device]
+@contextmanager
+def suspended_garbage_collection() -> Iterator[None]:
+    """Spare the objects of imports and weights, which stay for good, from scans: a quarter of a cold call's time."""
+    module_count = len(sys.modules)
+    gc.disable()
+    try:
+        yield
+    finally:
+        if len(sys.modules) > module_count:  # what is frozen without need would never be freed
+            gc.freeze()
+        gc.enable()

@@ -9,11 +9,11 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from operator import itemgetter
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from llmcli import console
 from llmcli.errors import ModelTooLargeError
+from llmcli.job import JsonObject
 from llmcli.models import malloc
 
 if TYPE_CHECKING:
@@ -21,18 +21,6 @@ if TYPE_CHECKING:
 
 Load = Callable[[], "Pipeline"]
 Unlocked = Callable[[], AbstractContextManager[object]]
-
-
-class ModelStatus(TypedDict):
-    """What `llmcli ps` prints about a model. The times are None while a job uses the model, or if it never expires."""
-
-    model: str
-    device: str
-    dtype: str
-    bytes: int
-    jobs: int
-    idle_seconds: float | None
-    expires_in_seconds: float | None
 
 
 @dataclass(eq=False, slots=True)
@@ -45,16 +33,10 @@ class CachedModel:
     last_used: float = 0
     expires: float = math.inf
 
-    @property
-    def is_loaded(self) -> bool:
-        """Whether the model has been loaded."""
-        return self.loading.done() and not self.loading.cancelled() and self.loading.exception() is None
-
-    def status(self) -> ModelStatus:
-        """Return the row of `llmcli ps`."""
-        model, now = self.loading.result().model, time.monotonic()
+    def status(self) -> JsonObject:
+        """Return the row of `llmcli ps`. The times are None while a job uses the model, or if it never expires."""
+        model, now, is_idle = self.loading.result().model, time.monotonic(), not self.users
         tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        is_idle = not self.users
         return {
             "model": self.name,
             "device": str(model.device),
@@ -67,8 +49,7 @@ class CachedModel:
 
 
 class ModelCache:
-    """Models by key. An idle model is unloaded when it expires, or when another one needs the memory. `keep_alive_s` is
-    how long it is kept if its job does not say."""
+    """Models by key. An idle one is unloaded when it expires, or when another one needs the memory."""
 
     def __init__(self, keep_alive_s: float = math.inf) -> None:
         self._keep_alive_s = keep_alive_s
@@ -78,16 +59,14 @@ class ModelCache:
     def __len__(self) -> int:
         return len(self._models)
 
-    def status(self) -> list[ModelStatus]:
-        """Return the rows of `llmcli ps`, without models that are still being loaded."""
-        return [cached.status() for cached in list(self._models.values()) if cached.is_loaded]
+    def status(self) -> list[JsonObject]:
+        done = [cached for cached in list(self._models.values()) if cached.loading.done()]
+        return [cached.status() for cached in done if not (cached.loading.cancelled() or cached.loading.exception())]
 
     def acquire(self, name: str, key: Hashable, load: Load, unlocked: Unlocked = nullcontext) -> CachedModel:
         """Return the model under a key, which stays loaded until it is released.
 
-        The first caller loads the model. Others wait for it, each within `unlocked()`, which releases a lock that the
-        loading caller needs. Each raises what `load` raises. If memory is short, idle models are unloaded, the least
-        recently used first.
+        The first caller loads it. Others wait within `unlocked()`, which releases a lock that the first one needs.
         """
         while True:
             with self._lock:
@@ -95,7 +74,16 @@ class ModelCache:
                 cached = self._models.setdefault(key, CachedModel(name))
                 cached.users += 1
             if is_loading:
-                self._load(key, cached, load)
+                try:
+                    cached.loading.set_result(self._load(load))
+                except BaseException as exc:
+                    with self._lock:
+                        del self._models[key]
+                    if isinstance(exc, Exception):
+                        cached.loading.set_exception(exc)
+                    else:  # The job ends, not the model: one of the callers that wait loads it.
+                        cached.loading.cancel()
+                    raise
                 return cached
             with unlocked():
                 try:
@@ -105,49 +93,39 @@ class ModelCache:
             return cached
 
     def release(self, cached: CachedModel, keep_alive_s: float | None) -> None:
-        """End a job's use of a model, and keep the model for so many seconds."""
         with self._lock:
             cached.users -= 1
             cached.last_used = time.monotonic()
             cached.expires = cached.last_used + (self._keep_alive_s if keep_alive_s is None else keep_alive_s)
 
     def evict_expired(self) -> None:
-        """Unload the models whose time is over."""
         now = time.monotonic()
         self._evict([key for key, cached in list(self._models.items()) if cached.expires <= now])
 
-    def _load(self, key: Hashable, cached: CachedModel, load: Load) -> None:
-        try:
-            cached.loading.set_result(self._load_evicting(load))
-        except BaseException as exc:
-            with self._lock:
-                del self._models[key]
-            if isinstance(exc, Exception):
-                cached.loading.set_exception(exc)
-            else:  # The job ends, not the model: one of the callers that wait loads it.
-                cached.loading.cancel()
-            raise
-
-    def _load_evicting(self, load: Load) -> "Pipeline":
+    def _load(self, load: Load) -> "Pipeline":
+        """Load a model. As long as it is too large, unload the idle model that was used least recently."""
         while True:
-            _empty_accelerator_cache()
+            if "torch" in sys.modules:
+                import torch
+
+                if torch.accelerator.is_available():  # The model is sized by what is free, without freed tensors.
+                    getattr(torch.accelerator, "empty_cache", torch.cuda.empty_cache)()  # torch 2.6 has only the latter
             try:
                 return load()
             except ModelTooLargeError:
-                if not self._evict_lru():
+                with self._lock:
+                    idle = [
+                        (model.last_used, key, model.name) for key, model in self._models.items() if not model.users
+                    ]
+                if not idle:
+                    raise
+                _, key, name = min(idle, key=lambda model: model[0])
+                console.notice(f"low memory; unloaded {name}")
+                if not self._evict([key]):
                     raise
 
-    def _evict_lru(self) -> bool:
-        """Unload the idle model that was used least recently, and return whether there was one."""
-        with self._lock:
-            idle = [(cached.last_used, key, cached.name) for key, cached in self._models.items() if not cached.users]
-        if not idle:
-            return False
-        _, key, name = min(idle, key=itemgetter(0))
-        console.notice(f"low memory; unloaded {name}")
-        return self._evict([key])
-
     def _evict(self, keys: list[Hashable]) -> bool:
+        """Unload the models that are idle, and return whether any was."""
         with self._lock:
             idle = [key for key in keys if key in self._models and not self._models[key].users]
             for key in idle:
@@ -169,22 +147,11 @@ class ModelLease:
         self._held: dict[Hashable, CachedModel] = {}
 
     def get(self, name: str, key: Hashable, load: Load) -> "Pipeline":
-        """Return the pipeline under a key; see `ModelCache.acquire`."""
         if key not in self._held:
             self._held[key] = self._cache.acquire(name, key, load, self._unlocked)
         return self._held[key].loading.result()
 
     def release(self, keep_alive_s: float | None) -> None:
-        """Release the models, and keep each for so many seconds."""
         for cached in self._held.values():
             self._cache.release(cached, keep_alive_s)
         self._held.clear()
-
-
-def _empty_accelerator_cache() -> None:
-    """Return the memory of freed tensors to the accelerator, where the next model is sized by what is free."""
-    if "torch" in sys.modules:
-        import torch
-
-        if torch.accelerator.is_available():
-            getattr(torch.accelerator, "empty_cache", torch.cuda.empty_cache)()  # torch 2.6 has only the latter

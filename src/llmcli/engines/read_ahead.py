@@ -10,14 +10,11 @@ T = TypeVar("T")
 
 
 class ReadAhead(AbstractContextManager["ReadAhead[T]"], Generic[T]):
-    """Items of a slow iterable, as they arrive. At most `ahead` of them wait in memory.
-
-    An exception of the iterable is raised by `take` after the items that precede it.
-    """
+    """Items of a slow iterable, as they arrive; at most `ahead` wait. Its exception is raised after its last item."""
 
     def __init__(self, items: Iterable[T], ahead: int) -> None:
         # A Queue with a maximum would lock and wake four times for each item.
-        self._queue: queue.SimpleQueue[tuple[T | None, BaseException | None, bool]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
         self._vacancy = threading.Event()
         self._ahead = ahead
         self._iterator = iter(items)
@@ -32,18 +29,18 @@ class ReadAhead(AbstractContextManager["ReadAhead[T]"], Generic[T]):
             if waits := len(taken) < minimum:
                 self._vacancy.set()
             try:
-                item, exc, is_last = self._queue.get(block=waits)
+                item = self._queue.get(block=waits)
             except queue.Empty:
                 break
-            if is_last and exc and taken:
-                self._queue.put((item, exc, is_last))
-                break
-            if exc:
-                raise exc
-            if is_last:
+            if not isinstance(item, BaseException):
+                taken.append(item)
+            elif isinstance(item, StopIteration):
                 self.has_ended = True
+            elif taken:
+                self._queue.put(item)
+                break
             else:
-                taken.append(item)  # type: ignore[arg-type]
+                raise item
         self._vacancy.set()
         return taken
 
@@ -52,20 +49,16 @@ class ReadAhead(AbstractContextManager["ReadAhead[T]"], Generic[T]):
         self._vacancy.set()
 
     def _read(self) -> None:
-        exc: BaseException | None = None
+        end: BaseException = StopIteration()
         try:
             for item in self._iterator:
-                self._queue.put((item, None, False))
+                self._queue.put(item)
                 if self._queue.qsize() >= self._ahead:
-                    self._wait()
+                    self._vacancy.clear()
+                    if self._queue.qsize() >= self._ahead and not self._stopped:  # items may just have been taken
+                        self._vacancy.wait()
                 if self._stopped:
                     return
-        except BaseException as caught:  # raised again in the thread that takes the items
-            exc = caught
-        self._queue.put((None, exc, True))
-
-    def _wait(self) -> None:
-        """Wait until items are taken."""
-        self._vacancy.clear()
-        if self._queue.qsize() >= self._ahead and not self._stopped:  # checked again: items may just have been taken
-            self._vacancy.wait()
+        except BaseException as exc:  # raised again in the thread that takes the items
+            end = exc
+        self._queue.put(end)

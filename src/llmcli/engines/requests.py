@@ -1,8 +1,8 @@
 """Requests: inputs that a task wants the model to run, and what became of them."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Protocol
 
 from llmcli.errors import LlmcliError, RecordError
@@ -24,7 +24,6 @@ class Request:
 
     @property
     def key(self) -> str:
-        """Equal for equal inputs."""
         return self.input if isinstance(self.input, str) else repr(self.input)
 
     @property
@@ -36,38 +35,29 @@ class Runner(Protocol):
     """Runs requests. `add` them, then `step` until the queue is empty."""
 
     @property
-    def queue(self) -> Collection[object]:
-        """What waits to be run."""
+    def queue(self) -> Collection[object]: ...
 
-    def add(self, requests: Sequence[Request]) -> None:
-        """Queue requests."""
+    def add(self, requests: Sequence[Request]) -> None: ...
 
     def step(self, on_text: OnText | None = None) -> None:
         """Run a part of the queue. `on_text` receives the text of a single request while it is generated."""
 
 
-class capture_errors:  # a context manager, used like contextlib.suppress
+@contextmanager
+def capture_errors(request: Request) -> Iterator[None]:
     """Record an exception as the failure of a request, unless it concerns the whole job."""
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if isinstance(exc, RecordError):
-            self._request.failure = failure_from(exc)
-        elif exc is None or isinstance(exc, LlmcliError) or not isinstance(exc, Exception):
-            return False
-        elif is_out_of_memory(exc):
-            self._request.failure = Failure("out_of_memory", "out of memory")
+    try:
+        yield
+    except RecordError as exc:
+        request.failure = failure_from(exc)
+    except LlmcliError:
+        raise
+    except Exception as exc:
+        if is_out_of_memory(exc):
+            request.failure = Failure("out_of_memory", "out of memory")
         else:
             reason = str(exc).strip() or "no reason given"
-            self._request.failure = Failure("internal_error", f"{type(exc).__name__}: {reason}")
-        return True
+            request.failure = Failure("internal_error", f"{type(exc).__name__}: {reason}")
 
 
 def failure_from(exc: RecordError) -> Failure:

@@ -7,20 +7,18 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from queue import SimpleQueue
-from typing import cast
+from typing import Any
 
 from llmcli import console
-from llmcli.engines.engine import Engine
-from llmcli.engines.job_run import OnResult
-from llmcli.engines.requests import OnText
+from llmcli.engines.engine import Engine, OnResult
+from llmcli.engines.requests import OnText, failure_from
 from llmcli.engines.worker import protocol
-from llmcli.engines.worker.protocol import Connection, ConnectionClosedError, MessageTooLargeError, RecordMessage
+from llmcli.engines.worker.protocol import Connection, ConnectionClosedError, MessageTooLargeError
 from llmcli.errors import ExitStatus, LlmcliError, ModelUnavailableError, reason
 from llmcli.job import Failure, Job, JsonObject, Record, Result
 from llmcli.models import registry
-from llmcli.models.registry import FolderSource, GgufSource
 
 HANDSHAKE_TIMEOUT_S = 10.0  # a worker that takes longer to answer is not used
 START_TIMEOUT_S = 60.0
@@ -41,27 +39,16 @@ class WorkerEngine:
     def run(
         self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_result: OnResult | None = None
     ) -> Iterator[Result]:
-        """Yield what the engine of this process would. Raises what it would, or LlmcliError if the worker exits."""
-        engine = self._connect("run", job)
-        if isinstance(engine, Connection):
-            yield from RemoteJob(engine, job, on_text).run(records, on_result)
-        else:
-            yield from engine.run(job, records, on_text, on_result)
+        yield from self._choose("run", job).run(job, records, on_text, on_result)
 
     def load(self, job: Job) -> None:
-        """Load the job's model."""
-        engine = self._connect("load", job)
-        if isinstance(engine, Connection):
-            list(RemoteJob(engine, job, None).run((), None))
-        else:
-            engine.load(job)
+        self._choose("load", job).load(job)
 
-    def _connect(self, action: str, job: Job) -> Connection | Engine:
-        """Return a connection to a worker that waits for the job, or the engine of this process."""
+    def _choose(self, action: str, job: Job) -> Engine:
         if self._local is None:
             try:
                 if connection := connect_or_start(action, job.keep_alive):
-                    return connection
+                    return ConnectedEngine(connection)
                 why = "no worker is running"
             except LlmcliError as exc:
                 why = exc.message
@@ -73,21 +60,26 @@ class WorkerEngine:
         return self._local
 
 
-class RemoteJob:
-    """One job in the worker."""
+class ConnectedEngine:
+    """Runs one job through a connection to the worker."""
 
-    def __init__(self, connection: Connection, job: Job, on_text: OnText | None) -> None:
-        self._connection, self._job, self._on_text = connection, job, on_text
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
         self._sent: SimpleQueue[Record] = SimpleQueue()
         self._input_error: BaseException | None = None
 
-    def run(self, records: Iterable[Record], on_result: OnResult | None) -> Iterator[Result]:
+    def load(self, job: Job) -> None:
+        list(self.run(job, ()))
+
+    def run(
+        self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_result: OnResult | None = None
+    ) -> Iterator[Result]:
         """Yield results in the order of the records. The job is canceled if the iterator is closed."""
         try:
             with suppress(ConnectionClosedError):  # _receive raises the error
-                self._connection.send(job=asdict(_with_absolute_paths(self._job)), streams=self._on_text is not None)
+                self._connection.send(job=_with_absolute_paths(job), streams=on_text is not None)
             threading.Thread(target=self._send, args=(records,), daemon=True).start()
-            for output, text, failure in self._receive():
+            for output, text, failure in self._receive(on_text):
                 result = Result(self._sent.get(), output, text, Failure(**failure) if failure else None)
                 if on_result:
                     on_result(result)
@@ -97,22 +89,20 @@ class RemoteJob:
         if self._input_error:
             raise self._input_error
 
-    def _receive(self) -> Iterator[protocol.ResultMessage]:
-        """Yield the results, and show what the worker sends between them."""
+    def _receive(self, on_text: OnText | None) -> Iterator[Any]:
         with ExitStack() as shown:
             while True:
                 try:
                     ((kind, value),) = self._connection.receive().items()
                 except ConnectionClosedError:
-                    raise LlmcliError(
-                        "worker exited unexpectedly", hint="run the command again, or pass --keep-alive 0"
-                    ) from None
+                    hint = "run the command again, or pass --keep-alive 0"
+                    raise LlmcliError("worker exited unexpectedly", hint) from None
                 match kind:
                     case "result":
-                        yield protocol.ResultMessage(*value)
+                        yield value
                     case "text":
-                        assert self._on_text
-                        self._on_text(value)
+                        assert on_text
+                        on_text(value)
                     case "note":
                         console.notice(value)
                     case "warning":
@@ -121,8 +111,13 @@ class RemoteJob:
                         shown.close()
                         if value:
                             shown.enter_context(console.working(value))
-                    case "error":
-                        raise _exception(protocol.ErrorMessage(*value))
+                    case "error":  # raised as this process would have raised it
+                        class_name, message, hint, status, trace = value
+                        error: Exception = LlmcliError(message, hint, ExitStatus(status))
+                        if class_name:
+                            error = type(class_name, (Exception,), {})(message)
+                        error.add_note(f"in the worker:\n{trace}")
+                        raise error
                     case "done":
                         return
 
@@ -131,11 +126,9 @@ class RemoteJob:
             for record in records:
                 self._sent.put(record)
                 try:
-                    self._connection.send(
-                        record=RecordMessage(record.fields, record.failure.to_json() if record.failure else None)
-                    )
+                    self._connection.send(record=(record.fields, record.failure))
                 except MessageTooLargeError as exc:
-                    self._connection.send(record=RecordMessage({}, exc.to_failure().to_json()))
+                    self._connection.send(record=({}, failure_from(exc)))
         except ConnectionClosedError:
             return
         except BaseException as exc:  # raised after the results of the records before it
@@ -145,25 +138,20 @@ class RemoteJob:
 
 
 def connect_or_start(action: str, keep_alive_s: float | None) -> Connection | None:
-    """Return a connection to a worker that has agreed to an action, or None if none is running.
-
-    If `keep_alive_s` is given, a worker is started if needed; it replaces one of another environment. Raises
-    LlmcliError if the worker refuses or cannot be started, or the socket's directory is not safe.
-    """
-    try:
-        connection = connect(action, replace=keep_alive_s is not None)
-    except WorkerUnavailableError:
-        if keep_alive_s is None:
-            raise
-        connection = None  # It makes way for the one that is started here.
-    return connection if connection or keep_alive_s is None else _start(action, keep_alive_s)
+    """Return a connection as `connect` does. If `keep_alive_s` is given, a worker is started if needed; it replaces one
+    of another environment. Raises LlmcliError if the worker refuses or cannot be started."""
+    if keep_alive_s is None:
+        return connect(action)
+    with suppress(WorkerUnavailableError):  # It makes way for the one that is started here.
+        if connection := connect(action, replace=True):
+            return connection
+    return _start(action, keep_alive_s)
 
 
 def connect(action: str, *, replace: bool = False) -> Connection | None:
     """Return a connection to the worker, which has agreed to an action, or None if none is running.
 
-    If `replace`, a worker of another environment finishes its jobs and exits. Raises WorkerUnavailableError if the
-    worker refuses, and LlmcliError if the socket's directory is not safe.
+    Raises WorkerUnavailableError if the worker refuses; if `replace`, one of another environment then makes way.
     """
     if not protocol.has_socket():
         return None
@@ -188,10 +176,10 @@ def connect(action: str, *, replace: bool = False) -> Connection | None:
         return connection
 
 
-def status() -> protocol.WorkerStatus | None:
+def status() -> JsonObject | None:
     """Return the worker's process ID, jobs, main memory and models, or None if none is running."""
     answer = _ask("status")
-    return None if answer is None else cast(protocol.WorkerStatus, answer["status"])
+    return answer and answer["status"]
 
 
 def stop() -> bool:
@@ -212,23 +200,14 @@ def _ask(action: str) -> JsonObject | None:
 
 def _start(action: str, keep_alive_s: float) -> Connection:
     """Start a worker, and connect to it. The worker has none of this process's terminal, streams and directory."""
-    import subprocess
+    from subprocess import DEVNULL, Popen
 
     path = protocol.runtime_dir() / "worker.log"
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "llmcli",
-        "serve",
-        "--keep-alive",
-        f"{max(keep_alive_s, MIN_KEEP_ALIVE_S):f}s",
-    ]
+    keep_alive = f"{max(keep_alive_s, MIN_KEEP_ALIVE_S):f}s"
+    command = [sys.executable, "-P", "-m", "llmcli", "serve", "--keep-alive", keep_alive]
     try:
         with path.open("wb") as log:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", start_new_session=True
-            )
+            process = Popen(command, stdin=DEVNULL, stdout=log, stderr=log, cwd="/", start_new_session=True)
     except OSError as exc:
         raise WorkerUnavailableError(f"{path}: {reason(exc)}") from exc
     deadline, why = time.monotonic() + START_TIMEOUT_S, "it did not start in time"
@@ -251,21 +230,8 @@ def _with_absolute_paths(job: Job) -> Job:
     load_options, model = job.load_options, job.model
     if load_options.offload_folder:
         load_options = replace(load_options, offload_folder=os.path.abspath(load_options.offload_folder))
-    try:
+    with suppress(ModelUnavailableError):  # The worker raises the error.
         source = registry.resolve(job.model).source
-    except ModelUnavailableError:  # The worker raises the error.
-        source = None
-    if isinstance(source, FolderSource | GgufSource):
-        model = str(source.path)
+        if isinstance(source, registry.FolderSource | registry.GgufSource):
+            model = str(source.path)
     return replace(job, model=model, load_options=load_options)
-
-
-def _exception(message: protocol.ErrorMessage) -> Exception:
-    """Return the error that ended the job, as this process would have raised it."""
-    exc: Exception
-    if message.unexpected:
-        exc = type(message.unexpected, (Exception,), {})(message.message)
-    else:
-        exc = LlmcliError(message.message, message.hint, ExitStatus(message.status))
-    exc.add_note(f"in the worker:\n{message.traceback}")
-    return exc

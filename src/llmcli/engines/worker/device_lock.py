@@ -16,31 +16,25 @@ class FairLock:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiters: deque[threading.Event] = deque()
-        self._is_held = False
+        self._queue: deque[threading.Event] = deque()  # the holder's, then those of the threads that wait
 
     @property
     def has_waiters(self) -> bool:
-        """Whether a thread waits for the lock."""
-        return bool(self._waiters)
+        return len(self._queue) > 1
 
     def acquire(self) -> None:
-        """Wait for the lock, and hold it."""
+        granted = threading.Event()
         with self._lock:
-            if not self._is_held:
-                self._is_held = True
+            self._queue.append(granted)
+            if self._queue[0] is granted:
                 return
-            granted = threading.Event()
-            self._waiters.append(granted)
         granted.wait()
 
     def release(self) -> None:
-        """Hand the lock to the next thread, if one waits."""
         with self._lock:
-            if self._waiters:
-                self._waiters.popleft().set()
-            else:
-                self._is_held = False
+            self._queue.popleft()
+            if self._queue:
+                self._queue[0].set()
 
 
 class DeviceLock(AbstractContextManager["DeviceLock"]):
@@ -76,7 +70,6 @@ class DeviceLock(AbstractContextManager["DeviceLock"]):
             self._depth = depth
 
     def yield_to_others(self) -> None:
-        """Let the jobs that wait go first."""
         if self._lock.has_waiters:
             with self.unlocked():
                 pass

@@ -20,21 +20,21 @@ import stat
 import struct
 import threading
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import typer
 
 from llmcli import __version__, config
-from llmcli.errors import LlmcliError
-from llmcli.job import Failure, JsonObject
-
-if TYPE_CHECKING:
-    from llmcli.engines.model_cache import ModelStatus
+from llmcli.errors import LlmcliError, RecordError
+from llmcli.job import JsonObject
 
 MAX_MESSAGE_BYTES = 64 * 2**20
+CLOSED = "the connection is closed"
 SOCKET_NAME = "worker.sock"
 LIBRARY_PREFIXES = ("HF_", "TRANSFORMERS_", "TORCH", "PYTORCH", "CUDA", "OMP_", "MKL_", "PIP_", "UV_")
+
+_encode = json.JSONEncoder(default=asdict).encode  # dataclasses become objects
 
 
 class ConnectionClosedError(LlmcliError):
@@ -45,46 +45,8 @@ class ProtocolError(LlmcliError):
     """The other end sent something that is not a message."""
 
 
-class MessageTooLargeError(LlmcliError):
+class MessageTooLargeError(RecordError):
     """A message has more than MAX_MESSAGE_BYTES."""
-
-    def to_failure(self) -> Failure:
-        """Return the failure of the record that the message is about."""
-        return Failure("too_large", f"{self.message}: {self.hint}" if self.hint else self.message)
-
-
-class RecordMessage(NamedTuple):
-    """A record, as the call sends it."""
-
-    fields: JsonObject
-    failure: JsonObject | None
-
-
-class ResultMessage(NamedTuple):
-    """A result, as the worker sends it."""
-
-    output: JsonObject
-    text: str
-    failure: JsonObject | None
-
-
-class ErrorMessage(NamedTuple):
-    """The exception that ended a job. `unexpected` is the name of its class, if it is not an LlmcliError."""
-
-    unexpected: str | None
-    message: str
-    hint: str | None
-    status: int
-    traceback: str
-
-
-class WorkerStatus(TypedDict):
-    """What `llmcli ps` prints."""
-
-    pid: int
-    jobs: int
-    memory: int
-    models: "list[ModelStatus]"
 
 
 class Connection:
@@ -98,32 +60,27 @@ class Connection:
         self._poll.register(connection, 0)  # poll always reports hangups and errors
 
     def send(self, **message: object) -> None:
-        """Send a message, and wait while the other end is slow to read.
-
-        Raises ConnectionClosedError; or MessageTooLargeError, and nothing is sent.
-        """
-        line = json.dumps(message).encode() + b"\n"
+        """Send a message, and wait while the other end is slow to read. If it is too large, nothing is sent."""
+        line = _encode(message).encode() + b"\n"
         if len(line) > MAX_MESSAGE_BYTES:
-            raise MessageTooLargeError(
-                f"message has {len(line)} bytes, but a worker accepts at most {MAX_MESSAGE_BYTES}",
-                hint="pass --keep-alive 0 to run without the worker",
-            )
+            size = f"message has {len(line)} bytes, but a worker accepts at most {MAX_MESSAGE_BYTES}"
+            raise MessageTooLargeError("too_large", size, hint="pass --keep-alive 0 to run without the worker")
         try:
             with self._sending:
                 self.socket.sendall(line)
         except OSError as exc:
-            raise ConnectionClosedError("the connection is closed") from exc
+            raise ConnectionClosedError(CLOSED) from exc
 
     def receive(self, max_bytes: int = MAX_MESSAGE_BYTES) -> JsonObject:
         """Return the next message. Raises ConnectionClosedError, MessageTooLargeError and ProtocolError."""
         try:
             line = self._reader.readline(max_bytes + 1)
         except (OSError, ValueError) as exc:  # ValueError: another thread has closed it
-            raise ConnectionClosedError("the connection is closed") from exc
+            raise ConnectionClosedError(CLOSED) from exc
         if len(line) > max_bytes:
-            raise MessageTooLargeError(f"message has more than {max_bytes} bytes")
+            raise MessageTooLargeError("too_large", f"message has more than {max_bytes} bytes")
         if not line.endswith(b"\n"):
-            raise ConnectionClosedError("the connection is closed")
+            raise ConnectionClosedError(CLOSED)
         try:
             message = json.loads(line)
         except (ValueError, RecursionError) as exc:
@@ -138,7 +95,6 @@ class Connection:
         return bool(self._poll.poll(0))
 
     def close(self) -> None:
-        """Close the connection, and wake threads that wait at either end."""
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self._reader.close()
@@ -151,10 +107,7 @@ def has_socket() -> bool:
 
 
 def runtime_dir() -> Path:
-    """Return the directory of the worker's socket, lock and log, made if it does not exist.
-
-    Raises LlmcliError if the directory is not the user's alone, or the system has no Unix sockets.
-    """
+    """Return the directory of the worker's socket, lock and log, made if needed; it has to be the user's alone."""
     if not hasattr(socket, "AF_UNIX"):
         raise LlmcliError("this system has no Unix sockets")
     path = _runtime_dir()
@@ -176,33 +129,18 @@ def _runtime_dir() -> Path:
 
 
 def peer_uid(connection: socket.socket) -> int:
-    """Return the user ID of the other end, as the system knows it."""
     if hasattr(socket, "SO_PEERCRED"):  # Linux: struct ucred
-        _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    else:  # macOS, BSD: the beginning of struct xucred, by LOCAL_PEERCRED
-        _, user = struct.unpack("Ii", connection.getsockopt(0, 1, 8))
-    return int(user)
+        return int(struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1])
+    return int(struct.unpack("Ii", connection.getsockopt(0, 1, 8))[1])  # macOS, BSD: struct xucred, by LOCAL_PEERCRED
 
 
 def environment_fingerprint() -> str:
-    """Return a hash of the packages, the configuration, and the environment variables that libraries read.
-
-    A worker serves only calls with its own hash: they would compute the same results.
-    """
+    """Return a hash of all but the job that results depend on: a worker serves only calls with its own hash."""
     settings = config.config_file()
     names = (settings.name, "models.toml", "prompts.toml", "presets.toml", "translations.toml")
-    packages = (Path(typer.__file__).parents[1], Path(__file__).parents[1])
-    stamps = [_stamp(path) for path in (*(settings.with_name(name) for name in names), *packages)]
-    variables = sorted(
-        (name, value) for name, value in os.environ.items() if name.startswith(LIBRARY_PREFIXES) or name == "HOME"
-    )
+    files = [settings.with_name(name) for name in names]
+    packages = [Path(typer.__file__).parents[1], Path(__file__).parents[1]]
+    stamps = [(str(path), path.stat().st_mtime_ns if os.path.exists(path) else None) for path in files + packages]
+    variables = sorted(item for item in os.environ.items() if item[0] == "HOME" or item[0].startswith(LIBRARY_PREFIXES))
     seen = [__version__, str(config.cache_dir()), stamps, variables]
     return hashlib.sha256(json.dumps(seen).encode("utf-8", "backslashreplace")).hexdigest()
-
-
-def _stamp(path: Path) -> tuple[str, int | None]:
-    """Return a path, and when it was changed."""
-    try:
-        return str(path), path.stat().st_mtime_ns
-    except OSError:
-        return str(path), None

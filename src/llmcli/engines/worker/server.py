@@ -10,16 +10,18 @@ import traceback
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from socket import socket
+from typing import Any
+
+import psutil
 
 from llmcli import console
 from llmcli.engines.batch_runner import BatchRunner
-from llmcli.engines.local import LocalEngine
-from llmcli.engines.model import Model
+from llmcli.engines.local import LocalEngine, Model
 from llmcli.engines.model_cache import ModelCache, ModelLease
+from llmcli.engines.requests import failure_from
 from llmcli.engines.worker import protocol
 from llmcli.engines.worker.device_lock import DeviceLock, FairLock
-from llmcli.engines.worker.protocol import Connection, ConnectionClosedError, ErrorMessage, MessageTooLargeError
+from llmcli.engines.worker.protocol import Connection, ConnectionClosedError, MessageTooLargeError
 from llmcli.errors import ExitStatus, LlmcliError
 from llmcli.job import Failure, Job, JsonObject, Record
 from llmcli.models import malloc
@@ -29,7 +31,6 @@ HANDSHAKE_TIMEOUT_S = 5.0  # for a call to say what it wants
 MAX_HANDSHAKE_BYTES = 4096
 POLL_S = 0.5  # between two looks at what is idle
 LOCK_TIMEOUT_S = 5.0  # for another worker to make way
-LISTEN_BACKLOG = 1024
 
 
 class JobCancelledError(BaseException):
@@ -37,11 +38,12 @@ class JobCancelledError(BaseException):
 
 
 def serve(keep_alive_s: float | None) -> None:
-    """Run jobs until none has come for so many seconds and no model is loaded; None: until a signal or `llmcli stop`.
+    """Run jobs until none has come for so many seconds and no model is loaded, or until a signal or `llmcli stop`."""
+    import resource
 
-    Raises LlmcliError if a worker is running already, or its socket cannot be made.
-    """
-    _raise_file_limit()
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # Idle connections must not keep others out.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if limit == resource.RLIM_INFINITY else limit, limit))
     malloc.use_one_arena()  # One thread computes at a time.
     with Worker(math.inf if keep_alive_s is None else keep_alive_s) as worker:
         while not worker.is_finished:
@@ -49,12 +51,11 @@ def serve(keep_alive_s: float | None) -> None:
 
 
 class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-    """The socket, and what all calls share. One worker at a time holds the lock on a file beside the socket, which the
-    system releases however the worker exits."""
+    """The socket, and what all calls share. One worker at a time holds the lock on a file beside the socket."""
 
     daemon_threads = True
     block_on_close = False
-    request_queue_size = LISTEN_BACKLOG
+    request_queue_size = 1024
     timeout = POLL_S
 
     def __init__(self, keep_alive_s: float) -> None:
@@ -76,9 +77,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         super().server_bind()
         self._path.chmod(0o600)
 
-    def verify_request(self, request: object, client_address: object) -> bool:
-        """Return whether the call is of this process's user."""
-        assert isinstance(request, socket)
+    def verify_request(self, request: Any, client_address: object) -> bool:
         return protocol.peer_uid(request) == os.getuid()
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -95,7 +94,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
     @property
     def is_finished(self) -> bool:
-        """Whether the worker is to exit now."""
         with self._state_lock:
             if self._is_stopped or (self._lock_file is None and not self.jobs):
                 return True
@@ -106,14 +104,12 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             return False
 
     def begin_job(self) -> bool:
-        """Count a new job, and return whether it may run."""
         with self._state_lock:
             is_accepting = self._lock_file is not None
             self.jobs += is_accepting
             return is_accepting
 
     def end_job(self) -> None:
-        """Count a job as ended."""
         with self._state_lock:
             self.jobs -= 1
             self._last_used = time.monotonic()
@@ -127,15 +123,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
                 self._lock_file = None
 
     def stop(self) -> None:
-        """Exit without finishing the jobs."""
         self._is_stopped = True
-
-    def status(self) -> protocol.WorkerStatus:
-        """Return what `llmcli ps` prints."""
-        import psutil
-
-        memory = psutil.Process().memory_info().rss
-        return {"pid": os.getpid(), "jobs": self.jobs, "memory": memory, "models": self.models.status()}
 
     def server_close(self) -> None:
         self.drain()
@@ -162,8 +150,9 @@ class ClientHandler(socketserver.BaseRequestHandler):
         send = self._connection.send
         match hello.get("do"):
             case "status":
+                memory, models = psutil.Process().memory_info().rss, self.server.models.status()
                 send(worker=os.getpid())
-                send(status=self.server.status())
+                send(status={"pid": os.getpid(), "jobs": self.server.jobs, "memory": memory, "models": models})
             case "stop":
                 send(worker=os.getpid())
                 self.server.stop()
@@ -187,7 +176,6 @@ class ClientHandler(socketserver.BaseRequestHandler):
                 send(refused="unknown action")
 
     def _run(self, first: JsonObject, *, loads: bool) -> None:
-        """Run the job of the first message to its end."""
         device_lock = DeviceLock(self.server.device_lock)
         lease = ModelLease(self.server.models, device_lock.unlocked)
 
@@ -210,23 +198,21 @@ class ClientHandler(socketserver.BaseRequestHandler):
                 else:
                     with closing(engine.run(job, _records(self._connection), on_text)) as results:
                         for result in results:
-                            failure = result.failure.to_json() if result.failure else None
                             try:
-                                send(result=protocol.ResultMessage(result.output, result.text, failure))
+                                send(result=(result.output, result.text, result.failure))
                             except MessageTooLargeError as exc:
-                                send(result=protocol.ResultMessage({}, "", exc.to_failure().to_json()))
+                                send(result=({}, "", failure_from(exc)))
             send(done=True)
         except LlmcliError as exc:
-            send(error=ErrorMessage(None, exc.message, exc.hint, exc.status, traceback.format_exc()))
+            send(error=(None, exc.message, exc.hint, exc.status, traceback.format_exc()))
         except Exception as exc:
-            send(error=ErrorMessage(type(exc).__name__, str(exc), None, ExitStatus.FAILED, traceback.format_exc()))
+            send(error=(type(exc).__name__, str(exc), None, ExitStatus.FAILED, traceback.format_exc()))
         finally:
             lease.release(job.keep_alive if job else None)
 
 
 class WarmEngine(LocalEngine):
-    """Runs a job beside others on the same device and models. It raises JobCancelledError, within a token, once the
-    call has closed its connection."""
+    """Runs a job beside others on the same device and models; it ends within a token once the call has hung up."""
 
     def __init__(self, connection: Connection, device_lock: DeviceLock, lease: ModelLease) -> None:
         super().__init__(lease)
@@ -239,17 +225,17 @@ class WarmEngine(LocalEngine):
 
     def make_runner(self, job: Job, strategy: Strategy, model: Model) -> BatchRunner:
         runner = super().make_runner(job, strategy, model)
-        runner.on_token = self._between_tokens
-        return runner
 
-    def _between_tokens(self) -> None:
-        if self._connection.is_closed:
-            raise JobCancelledError
-        self._device_lock.yield_to_others()
+        def between_tokens() -> None:
+            if self._connection.is_closed:
+                raise JobCancelledError
+            self._device_lock.yield_to_others()
+
+        runner.on_token = between_tokens
+        return runner
 
 
 def _records(connection: Connection) -> Iterator[Record]:
-    """Yield the records of a call as they arrive. Raises JobCancelledError if the call exits before the end."""
     while True:
         try:
             message = connection.receive()
@@ -257,12 +243,11 @@ def _records(connection: Connection) -> Iterator[Record]:
             raise JobCancelledError from None
         if "end" in message:
             return
-        fields, failure = protocol.RecordMessage(*message["record"])
+        fields, failure = message["record"]
         yield Record(fields, failure=Failure(**failure) if failure else None)
 
 
 def _lock(path: Path) -> int:
-    """Return an open file that is locked. Raises LlmcliError if another worker does not release it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline = time.monotonic() + LOCK_TIMEOUT_S
     while True:
@@ -274,12 +259,3 @@ def _lock(path: Path) -> int:
                 os.close(descriptor)
                 raise LlmcliError("a worker is already running", hint="run `llmcli stop` to stop it") from None
             time.sleep(POLL_S / 10)
-
-
-def _raise_file_limit() -> None:
-    """Allow as many connections as the system does: idle ones must not keep others out."""
-    import resource
-
-    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if limit == resource.RLIM_INFINITY else limit, limit))
