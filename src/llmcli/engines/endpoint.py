@@ -14,6 +14,7 @@ from llmcli.engines.requests import OnText, Request, capture_errors
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
 from llmcli.job import Job, JsonObject
 from llmcli.tasks import Prompt, Strategy
+from llmcli.text.splitting import first_stop
 
 if TYPE_CHECKING:
     from openai import APIStatusError, OpenAI
