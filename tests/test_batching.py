@@ -5,10 +5,10 @@ import json
 import pytest
 
 from llmcli.engines.batching import (
+    BatchPolicy,
     MemoryEstimator,
     MemoryUsage,
-    RowPolicy,
-    TokenPolicy,
+    TokenBatchPolicy,
     bucket_by_length,
     bucket_by_tokens,
 )
@@ -36,7 +36,7 @@ def memory() -> MemoryEstimator:
 
 @pytest.mark.parametrize(("speeds", "sizes"), [([100, 190, 300], [32, 64, 64]), ([100, 20, 500], [32, 16, 16])])
 def test_policy_auto_grows_while_throughput_improves(memory, speeds, sizes):
-    policy = RowPolicy(None, "cpu", memory)
+    policy = BatchPolicy(None, "cpu", memory)
     seen = []
     for speed in speeds:
         policy.observe([10] * policy.size, speed)
@@ -45,7 +45,7 @@ def test_policy_auto_grows_while_throughput_improves(memory, speeds, sizes):
 
 
 def test_policy_keeps_the_batch_size_of_the_user(memory):
-    policy = RowPolicy(5, "cpu", memory)
+    policy = BatchPolicy(5, "cpu", memory)
     policy.observe([10] * 5, 100)
     assert len(policy.choose([10] * 20)) == 5
     policy.observe_out_of_memory([10] * 5)
@@ -53,20 +53,20 @@ def test_policy_keeps_the_batch_size_of_the_user(memory):
 
 
 def test_policy_out_of_memory_limits_tokens_not_rows(memory):
-    policy = RowPolicy(64, "cpu", memory, answer_tokens=20)
+    policy = BatchPolicy(64, "cpu", memory, answer_tokens=20)
     policy.observe_out_of_memory([10] * 63 + [1000])
     assert len(policy.choose([10] * 63 + [1000])) >= 32  # the short rows alone are far below what failed
     assert policy.choose([1000] + [10] * 63) != list(range(64))
 
 
 def test_policy_fixed_ignores_speed_and_free_memory():
-    policy = RowPolicy(None, "cpu", MemoryEstimator(lambda reset: MemoryUsage(0, 10**6, 0)), is_fixed=True)
+    policy = BatchPolicy(None, "cpu", MemoryEstimator(lambda reset: MemoryUsage(0, 10**6, 0)), is_fixed=True)
     policy.observe([10] * 16, 100)
     assert (policy.size, len(policy.choose([10] * 40))) == (16, 13)
 
 
 def test_token_policy_measures_padded_tokens(memory):
-    policy = TokenPolicy(None, "cpu", memory)
+    policy = TokenBatchPolicy(None, "cpu", memory)
     assert len(policy.choose([1] * 400)) == 256  # 16 rows of 16 tokens
     assert len(policy.choose([64] * 400)) == 4
 
@@ -209,10 +209,10 @@ def test_seed_repeats_a_run_whatever_the_speed(llmcli, tiny, monkeypatch):
     lines = "".join(f"the fox {i}\n" for i in range(120)).encode()
     args = ("generate", "--lines", "-m", tiny, "--max-new-tokens", 4, "--seed", 7, "--temperature", 1)
     first = llmcli(*args, stdin=lines)
-    observe = batching.RowPolicy.observe
+    observe = batching.BatchPolicy.observe
     speeds = iter([100.0, 1.0] * 100)
     monkeypatch.setattr(
-        batching.RowPolicy, "observe", lambda self, lengths, speed: observe(self, lengths, next(speeds))
+        batching.BatchPolicy, "observe", lambda self, lengths, speed: observe(self, lengths, next(speeds))
     )
     assert llmcli(*args, stdin=lines).stdout == first.stdout
 

@@ -1,12 +1,14 @@
 """The command tree, and main(), the only function that turns exceptions into exit codes."""
 
 import contextlib
+import functools
 import importlib
 import os
 import pkgutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from shutil import get_terminal_size
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -16,10 +18,14 @@ from llmcli import __version__, commands, console
 from llmcli.errors import ExitStatus, LlmcliError, OutputClosedError, TerminatedError
 from llmcli.options.expand import Command
 
+HELP_WIDTH = min(get_terminal_size().columns, 80) - 2
+
 app = typer.Typer(
     name="llmcli", help="Run Transformers models from the command line.", no_args_is_help=True,
     rich_markup_mode=None,  # plain help is faster, and readable in a pipe
-    pretty_exceptions_enable=False, context_settings={"help_option_names": ["--help", "-h"]},
+    pretty_exceptions_enable=False,
+    # Typer lays out help for at least 50 columns unless it is told the width.
+    context_settings={"help_option_names": ["--help", "-h"], "terminal_width": HELP_WIDTH},
 )  # fmt: skip
 for _name in (module.name for module in pkgutil.iter_modules(commands.__path__)):
     _module = importlib.import_module(f"{commands.__name__}.{_name}")
@@ -42,6 +48,12 @@ Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=
 def root(version: Version = False) -> None: ...
 
 
+@functools.cache
+def _build_commands() -> Callable[..., None]:
+    """Return the command tree. Building it takes longer than parsing a command line."""
+    return typer.main.get_command(app)
+
+
 def run() -> NoReturn:
     """Run the command line of the process, and end the process."""
     status = main()
@@ -60,7 +72,7 @@ def main(args: list[str] | None = None) -> int:
     """Run a command line, without the name of the program, and return its exit status."""
     with _raise_on_sigterm():
         try:
-            app(args, prog_name="llmcli")
+            _build_commands()(args, prog_name="llmcli")
         except SystemExit as exc:  # As Python's own exit does: a text is printed, and means failure.
             if exc.code is None or isinstance(exc.code, int):
                 return exc.code or ExitStatus.OK

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmcli import console
-from llmcli.engines.batching import RowPolicy
+from llmcli.engines.batching import BatchPolicy
 from llmcli.engines.requests import OnText, Request, capture_errors, is_out_of_memory
 from llmcli.errors import LlmcliError
 from llmcli.job import JsonObject
@@ -37,7 +37,7 @@ class BatchRunner:
     called after each token that a batch generates; it may raise.
     """
 
-    def __init__(self, pipeline: "Pipeline", policy: RowPolicy, parameters: JsonObject, *, truncate: bool) -> None:
+    def __init__(self, pipeline: "Pipeline", policy: BatchPolicy, parameters: JsonObject, *, truncate: bool) -> None:
         self.pipeline, self.policy = pipeline, policy
         self.on_token: Callable[[], None] | None = None
         self.queue: list[Row] = []

@@ -101,12 +101,11 @@ def probe_memory(model: "PreTrainedModel", reset: bool) -> MemoryUsage:
     return MemoryUsage(info.rss - shared, peak - shared, psutil.virtual_memory().available)
 
 
-class RowPolicy:
+class BatchPolicy:
     """Chooses batches. `choose` one, then report by `observe` or `observe_out_of_memory` how it went.
 
-    A batch is measured in rows: for generation, where each step takes as long for long rows as for short ones.
-
-    The `size` of batches, if None, doubles while throughput improves, unless `is_fixed`. A batch also has to fit in
+    A batch is measured in rows: for generation, where each step takes as long for long rows as for short ones. The
+    `size` of batches, if None, doubles while throughput improves, unless `is_fixed`. A batch also has to fit in
     memory, with `answer_tokens` for each row. A batch that ran out of memory limits the tokens of later ones, not their
     rows: one long record does not make batches of short records smaller.
     """
@@ -161,7 +160,7 @@ class RowPolicy:
         return len(lengths)
 
 
-class TokenPolicy(RowPolicy):
+class TokenBatchPolicy(BatchPolicy):
     """Measures a batch in tokens: where one forward pass reads all of them. `size` counts rows of a fixed length."""
 
     def _select(self, lengths: Sequence[int], size: int) -> list[int]:

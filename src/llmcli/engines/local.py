@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from llmcli import console, pipelines, tasks
 from llmcli.engines.batch_runner import BatchRunner
-from llmcli.engines.batching import MemoryEstimator, RowPolicy, TokenPolicy, probe_memory
+from llmcli.engines.batching import BatchPolicy, MemoryEstimator, TokenBatchPolicy, probe_memory
 from llmcli.engines.engine import TaskEngine
 from llmcli.engines.model_cache import ModelCache, ModelLease
 from llmcli.errors import ModelTooLargeError, ModelUnavailableError
@@ -46,7 +46,7 @@ class LocalEngine(TaskEngine):
         parameters = strategy.parameters(job, model)
         if strategy.defaults is None:
             # A batch that is only read is measured in tokens, unless the user says how many rows it has.
-            policy = RowPolicy if job.batch_size else TokenPolicy
+            policy = BatchPolicy if job.batch_size else TokenBatchPolicy
             return BatchRunner(pipeline, policy(job.batch_size, device, memory), parameters, truncate=job.truncate)
         from transformers import set_seed
 
@@ -61,7 +61,7 @@ class LocalEngine(TaskEngine):
         # A seed repeats a run only if the batches do not depend on speed and free memory.
         is_fixed = job.seed is not None and bool(config.do_sample)
         answer_tokens = config.max_new_tokens or config.max_length or 0
-        batches = RowPolicy(job.batch_size, device, memory, answer_tokens, is_fixed)
+        batches = BatchPolicy(job.batch_size, device, memory, answer_tokens, is_fixed)
         return BatchRunner(pipeline, batches, {"generation_config": config}, truncate=job.truncate)
 
 

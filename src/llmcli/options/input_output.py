@@ -82,7 +82,9 @@ class OutputOptions:
         """Return where and how results are written.
 
         Args:
+            input_format: How records are read; results are written alike unless --json is given.
             texts: Texts of the input; --resume checks that they, and the files, stay the same.
+            files: Files of the input.
             format: Output format of a command that writes no other.
         """
         format = format or (OutputFormat.JSON if self.json else FORMATS[input_format])

@@ -51,6 +51,8 @@ class ModelOptions:
         """Return the job that the options describe.
 
         Args:
+            task: Name of a module of `llmcli.tasks`.
+            parameters: What the task understands.
             generation: Generation options of a task that generates text.
             defaults: GenerationConfig values under those that the user gave.
             truncate: Whether to truncate long inputs, if there are no generation options.
