@@ -12,10 +12,11 @@ test: .venv/ready  ## run the whole suite, with the real model
 test-fast: .venv/ready  ## run the tests that need no network and start no processes
 	$(BIN)/pytest -m "not real and not slow"
 
-lint: .venv/ready  ## check style and types
+lint: .venv/ready  ## check style, types and wording
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/pytest -n 0 tests/test_style.py
 
 docs: .venv/ready  ## regenerate the command reference and the outputs in the pages
 	$(BIN)/python tests/reference.py

@@ -93,8 +93,8 @@ def as_batch(inputs: Mapping[str, Any]) -> dict[str, list[Any]]:
 def check_length(text: str, maximum: int, count_tokens: Callable[[str], int]) -> None:
     """Raise RecordError if a beginning of the text has more than twice the tokens that fit.
 
-    A tokenizer needs a second and 200 MB for each million characters of a text. A beginning may end inside a word,
-    so its count is not exact: hence twice.
+    A tokenizer needs a second and 200 MB for each million characters of a text. A beginning may end inside a
+    word, so its count is not exact.
     """
     size = CHARACTERS_PER_TOKEN * maximum
     while size < len(text):
@@ -113,7 +113,7 @@ def too_long(what: str, length: int | str, maximum: int) -> RecordError:
 
 def check_tokens(ids: Sequence[int]) -> None:
     if not ids:
-        raise RecordError("no_tokens", "the text has no tokens")
+        raise RecordError("no_tokens", "text has no tokens")
 
 
 def check_finite(numbers: object) -> None:

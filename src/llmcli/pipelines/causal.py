@@ -49,7 +49,7 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
     def can_share_prefix(self) -> bool:
         """Whether prompts may begin with the keys and values of a common prefix.
 
-        Padding then lies between the prefix and the rest, and counts in models that read positions off the sequence.
+        Padding then is between the prefix and the rest, and counts in models that read positions off the sequence.
         """
         return takes_position_ids(self.model)
 

@@ -31,7 +31,7 @@ class ExtractiveQaPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  
     postprocess  {"answer", "score", "start", "end"}, from all windows of one question; "answers", best first, if more
                  than one was asked for
 
-    The answers and their scores are those of transformers 4, whose pipeline for this is gone from transformers 5.
+    The answers and their scores are those of the pipeline of Transformers 4, which Transformers 5 removed.
     """
 
     auto_class = "AutoModelForQuestionAnswering"

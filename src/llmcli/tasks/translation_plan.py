@@ -76,7 +76,7 @@ def _match_language(job: Job, wanted: str, known: Sequence[str], direction: str)
     nearest = ", ".join(f"{tag} ({languages.english_name(tag)})" for tag in languages.find_nearest(wanted, known))
     raise UsageError(
         f"{job.model} does not translate {direction} {languages.english_name(wanted)} ({wanted})",
-        hint=f"{'nearest ' if len(known) > 1 else ''}supported: {nearest}",
+        hint=f"{'closest ' if len(known) > 1 else ''}supported: {nearest}",
     )
 
 

@@ -69,7 +69,7 @@ def find_codes(tokens: Iterable[str]) -> dict[str, str]:
 
 
 def match(wanted: str, known: Iterable[str]) -> str | None:
-    """Return the known tag of the same language and script, preferring the nearest country."""
+    """Return the known tag of the same language and script, preferring the closest country."""
     from langcodes import closest_supported_match
 
     # langcodes would also accept a related language, or the same language in a script that most of its readers know.

@@ -135,7 +135,7 @@ def peer_uid(connection: socket.socket) -> int:
 
 
 def environment_fingerprint() -> str:
-    """Return a hash of all but the job that results depend on: a worker serves only calls with its own hash."""
+    """Return a hash of what results depend on, besides the job: a worker serves only calls with its own hash."""
     settings = config.config_file()
     names = (settings.name, "models.toml", "prompts.toml", "presets.toml", "translations.toml")
     files = [settings.with_name(name) for name in names]

@@ -38,7 +38,7 @@ class JobCancelledError(BaseException):
 
 
 def serve(keep_alive_s: float | None) -> None:
-    """Run jobs until none has come for so many seconds and no model is loaded, or until a signal or `llmcli stop`."""
+    """Run jobs until a signal, `llmcli stop`, or that many seconds without a job and without a loaded model."""
     import resource
 
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
