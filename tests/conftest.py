@@ -61,7 +61,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from llmcli.models import registry
     from llmcli.tasks import prompting, translate
 
-    for name in [name for name in os.environ if name.startswith(("LLMCLI_", "HF_"))]:
+    # GNU readline, which pytest plugins import, sets LINES and COLUMNS.
+    for name in [name for name in os.environ if name.startswith(("LLMCLI_", "HF_")) or name in ("LINES", "COLUMNS")]:
         monkeypatch.delenv(name)
     home = tmp_path / "home"
     home.mkdir()

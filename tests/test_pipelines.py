@@ -148,6 +148,7 @@ def test_prefix_is_not_shared_by_models_that_take_distances_from_the_sequence(ti
         FalconForCausalLM(falcon),
     ]
     tokenizer = AutoTokenizer.from_pretrained(tiny)
+    pipeline_class("causal")  # registers the task
     for model in models:
         causal = pipeline("llmcli-causal", model=model, tokenizer=tokenizer)
         assert not causal.can_share_prefix

@@ -106,7 +106,7 @@ def test_worker_reports_unexpected_error_as_locally(warm, process, encoder, tmp_
     assert (there.stdout, there.stderr, there.returncode) == (here.stdout, here.stderr, here.returncode)
     told = process("embed", "dog", "-m", folder, "-v").stderr
     assert b"in the worker:" in told
-    assert b"encoder.py" in told
+    assert b"loading.py" in told
 
 
 def test_worker_client_imports_nothing_heavy(warm, chatty):

@@ -80,19 +80,19 @@ class TaskEngine(ABC):
 
 @dataclass(slots=True, eq=False)
 class PendingRecord:
-    """A record in flight: its task, the model call that the task waits for, and finally the result."""
+    """A record in flight: its task as a generator, the model call that the task waits for, and finally the result."""
 
     record: Record
-    task: TaskGenerator | None = None
+    generator: TaskGenerator | None = None  # the task on its way
     call: ModelCall | None = None
     requests: list[Request] = field(default_factory=list)
     result: Result | None = None
 
     def resume(self, outputs: list[Any] | None) -> None:
         """Run the task up to its next model call or its result. `outputs` are those of the last call."""
-        assert self.task
+        assert self.generator
         try:
-            self.call = self.task.send(outputs)  # type: ignore[arg-type]  # None starts a generator
+            self.call = self.generator.send(outputs)  # type: ignore[arg-type]  # None starts a generator
             self.requests = [Request(item) for item in self.call.inputs]
         except StopIteration as stop:
             self.result = Result(self.record, stop.value.output, stop.value.text)
@@ -143,7 +143,7 @@ class JobRun:
             with self._engine.exclusive:
                 strategy = self._task.strategies[self.find_model().kind]
                 for pending, inputs in unfinished:
-                    pending.task = strategy.run(self._job, inputs, self._model)
+                    pending.generator = strategy.run(self._job, inputs, self._model)
                     pending.resume(None)
                     self._dispatch(pending)
 

@@ -52,7 +52,7 @@ class LocalModel(TaskModel, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelCall:
-    """A batch of inputs that a task wants the model to run.
+    """One or more inputs that a task wants the model to run.
 
     Attributes:
         inputs: Inputs for the pipeline of the task's strategy; one output comes back for each. If `job` is given,
