@@ -24,7 +24,7 @@ def test_rows_are_dealt_into_equal_batches():
     assert sorted(lengths[i] for i in bucket_by_length(lengths, 4)) == [11, 40, 41]
 
 
-def plenty(reset: bool) -> MemoryUsage:
+def plenty() -> MemoryUsage:
     return MemoryUsage(used=0, peak=0, free=10**12)
 
 
@@ -60,7 +60,7 @@ def test_policy_out_of_memory_limits_tokens_not_rows(memory):
 
 
 def test_policy_fixed_ignores_speed_and_free_memory():
-    policy = BatchPolicy(None, "cpu", MemoryEstimator(lambda reset: MemoryUsage(0, 10**6, 0)), is_fixed=True)
+    policy = BatchPolicy(None, "cpu", MemoryEstimator(lambda: MemoryUsage(0, 10**6, 0)), is_fixed=True)
     policy.observe([10] * 16, 100)
     assert (policy.size, len(policy.choose([10] * 40))) == (16, 13)
 
@@ -103,7 +103,8 @@ def test_equal_records_of_a_greedy_job_run_once(llmcli, tiny, monkeypatch):
 
 def test_memory_estimator_rejects_batches_that_do_not_fit():
     now = MemoryUsage(used=1000, peak=1000, free=10_000)
-    memory = MemoryEstimator(lambda reset: now)
+    memory = MemoryEstimator(lambda: now)
+    memory.start_batch()
     assert memory.fits(10**9)  # nothing is known yet
     now = MemoryUsage(used=1500, peak=3000, free=9500)
     memory.observe(100)  # 20 bytes a token
@@ -118,16 +119,22 @@ def test_memory_estimator_rejects_batches_that_do_not_fit():
 def test_memory_estimator_counts_the_peak_of_each_batch():
     usages = iter([
         MemoryUsage(used=100, peak=5000, free=10_000),  # loading took more than any batch
-        MemoryUsage(used=100, peak=100, free=10_000),  # reset
         MemoryUsage(used=100, peak=2100, free=10_000),  # 20 bytes a token
-        MemoryUsage(used=100, peak=2100, free=10_000),
-        MemoryUsage(used=100, peak=2100, free=10_000),
     ])  # fmt: skip
-    memory = MemoryEstimator(lambda reset: next(usages))
+    memory = MemoryEstimator(lambda: next(usages))
     memory.start_batch()
     memory.observe(100)
     assert memory.fits(400)
     assert not memory.fits(401)
+
+
+def test_memory_estimator_ignores_a_peak_that_cannot_be_reset():
+    usages = iter([MemoryUsage(used=100, peak=5000, free=10_000), MemoryUsage(used=1100, peak=5000, free=9000)])
+    memory = MemoryEstimator(lambda: next(usages))
+    memory.start_batch()
+    memory.observe(100)  # 10 bytes a token
+    assert memory.fits(800)
+    assert not memory.fits(801)
 
 
 @pytest.mark.parametrize("size", [2, 7, 40])

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +20,7 @@ USABLE_FRACTION = 0.8  # of the free memory, for one batch
 
 
 class MemoryUsage(NamedTuple):
-    """Bytes in use now, the peak since the last reset, and bytes free for more."""
+    """Bytes in use now, the peak since the last measurement if it can be reset, and bytes free for more."""
 
     used: int
     peak: int
@@ -29,27 +28,26 @@ class MemoryUsage(NamedTuple):
 
 
 class MemoryEstimator:
-    """Learns how much memory a token of a batch takes, padding and answers included. `probe(True)` resets the peak."""
+    """Learns how much memory a token of a batch takes, padding and answers included. `probe` measures, and resets."""
 
-    def __init__(self, probe: Callable[[bool], MemoryUsage]) -> None:
+    def __init__(self, probe: Callable[[], MemoryUsage]) -> None:
         self._probe = probe
-        self._peak_before = 0
+        self._baseline: MemoryUsage | None = None  # before the first batch
+        self._last = MemoryUsage(0, 0, 0)
         self._bytes_per_token = 0.0
         self._failed_tokens: int | None = None  # the smallest batch that ran out of memory
 
-    @cached_property
-    def _baseline(self) -> MemoryUsage:
-        return self._probe(False)
-
     def start_batch(self) -> None:
-        _ = self._baseline  # measured now at the latest
-        self._peak_before = self._probe(True).peak
+        if self._baseline is None:
+            self._baseline = self._last = self._probe()
 
     def observe(self, tokens: int) -> None:
-        usage = self._probe(False)
-        # Where the peak cannot be reset, it may be that of loading the model or of an earlier batch.
-        peak = max(usage.used, usage.peak if usage.peak > self._peak_before else 0)
-        self._bytes_per_token = max(self._bytes_per_token, (peak - self._baseline.used) / tokens)
+        usage = self._probe()
+        # A peak that is the same as before is that of an earlier batch, or of loading the model: it cannot be reset.
+        peak = max(usage.used, usage.peak if usage.peak != self._last.peak else 0)
+        if self._baseline:
+            self._bytes_per_token = max(self._bytes_per_token, (peak - self._baseline.used) / tokens)
+        self._last = usage
 
     def observe_failure(self, tokens: int) -> None:
         self._failed_tokens = min(tokens, self._failed_tokens or tokens)
@@ -61,12 +59,12 @@ class MemoryEstimator:
         """Return whether a batch of that many tokens is expected to fit. Any does until one has run."""
         if not self.is_below_failure(tokens):
             return False
-        usage = self._probe(False)
-        return tokens * self._bytes_per_token <= USABLE_FRACTION * (usage.free + usage.used - self._baseline.used)
+        taken = self._last.used - (self._baseline.used if self._baseline else 0)
+        return tokens * self._bytes_per_token <= USABLE_FRACTION * (self._last.free + taken)
 
 
-def probe_memory(model: "PreTrainedModel", reset: bool) -> MemoryUsage:
-    """Measure the devices that hold a model: several if Accelerate has spread it."""
+def probe_memory(model: "PreTrainedModel") -> MemoryUsage:
+    """Measure the devices that hold a model, several if Accelerate has spread it, and reset their peaks."""
     import psutil
     import torch
 
@@ -75,27 +73,24 @@ def probe_memory(model: "PreTrainedModel", reset: bool) -> MemoryUsage:
     gpus = [device for device in devices if device.type == "cuda"]
     used = peak = free = 0
     for gpu in gpus:
-        if reset:
-            torch.cuda.reset_peak_memory_stats(gpu)
         allocated = torch.cuda.memory_allocated(gpu)
         used += allocated
         peak += torch.cuda.max_memory_allocated(gpu)
+        torch.cuda.reset_peak_memory_stats(gpu)
         # The allocator's reserve is not free to others, but free to the next batch.
         free += torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) - allocated
     if gpus:
         return MemoryUsage(used, peak, free)
 
-    if reset:
-        with suppress(OSError):  # Linux; elsewhere the peak is that of the whole process
-            Path("/proc/self/clear_refs").write_text("5")
     info = psutil.Process().memory_info()
     with suppress(ImportError):  # Windows
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    with suppress(OSError):  # Linux, where the peak can be reset
+    with suppress(OSError):  # Linux; elsewhere the peak is that of the whole process
         status = Path("/proc/self/status").read_text()
         peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+        Path("/proc/self/clear_refs").write_text("5")
     shared = getattr(info, "shared", 0)  # mapped files, such as weights, which are read during the first batch
     # The process keeps what its largest batch took, and the next batch uses it again.
     return MemoryUsage(info.rss - shared, peak - shared, psutil.virtual_memory().available)
