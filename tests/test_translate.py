@@ -57,7 +57,7 @@ def test_languages_are_written_in_many_ways(translate, model, said, tags):
         (("--to", "frnch", "-m", MARIAN), ["unknown language 'frnch'", "French"]),
         (("--to", "de", "-m", MARIAN), ["does not translate to German (de)", "fr (French)"]),
         (("--from", "de", "--to", "fr", "-m", MARIAN), ["does not translate from German (de)", "en (English)"]),
-        (("--from", "en", "--to", "tlh", "-m", NLLB), ["does not translate to Klingon", "nearest supported"]),
+        (("--from", "en", "--to", "tlh", "-m", NLLB), ["does not translate to Klingon", "closest supported"]),
         (("--to", "it", "-m", T5), ["does not translate to Italian", "fr (French)"]),
         (("--to", "fr", "-m", MARIAN, "--prompt", "{text}"), ["--prompt cannot be used with"]),
     ],
@@ -223,7 +223,7 @@ def test_csv_in_csv_out(translate):
 def test_the_nearest_languages_are_named(translate):
     ran = translate("The fox sleeps.", "--from", "en", "--to", "br", "-m", NLLB)
     assert ran.exit_status == 2
-    assert "nearest supported: fr (French), oc (Occitan)" in ran.stderr
+    assert "closest supported: fr (French), oc (Occitan)" in ran.stderr
 
 
 def test_a_field_that_the_prompt_names_and_nobody_has(translate, base):
