@@ -1,3 +1,3 @@
-"""Every local language model as a Unix filter."""
+"""Run Hugging Face Transformers models from the command line."""
 
 __version__ = "0.1.0"
