@@ -73,28 +73,40 @@ def main(args: list[str] | None = None) -> int:
     with _raise_on_sigterm():
         try:
             _build_commands()(args, prog_name="llmcli")
-        except SystemExit as exc:  # As Python's own exit does: a text is printed, and means failure.
-            if exc.code is None or isinstance(exc.code, int):
-                return exc.code or ExitStatus.OK
-            console.error(exc.code)
-            return ExitStatus.FAILED
-        except OutputClosedError as exc:
-            return exc.status
-        except LlmcliError as exc:
+        except BaseException as exc:
+            status = _report(exc)
+            cause: BaseException | None = exc
+            while cause:  # Typer turns KeyboardInterrupt into SystemExit.
+                for note in getattr(cause, "__notes__", ()):
+                    if note.startswith("hint: "):
+                        console.print_line(note)
+                cause = cause.__context__
+            return status
+    return ExitStatus.OK
+
+
+def _report(exc: BaseException) -> int:
+    """Print an exception that has ended the call, and return the exit status."""
+    match exc:
+        case SystemExit(code=None | int() as code):
+            return code or ExitStatus.OK
+        case SystemExit(code=text):  # As Python's own exit does: a text is printed, and means failure.
+            console.error(text)
+        case OutputClosedError(status=status):
+            return status
+        case LlmcliError(status=status):
             console.error(exc.message, exc.hint, exc)
-            return exc.status
-        except KeyboardInterrupt:
+            return status
+        case KeyboardInterrupt():
             return ExitStatus.INTERRUPTED
-        except TerminatedError:
+        case TerminatedError():
             return ExitStatus.TERMINATED
-        except OSError as exc:
+        case OSError():
             console.error(f"{exc.filename or 'stdout'}: {exc.strerror or exc}", None, exc)
-            return ExitStatus.FAILED
-        except Exception as exc:
+        case _:
             hint = None if console.verbose else "this is a bug; please report it with the output of -v and `llmcli env`"
             console.error(f"unexpected {type(exc).__name__}: {exc}", hint, exc)
-            return ExitStatus.FAILED
-    return ExitStatus.OK
+    return ExitStatus.FAILED
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from llmcli import config, console, engines, tasks
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.io.output import Output, OutputFormat, OutputSpec
 from llmcli.io.progress import Progress, RunCounts, print_statistics
-from llmcli.io.resume import Journal
+from llmcli.io.resume import RESUME_HINT, Journal
 from llmcli.job import Job, Record
 
 
@@ -20,7 +20,7 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
         return serve(engines.engine_for(job))
     names = _output_names(job, spec.format)
     with ExitStack() as stack:
-        journal = stack.enter_context(Journal(spec, job)) if spec.resume else None
+        journal = stack.enter_context(Journal(spec, job)) if spec.fingerprint else None
         counts = journal.counts() if journal else RunCounts()
         if spec.stats:
             stack.enter_context(print_statistics(job.model, counts))
@@ -53,6 +53,8 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
                 if result.failure:
                     console.error(f"{result.record.where}{result.failure.message}")
                 if result.failure and spec.stop_on_error:
+                    if journal and not spec.retry:
+                        console.print_line(RESUME_HINT)
                     return ExitStatus.FAILED
         if journal:
             journal.mark_complete()

@@ -57,7 +57,7 @@ def score(
     finisher = ScoreFinisher(
         field=roles["text"], minimum=min_perplexity, maximum=max_perplexity, is_text=is_text,
         shows_excerpt=format is InputFormat.WHOLE, shows_tokens=tokens,
-        for_terminal=is_terminal() and not output.output,
+        for_terminal=is_terminal() and not spec.path,
     )  # fmt: skip
     if condition is not None and not format.has_fields:
         raise UsageError("--condition requires records with fields", hint="use --jsonl or --csv")

@@ -37,7 +37,8 @@ class OutputSpec:
     path: Path | None = None  # None: stdout
     finish: Callable[[Result], Sequence[Result]] | None = None  # returns what is written of a result
     is_filter: bool = False  # `finish` may drop results
-    resume: str | None = None  # fingerprint of the input, if the run continues the file at `path`
+    fingerprint: str | None = None  # of the input, if the state of the run is kept beside the file at `path`
+    resume: bool = False  # continue the file at `path`
     retry: bool = False  # run records again that failed earlier, in the input and in the file at `path`
     stop_on_error: bool = False
     stats: bool = False  # print statistics at the end

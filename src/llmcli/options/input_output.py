@@ -67,7 +67,7 @@ class OutputOptions:
     """Output"""
 
     json: Json = False
-    output: Annotated[Path | None, Option(metavar="PATH", help="Write results to PATH; fails if it exists.")] = None
+    output: Annotated[Path | None, Option(metavar="PATH", help="Write results to PATH, or - for stdout; fails if PATH exists.")] = None
     resume: Annotated[bool, Option("--resume", help="Continue an interrupted run; requires --output.")] = False
     retry_errors: Annotated[bool, Option("--retry-errors", help="Retry records that failed in an earlier run.")] = False
     on_error: Annotated[Literal["skip", "stop"], Option(help="Skip failed records, or stop at the first one.")] = "skip"
@@ -88,15 +88,14 @@ class OutputOptions:
             format: Output format of a command that writes no other.
         """
         format = format or (OutputFormat.JSON if self.json else FORMATS[input_format])
-        resume = None
-        if self.resume:
-            if not self.output:
-                raise UsageError("--resume requires --output")
-            if format is OutputFormat.TEXT:
-                hint = "add --json, --jsonl, --csv, --lines or --null"
-                raise UsageError("--resume requires a structured format", hint)
-            resume = fingerprint(texts, files)
+        path = None if self.output == Path("-") else self.output
+        if self.resume and not path:
+            raise UsageError("--resume requires --output PATH")
+        if self.resume and format is OutputFormat.TEXT:
+            hint = "add --json, --jsonl, --csv, --lines or --null"
+            raise UsageError("--resume requires a structured format", hint)
         return OutputSpec(
-            format=format, path=self.output, resume=resume, retry=self.retry_errors, stats=self.stats,
-            stop_on_error=self.on_error == "stop",
+            format=format, path=path,
+            fingerprint=fingerprint(texts, files) if path and format is not OutputFormat.TEXT else None,
+            resume=self.resume, retry=self.retry_errors, stats=self.stats, stop_on_error=self.on_error == "stop",
         )  # fmt: skip
