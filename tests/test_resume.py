@@ -203,18 +203,19 @@ def interrupted(llmcli, plain, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("exc", "status", "said"),
     [
-        (KeyboardInterrupt(), 130, ""),
-        (TerminatedError(), 143, ""),
-        (LlmcliError("disk full"), 1, "error: disk full\n"),
-        (RuntimeError("odd"), 1, "error: unexpected RuntimeError: odd\nhint: this is a bug; please report it with the "
-         "output of -v and `llmcli env`\n"),
+        (KeyboardInterrupt(), 130, "hint: HINT"),
+        (TerminatedError(), 143, "hint: HINT"),
+        (LlmcliError("disk full"), 1, "error: disk full\nhint: HINT"),
+        (LlmcliError("no worker", "run again"), 1, "error: no worker\nhint: run again; HINT"),
+        (ValueError("odd"), 1, "hint: HINT\nerror: unexpected ValueError: odd\nhint: this is a bug; please report it "
+         "with the output of -v and `llmcli env`"),
     ],
 )  # fmt: skip
 def test_run_without_resume_can_be_resumed(llmcli, command, interrupted, whole, tmp_path, exc, status, said):
     path = tmp_path / "out.jsonl"
     ran = interrupted(exc, path)
     assert ran.exit_status == status
-    assert ran.stderr.endswith(f"{said}hint: to continue: rerun with --resume\n")
+    assert ran.stderr.endswith("\n" + said.replace("HINT", "to continue: rerun with --resume") + "\n")
     assert path.read_bytes().count(b"\n") == 100
     assert llmcli(*command, path).exit_status == 3
     assert path.read_bytes() == whole

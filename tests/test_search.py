@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -105,7 +106,39 @@ def test_what_cannot_be_searched(search, tmp_path):
     assert ran.exit_status == 3
     assert search("dog", tmp_path).exit_status == 2
     assert search("  ", tmp_path / "good.txt").exit_status == 2
-    assert search("dog", stdin=b"").stdout == ""
+    ran = search("dog", stdin=b"")
+    assert (ran.stdout, ran.stderr, ran.exit_status) == ("", "warning: input is empty\n", 0)
+
+
+def test_directories_and_dangling_links_are_skipped(search, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "good.txt").write_text("dog")
+    ran = search("dog", *sorted(tmp_path / name for name in ("good.txt", "link", "sub")))
+    assert ran.exit_status == 0
+    assert ran.stdout.startswith(f"{tmp_path / 'good.txt'}:1: dog")
+    assert ran.stderr.splitlines() == [
+        f"warning: skipped '{tmp_path / 'link'}': cannot be read",
+        f"warning: skipped '{tmp_path / 'sub'}': directory",
+    ]
+    ran = search("dog", tmp_path / "sub")
+    assert (ran.exit_status, "error: no file to search" in ran.stderr) == (2, True)
+    ran = search("dog", tmp_path / "missing", tmp_path / "good.txt")
+    assert (ran.exit_status, ran.stderr) == (2, f"error: {tmp_path / 'missing'}: no such file or directory\n")
+
+
+def test_more_files_than_may_be_open_are_searched(search, tmp_path):
+    files = [tmp_path / f"{number}.txt" for number in range(300)]
+    for number, file in enumerate(files):
+        file.write_text(f"dog {number % 3}")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        ran = search("dog 2", *files, "-n", 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (ran.exit_status, ran.stderr) == (0, "")
+    assert all("dog 2 (1.000)" in line for line in ran.stdout.splitlines())
 
 
 def test_a_cache_that_is_none_is_said_so(search, home):

@@ -54,7 +54,7 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
                     console.error(f"{result.record.where}{result.failure.message}")
                 if result.failure and spec.stop_on_error:
                     if journal and not spec.retry:
-                        console.print_line(RESUME_HINT)
+                        console.print_line(f"hint: {RESUME_HINT}")
                     return ExitStatus.FAILED
         if journal:
             journal.mark_complete()

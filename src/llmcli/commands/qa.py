@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.io.formats import InputFormat
-from llmcli.io.records import add_fields, decode_argument, open_inputs, read_documents, read_records, rename_text
+from llmcli.io.records import add_fields, open_inputs, read_documents, read_records, rename_text
 from llmcli.job import JsonObject, Record
 from llmcli.options import CommonGenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.options.expand import expand_options
@@ -53,7 +53,7 @@ def qa(
     spec = output.spec(format, [text for text in (question, context) if text is not None], input.files)
     roles = input.roles("question", "context")
     given = {roles["question"]: question, roles["context"]: context}
-    fields = {name: decode_argument(text) for name, text in given.items() if text is not None}
+    fields = {name: text for name, text in given.items() if text is not None}
     records: Iterable[Record]
     documents = None
     if question is not None and context is None and format is InputFormat.WHOLE and input.files:

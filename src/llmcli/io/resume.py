@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
+from llmcli import console
 from llmcli.errors import LlmcliError, UsageError
 from llmcli.io.output import Output, OutputSpec, Sink
 from llmcli.io.progress import RunCounts
@@ -29,7 +30,8 @@ from llmcli.job import Job, JsonObject, Record, Result
 
 SYNC_INTERVAL_S = 1.0  # work that a power cut may take
 ENTRIES_PER_COPY = 1024
-RESUME_HINT = "hint: to continue: rerun with --resume"
+ENCODE = json.JSONEncoder(sort_keys=True, default=str).encode
+RESUME_HINT = "to continue: rerun with --resume"
 RESUME_IGNORED_FIELDS = ("batch_size", "concurrency", "keep_alive", "offline", "max_memory", "offload_folder")
 
 
@@ -83,7 +85,7 @@ class Journal(AbstractContextManager["Journal"]):
         done, count, crc = len(self._done), 0, 0
         for number, record in enumerate(records):
             count = number + 1
-            crc = zlib.crc32(json.dumps(record.fields, sort_keys=True, default=str).encode(), crc)
+            crc = zlib.crc32(ENCODE(record.fields).encode(), crc)
             if number < done and crc != self._done[number].input_crc:
                 raise _changed(self.path, "the input")
             if number >= done or not self._stays(self._done[number]):
@@ -114,11 +116,13 @@ class Journal(AbstractContextManager["Journal"]):
             elif exc is None:
                 self._log.sync()
             is_begun = self.path.stat().st_size > 0
-            if is_begun and exc and not isinstance(exc, UsageError):
-                exc.add_note(RESUME_HINT)
+            if is_begun and isinstance(exc, LlmcliError) and not isinstance(exc, UsageError):
+                exc.hint = "; ".join(filter(None, (exc.hint, RESUME_HINT)))
+            elif is_begun and exc and not isinstance(exc, UsageError):
+                console.print_line(f"hint: {RESUME_HINT}")
             if not self._resumes and (self.is_complete or not is_begun):
                 self._state.unlink()
-                if exc:  # A run that has written nothing leaves nothing.
+                if exc:
                     self.path.unlink()
         finally:
             self._log.close()

@@ -67,7 +67,8 @@ class OutputOptions:
     """Output"""
 
     json: Json = False
-    output: Annotated[Path | None, Option(metavar="PATH", help="Write results to PATH, or - for stdout; fails if PATH exists.")] = None
+    output: Annotated[Path | None, Option(metavar="PATH",
+        help="Write results to PATH, which must not exist; - is stdout.")] = None  # fmt: skip
     resume: Annotated[bool, Option("--resume", help="Continue an interrupted run; requires --output.")] = False
     retry_errors: Annotated[bool, Option("--retry-errors", help="Retry records that failed in an earlier run.")] = False
     on_error: Annotated[Literal["skip", "stop"], Option(help="Skip failed records, or stop at the first one.")] = "skip"
