@@ -141,12 +141,36 @@ def test_more_files_than_may_be_open_are_searched(search, tmp_path):
     assert all("dog 2 (1.000)" in line for line in ran.stdout.splitlines())
 
 
-def test_a_cache_that_is_none_is_said_so(search, home):
-    (home / "cache").mkdir()
-    (home / "cache" / "vectors.sqlite").write_bytes(b"no database at all" * 100)
-    ran = search("dog", stdin=b"dog\n")
-    assert ran.exit_status == 1
-    assert ran.stderr.startswith(f"error: {home / 'cache' / 'vectors.sqlite'}: file is not a database")
+def test_cache_that_cannot_be_used_is_a_warning(search, home, monkeypatch, embedded):
+    cache = home / "cache" / "vectors.sqlite"
+    cache.parent.mkdir()
+    expected = search("dog", stdin=b"dog\nfox\n").stdout
+    cache.write_bytes(b"no database at all" * 100)
+    ran = search("dog", stdin=b"dog\nfox\n")
+    assert (ran.stdout, ran.exit_status) == (expected, 0)
+    assert ran.stderr == f"warning: embeddings are not cached: {cache}: file is not a database\n"
+    monkeypatch.setenv("LLMCLI_CACHE", "/dev/null/cache")
+    ran = search("dog", stdin=b"dog\nfox\n")
+    assert (ran.stdout, ran.exit_status) == (expected, 0)
+    assert ran.stderr.startswith("warning: embeddings are not cached: /dev/null/cache/vectors.sqlite: ")
+
+
+@pytest.mark.parametrize("when", ["BEGIN", "INSERT"])
+def test_cache_that_fails_later_is_one_warning(search, monkeypatch, when):
+    class Full(sqlite3.Connection):
+        def execute(self, query, *args):
+            if query.startswith(when):
+                raise sqlite3.OperationalError("attempt to write a readonly database")
+            return super().execute(query, *args)
+
+        def executemany(self, query, *args):
+            raise sqlite3.OperationalError("attempt to write a readonly database")
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **rest: connect(*args, **rest, factory=Full))
+    ran = search("dog", stdin="".join(f"dog {number}\n" for number in range(200)).encode())
+    assert (len(ran.stdout.splitlines()), ran.exit_status) == (5, 0)
+    assert ran.stderr.count("attempt to write a readonly database") == 1
 
 
 @pytest.mark.slow

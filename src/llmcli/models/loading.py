@@ -13,6 +13,7 @@ from llmcli import console
 from llmcli.errors import LlmcliError, ModelTooLargeError, ModelUnavailableError, UsageError
 from llmcli.job import LoadOptions
 from llmcli.models import malloc
+from llmcli.models.memory import available_memory
 
 if TYPE_CHECKING:
     import torch
@@ -186,12 +187,11 @@ def _device_map(
     load_options: LoadOptions, device: str, size: int
 ) -> tuple[str | dict[str, str], dict[int | str, int] | None]:
     """Return device_map and max_memory. Raises ModelUnavailableError if `size` bytes of weights do not fit."""
-    import psutil
     import torch
 
     from llmcli.compat.torch import free_gpu_memory
 
-    memory = load_options.max_memory or psutil.virtual_memory().available
+    memory = load_options.max_memory or available_memory()
     spread = load_options.device == "auto" and device == "cuda"
     gpus: dict[int, int] = {}
     if device.startswith("cuda"):

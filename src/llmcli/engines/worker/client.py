@@ -76,8 +76,12 @@ class ConnectedEngine:
     ) -> Iterator[Result]:
         """Yield results in the order of the records. The job is canceled if the iterator is closed."""
         try:
-            with suppress(ConnectionClosedError):  # _receive raises the error
-                self._connection.send(job=_with_absolute_paths(job), streams=on_text is not None)
+            try:
+                with suppress(ConnectionClosedError):  # _receive raises the error
+                    self._connection.send(job=_with_absolute_paths(job), streams=on_text is not None)
+            except MessageTooLargeError as exc:  # The documents of qa are in the job.
+                yield from (Result(record, failure=failure_from(exc)) for record in records)
+                return
             threading.Thread(target=self._send, args=(records,), daemon=True).start()
             for output, text, failure in self._receive(on_text):
                 result = Result(self._sent.get(), output, text, Failure(**failure) if failure else None)
