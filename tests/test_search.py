@@ -148,11 +148,11 @@ def test_cache_that_cannot_be_used_is_a_warning(search, home, monkeypatch, embed
     cache.write_bytes(b"no database at all" * 100)
     ran = search("dog", stdin=b"dog\nfox\n")
     assert (ran.stdout, ran.exit_status) == (expected, 0)
-    assert ran.stderr == f"warning: embeddings are not cached: {cache}: file is not a database\n"
+    assert ran.stderr == f"warning: embeddings are not saved: {cache}: file is not a database\n"
     monkeypatch.setenv("LLMCLI_CACHE", "/dev/null/cache")
     ran = search("dog", stdin=b"dog\nfox\n")
     assert (ran.stdout, ran.exit_status) == (expected, 0)
-    assert ran.stderr.startswith("warning: embeddings are not cached: /dev/null/cache/vectors.sqlite: ")
+    assert ran.stderr.startswith("warning: embeddings are not saved: /dev/null/cache/vectors.sqlite: ")
 
 
 @pytest.mark.parametrize("when", ["BEGIN", "INSERT"])
@@ -167,7 +167,8 @@ def test_cache_that_fails_later_is_one_warning(search, monkeypatch, when):
             raise sqlite3.OperationalError("attempt to write a readonly database")
 
     connect = sqlite3.connect
-    monkeypatch.setattr(sqlite3, "connect", lambda *args, **rest: connect(*args, **rest, factory=Full))
+    kinds = {":memory:": sqlite3.Connection}
+    monkeypatch.setattr(sqlite3, "connect", lambda path, **rest: connect(path, **rest, factory=kinds.get(path, Full)))
     ran = search("dog", stdin="".join(f"dog {number}\n" for number in range(200)).encode())
     assert (len(ran.stdout.splitlines()), ran.exit_status) == (5, 0)
     assert ran.stderr.count("attempt to write a readonly database") == 1

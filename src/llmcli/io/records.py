@@ -117,31 +117,24 @@ def _check_file(name: str) -> Input:
     if path.is_dir():
         raise UsageError(f"{name!r} is a directory", hint=f"pass files, e.g. -f {path / 'FILE'}")
     try:
-        status = path.stat()
+        if (size := _regular_size(path.stat())) is not None:  # A FIFO can be opened only once.
+            path.open("rb").close()
     except OSError as exc:
         raise UsageError(f"{name}: {reason(exc)}") from exc
-    if not os.access(path, os.R_OK):
-        raise UsageError(f"{name}: permission denied")
-    return Input(name, lambda: path.open("rb"), _regular_size(status))
+    return Input(name, lambda: path.open("rb"), size)
 
 
 def _stdin(name: str | None) -> Input:
-    stream, size = _open_stdin(), None
-    with suppress(OSError):  # sys.stdin was replaced by an object without a descriptor.
-        size = _regular_size(os.fstat(stream.fileno()))
-    return Input(name, lambda: stream, size)
-
-
-def _open_stdin() -> Stream:
-    # A new buffer on the descriptor: a thread that waits in sys.stdin would block the exit of the interpreter.
     if config.rank():  # Only the first process reads stdin.
-        return io.BytesIO()
+        return Input(name, io.BytesIO)
     if sys.stdin is None:
         raise UsageError("stdin is closed")
     try:
-        return open(sys.stdin.fileno(), "rb", closefd=False)
+        descriptor = sys.stdin.fileno()
     except (OSError, ValueError):  # sys.stdin was replaced by an object without a descriptor.
-        return cast(Stream, sys.stdin.buffer)
+        return Input(name, lambda: cast(Stream, sys.stdin.buffer))
+    # A new buffer on the descriptor: a thread that waits in sys.stdin would block the exit of the interpreter.
+    return Input(name, lambda: open(descriptor, "rb", closefd=False), _regular_size(os.fstat(descriptor)))
 
 
 def _regular_size(status: os.stat_result) -> int | None:

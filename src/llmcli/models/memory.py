@@ -1,6 +1,5 @@
 """Main memory that is free for tensors, within the limits of a container."""
 
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,14 +9,10 @@ VERSION_2 = ("", "memory.max", "memory.current", "")
 
 
 def available_memory() -> int:
-    """Return the bytes that this process can still take."""
+    """Return the bytes that this process can still take: free on the machine, and in each of its control groups."""
     import psutil
 
-    return min([psutil.virtual_memory().available, *_cgroup_memory()])
-
-
-def _cgroup_memory() -> Iterator[int]:
-    """Yield the bytes that each cgroup of the process and each of its parents leaves, in version 2 or 1."""
+    available = psutil.virtual_memory().available
     lines = PROCESS_CGROUPS.read_text().splitlines() if PROCESS_CGROUPS.exists() else []
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if controllers and "memory" not in controllers.split(","):
@@ -28,4 +23,6 @@ def _cgroup_memory() -> Iterator[int]:
             with suppress(OSError, ValueError, KeyError):  # ValueError: the limit is "max"
                 free = int((group / limit).read_text()) - int((group / usage).read_text())
                 statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                yield free + sum(int(statistics[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
+                cached = sum(int(statistics[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
+                available = min(available, free + cached)
+    return available

@@ -13,13 +13,12 @@ CREATE TABLE IF NOT EXISTS vectors (model TEXT, digest BLOB, vector BLOB, PRIMAR
 
 
 class VectorCache(AbstractContextManager["VectorCache"]):
-    """The vectors of one model, as bytes of little-endian float32. Is empty after the file could not be used."""
+    """The vectors of one model, as bytes of little-endian float32. If the file fails, they are kept in memory."""
 
     def __init__(self, model: str) -> None:
         self.model = model
         self.path = config.cache_dir() / "vectors.sqlite"
-        self._database: sqlite3.Connection | None = None
-        with self._disable_on_error():
+        with self._fall_back():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(self.path, timeout=30)
             self._database.execute("PRAGMA journal_mode=WAL")
@@ -27,33 +26,30 @@ class VectorCache(AbstractContextManager["VectorCache"]):
 
     def get_many(self, texts: Iterable[str]) -> dict[str, bytes]:
         """Return the vectors of the texts that have one."""
-        query, rows = "SELECT vector FROM vectors WHERE model = ? AND digest = ?", {}
-        with self._disable_on_error():
-            if database := self._database:
-                with database:
-                    database.execute("BEGIN")  # One lock for all queries is faster.
-                    rows = {text: database.execute(query, (self.model, _digest(text))).fetchone() for text in texts}
-        return {text: row[0] for text, row in rows.items() if row}
+        query = "SELECT vector FROM vectors WHERE model = ? AND digest = ?"
+        with self._fall_back(), self._database:
+            self._database.execute("BEGIN")  # One lock for all queries is faster.
+            rows = {text: self._database.execute(query, (self.model, _digest(text))).fetchone() for text in texts}
+            return {text: row[0] for text, row in rows.items() if row}
+        return {}
 
     def put_many(self, vectors: Mapping[str, bytes]) -> None:
         """Save the vectors of texts."""
         rows = [(self.model, _digest(text), vector) for text, vector in vectors.items()]
-        with self._disable_on_error():
-            if self._database:
-                with self._database:
-                    self._database.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
+        with self._fall_back(), self._database:
+            self._database.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
 
     def __exit__(self, *_: object) -> None:
-        if self._database:
-            self._database.close()
+        self._database.close()
 
     @contextmanager
-    def _disable_on_error(self) -> Iterator[None]:
+    def _fall_back(self) -> Iterator[None]:
         try:
             yield
         except (sqlite3.Error, OSError) as exc:
-            self._database = None
-            console.warning(f"embeddings are not cached: {self.path}: {exc}")
+            console.warning(f"embeddings are not saved: {self.path}: {exc}")
+            self._database = sqlite3.connect(":memory:")
+            self._database.execute(SCHEMA)
 
 
 def _digest(text: str) -> bytes:
