@@ -295,3 +295,10 @@ def test_fifo_is_not_opened_before_its_turn(llmcli, tiny, tmp_path):
     writer.join()
     assert ran.exit_status == 0
     assert (tmp_path / "out").read_text().startswith("the fox")
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+@pytest.mark.parametrize("path", ["", ".", "..", "/"])
+def test_output_that_is_a_directory_is_refused(llmcli, tiny, path, resume):
+    ran = llmcli("generate", "the fox", "-m", tiny, "--json", "--output", path, *resume)
+    assert (ran.exit_status, "exists" in ran.stderr) == (2, True)

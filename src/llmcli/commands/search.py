@@ -49,10 +49,8 @@ def search(
     texts = [{**record.fields, "file": record.file, "line": record.line} for record in inputs if not record.failure]
     if texts:
         records.append(Record({"query": query, "texts": texts}))
-    spec = replace(
-        output.spec(InputFormat.WHOLE), fingerprint=None, finish=_expand_matches,
-        extra_records=len(inputs) - len(records),
-    )  # fmt: skip
+    extra = len(inputs) - len(records)
+    spec = replace(output.spec(InputFormat.WHOLE), fingerprint=None, finish=_expand_matches, extra_records=extra)
     return run(job, records, spec)
 
 

@@ -40,11 +40,10 @@ class Journal(AbstractContextManager["Journal"]):
 
     def __init__(self, spec: OutputSpec, job: Job) -> None:
         assert spec.path
-        self.path, self._resumes = spec.path, spec.resume
-        path = spec.path
-        self._state = path.with_name(f"{path.name}.state")
-        self._new_state = path.with_name(f"{path.name}.state.retry")
-        self._new_output = path.resolve().with_name(f"{path.name}.state.new")
+        self.path = path = spec.path
+        self._resumes = spec.resume
+        self._state, self._new_state = Path(f"{path}.state"), Path(f"{path}.state.retry")
+        self._new_output = path.resolve().parent / f"{path.name}.state.new"
         self._identity = {"job": _identify(job), "format": spec.format.value, "input": spec.fingerprint}
         self._crcs: deque[tuple[int, int]] = deque()  # numbers of the records that run, and their CRC
         self._last_sync = time.monotonic()
@@ -100,7 +99,8 @@ class Journal(AbstractContextManager["Journal"]):
         self._copy_done(number)
         size = sum(map(output.write, written))
         state = FAILED if result.failure else CARRIED_OVER if result.record.has_error else OK
-        self._log.append([Entry(self.output.stat().st_size, size, crc, state)])
+        end = self._log.end + size if len(self._log) else self.output.stat().st_size  # with the header of CSV
+        self._log.append([Entry(end, size, crc, state)])
         if time.monotonic() - self._last_sync > SYNC_INTERVAL_S:
             self._log.sync()
             self._last_sync = time.monotonic()
