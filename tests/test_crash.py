@@ -151,7 +151,8 @@ def test_a_disk_that_fills_again_and_again(llmcli, command, whole, disk):
         done = there.count(b"\n")
     assert path.read_bytes() == whole
     assert ran.stderr.splitlines()[-1] == COUNT
-    assert seen == set(said)
+    assert said[0] in seen  # Whether the state is ever the first to fill the disk depends on the length of the paths.
+    assert seen <= set(said)
     again = llmcli(*command, path)
     assert (again.exit_status, again.stderr.splitlines()[-1]) == (3, COUNT)
 
