@@ -12,7 +12,7 @@ from typing import cast
 
 from llmcli import config, console
 from llmcli.errors import RecordError, UsageError, reason
-from llmcli.io.formats import READERS, InputFormat, Stream, decode_utf8
+from llmcli.io.formats import READERS, InputFormat, Stream, decode_utf8, printable
 from llmcli.job import JsonObject, Record
 
 Inputs = Sequence[tuple[str | None, Stream]]  # name of the file, if it is one, and its stream
@@ -49,11 +49,13 @@ def read_records(inputs: Inputs, format: InputFormat) -> Iterator[Record]:
     for name, stream in inputs:
         try:
             with stream:
-                for record in READERS[format](stream, name):
+                for record in READERS[format](stream, name and printable(name)):
                     yield replace(record, input_fraction=min(1, (done + stream.tell()) / total)) if total else record
                 done += stream.tell() if total else 0
         except OSError as exc:
             raise UsageError(f"{name or 'stdin'}: {reason(exc)}") from exc
+        except RecordError as exc:  # The whole file cannot be read.
+            raise UsageError(f"{name or 'stdin'}: {exc.message}", exc.hint) from None
 
 
 def read_prompts(texts: Sequence[str], files: Sequence[str], format: InputFormat) -> Iterator[Record]:

@@ -41,7 +41,7 @@ class Journal(AbstractContextManager["Journal"]):
         self._state = path.with_name(f"{path.name}.state")
         self._new_state = path.with_name(f"{path.name}.state.retry")
         self._new_output = path.resolve().with_name(f"{path.name}.state.new")
-        self._identity = {"job": _identify(job), "format": spec.format.value, "input": spec.resume}
+        self._identity = {"job": _identify(job), "format": spec.layout, "input": spec.resume}
         self._crcs: deque[tuple[int, int]] = deque()  # numbers of the records that run, and their CRC
         self._last_sync = time.monotonic()
         is_begun = path.exists() and path.stat().st_size > 0
@@ -90,7 +90,7 @@ class Journal(AbstractContextManager["Journal"]):
         number, crc = self._crcs.popleft()
         self._copy_done(number)
         size = sum(map(output.write, written))
-        state = FAILED if result.failure else CARRIED_OVER if result.record.has_error else OK
+        state = FAILED if result.failure else CARRIED_OVER if result.is_carried_over else OK
         self._log.append([Entry(self.output.stat().st_size, size, crc, state)])
         if time.monotonic() - self._last_sync > SYNC_INTERVAL_S:
             self._log.sync()

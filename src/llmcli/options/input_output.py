@@ -71,6 +71,10 @@ class OutputOptions:
     resume: Annotated[bool, Option("--resume", help="Continue an interrupted run; requires --output.")] = False
     retry_errors: Annotated[bool, Option("--retry-errors", help="Retry records that failed in an earlier run.")] = False
     on_error: Annotated[Literal["skip", "stop"], Option(help="Skip failed records, or stop at the first one.")] = "skip"
+    rename: Annotated[list[str], Option(metavar="RESULT=NEW",
+        help="Write a result field under another name; repeatable.")] = field(default_factory=list)  # fmt: skip
+    select: Annotated[str | None, Option(metavar="NAMES",
+        help="Write only these result fields, separated by commas.")] = None  # fmt: skip
     stats: Annotated[bool, Option("--stats", help="Print run statistics to stderr as JSON.")] = False
     quiet: Quiet = False
     verbose: Verbose = False
@@ -88,6 +92,9 @@ class OutputOptions:
             format: Output format of a command that writes no other.
         """
         format = format or (OutputFormat.JSON if self.json else FORMATS[input_format])
+        if (self.rename or self.select is not None) and format not in (OutputFormat.JSON, OutputFormat.CSV):
+            option = "--rename" if self.rename else "--select"
+            raise UsageError(f"{option} requires --json, --jsonl or --csv")
         resume = None
         if self.resume:
             if not self.output:
@@ -98,5 +105,15 @@ class OutputOptions:
             resume = fingerprint(texts, files)
         return OutputSpec(
             format=format, path=self.output, resume=resume, retry=self.retry_errors, stats=self.stats,
-            stop_on_error=self.on_error == "stop",
+            stop_on_error=self.on_error == "stop", has_files=bool(files), rename=self._new_names(),
+            select=None if self.select is None else [name.strip() for name in self.select.split(",")],
         )  # fmt: skip
+
+    def _new_names(self) -> dict[str, str]:
+        names: dict[str, str] = {}
+        for item in self.rename:
+            name, _, new = item.partition("=")
+            if not (name and new) or name in names:
+                raise UsageError(f"--rename requires RESULT=NEW, once for each field, got {item!r}")
+            names[name] = new
+        return names
