@@ -24,7 +24,7 @@ COMMANDS = {
     "generate --prompt": ("-m", "tiny", *GREEDY, "--prompt", "{text}: {id}"),
     "chat": ("-m", "chatty", *GREEDY),
     "translate": ("-m", GOLDEN / "marian", "--to", "fr", *BEAMS),
-    "translate to": ("-m", "base", "--to", "fr", *GREEDY),
+    "translate to": ("-m", "base", "--from", "en", "--to", "fr", *GREEDY),
     "summarize": ("-m", GOLDEN / "bart", *BEAMS),
     "qa": ("-m", GOLDEN / "bert-qa"),
     "qa by prompt": ("-m", "base", *GREEDY),
@@ -112,7 +112,7 @@ def random_object(choose, size, depth=0):
 
 
 def random_record(choose):
-    fields = {name: random_text(choose) for name in ("text", "question", "context")}
+    fields = {name: random_text(choose) for name in ("text", "question", "context", "id")}
     if choose.random() < 0.1:
         fields[choose.choice(list(fields))] = random_value(choose)
     if choose.random() < 0.1:

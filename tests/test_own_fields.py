@@ -126,7 +126,7 @@ def test_select_and_rename_in_every_command(llmcli, encoder, tiny, base, tmp_pat
         (("--rename", "x"), "--rename requires RESULT=NEW"),
         (("--rename", "model="), "--rename requires RESULT=NEW"),
         (("--rename", "model=a", "--rename", "model=b"), "once for each field"),
-        (("--rename", "model=usage"), "several result fields 'usage'"),
+        (("--rename", "model=usage"), "several result fields the name 'usage'"),
     ],
 )
 def test_invalid_rename_and_select_are_refused(generate, options, message):
@@ -150,7 +150,7 @@ def test_resume_refuses_another_rename(generate, tmp_path):
     args = ("--jsonl", "--output", tmp_path / "out", "--resume")
     assert generate(*args, stdin=lines({"text": "a"})).exit_status == 0
     ran = generate(*args, "--rename", "model=m", stdin=lines({"text": "a"}))
-    assert (ran.exit_status, "the format has changed" in ran.stderr) == (2, True)
+    assert (ran.exit_status, "the command has changed" in ran.stderr) == (2, True)
 
 
 def test_csv_columns_are_fixed_by_the_header(generate, llmcli, encoder, tmp_path):

@@ -131,6 +131,12 @@ def test_csv_rows_that_do_not_fit_the_header(tmp_path):
     assert good.fields == {"text": "d", "n": "4"}
 
 
+def test_open_quote_is_reported_with_its_line(tmp_path):
+    good, rest = records(b'a,b\n1,2\n1,"2\n3,4\n5,6\n', InputFormat.CSV, tmp_path)
+    assert good.failure is None
+    assert rest.failure.message == "not CSV: unexpected end of data in the row that begins on line 3"
+
+
 def test_several_files_keep_their_names_and_line_numbers(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).write_text(f"{name}1\n{name}2\n")

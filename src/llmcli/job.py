@@ -103,4 +103,4 @@ class Result:
     @property
     def is_carried_over(self) -> bool:
         """Whether the record came with the error of an earlier run, and was not run."""
-        return not self.output and not self.failure
+        return not self.output and not self.failure and self.record.has_error

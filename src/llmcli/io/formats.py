@@ -18,13 +18,12 @@ Stream = io.BufferedIOBase
 BOM = "\ufeff"
 CHUNK_BYTES = 1 << 16
 MAX_JSON_DEPTH = 500  # Python's own limit, 1,000, counts the frames of callers too
+SURROGATE = re.compile("[\ud800-\udfff]")
 SIGNATURES = {  # how files begin that are not UTF-8, what they are, and what converts them
     rb"\xff\xfe|\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8"),
     rb"[^\0]\0[^\0]\0": ("UTF-16", "iconv -f UTF-16LE -t UTF-8"),
     rb"\0[^\0]\0[^\0]": ("UTF-16", "iconv -f UTF-16BE -t UTF-8"),
     rb"\x1f\x8b": ("gzip", "zcat"),
-    rb"\x28\xb5\x2f\xfd": ("zstd", "zstdcat"),
-    rb"\xfd7zXZ": ("xz", "xzcat"),
     rb"PK\x03\x04": ("a zip archive", "unzip -p"),
 }
 
@@ -138,13 +137,10 @@ def _read_jsonl(stream: Stream, name: str | None) -> Iterator[Record]:
 
 def _parse_valid_fields(line: bytes) -> JsonObject:
     """Return the fields of a JSON object that are UTF-8."""
-    valid: dict[str, object] = {}
     with suppress(RecordError):
-        for field in _parse_object(line.decode("utf-8", "surrogateescape").removeprefix(BOM)).items():
-            with suppress(UnicodeEncodeError):
-                json.dumps(field, ensure_ascii=False).encode()
-                valid.update([field])
-    return valid
+        fields = _parse_object(line.decode("utf-8", "surrogateescape").removeprefix(BOM))
+        return dict(field for field in fields.items() if not SURROGATE.search(json.dumps(field, ensure_ascii=False)))
+    return {}
 
 
 def _parse_object(text: str) -> JsonObject:
@@ -159,7 +155,7 @@ def _parse_object(text: str) -> JsonObject:
     if not isinstance(value, dict):
         names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
         raise RecordError("invalid_json", f"expected a JSON object, got {names.get(type(value), 'a number')}")
-    if _is_too_deep(value):
+    if text.count("{") + text.count("[") > MAX_JSON_DEPTH and _is_too_deep(value):  # Counting is faster.
         raise RecordError("invalid_json", f"nested more than {MAX_JSON_DEPTH} levels deep")
     return value
 
@@ -205,7 +201,7 @@ def _read_csv(stream: Stream, name: str | None) -> Iterator[Record]:
     while True:
         fields: dict[str, str | None] = dict.fromkeys(header, "")
         row: list[str] = []
-        failure = None
+        failure, start = None, rows.line_num + 1
         try:
             row = next(rows)
             fields |= zip(header, row, strict=False)
@@ -213,7 +209,8 @@ def _read_csv(stream: Stream, name: str | None) -> Iterator[Record]:
         except StopIteration:
             return
         except csv.Error as exc:
-            failure = Failure("invalid_csv", f"not CSV: {exc}")
+            place = f" in the row that begins on line {start}" if start < rows.line_num else ""
+            failure = Failure("invalid_csv", f"not CSV: {exc}{place}")
         except UnicodeEncodeError:
             for column, cell in zip(header, row, strict=False):
                 try:

@@ -48,33 +48,24 @@ class OutputSpec:
     rename: Mapping[str, str] = field(default_factory=dict)  # new names of result fields
     select: Sequence[str] | None = None  # result fields to write; None: all
 
-    @property
-    def layout(self) -> str:
-        """The format and the names of the fields: a resumed run must have the same."""
-        return to_json([self.format.value, self.rename, self.select])
-
     def name_fields(self, outputs: Sequence[str]) -> dict[str, str | None]:
-        """Return the name of each result field in the output, in order; None if it is not selected.
+        """Return the name of each result field in the output, in order, or None if the field is not written.
 
         Args:
             outputs: Fields that the task adds.
         """
-        known = [*dict.fromkeys([*outputs, "model", "file", "error"])]
-        for option, given in (("rename", self.rename), ("select", self.select or ())):
-            for name in given:
-                if name not in known:
-                    message = f"--{option}: unknown result field {name!r}{config.did_you_mean(name, known)}"
-                    raise UsageError(message, hint=f"result fields: {', '.join(known)}")
+        known = list(dict.fromkeys([*outputs, "model", "file", "error"]))
+        for name in [*self.rename, *(self.select or ())]:
+            if name not in known:
+                message = f"unknown result field {name!r}{config.did_you_mean(name, known)}"
+                raise UsageError(message, hint=f"result fields: {', '.join(known)}")
         kept = set(known if self.select is None else self.select)
-        if self.format is OutputFormat.JSON:  # A failed record without it would look as if it had not run.
-            kept.add("error")
-        elif not self.has_files:
-            kept.discard("file")
+        # A failed record without an error would look as if it had not run. CSV has the same columns in all rows.
+        kept = kept | {"error"} if self.format is OutputFormat.JSON else kept - {"file"} if not self.has_files else kept
         names = {name: self.rename.get(name, name) if name in kept else None for name in known}
         written = [name for name in names.values() if name]
         if len(set(written)) < len(written):
-            duplicate = max(written, key=written.count)
-            raise UsageError(f"--rename: there would be several result fields {duplicate!r}")
+            raise UsageError(f"--rename gives several result fields the name {max(written, key=written.count)!r}")
         return names
 
 

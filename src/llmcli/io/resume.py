@@ -41,7 +41,8 @@ class Journal(AbstractContextManager["Journal"]):
         self._state = path.with_name(f"{path.name}.state")
         self._new_state = path.with_name(f"{path.name}.state.retry")
         self._new_output = path.resolve().with_name(f"{path.name}.state.new")
-        self._identity = {"job": _identify(job), "format": spec.layout, "input": spec.resume}
+        command = {**_identify(job), "rename": spec.rename, "select": spec.select}
+        self._identity = {"job": command, "format": spec.format.value, "input": spec.resume}
         self._crcs: deque[tuple[int, int]] = deque()  # numbers of the records that run, and their CRC
         self._last_sync = time.monotonic()
         is_begun = path.exists() and path.stat().st_size > 0

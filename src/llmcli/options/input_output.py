@@ -95,6 +95,9 @@ class OutputOptions:
         if (self.rename or self.select is not None) and format not in (OutputFormat.JSON, OutputFormat.CSV):
             option = "--rename" if self.rename else "--select"
             raise UsageError(f"{option} requires --json, --jsonl or --csv")
+        rename = {name: new for name, _, new in (item.partition("=") for item in self.rename)}
+        if len(rename) < len(self.rename) or not all([*rename, *rename.values()]):
+            raise UsageError("--rename requires RESULT=NEW, once for each field")
         resume = None
         if self.resume:
             if not self.output:
@@ -105,15 +108,6 @@ class OutputOptions:
             resume = fingerprint(texts, files)
         return OutputSpec(
             format=format, path=self.output, resume=resume, retry=self.retry_errors, stats=self.stats,
-            stop_on_error=self.on_error == "stop", has_files=bool(files), rename=self._new_names(),
+            stop_on_error=self.on_error == "stop", has_files=bool(files), rename=rename,
             select=None if self.select is None else [name.strip() for name in self.select.split(",")],
         )  # fmt: skip
-
-    def _new_names(self) -> dict[str, str]:
-        names: dict[str, str] = {}
-        for item in self.rename:
-            name, _, new = item.partition("=")
-            if not (name and new) or name in names:
-                raise UsageError(f"--rename requires RESULT=NEW, once for each field, got {item!r}")
-            names[name] = new
-        return names
