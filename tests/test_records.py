@@ -197,6 +197,7 @@ def test_duplicate_keys_fail_their_record(data, fields, tmp_path):
         (b"id,pr\xe9nom", "not UTF-8: byte 0xe9 at offset 5, line 1"),
         (b'"id\n",pr\xe9nom', "not UTF-8: byte 0xe9 at offset 5, line 2"),
         (b'id,"text', "invalid header: not CSV"),
+        (b"id,text\r1,a\r", "invalid header: not CSV: new-line character seen in unquoted field$"),
     ],
 )
 def test_csv_header_that_cannot_be_read_is_refused(header, message, tmp_path):

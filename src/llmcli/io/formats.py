@@ -232,7 +232,7 @@ def _read_header(rows: Iterator[list[str]], first: bytes) -> list[str]:
         header = next(filter(None, rows), [])
         decode_utf8("".join(header).encode("utf-8", "surrogateescape"))
     except csv.Error as exc:
-        error = f"not CSV: {exc}"
+        error = f"not CSV: {str(exc).partition(' - ')[0]}"  # The rest of a message is advice for programmers.
     delimiter = max(";\t|", key=text.count)
     if (error or (len(header) == 1 and not text.startswith('"'))) and delimiter in text:
         error = f"expected commas between columns, got {delimiter!r}"
