@@ -186,9 +186,7 @@ def _build_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return fields
 
 
-JSON = json.JSONDecoder(
-    parse_constant=_parse_float, parse_float=_parse_float, object_pairs_hook=_build_object,
-)  # fmt: skip
+JSON = json.JSONDecoder(parse_constant=_parse_float, parse_float=_parse_float, object_pairs_hook=_build_object)
 
 
 def _read_csv(stream: Stream, name: str | None) -> Iterator[Record]:

@@ -17,8 +17,7 @@ def field_name(job: Job, role: str) -> str:
 def text_field(fields: JsonObject, name: str) -> str:
     """Return the string in a field of a record. Raises RecordError if it is missing, not a string or not Unicode."""
     if name not in fields:
-        names = ", ".join(fields).encode("utf-8", "backslashreplace").decode()
-        available = names[:200] or "none"
+        available = ", ".join(fields)[:200].encode("utf-8", "backslashreplace").decode() or "none"
         raise RecordError("missing_field", f"missing field {name!r}", hint=f"available fields: {available}")
     value = fields[name]
     if not isinstance(value, str):
