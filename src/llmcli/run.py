@@ -10,6 +10,7 @@ from llmcli.io.output import Output, OutputFormat, OutputSpec
 from llmcli.io.progress import Progress, RunCounts, print_statistics
 from llmcli.io.resume import RESUME_HINT, Journal
 from llmcli.job import Job, Record
+from llmcli.tasks.fields import reads_error
 
 
 def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
@@ -18,7 +19,7 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
         from llmcli.engines.distributed import serve
 
         return serve(engines.engine_for(job))
-    names = _output_names(job, spec.format)
+    names = spec.name_fields(_output_names(job, spec.format))
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(spec, job)) if spec.fingerprint else None
         counts = journal.counts() if journal else RunCounts()
@@ -33,7 +34,7 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
         records = progress.track(records)
         if journal:
             records = journal.remaining(records)
-        if spec.retry:
+        if spec.retry and not reads_error(job.parameters):
             records = map(Record.drop_error, records)
         path = journal.output if journal else spec.path
         output = Output(spec.format, path=path, names=names, model=job.model, append=journal is not None)

@@ -13,7 +13,7 @@ from llmcli.job import JsonObject, Record
 from llmcli.options import CommonGenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.options.expand import expand_options
 from llmcli.run import run
-from llmcli.tasks.fields import build_prompt_parameters
+from llmcli.tasks.fields import build_prompt_parameters, reads_error
 
 
 @dataclass
@@ -59,7 +59,8 @@ def qa(
     if question is not None and context is None and format is InputFormat.WHOLE and input.files:
         records, documents = read_documents(input.files, fields)
     else:
-        records = _read_questions(fields, roles, input.files, format, retry=output.retry_errors)
+        retry = output.retry_errors or reads_error({"fields": roles, "prompt": prompt})
+        records = _read_questions(fields, roles, input.files, format, retry=retry)
     parameters = {"fields": roles, "documents": documents or None, **asdict(extractive)}
     parameters["handle_impossible_answer"] = parameters.pop("allow_no_answer") or None
     job = model.job("qa", parameters | build_prompt_parameters(prompt), generation)

@@ -92,7 +92,7 @@ class ScoreFinisher:
 
     def finish(self, result: Result) -> list[Result]:
         """Return the result with its text; nothing if it does not pass the filter."""
-        if result.record.has_error:
+        if result.is_carried_over:
             return [result]
         if result.failure:
             return [] if self.is_filter and self.is_text else [result]

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 from llmcli import console, tasks
 from llmcli.engines.read_ahead import ReadAhead
 from llmcli.engines.requests import OnText, Request, Runner, failure_from
-from llmcli.errors import RecordError
+from llmcli.errors import RecordError, UsageError
 from llmcli.job import Job, Record, Result
 from llmcli.tasks import ModelCall, Strategy, TaskGenerator, TaskModel
+from llmcli.tasks.fields import reads_error
 
 MAX_IN_FLIGHT = 512  # records among whose rows a batch is chosen
 CHARACTERS_PER_RECORD = 2**16  # a longer record counts as several: large files are not all in memory
@@ -106,7 +107,13 @@ class PendingRecord:
         except StopIteration as stop:
             self.result = Result(self.record, stop.value.output, stop.value.text)
         except RecordError as exc:
-            self.result = Result(self.record, failure=failure_from(exc))
+            self.fail(exc)
+
+    def fail(self, exc: RecordError) -> None:
+        """Set the failure as the result. Raises UsageError for a column that no row has."""
+        if self.record.is_row and exc.kind == "missing_field":
+            raise UsageError(f"{exc.message} in the CSV header", exc.hint)
+        self.result = Result(self.record, failure=failure_from(exc))
 
     @property
     def has_outputs(self) -> bool:
@@ -139,6 +146,7 @@ class JobRun:
         self.size = 0  # of the records in flight
         self._engine, self._job, self._task = engine, job, tasks.load_task(job.task)
         self._on_text, self._on_result = on_text, on_result
+        self._reads_error = reads_error(job.parameters)  # a field of the input, then
         self._model: EngineModel | None = None
         self._runner: Runner | None = None
         self._waiting: list[PendingRecord] = []  # for outputs of their model calls
@@ -194,14 +202,14 @@ class JobRun:
         """Return what the task reads from the record, or set the result if it is known without the model."""
         record = pending.record
         try:
-            if record.failure or record.has_error:
+            if record.failure or (record.has_error and not self._reads_error):
                 pending.result = Result(record, failure=record.failure)
             elif (inputs := self._task.prepare(self._job, record.fields)) is not None:
                 return inputs
             else:
                 pending.result = Result(record, self._task.empty)
         except RecordError as exc:
-            pending.result = Result(record, failure=failure_from(exc))
+            pending.fail(exc)
         self._report(pending)
         return None
 

@@ -7,11 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
+from llmcli import config, console
 from llmcli.errors import LlmcliError, OutputClosedError, UsageError, reason
 from llmcli.job import Result
 
@@ -43,6 +45,29 @@ class OutputSpec:
     stop_on_error: bool = False
     stats: bool = False  # print statistics at the end
     extra_records: int = 0  # records that the command has read itself and passes on in another record
+    has_files: bool = False  # results have the field `file`
+    rename: Mapping[str, str] = field(default_factory=dict)  # new names of result fields
+    select: Sequence[str] | None = None  # result fields to write; None: all
+
+    def name_fields(self, outputs: Sequence[str]) -> dict[str, str | None]:
+        """Return the name of each result field in the output, in order, or None if the field is not written.
+
+        Args:
+            outputs: Fields that the task adds.
+        """
+        known = list(dict.fromkeys([*outputs, "model", "file", "error"]))
+        for name in [*self.rename, *(self.select or ())]:
+            if name not in known:
+                message = f"unknown result field {name!r}{config.did_you_mean(name, known)}"
+                raise UsageError(message, hint=f"result fields: {', '.join(known)}")
+        kept = set(known if self.select is None else self.select)
+        # A failed record without an error would look as if it had not run. CSV has the same columns in all rows.
+        kept = kept | {"error"} if self.format is OutputFormat.JSON else kept - {"file"} if not self.has_files else kept
+        names = {name: self.rename.get(name, name) if name in kept else None for name in known}
+        written = [name for name in names.values() if name]
+        if len(set(written)) < len(written):
+            raise UsageError(f"--rename gives several result fields the name {max(written, key=written.count)!r}")
+        return names
 
 
 class Sink(AbstractContextManager["Sink"]):
@@ -89,13 +114,14 @@ class Sink(AbstractContextManager["Sink"]):
 
 
 class Output(AbstractContextManager["Output"]):
-    """Write results as they arrive. The task adds the fields `names`, which a CSV header must have."""
+    """Write results as they arrive. `names` is what `OutputSpec.name_fields` returns."""
 
     def __init__(
-        self, format: OutputFormat, model: str, *, path: Path | None = None, names: Sequence[str] = (),
-        append: bool = False,
+        self, format: OutputFormat, model: str, *, path: Path | None = None,
+        names: Mapping[str, str | None] = MappingProxyType({}), append: bool = False,
     ) -> None:  # fmt: skip
-        self.format, self.model, self.names = format, model, names
+        self.format, self.model, self._names = format, model, names
+        self._overwritten: set[str] = set()  # fields of records, in a warning that was printed
         self._sink = Sink(path, append=append)
         self.is_watched = not path and sys.stdout.isatty()
         self._columns: list[str] = []
@@ -119,7 +145,7 @@ class Output(AbstractContextManager["Output"]):
         if self.format is OutputFormat.JSON:
             return self._sink.write(to_json(self._fields(result)) + "\n")
         if self.format is OutputFormat.CSV:
-            return self._sink.write(self._format_cells(self._fields(result)))
+            return self._sink.write(self._format_cells(result.record.fields, self._fields(result)))
         if result.failure and self.format is OutputFormat.TEXT and not self._streamed:
             return 0
         end = "\0" if self.format is OutputFormat.NULL else "\n"
@@ -138,23 +164,33 @@ class Output(AbstractContextManager["Output"]):
         return text.replace("\r\n", " ").replace("\n", " ") if self.format is OutputFormat.LINES else text
 
     def _fields(self, result: Result) -> dict[str, object]:
-        record = result.record
-        if record.has_error:
-            return dict(record.fields)
-        fields = {**record.fields, **result.output}
+        own, fields = result.record.fields, dict(result.record.fields)
+        if result.is_carried_over:
+            return fields
+        added = dict(result.output)
         if result.failure:
-            fields["error"] = result.failure.to_json()
+            added["error"] = result.failure.to_json()
         else:
-            fields["model"] = self.model
-        if record.file is not None:
-            fields.setdefault("file", record.file)
+            added["model"] = self.model
+        if result.record.file is not None:
+            added.setdefault("file", result.record.file)
+        overwritten = {}
+        for result_name, value in added.items():
+            name = self._names.get(result_name, result_name)
+            if name is None or (name == result_name == "file" and name in own):
+                continue
+            if name in own and name not in self._overwritten and own[name] not in (None, "", value):
+                overwritten[name] = result_name
+            fields[name] = value
+        if overwritten:
+            self._overwritten |= overwritten.keys()
+            hint = f"to keep both: --rename {next(iter(overwritten.values()))}=NEW"
+            console.warning(f"results replace these fields of the records: {', '.join(overwritten)}; {hint}")
         return fields
 
-    def _format_cells(self, fields: Mapping[str, object]) -> str:
+    def _format_cells(self, own: Iterable[str], fields: Mapping[str, object]) -> str:
         if not self._columns:
-            added = [*self.names, "model", "file", "error"]
-            own = [name for name in fields if name not in added]
-            self._columns = [*own, *(name for name in added if name != "file" or name in fields)]
+            self._columns = list(dict.fromkeys([*own, *filter(None, self._names.values())]))
             self._sink.write(_format_row(self._columns))
         if unknown := [name for name in fields if name not in self._columns]:
             hint = "run files with other columns alone, or use --json"

@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 
 from llmcli import config, console
 from llmcli.errors import RecordError, UsageError, reason
-from llmcli.io.formats import READERS, InputFormat, Stream
+from llmcli.io.formats import READERS, InputFormat, Stream, printable
 from llmcli.job import JsonObject, Record
 
 
@@ -58,13 +58,15 @@ def read_records(inputs: Sequence[Input], format: InputFormat) -> Iterator[Recor
     for name, open_stream, _, is_argument in inputs:
         try:
             with open_stream() as stream:
-                for record in READERS[format](stream, name):
+                for record in READERS[format](stream, name and printable(name)):
                     if is_empty and not is_argument:
                         is_empty = not (record.failure or record.fields["text"].strip())
                     yield replace(record, input_fraction=min(1, (done + stream.tell()) / total)) if total else record
                 done += stream.tell() if total else 0
         except OSError as exc:
             raise UsageError(f"{name or 'stdin'}: {reason(exc)}") from exc
+        except RecordError as exc:  # The whole file cannot be read.
+            raise UsageError(f"{name or 'stdin'}: {exc.message}", exc.hint) from None
     if is_empty:
         console.warning("input is empty")
 

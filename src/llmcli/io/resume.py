@@ -44,7 +44,8 @@ class Journal(AbstractContextManager["Journal"]):
         self._resumes = spec.resume
         self._state, self._new_state = Path(f"{path}.state"), Path(f"{path}.state.retry")
         self._new_output = path.resolve().parent / f"{path.name}.state.new"
-        self._identity = {"job": _identify(job), "format": spec.format.value, "input": spec.fingerprint}
+        command = {**_identify(job), "rename": spec.rename, "select": spec.select}
+        self._identity = {"job": command, "format": spec.format.value, "input": spec.fingerprint}
         self._crcs: deque[tuple[int, int]] = deque()  # numbers of the records that run, and their CRC
         self._last_sync = time.monotonic()
         is_begun = spec.resume and path.exists() and path.stat().st_size > 0
@@ -98,7 +99,7 @@ class Journal(AbstractContextManager["Journal"]):
         number, crc = self._crcs.popleft()
         self._copy_done(number)
         size = sum(map(output.write, written))
-        state = FAILED if result.failure else CARRIED_OVER if result.record.has_error else OK
+        state = FAILED if result.failure else CARRIED_OVER if result.is_carried_over else OK
         end = self._log.end + size if len(self._log) else self.output.stat().st_size  # with the header of CSV
         self._log.append([Entry(end, size, crc, state)])
         if time.monotonic() - self._last_sync > SYNC_INTERVAL_S:

@@ -58,7 +58,10 @@ def _split_passages(documents: Sequence[JsonObject], folder: Path) -> Iterator[J
         for start, piece in split(text, tokenizer, max_tokens, markdown=is_markdown):
             line += text.count("\n", counted, start)
             counted = start
+            if not piece.strip():
+                continue
             yield {"text": piece, "file": file, "line": line, "of": number, "start": start, "end": start + len(piece)}
 
 
-TASK = Task(lambda job, fields: fields, ("matches",), {"matches": []}, {"embedding": Strategy(run)})
+# The command writes each match as a result of its own, which has a score.
+TASK = Task(lambda job, fields: fields, ("score",), {"matches": []}, {"embedding": Strategy(run)})

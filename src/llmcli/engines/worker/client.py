@@ -130,9 +130,9 @@ class ConnectedEngine:
             for record in records:
                 self._sent.put(record)
                 try:
-                    self._connection.send(record=(record.fields, record.failure))
+                    self._connection.send(record=(record.fields, record.failure, record.is_row))
                 except MessageTooLargeError as exc:
-                    self._connection.send(record=({}, failure_from(exc)))
+                    self._connection.send(record=({}, failure_from(exc), False))
         except ConnectionClosedError:
             return
         except BaseException as exc:  # raised after the results of the records before it

@@ -249,8 +249,8 @@ def _records(connection: Connection) -> Iterator[Record]:
             raise JobCancelledError from None
         if "end" in message:
             return
-        fields, failure = message["record"]
-        yield Record(fields, failure=Failure(**failure) if failure else None)
+        fields, failure, is_row = message["record"]
+        yield Record(fields, failure=Failure(**failure) if failure else None, is_row=is_row)
 
 
 def _lock(path: Path) -> int:
