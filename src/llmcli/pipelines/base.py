@@ -11,11 +11,13 @@ from transformers.pipelines.base import Pipeline
 
 from llmcli.compat.transformers import TextPipelineMixin, is_causal_lm
 from llmcli.errors import RecordError
+from llmcli.models import loading
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 CHARACTERS_PER_TOKEN = 16  # more than nearly all texts have
+UNLIMITED_TOKENS = 10**6  # Tokenizers write a huge number where they know no limit.
 Inputs = dict[str, Any]  # what the steps of a pipeline hand to each other, by name
 Parameters = tuple[Inputs, Inputs, Inputs]  # of preprocess, _forward and postprocess
 
@@ -75,8 +77,15 @@ class CausalTextPipeline(TextPipeline):
     @functools.cached_property
     def context_length(self) -> int | None:
         """Maximum number of tokens of prompt and answer together."""
-        length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return length if length and length > 0 else None
+        return position_limit(self.model.config)
+
+
+def position_limit(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase | None" = None) -> int | None:
+    """Return the maximum number of tokens of a row, special ones included, that a model and its tokenizer allow."""
+    text_config = config.get_text_config()
+    positions = loading.max_positions(lambda name: getattr(text_config, name, None))
+    stated = tokenizer.model_max_length if tokenizer else UNLIMITED_TOKENS
+    return positions if stated >= UNLIMITED_TOKENS else min(stated, positions or stated)
 
 
 def make_row(ids: Sequence[int]) -> "array[int]":

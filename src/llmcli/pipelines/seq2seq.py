@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from llmcli.compat.transformers import is_seq2seq_lm
 from llmcli.pipelines.answers import GeneratingPipeline, TokenDecoder
-from llmcli.pipelines.base import Inputs, as_batch
+from llmcli.pipelines.base import UNLIMITED_TOKENS, Inputs, as_batch
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig
 
 OTHER_HEADS = ("ForQuestionAnswering", "ForSequenceClassification", "ForTokenClassification")
-UNLIMITED_TOKENS = 10**6  # Tokenizers write a huge number where they know no limit.
 
 
 class Seq2SeqPipeline(GeneratingPipeline):
