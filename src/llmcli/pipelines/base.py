@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers.pipelines.base import Pipeline
 
-from llmcli.compat.transformers import TextPipelineMixin, is_causal_lm
+from llmcli.compat.transformers import TextPipelineMixin, is_causal_lm, rope_limit
 from llmcli.errors import RecordError
 from llmcli.models import loading
 
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 CHARACTERS_PER_TOKEN = 16  # more than nearly all texts have
 UNLIMITED_TOKENS = 10**6  # Tokenizers write a huge number where they know no limit.
+PROBE_TEXTS = (
+    "The quick fox.",
+    "Once upon a time, in a small town by the sea, there was an old clock that ran late. " * 2,
+)
+PROBE_TOKENS = 4  # to generate: some models read padding only then
+TOLERANCE = {torch.float32: 1e-3}  # of what padding may change, in standard deviations
+ROUNDING_TOLERANCE = 0.1  # in a lower precision
 Inputs = dict[str, Any]  # what the steps of a pipeline hand to each other, by name
 Parameters = tuple[Inputs, Inputs, Inputs]  # of preprocess, _forward and postprocess
 
@@ -27,6 +34,8 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
 
     auto_class: str  # of transformers, which loads its models
     ignorable_weight_prefix: str | None = None  # of weights that a checkpoint may lack: a head for another task
+    family = "encoders"  # the table of architectures.toml that applies
+    pads_left = False
 
     @staticmethod
     def find_incompatibility(config: "PreTrainedConfig") -> str | None:
@@ -45,6 +54,45 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
             ids[i, place] = row
             mask[i, place] = 1
         return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
+
+    @functools.cached_property
+    def max_batched_tokens(self) -> int | None:
+        """Maximum length of rows, answers included, that may share a batch: longer ones run alone. None: no maximum.
+
+        It is 0 if padding changes what the model computes: for architectures that are known for it, and for unknown
+        ones that fail a probe.
+        """
+        kind = self.model.config.model_type
+        known = self._known
+        is_safe = kind in known["batched"] or kind in known.get("shared", ())
+        is_safe = is_safe or (kind not in known["alone"] and self._ignores_padding())
+        return rope_limit(self.model.config) if is_safe else 0
+
+    @property
+    def _known(self) -> dict[str, list[str]]:
+        return loading.architectures()[self.family]  # type: ignore[no-any-return]
+
+    def _ignores_padding(self) -> bool:
+        """Return whether the model computes the same of a short text alone and beside a longer one."""
+        try:
+            rows = [make_row(self.tokenizer(text)["input_ids"]) for text in PROBE_TEXTS]
+            alone, together = self._probe(rows[:1]), self._probe(rows)
+        except Exception:  # A model that cannot do it may raise anything.
+            return False
+        tolerance = TOLERANCE.get(alone.dtype, ROUNDING_TOLERANCE) * alone.float().std()
+        return bool((alone.float() - together[: len(alone)].float()).abs().max() <= tolerance)
+
+    @torch.inference_mode()
+    def _probe(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return what the model computes for the first row: the logits (T, V) of new tokens, or its states (P, D)."""
+        ids, mask = self.pad(rows, left=self.pads_left)
+        if not self.model.can_generate():
+            return self.model(input_ids=ids, attention_mask=mask)[0][0, : len(rows[0])]
+        settings = {"max_new_tokens": PROBE_TOKENS, "do_sample": False, "num_beams": 1}
+        output = self.model.generate(
+            input_ids=ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **settings
+        )
+        return torch.stack([logits[0] for logits in output.logits])
 
     def count_tokens(self, text: str) -> int:
         return len(self.tokenizer(text)["input_ids"])
@@ -65,10 +113,12 @@ class CausalTextPipeline(TextPipeline):
     """A pipeline that runs a causal language model."""
 
     auto_class = "AutoModelForCausalLM"
+    family = "causal"
+    pads_left = True  # A causal model continues the right end of a row.
 
     def __init__(self, *args: object, **settings: object) -> None:
         super().__init__(*args, **settings)
-        self.tokenizer.padding_side = "left"  # A causal model continues the right end of a row.
+        self.tokenizer.padding_side = "left"
 
     @staticmethod
     def find_incompatibility(config: "PreTrainedConfig") -> str | None:
@@ -78,6 +128,11 @@ class CausalTextPipeline(TextPipeline):
     def context_length(self) -> int | None:
         """Maximum number of tokens of prompt and answer together."""
         return position_limit(self.model.config)
+
+    def can_read_in_parts(self, length: int) -> bool:
+        """Return whether the keys and values of a part of a row are the same as if all is read at once."""
+        limit = rope_limit(self.model.config)
+        return self.model.config.model_type in self._known["shared"] and (limit is None or length <= limit)
 
 
 def position_limit(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase | None" = None) -> int | None:
