@@ -18,8 +18,9 @@ from llmcli import pipelines
 from llmcli.engines.batch_runner import BatchRunner
 from llmcli.engines.batching import BatchPolicy, MemoryEstimator, MemoryUsage
 from llmcli.engines.requests import Request
+from llmcli.errors import RecordError
 from llmcli.models import generation, loading
-from llmcli.pipelines.base import TextPipeline
+from llmcli.pipelines.base import TextPipeline, position_limit
 
 NEW_TOKENS = 8
 LENGTHS = (1, 2, 3, 5, 8, 12, 18, 26)  # of 8 texts, in words of about 3 tokens
@@ -270,6 +271,54 @@ def test_embeddings_of_tokenizers_that_pad_on_the_left(pooling):
     assert [vector == pytest.approx(other, abs=1e-4) for vector, other in zip(alone, together, strict=True)] == [
         True
     ] * 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "auto_class", "model_type", "expected"),
+    [
+        *[("embedding", "AutoModel", name, 256) for name in ("bert", "electra", "distilbert", "gpt2")],
+        *[("embedding", "AutoModel", name, 255) for name in ("roberta", "xlm-roberta", "camembert", "longformer")],
+        *[("embedding", "AutoModel", name, 255) for name in ("roberta-prelayernorm", "data2vec-text", "ibert", "esm")],
+        *[("embedding", "AutoModel", name, 255) for name in ("xmod", "xlm-roberta-xl", "markuplm")],
+        ("embedding", "AutoModel", "mpnet", 254),
+        *[("scoring", "AutoModelForCausalLM", name, 255) for name in ("roberta", "xmod", "camembert")],
+        *[("causal", "AutoModelForCausalLM", name, 255) for name in ("roberta", "xmod", "camembert")],
+        *[("causal", "AutoModelForCausalLM", name, 256) for name in ("opt", "biogpt", "mpt", "ctrl", "gpt2", "bart")],
+        *[("causal", "AutoModelForCausalLM", name, 256) for name in ("openai-gpt", "gpt_neo", "codegen", "xglm")],
+        *[("seq2seq", "AutoModelForSeq2SeqLM", name, 256) for name in ("bart", "marian", "mbart", "m2m_100", "led")],
+        ("seq2seq", "AutoModelForSeq2SeqLM", "prophetnet", 255),
+        *[("attention", "AutoModel", name, 255) for name in ("roberta", "camembert")],
+    ],
+)
+def test_longest_accepted_text_runs(kind, auto_class, model_type, expected):
+    changes = {"pad_token_id": 1} if model_type == "mpnet" else {}  # MPNet has no other
+    config = small_config(model_type, is_causal="Causal" in auto_class, **changes)
+    model = make_model(getattr(transformers, auto_class), config)
+    pipeline = make_pipeline(kind, model)
+    if kind == "embedding":
+        pipeline.context_length = position_limit(config, pipeline.tokenizer)
+    ids = (tokenizer()(TEXTS.text(400))["input_ids"])[:expected]
+    if kind == "causal":  # The last token is generated.
+        generated = model.generate(torch.tensor([ids[:-1]]), max_new_tokens=1)
+        assert (pipeline.context_length, generated.shape[1]) == (expected, expected)
+        return
+    if kind == "attention":
+        model(torch.tensor([ids]))
+        with pytest.raises(RecordError, match=f"expected 1 to {expected}"):
+            pipeline.preprocess(TEXTS.text(400))
+        return
+    assert pipeline.context_length == expected
+    if kind == "scoring":
+        assert run(pipeline, [{"text": TEXTS.text(400), "condition": ""}], 8)[0]["tokens"] > expected
+        return
+    accepted = next(text for text in map(TEXTS.text, range(200, 0, -1)) if pipeline.count_tokens(text) <= expected)
+    assert pipeline.count_tokens(accepted) > expected - 6
+    settings = {"max_new_tokens": 2, "do_sample": False}
+    generation_config = {"generation_config": transformers.GenerationConfig(**settings)} if kind == "seq2seq" else {}
+    run(pipeline, [accepted], 8, **generation_config)
+    model(input_ids=torch.tensor([ids]), **({"decoder_input_ids": torch.tensor([[2]])} if kind == "seq2seq" else {}))
+    with pytest.raises(RecordError, match=f"exceeds the context length of {expected}"):
+        pipeline.preprocess(TEXTS.text(400))
 
 
 def print_table() -> None:

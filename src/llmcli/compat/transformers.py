@@ -13,11 +13,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# What bounds the distance of attention, or the number of tokens that it chooses from.
-WINDOW_NAMES = (
-    "sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "window_size",
-    "keep_window_size", "index_topk", "index_block_size",
-)  # fmt: skip
 FIXED_ROPE_TYPES = {None, "default", "linear", "llama3", "yarn"}
 
 
@@ -60,35 +55,25 @@ def takes(model: "PreTrainedModel", name: str) -> bool:
     return name in inspect.signature(type(model).forward).parameters
 
 
-def attention_window(config: "PreTrainedConfig") -> int | None:
-    """Return the number of tokens within which each layer of a causal model attends to all; None if to any number."""
-    config = config.get_text_config()
-    values = [value for name in WINDOW_NAMES if isinstance(value := getattr(config, name, None), int) and value > 0]
-    return min(values, default=None)
-
-
-def rope_limit(config: "PreTrainedConfig") -> int | None:
-    """Return the length beyond which the positions of a row depend on the longest row: dynamic NTK and LongRoPE."""
-    lengths = [rope.get("original_max_position_embeddings") for rope in _ropes(config) if not _is_fixed(rope)]
-    return min(filter(None, lengths), default=None)
-
-
-def _ropes(config: "PreTrainedConfig") -> list[dict[str, Any]]:
-    config = config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return [value for value in rope.values() if isinstance(value, dict)] or [rope]
-
-
-def _is_fixed(rope: dict[str, Any]) -> bool:
-    return rope.get("rope_type") in FIXED_ROPE_TYPES
-
-
 def has_fixed_rotary_positions(model: "PreTrainedModel") -> bool:
     """Return whether positions are rotary, and do not depend on the batch's length as in dynamic NTK and LongRoPE."""
     names = [type(module).__name__ for module in model.modules()]
     is_rotary = any(name.endswith("RotaryEmbedding") for name in names)
     is_learned = any(name.endswith("PositionalEmbedding") for name in names)
-    return is_rotary and not is_learned and all(map(_is_fixed, _ropes(model.config)))
+    return is_rotary and not is_learned and not _length_dependent_ropes(model.config)
+
+
+def rope_limit(config: "PreTrainedConfig") -> int | None:
+    """Return the length beyond which a row changes the rotary positions of the other rows of its batch."""
+    lengths = [rope.get("original_max_position_embeddings") for rope in _length_dependent_ropes(config)]
+    return min(filter(None, lengths), default=None)
+
+
+def _length_dependent_ropes(config: "PreTrainedConfig") -> list[dict[str, Any]]:
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    by_layer = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    return [rope for rope in by_layer if rope.get("rope_type") not in FIXED_ROPE_TYPES]
 
 
 @contextmanager

@@ -22,9 +22,13 @@ PROBE_TEXTS = (
     "The quick fox.",
     "Once upon a time, in a small town by the sea, there was an old clock that ran late. " * 2,
 )
-PROBE_TOKENS = 4  # to generate: some models read padding only then
-TOLERANCE = {torch.float32: 1e-3}  # of what padding may change, in standard deviations
-ROUNDING_TOLERANCE = 0.1  # in a lower precision
+PROBE = {
+    "max_new_tokens": 4,
+    "do_sample": False,
+    "num_beams": 1,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+}
 Inputs = dict[str, Any]  # what the steps of a pipeline hand to each other, by name
 Parameters = tuple[Inputs, Inputs, Inputs]  # of preprocess, _forward and postprocess
 
@@ -73,26 +77,22 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
         return loading.architectures()[self.family]  # type: ignore[no-any-return]
 
     def _ignores_padding(self) -> bool:
-        """Return whether the model computes the same of a short text alone and beside a longer one."""
+        """Return whether a short text has the same logits, or the same states, alone and beside a longer one."""
+        rows, results = [self.tokenizer(text)["input_ids"] for text in PROBE_TEXTS], []
         try:
-            rows = [make_row(self.tokenizer(text)["input_ids"]) for text in PROBE_TEXTS]
-            alone, together = self._probe(rows[:1]), self._probe(rows)
-        except Exception:  # A model that cannot do it may raise anything.
+            for batch in (rows[:1], rows):
+                ids, mask = self.pad(batch, left=self.pads_left)
+                with torch.inference_mode():
+                    if self.model.can_generate():  # Some models misread padding only after the first new token.
+                        logits = self.model.generate(input_ids=ids, attention_mask=mask, **PROBE).logits
+                        results.append(torch.stack([step[0] for step in logits]).float())
+                    else:
+                        results.append(self.model(input_ids=ids, attention_mask=mask)[0][0, : len(rows[0])].float())
+            alone, together = results
+            tolerance = (1e-3 if self.model.dtype == torch.float32 else 0.1) * alone.std()
+            return bool((alone - together[: len(alone)]).abs().max() <= tolerance)
+        except Exception:  # A model may raise anything at input that it cannot read.
             return False
-        tolerance = TOLERANCE.get(alone.dtype, ROUNDING_TOLERANCE) * alone.float().std()
-        return bool((alone.float() - together[: len(alone)].float()).abs().max() <= tolerance)
-
-    @torch.inference_mode()
-    def _probe(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Return what the model computes for the first row: the logits (T, V) of new tokens, or its states (P, D)."""
-        ids, mask = self.pad(rows, left=self.pads_left)
-        if not self.model.can_generate():
-            return self.model(input_ids=ids, attention_mask=mask)[0][0, : len(rows[0])]
-        settings = {"max_new_tokens": PROBE_TOKENS, "do_sample": False, "num_beams": 1}
-        output = self.model.generate(
-            input_ids=ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **settings
-        )
-        return torch.stack([logits[0] for logits in output.logits])
 
     def count_tokens(self, text: str) -> int:
         return len(self.tokenizer(text)["input_ids"])

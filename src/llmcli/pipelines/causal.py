@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmcli.compat.cache import filled_cache, growing_cache, repeat_cache
-from llmcli.compat.transformers import attention_window, has_fixed_rotary_positions, rope_limit, takes_position_ids
+from llmcli.compat.transformers import has_fixed_rotary_positions, rope_limit, takes_position_ids
 from llmcli.errors import RecordError, UsageError
+from llmcli.models import loading
 from llmcli.pipelines import base
 from llmcli.pipelines.answers import GeneratingPipeline, TokenDecoder
 from llmcli.pipelines.base import CausalTextPipeline, Inputs
@@ -52,8 +53,10 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         moves the prefix out of an attention window. None: no maximum; 0: the model cannot do it.
         """
         is_safe = self.model.config.model_type in self._known["shared"] and takes_position_ids(self.model)
-        limits = (attention_window(self.model.config), rope_limit(self.model.config))
-        return min(filter(None, limits), default=None) if is_safe else 0
+        config = self.model.config.get_text_config()
+        windows = [getattr(config, name, None) for name in loading.architectures()["windows"]]
+        limits = [value for value in (*windows, rope_limit(config)) if isinstance(value, int) and value > 0]
+        return min(limits, default=None) if is_safe else 0
 
     @property
     def is_chat(self) -> bool:
