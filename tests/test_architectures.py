@@ -30,7 +30,7 @@ NO_TEXT = {"xlm"}  # ends every text at once
 # Models that see the tokens to come, so that a text has another probability as a part of a longer one.
 NOT_CAUSAL = {"axk2", "cpmant", "deepseek_v32", "glm_moe_dsa", "hy_v4", "prophetnet", "xlnet"}
 FLAT = {"big_bird", "marian"}  # say one thing to all texts, unless their weights are larger
-LISTED = {family: {*table["alone"], *table["batched"], *table.get("shared", ())}
+LISTED = {family: {*table["alone"], *table["batched"], *table["shared"]}
           for family in ("causal", "seq2seq", "encoders") if (table := loading.architectures()[family])}  # fmt: skip
 CAUSAL = sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - RANDOM - NO_TEXT)
 SEQ2SEQ = sorted(LISTED["seq2seq"] & modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.keys())
@@ -166,6 +166,18 @@ def compare_causal(model_type: str, *, is_forced: bool = False) -> dict[str, boo
 @pytest.mark.parametrize("model_type", CAUSAL)
 def test_causal_output_is_the_same_in_every_batch(model_type):
     assert [name for name, is_same in compare_causal(model_type).items() if not is_same] == []
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neo", "llama4_text", "minimax", "mpt", "openai-gpt", "rwkv", "xlnet"])
+def test_generate_prints_the_same_text_for_any_batch_size(llmcli, model_type, tmp_path):
+    make(transformers.AutoModelForCausalLM, model_type).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    options = ("--lines", "--temperature", "0", "--dtype", "float32", "--max-new-tokens", NEW_TOKENS, "-m", tmp_path)
+    lines = "".join(f"{text}\n" for text in TEXTS.far + TEXTS.near + TEXTS.different).encode()
+    runs = [llmcli("generate", *options, "--batch-size", size, stdin=lines) for size in (1, 8, "auto")]
+    assert [ran.exit_status for ran in runs] == [0, 0, 0]
+    assert runs[0].stdout == runs[1].stdout == runs[2].stdout
+    assert len(set(runs[0].stdout.splitlines())) > 8
 
 
 @pytest.mark.parametrize("model_type", SEQ2SEQ)

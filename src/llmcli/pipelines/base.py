@@ -18,17 +18,8 @@ if TYPE_CHECKING:
 
 CHARACTERS_PER_TOKEN = 16  # more than nearly all texts have
 UNLIMITED_TOKENS = 10**6  # Tokenizers write a huge number where they know no limit.
-PROBE_TEXTS = (
-    "The quick fox.",
-    "Once upon a time, in a small town by the sea, there was an old clock that ran late. " * 2,
-)
-PROBE = {
-    "max_new_tokens": 4,
-    "do_sample": False,
-    "num_beams": 1,
-    "output_logits": True,
-    "return_dict_in_generate": True,
-}
+PROBE_TEXTS = "The quick fox.", "Once upon a time, an old clock in a small town by the sea ran late. " * 2
+PROBE = {"max_new_tokens": 4, "do_sample": False, "num_beams": 1, "output_logits": True}
 Inputs = dict[str, Any]  # what the steps of a pipeline hand to each other, by name
 Parameters = tuple[Inputs, Inputs, Inputs]  # of preprocess, _forward and postprocess
 
@@ -61,15 +52,12 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
 
     @functools.cached_property
     def max_batched_tokens(self) -> int | None:
-        """Maximum length of rows, answers included, that may share a batch: longer ones run alone. None: no maximum.
+        """Maximum length of rows, answers included, that may share a batch; longer ones run alone. None: no maximum.
 
-        It is 0 if padding changes what the model computes: for architectures that are known for it, and for unknown
-        ones that fail a probe.
+        It is 0 if padding changes what the model computes: architectures.toml says so, or a probe of the model.
         """
-        kind = self.model.config.model_type
-        known = self._known
-        is_safe = kind in known["batched"] or kind in known.get("shared", ())
-        is_safe = is_safe or (kind not in known["alone"] and self._ignores_padding())
+        kind, known = self.model.config.model_type, self._known
+        is_safe = kind in known["batched"] + known["shared"] or (kind not in known["alone"] and self._ignores_padding())
         return rope_limit(self.model.config) if is_safe else 0
 
     @property
@@ -84,8 +72,10 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
                 ids, mask = self.pad(batch, left=self.pads_left)
                 with torch.inference_mode():
                     if self.model.can_generate():  # Some models misread padding only after the first new token.
-                        logits = self.model.generate(input_ids=ids, attention_mask=mask, **PROBE).logits
-                        results.append(torch.stack([step[0] for step in logits]).float())
+                        output = self.model.generate(
+                            input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **PROBE
+                        )
+                        results.append(torch.stack([logits[0] for logits in output.logits]).float())
                     else:
                         results.append(self.model(input_ids=ids, attention_mask=mask)[0][0, : len(rows[0])].float())
             alone, together = results
