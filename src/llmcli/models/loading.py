@@ -5,7 +5,10 @@ import logging
 import math
 import os
 import re
+import tomllib
 import warnings
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,12 +232,29 @@ def _readable(size: int) -> str:
     return next(f"{size / unit:.1f} {name}" for name, unit in UNITS.items() if size >= unit or unit == 1)
 
 
+@cache
+def architectures() -> dict[str, Any]:
+    """Return what architectures.toml says."""
+    return tomllib.loads((Path(__file__).parent / "architectures.toml").read_text(encoding="utf-8"))
+
+
+def max_positions(read: Callable[[str], Any]) -> int | None:
+    """Return the number of tokens that a model has positions for, by a function that reads its configuration."""
+    kind = read("model_type")
+    length = read(architectures()["position_names"].get(kind, "max_position_embeddings"))
+    if not length or length <= 0:
+        return None
+    padding = read("pad_token_id")
+    is_offset = kind in architectures()["offset_positions"]
+    return int(length - (1 if padding is None else padding) - 1) if is_offset else int(length)
+
+
 def embedding_context_length(folder: Path) -> int:
     """Return the maximum number of tokens of a text for a sentence encoder, special ones included."""
     limits = (
         _read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
         _read_json(folder / "tokenizer_config.json").get("model_max_length"),
-        _read_json(folder / "config.json").get("max_position_embeddings"),
+        max_positions(_read_json(folder / "config.json").get),
     )
     return int(min(filter(None, limits), default=EMBEDDING_TOKENS))
 
