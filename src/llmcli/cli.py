@@ -70,7 +70,7 @@ def run() -> NoReturn:
 
 def main(args: list[str] | None = None) -> int:
     """Run a command line, without the name of the program, and return its exit status."""
-    with _raise_on_sigterm():
+    with _raise_on_sigterm(), console.sanitized():
         try:
             _build_commands()(args, prog_name="llmcli")
         except SystemExit as exc:  # As Python's own exit does: a text is printed, and means failure.
