@@ -118,7 +118,7 @@ class Model:
 
     @property
     def _changed_ns(self) -> int:
-        return max(file.stat().st_mtime_ns for file in self.folder.iterdir())
+        return max(file.stat().st_mtime_ns for file in self.folder.iterdir() if file.exists())
 
     def _load(self) -> "Pipeline":
         kind = self._find_kind()

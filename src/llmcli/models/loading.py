@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmcli import console
 from llmcli.errors import LlmcliError, ModelTooLargeError, ModelUnavailableError, UsageError
 from llmcli.job import LoadOptions
-from llmcli.models import malloc
+from llmcli.models import folder_check, malloc
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,8 @@ def load(
     device_map, max_memory = _device_map(load_options, device, size)
     config = read_config(folder, load_options)
     tokenizer = _from_pretrained("AutoTokenizer", folder, load_options)
+    if (folder / "adapter_config.json").is_file():
+        console.warning(f"'{folder}' has an adapter beside its weights, which is ignored")
     model, report = _from_pretrained(
         pipeline_type.auto_class,
         folder,
@@ -55,6 +57,7 @@ def load(
         offload_folder=load_options.offload_folder,
         use_safetensors=not load_options.allow_pickle or weights[0].suffix == ".safetensors",
         output_loading_info=True,
+        adapter_kwargs={"subfolder": "no-adapter"},  # With peft, transformers would apply an adapter that it finds.
     )
     spare = pipeline_type.ignorable_weight_prefix
     if missing := sorted(key for key in report["missing_keys"] if not (spare and key.startswith(spare))):
@@ -83,6 +86,8 @@ def read_config(folder: Path, load_options: LoadOptions) -> "PreTrainedConfig":
 def _from_pretrained(auto_class: str, folder: Path, load_options: LoadOptions, **settings: object) -> Any:
     import transformers
 
+    if not load_options.trust_remote_code:
+        folder_check.check_settings(folder)
     settings |= {"trust_remote_code": load_options.trust_remote_code, "local_files_only": True}
     try:
         return getattr(transformers, auto_class).from_pretrained(folder, **settings)

@@ -1,0 +1,66 @@
+"""Checks of a model's directory before it is loaded: no file outside is read, and its settings choose no code."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llmcli.errors import ModelUnavailableError
+
+READ = ("*", "[0-9]*/*", "additional_chat_templates/*")
+SETTINGS = "*config*.json"
+FILE_KEYS = {"configuration_files", "fast_tokenizer_files", "transformers_weights", "weight_map"}
+INTERNAL_KEYS = ("_attn_implementation_internal", "_experts_implementation_internal", "_auto_class")
+
+
+def check_files(folder: Path) -> None:
+    """Raise ModelUnavailableError if a file is outside the directory: a link to one, or one that a setting names."""
+    home = folder.resolve()
+    # The Hub's cache keeps the files of a snapshot elsewhere.
+    roots = [home, *[(home.parents[1] / "blobs").resolve()] * (home.parent.name == "snapshots")]
+    paths = {file: f"'{file}'" for pattern in READ for file in folder.glob(pattern)}
+    for file in (file for pattern in ("*.index.json", SETTINGS) for file in folder.glob(pattern)):
+        for keys, value in _walk(_read(file)):
+            is_name = keys[-1].endswith("_file") or not FILE_KEYS.isdisjoint(keys)
+            if is_name and isinstance(value, str) and "\0" not in value and keys[-1] != "special_tokens_map_file":
+                paths[folder / value] = f"{value!r} in '{file}'"
+    for path, description in paths.items():
+        target = Path(os.path.realpath(path))  # Path.resolve raises for a link to itself.
+        if target.is_file() and not any(map(target.is_relative_to, roots)):
+            hint = "put the file itself in the directory, if you trust whoever made the model"
+            raise ModelUnavailableError(f"{description} is '{target}', outside the model's directory", hint)
+
+
+def check_settings(folder: Path) -> None:
+    """Raise ModelUnavailableError if the settings choose code that Transformers would run."""
+    for file in folder.glob(SETTINGS):
+        for keys, value in _walk(_read(file)):
+            is_kernel = any(key.endswith("_implementation") for key in keys) and isinstance(value, str) and "/" in value
+            is_internal = any(key in INTERNAL_KEYS or (key.startswith("__") and key != "__type") for key in keys)
+            is_trust = keys[-1] == "trust_remote_code" and value
+            is_model = keys[-1] == "tokenizer_class" and value and not re.search("Tokenizer|Backend", str(value))
+            if is_kernel or is_internal or is_trust or is_model:
+                hint = "if you trust whoever made the model, pass --trust-remote-code"
+                raise ModelUnavailableError(f"'{file}' cannot set {'.'.join(keys[1:])!r}, which may run code", hint)
+
+
+def _walk(settings: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield all values that hold no others, with the keys that lead to them; the first is empty."""
+    waiting: list[tuple[tuple[str, ...], Any]] = [(("",), settings)]
+    while waiting:
+        keys, value = waiting.pop()
+        if value and isinstance(value, dict):
+            waiting += [((*keys, key), item) for key, item in value.items()]
+        elif value and isinstance(value, list):
+            waiting += [(keys, item) for item in value]
+        else:
+            yield keys, value
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (ValueError, RecursionError):
+        return {}  # Transformers says what is wrong with it.
