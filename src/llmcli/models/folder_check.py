@@ -1,4 +1,4 @@
-"""Checks of a model's directory before it is loaded: no file outside is read, and its settings choose no code."""
+"""Checks a model's directory before it is loaded: no file outside is read, and its settings choose no code."""
 
 import json
 import os
@@ -10,22 +10,28 @@ from typing import Any
 from llmcli.errors import ModelUnavailableError
 
 READ = ("*", "[0-9]*/*", "additional_chat_templates/*")
-SETTINGS = "*config*.json"
 FILE_KEYS = {"configuration_files", "fast_tokenizer_files", "transformers_weights", "weight_map"}
-INTERNAL_KEYS = ("_attn_implementation_internal", "_experts_implementation_internal", "_auto_class")
+INTERNAL_KEYS = {"_attn_implementation_internal", "_experts_implementation_internal", "_auto_class"}
 
 
-def check_files(folder: Path) -> None:
-    """Raise ModelUnavailableError if a file is outside the directory: a link to one, or one that a setting names."""
+def check_folder(folder: Path, *, trusts_code: bool) -> None:
+    """Raise ModelUnavailableError if a file is outside the directory, or if a setting chooses code to run.
+
+    A file is outside if it is a link to one outside, or if a setting names it. A link to nothing is ignored.
+    """
     home = folder.resolve()
     # The Hub's cache keeps the files of a snapshot elsewhere.
     roots = [home, *[(home.parents[1] / "blobs").resolve()] * (home.parent.name == "snapshots")]
     paths = {file: f"'{file}'" for pattern in READ for file in folder.glob(pattern)}
-    for file in (file for pattern in ("*.index.json", SETTINGS) for file in folder.glob(pattern)):
+    for file in (file for pattern in ("*.index.json", "*config*.json") for file in folder.glob(pattern)):
         for keys, value in _walk(_read(file)):
+            text = value if isinstance(value, str) else ""
+            if not trusts_code and _chooses_code(keys, value, text):
+                hint = "if you trust whoever made the model, pass --trust-remote-code"
+                raise ModelUnavailableError(f"'{file}' cannot set {'.'.join(keys[1:])!r}, which may run code", hint)
             is_name = keys[-1].endswith("_file") or not FILE_KEYS.isdisjoint(keys)
-            if is_name and isinstance(value, str) and "\0" not in value and keys[-1] != "special_tokens_map_file":
-                paths[folder / value] = f"{value!r} in '{file}'"
+            if is_name and "\0" not in text and keys[-1] != "special_tokens_map_file":  # which nothing reads
+                paths[folder / text] = f"{text!r} in '{file}'"
     for path, description in paths.items():
         target = Path(os.path.realpath(path))  # Path.resolve raises for a link to itself.
         if target.is_file() and not any(map(target.is_relative_to, roots)):
@@ -33,17 +39,11 @@ def check_files(folder: Path) -> None:
             raise ModelUnavailableError(f"{description} is '{target}', outside the model's directory", hint)
 
 
-def check_settings(folder: Path) -> None:
-    """Raise ModelUnavailableError if the settings choose code that Transformers would run."""
-    for file in folder.glob(SETTINGS):
-        for keys, value in _walk(_read(file)):
-            is_kernel = any(key.endswith("_implementation") for key in keys) and isinstance(value, str) and "/" in value
-            is_internal = any(key in INTERNAL_KEYS or (key.startswith("__") and key != "__type") for key in keys)
-            is_trust = keys[-1] == "trust_remote_code" and value
-            is_model = keys[-1] == "tokenizer_class" and value and not re.search("Tokenizer|Backend", str(value))
-            if is_kernel or is_internal or is_trust or is_model:
-                hint = "if you trust whoever made the model, pass --trust-remote-code"
-                raise ModelUnavailableError(f"'{file}' cannot set {'.'.join(keys[1:])!r}, which may run code", hint)
+def _chooses_code(keys: tuple[str, ...], value: object, text: str) -> bool:
+    is_kernel = "/" in text and any(key.endswith("_implementation") for key in keys)
+    is_internal = any(key in INTERNAL_KEYS or (key.startswith("__") and key != "__type") for key in keys)
+    is_model = keys[-1] == "tokenizer_class" and bool(text) and not re.search("Tokenizer|Backend", text)
+    return is_kernel or is_internal or is_model or (keys[-1] == "trust_remote_code" and bool(value))
 
 
 def _walk(settings: Any) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from llmcli import console
 from llmcli.errors import LlmcliError, ModelTooLargeError, ModelUnavailableError, UsageError
 from llmcli.job import LoadOptions
-from llmcli.models import folder_check, malloc
+from llmcli.models import malloc
+from llmcli.models.folder_check import check_folder
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +77,7 @@ def load(
 
 def tokenizer(folder: Path, load_options: LoadOptions) -> "PreTrainedTokenizerBase":
     quiet_libraries()
+    check_folder(folder, trusts_code=load_options.trust_remote_code)
     return _from_pretrained("AutoTokenizer", folder, load_options)
 
 
@@ -86,8 +88,6 @@ def read_config(folder: Path, load_options: LoadOptions) -> "PreTrainedConfig":
 def _from_pretrained(auto_class: str, folder: Path, load_options: LoadOptions, **settings: object) -> Any:
     import transformers
 
-    if not load_options.trust_remote_code:
-        folder_check.check_settings(folder)
     settings |= {"trust_remote_code": load_options.trust_remote_code, "local_files_only": True}
     try:
         return getattr(transformers, auto_class).from_pretrained(folder, **settings)

@@ -12,7 +12,7 @@ from pathlib import Path
 from llmcli import config, console
 from llmcli.errors import ModelUnavailableError, UsageError, reason
 from llmcli.job import LoadOptions
-from llmcli.models import folder_check, registry
+from llmcli.models import registry
 from llmcli.models.registry import FolderSource, GgufSource, HubSource, ModelSpec, WheelSource
 from llmcli.models.store import cache, hub, quantized
 
@@ -40,16 +40,7 @@ def find_or_none(spec: ModelSpec) -> Path | None:
 
 
 def pull(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False, refresh: bool = False) -> Path:
-    """Return the directory of ready weights, fetched if it does not exist, or `refresh` asks for a newer revision.
-
-    Raises ModelUnavailableError if there is none, or if it has links that lead out of it.
-    """
-    folder = _pull(spec, offline=offline, allow_pickle=allow_pickle, refresh=refresh)
-    folder_check.check_files(folder)
-    return folder
-
-
-def _pull(spec: ModelSpec, *, offline: bool, allow_pickle: bool, refresh: bool) -> Path:
+    """Return the directory of ready weights, fetched if it does not exist, or `refresh` asks for a newer revision."""
     asks_hub = refresh and isinstance(spec.source, HubSource) and not offline
     if not asks_hub and (path := find(spec, allow_pickle=allow_pickle)):
         return path
