@@ -2,7 +2,9 @@
 
 import json
 import os
+import pickle
 import random
+import re
 import shutil
 import signal
 import struct
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -185,6 +188,27 @@ def test_trusted_code_runs(llmcli, model, tmp_path):
     edit(model, "config.json", auto_map=AUTO_MAP, model_type="evil")
     llmcli("generate", "-m", model, "--trust-remote-code", "--max-new-tokens", 2, PROMPT)
     assert (tmp_path / "trace").exists()
+
+
+class Planted:
+    """An object whose pickle leaves a trace when it is opened."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[Path]]:
+        return Path.touch, (self.trace,)
+
+
+@pytest.mark.parametrize("options", [(), ("--allow-pickle",)])
+def test_pickle_that_runs_code_is_refused(llmcli, model, tmp_path, options):
+    with zipfile.ZipFile(model / "pytorch_model.bin", "w") as archive:  # as torch.save writes it
+        archive.writestr("archive/data.pkl", pickle.dumps(Planted(tmp_path / "trace")))
+        archive.writestr("archive/version", "3\n")
+    (model / "model.safetensors").unlink()
+    ran = llmcli("generate", "-m", model, *options, PROMPT)
+    assert ran.exit_status == 4
+    assert is_clean(ran, tmp_path)
 
 
 # ---- files outside
@@ -491,3 +515,15 @@ gguf.run_child(Path({str(header)!r}), Path({str(tmp_path / 'ready')!r}), 10**9, 
     parent.kill()
     assert not psutil.wait_procs(children, timeout=20)[1]
     parent.wait()
+
+
+def test_security_page_names_existing_tests():
+    root = Path(__file__).parent
+    rows = [line for line in (root.parent / "SECURITY.md").read_text().splitlines() if ".py::" in line]
+    assert len(rows) >= 15
+    for row in rows:
+        file, names = re.search(r"`(test_\w+\.py)::", row)[1], re.findall(r"\b(test_\w+)`", row)
+        assert names
+        if (root / file).exists():
+            text = (root / file).read_text()
+            assert [name for name in names if f"def {name}(" not in text] == []
