@@ -11,7 +11,10 @@ from llmcli.errors import ModelUnavailableError
 
 READ = ("*", "[0-9]*/*", "additional_chat_templates/*")
 FILE_KEYS = {"configuration_files", "fast_tokenizer_files", "transformers_weights", "weight_map"}
-INTERNAL_KEYS = {"_attn_implementation_internal", "_experts_implementation_internal", "_auto_class"}
+SETTINGS = ("config.json", "config.*.json", "*_config.json", "*.index.json")
+INTERNAL_KEYS = {
+    "_attn_implementation_internal", "_experts_implementation_internal", "_auto_class", "__class__", "__dict__",
+}  # fmt: skip
 
 
 def check_folder(folder: Path, *, trusts_code: bool) -> None:
@@ -22,8 +25,17 @@ def check_folder(folder: Path, *, trusts_code: bool) -> None:
     home = folder.resolve()
     # The Hub's cache keeps the files of a snapshot elsewhere.
     roots = [home, *[(home.parents[1] / "blobs").resolve()] * (home.parent.name == "snapshots")]
-    paths = {file: f"'{file}'" for pattern in READ for file in folder.glob(pattern)}
-    for file in (file for pattern in ("*.index.json", "*config*.json") for file in folder.glob(pattern)):
+
+    def require_inside(path: Path, description: str) -> None:
+        target = Path(os.path.realpath(path))  # Path.resolve raises for a link to itself.
+        if target.is_file() and not any(map(target.is_relative_to, roots)):
+            hint = "put the file itself in the directory, if you trust whoever made the model"
+            raise ModelUnavailableError(f"{description} is '{target}', outside the model's directory", hint)
+
+    for file in (file for pattern in READ for file in folder.glob(pattern)):
+        require_inside(file, f"'{file}'")
+    for file in (file for pattern in SETTINGS for file in folder.glob(pattern)):
+        names = set()
         for keys, value in _walk(_read(file)):
             text = value if isinstance(value, str) else ""
             if not trusts_code and _chooses_code(keys, value, text):
@@ -31,17 +43,14 @@ def check_folder(folder: Path, *, trusts_code: bool) -> None:
                 raise ModelUnavailableError(f"'{file}' cannot set {'.'.join(keys[1:])!r}, which may run code", hint)
             is_name = keys[-1].endswith("_file") or not FILE_KEYS.isdisjoint(keys)
             if is_name and "\0" not in text and keys[-1] != "special_tokens_map_file":  # which nothing reads
-                paths[folder / text] = f"{text!r} in '{file}'"
-    for path, description in paths.items():
-        target = Path(os.path.realpath(path))  # Path.resolve raises for a link to itself.
-        if target.is_file() and not any(map(target.is_relative_to, roots)):
-            hint = "put the file itself in the directory, if you trust whoever made the model"
-            raise ModelUnavailableError(f"{description} is '{target}', outside the model's directory", hint)
+                names.add(text)
+        for name in names:
+            require_inside(folder / name, f"{name!r} in '{file}'")
 
 
 def _chooses_code(keys: tuple[str, ...], value: object, text: str) -> bool:
     is_kernel = "/" in text and any(key.endswith("_implementation") for key in keys)
-    is_internal = any(key in INTERNAL_KEYS or (key.startswith("__") and key != "__type") for key in keys)
+    is_internal = not INTERNAL_KEYS.isdisjoint(keys)
     is_model = keys[-1] == "tokenizer_class" and bool(text) and not re.search("Tokenizer|Backend", text)
     return is_kernel or is_internal or is_model or (keys[-1] == "trust_remote_code" and bool(value))
 
