@@ -72,7 +72,7 @@ def run() -> NoReturn:
 
 def main(args: list[str] | None = None) -> int:
     """Run a command line, without the name of the program, and return its exit status."""
-    with _raise_on_sigterm():
+    with _raise_on_sigterm(), console.sanitized():
         try:
             os.getcwd()  # raises an error that names no file if the directory has been deleted
             _build_commands()(args, prog_name="llmcli")

@@ -43,7 +43,7 @@ def converse(job: Job) -> ExitStatus:
         history=History(str(history)),
         completer=WordCompleter(list(COMMANDS), sentence=True),
         complete_while_typing=False,
-        output=create_output(stdout=sys.stderr),  # `llmcli chat > answers.txt` saves the answers alone.
+        output=create_output(stdout=console.terminal()),  # `llmcli chat > answers.txt` saves the answers alone.
     )
     engine = engines.engine_for(job)
     engine.load(job)

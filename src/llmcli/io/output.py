@@ -16,6 +16,7 @@ from typing import BinaryIO
 from llmcli import config, console
 from llmcli.errors import LlmcliError, OutputClosedError, UsageError, reason
 from llmcli.job import Result
+from llmcli.text.terminal import Sanitizer, sanitize
 
 JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 WRAPPED_COLUMNS = ("TASKS", "LICENSE")  # columns of a table that may wrap on a narrow screen
@@ -45,6 +46,7 @@ class OutputSpec:
     stop_on_error: bool = False
     stats: bool = False  # print statistics at the end
     extra_records: int = 0  # records that the command has read itself and passes on in another record
+    is_styled: bool = False  # texts have colors of our own, and nothing else that controls a terminal
     has_files: bool = False  # results have the field `file`
     rename: Mapping[str, str] = field(default_factory=dict)  # new names of result fields
     select: Sequence[str] | None = None  # result fields to write; None: all
@@ -71,13 +73,14 @@ class OutputSpec:
 
 
 class Sink(AbstractContextManager["Sink"]):
-    """stdout or a file, written as UTF-8. A new file that an error leaves empty is deleted."""
+    """stdout or a file, written as UTF-8; on a terminal sanitized. A new file that an error leaves empty is deleted."""
 
-    def __init__(self, path: Path | None = None, *, append: bool = False) -> None:
+    def __init__(self, path: Path | None = None, *, append: bool = False, is_styled: bool = False) -> None:
         if not path and sys.stdout is None:
             raise LlmcliError("stdout is closed")
         self._path = path
         self._is_empty = not append
+        self._sanitizer = Sanitizer() if not path and sys.stdout.isatty() and not is_styled else None
         try:
             self.file: BinaryIO = path.open("ab" if append else "xb") if path else sys.stdout.buffer
         except FileExistsError:
@@ -86,8 +89,16 @@ class Sink(AbstractContextManager["Sink"]):
         except OSError as exc:
             raise UsageError(f"{path}: {reason(exc)}") from exc
 
-    def write(self, text: str) -> int:
-        """Write a text at once, and return its number of bytes."""
+    def write(self, text: str, end: str = "") -> int:
+        """Write the rest of a text and its end at once, and return the number of bytes."""
+        rest = self._sanitizer.feed(text) + self._sanitizer.flush() if self._sanitizer else text
+        return self._write_text(rest + end)
+
+    def stream(self, text: str) -> None:
+        """Write a part of a text at once."""
+        self._write_text(self._sanitizer.feed(text) if self._sanitizer else text)
+
+    def _write_text(self, text: str) -> int:
         return self.write_bytes(text.encode("utf-8", "backslashreplace"))  # JSON can hold lone surrogates.
 
     def write_bytes(self, data: bytes) -> int:
@@ -118,11 +129,11 @@ class Output(AbstractContextManager["Output"]):
 
     def __init__(
         self, format: OutputFormat, model: str, *, path: Path | None = None,
-        names: Mapping[str, str | None] = MappingProxyType({}), append: bool = False,
+        names: Mapping[str, str | None] = MappingProxyType({}), append: bool = False, is_styled: bool = False,
     ) -> None:  # fmt: skip
         self.format, self.model, self._names = format, model, names
         self._overwritten: set[str] = set()  # fields of records, in a warning that was printed
-        self._sink = Sink(path, append=append)
+        self._sink = Sink(path, append=append, is_styled=is_styled)
         self.is_watched = not path and sys.stdout.isatty()
         self._columns: list[str] = []
         if path and append and format is OutputFormat.CSV:
@@ -138,7 +149,7 @@ class Output(AbstractContextManager["Output"]):
     def stream(self, text: str) -> None:
         """Write the next characters of a text whose Result will follow."""
         self._streamed += len(text)
-        self._sink.write(self._on_one_line(text))
+        self._sink.stream(self._on_one_line(text))
 
     def write(self, result: Result) -> int:
         """Write a result, or what `stream` has left of it; return the number of bytes without a CSV header."""
@@ -151,7 +162,7 @@ class Output(AbstractContextManager["Output"]):
         end = "\0" if self.format is OutputFormat.NULL else "\n"
         rest = self._on_one_line(result.text[self._streamed :])
         self._streamed = 0
-        return self._sink.write(rest + end)
+        return self._sink.write(rest, end)
 
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         if self._streamed and kind is not OutputClosedError:  # The text was interrupted: end its line.
@@ -217,8 +228,9 @@ def write_file(path: Path, text: str) -> None:
         raise UsageError(f"{path}: {reason(exc)}") from exc
 
 
-def print_lines(lines: Iterable[str]) -> None:
-    sink = Sink()
+def print_lines(lines: Iterable[str], *, is_styled: bool = False) -> None:
+    """Write lines to stdout. Styled ones have colors of our own, and nothing else that controls a terminal."""
+    sink = Sink(is_styled=is_styled)
     for line in lines:
         sink.write(f"{line}\n")
 
@@ -235,8 +247,8 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for name in header:
         table.add_column(name, no_wrap=name not in WRAPPED_COLUMNS)
     for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+        table.add_row(*map(sanitize, row))
+    Console(markup=False, emoji=False).print(table)
 
 
 def _format_row(cells: Sequence[object]) -> str:

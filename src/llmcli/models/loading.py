@@ -16,6 +16,7 @@ from llmcli import console
 from llmcli.errors import LlmcliError, ModelTooLargeError, ModelUnavailableError, UsageError
 from llmcli.job import LoadOptions
 from llmcli.models import malloc
+from llmcli.models.folder_check import check_folder
 from llmcli.models.memory import available_memory
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def load(
     device_map, max_memory = _device_map(load_options, device, size)
     config = read_config(folder, load_options)
     tokenizer = _from_pretrained("AutoTokenizer", folder, load_options)
+    if (folder / "adapter_config.json").is_file():
+        console.warning(f"'{folder}' has an adapter beside its weights, which is ignored")
     model, report = _from_pretrained(
         pipeline_type.auto_class,
         folder,
@@ -59,6 +62,7 @@ def load(
         offload_folder=load_options.offload_folder,
         use_safetensors=not load_options.allow_pickle or weights[0].suffix == ".safetensors",
         output_loading_info=True,
+        adapter_kwargs={"subfolder": "no-adapter"},  # With peft, transformers would apply an adapter that it finds.
     )
     spare = pipeline_type.ignorable_weight_prefix
     if missing := sorted(key for key in report["missing_keys"] if not (spare and key.startswith(spare))):
@@ -77,6 +81,7 @@ def load(
 
 def tokenizer(folder: Path, load_options: LoadOptions) -> "PreTrainedTokenizerBase":
     quiet_libraries()
+    check_folder(folder, trusts_code=load_options.trust_remote_code)
     return _from_pretrained("AutoTokenizer", folder, load_options)
 
 
