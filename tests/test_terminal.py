@@ -300,6 +300,17 @@ def test_usage_errors_show_no_sequence_of_arguments(screen, args):
     assert is_safe(shown)
 
 
+def test_usage_error_in_ascii_shows_no_sequence(screen, monkeypatch):
+    terminal = screen()
+    ascii_stream = io.TextIOWrapper(terminal.stream.buffer, encoding="ascii", errors="backslashreplace", newline="")
+    monkeypatch.setattr(sys, "stderr", ascii_stream)
+    assert run("generate", "--\x1b]0;x\x07") == 2
+    ascii_stream.detach()
+    shown = terminal.text()
+    assert "No such option" in shown
+    assert is_safe(shown)
+
+
 def test_traceback_shows_no_sequence(screen, monkeypatch, tiny):
     terminal = screen()
     from llmcli.models import loading

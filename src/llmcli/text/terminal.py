@@ -59,4 +59,6 @@ class SanitizedStream:
         self.write("".join(lines))
 
     def __getattr__(self, name: str) -> object:
+        if name == "buffer":  # Click would write to it if the encoding is ASCII.
+            raise AttributeError(name)
         return getattr(self._terminal, name)
