@@ -109,6 +109,6 @@ OUTPUTS = ("translation_text", "from", "to", "finish_reason", "usage")
 EMPTY = {"translation_text": "", "from": None, "to": None, **EMPTY_USAGE}
 STRATEGIES = {
     "seq2seq": Strategy(run, SEQ2SEQ, read_settings),
-    "causal": Strategy(run_prompted, GREEDY, prompt_settings),
+    "causal": Strategy(run_prompted, GREEDY, prompt_settings, can_think=False),
 }
 TASK = Task(read_text_record, OUTPUTS, EMPTY, STRATEGIES)
