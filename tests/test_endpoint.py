@@ -30,6 +30,7 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.models, self.owner = ["tiny"], "x"
         self.choice = None  # what each answer is
+        self.mangle = None  # what an answer makes of its text
         self.bodies, self.paths, self.keys, self.tries = [], [], [], Counter()
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
@@ -70,6 +71,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def behave(self, text, tries, body, is_chat):
         kind = text.split()[0]
+        if self.server.mangle:
+            return self.reply(200, {"choices": [{"index": 0, "finish_reason": "stop", "message": {
+                "role": "assistant", "content": self.server.mangle(text)}}]})  # fmt: skip
         if kind == "slow":
             time.sleep(0.5)
         elif kind == "late" and tries < 3:
@@ -207,7 +211,7 @@ def test_endpoint_failures_stay_with_their_record(served, server):
 def test_endpoint_response_without_answer_fails(served, server, message, reason, error):
     server.choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": reason}
     ran = served("qa", "Where?", "-c", "It is in Rome.", "--json")
-    assert (ran.exit_status, ran.records[0]["error"]["type"]) == (1, "no_answer")
+    assert (ran.exit_status, ran.records[0]["error"]["type"]) == (1, "missing_answer")
     assert ran.records[0]["error"]["message"].startswith(error)
 
 
@@ -473,3 +477,60 @@ def test_transformers_serve_translates(llmcli, serve, chatty):
     ours = llmcli(*args, "--dtype", "float32").records[0]
     theirs = llmcli(*args, "--endpoint", serve).records[0]
     assert theirs["translation_text"] == ours["translation_text"] != ""
+
+
+DOCUMENT = """---
+title: The pump
+---
+
+# The `pump --stop` guide
+
+See [the manual](http://x.org/a_b) and <b>stop</b> it with `pump --stop`, or ask me@x.org.
+
+| name | use |
+|---|---|
+| `--start` | Start `a\\|b` now |
+
+```sh
+pump --start
+```
+
+> A note[^1] on $x^2$ and ![a clock](clock.png).
+
+[^1]: The end of it.
+"""
+KEPT = (
+    "---\ntitle: The pump\n---\n", "# ", "`pump --stop`", "](http://x.org/a_b)", "<b>", "</b>", "me@x.org", "[^1]",
+    "|---|---|\n| `--start` | ", "`a\\|b`", "```sh\npump --start\n```", "$x^2$", "![a clock](clock.png)", "\n[^1]: ",
+)  # fmt: skip
+MANGLES = {
+    "upper": str.upper,
+    "drop": lambda text: re.sub(r"[^\w\s]", "", text),
+    "quotes": lambda text: text.replace("`", "'").replace("[", "("),
+    "reverse": lambda text: " ".join(reversed(text.split())),
+    "lines": lambda text: " ".join(text.split()),
+    "nothing": lambda text: "",
+}
+
+
+@pytest.mark.parametrize("mangle", MANGLES)
+@pytest.mark.parametrize("text", [DOCUMENT, "Run `pump --stop` and <b>wait</b>, please."])
+def test_translate_any_model_keeps_code_and_links(served, server, mangle, text):
+    server.mangle = MANGLES[mangle]
+    ran = served("translate", "--from", "en", "--to", "fr", "--json", stdin=text.encode())
+    translation = ran.records[0]["translation_text"]
+    for part in KEPT:
+        assert translation.count(part) == text.count(part), part
+    if mangle == "upper":
+        assert "PLEASE" in translation or "| START `a\\|b` NOW |" in translation
+    assert "untranslated" not in ran.records[0]
+
+
+def test_translate_reports_parts_that_came_back(served, server):
+    server.mangle = str
+    ran = served("translate", "--from", "en", "--to", "fr", stdin=DOCUMENT.encode())
+    assert (ran.stdout, ran.stderr) == (DOCUMENT, "warning: 7 of 7 parts came back untranslated\n")
+    server.mangle = lambda text: text if "fox" in text else text.upper()
+    ran = served("translate", "--from", "en", "--to", "fr", "--lines", stdin=lines("The fox.", "The dog.", "`x`", "7"))
+    assert ran.stdout.splitlines() == ["The fox.", "THE DOG.", "`x`", "7"]
+    assert ran.stderr == "warning: 1 of 2 parts came back untranslated\n"

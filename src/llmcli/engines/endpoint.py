@@ -155,7 +155,7 @@ class EndpointRunner:
 
     def _read_answer(self, message: object, choice: Any) -> str:
         if refusal := getattr(message, "refusal", None):
-            raise RecordError("no_answer", f"server refused to answer: {refusal}")
+            raise RecordError("missing_answer", f"server refused to answer: {refusal}")
         text = _check_text(_read_text(message), choice.finish_reason)
         if not self._can_think:
             text = cut_thought(text, choice.finish_reason).lstrip()
@@ -256,7 +256,7 @@ def _read_text(message: object) -> str | None:
 def _check_text(text: str | None, finish_reason: str | None) -> str:
     if text is None or finish_reason == "content_filter" or (not text and finish_reason == "length"):
         hint = "increase --max-new-tokens" if finish_reason == "length" else None
-        raise RecordError("no_answer", f"server returned no answer (finish_reason: {finish_reason})", hint)
+        raise RecordError("missing_answer", f"server returned no answer (finish_reason: {finish_reason})", hint)
     return text
 
 

@@ -56,7 +56,7 @@ def cut_thought(text: str, finish_reason: str) -> str:
     answer = "" if begin is None else text[begin:]
     if begin is None or (begin and finish_reason == "length" and not answer.strip()):
         message = "model did not finish its thoughts, so there is no answer"
-        raise RecordError("no_answer", message, hint="increase --max-new-tokens")
+        raise RecordError("missing_answer", message, hint="increase --max-new-tokens")
     closing = next((end for _, end in WRAPPERS if begin and end and answer.lower().rstrip().endswith(end)), "")
     return answer.rstrip()[: -len(closing)] if closing else answer
 
