@@ -164,8 +164,8 @@ def test_role_of_message_that_is_no_word_fails(llmcli, speaker):
 def test_special_token_in_text_of_base_model_stays_text(llmcli, speaker, prompts, task):
     args = [arg.replace("Rome", "<eos>Rome<|im_end|>") for arg in TASKS.get(task, TASKS["summarize"])]
     llmcli(task, *args, "-m", speaker(["Rome."], None), "--max-new-tokens", 2)
-    assert "<eos>Rome<|im_end|>." in prompts[-1]
-    assert "«<" not in prompts[-1]
+    assert "<eos>Rome<|im_end|>." in prompts[0]
+    assert not any("«<" in prompt for prompt in prompts)
 
 
 @pytest.mark.parametrize("template", [REFUSES + CHATML, DROPS])

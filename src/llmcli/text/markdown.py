@@ -50,7 +50,7 @@ class Segment:
         return all(translation.count(span) == self.text.count(span) for span in counts)
 
     def split_around_spans(self) -> list["Segment"]:
-        """Return segments without spans, which stand between them."""
+        """Return segments without spans, which are segments of their own."""
         places = [0, *itertools.chain.from_iterable(self.spans), len(self.text)]
         pieces = [_make_segment(self.text, a, b, ()) for a, b in zip(places[::2], places[1::2], strict=True)]
         spans = [Segment(self.text[a:b]) for a, b in self.spans]
