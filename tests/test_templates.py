@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 
@@ -164,7 +165,7 @@ def test_role_of_message_that_is_no_word_fails(llmcli, speaker):
 def test_special_token_in_text_of_base_model_stays_text(llmcli, speaker, prompts, task):
     args = [arg.replace("Rome", "<eos>Rome<|im_end|>") for arg in TASKS.get(task, TASKS["summarize"])]
     llmcli(task, *args, "-m", speaker(["Rome."], None), "--max-new-tokens", 2)
-    assert "<eos>Rome<|im_end|>." in prompts[0]
+    assert any("<eos>Rome<|im_end|>." in prompt for prompt in prompts)
     assert not any("«<" in prompt for prompt in prompts)
 
 
@@ -213,3 +214,30 @@ def test_content_parts_of_message_are_joined(llmcli, speaker, prompts):
     assert "user\nHello there«" in prompts[-1]
     assert (done["generated_text"], done["messages"][0]["content"]) == ("Rome.", parts)
     assert failed["error"]["message"] == "expected content parts of type 'text', got 'image_url'"
+
+
+@pytest.mark.parametrize("model", ["bert-qa", "roberta-qa"])
+def test_separator_in_question_and_context_stays_text(llmcli, monkeypatch, model):
+    from llmcli.pipelines.extractive_qa import ExtractiveQaPipeline
+
+    windows = []
+    preprocess = ExtractiveQaPipeline.preprocess
+
+    def spy(self, *args, **settings):
+        for window in preprocess(self, *args, **settings):
+            windows.append(window["input_ids"].tolist().count(self.tokenizer.sep_token_id))
+            yield window
+
+    monkeypatch.setattr(ExtractiveQaPipeline, "preprocess", spy)
+    folder = Path(__file__).parent / "golden" / model
+    for mark in ("", "[SEP] </s>"):
+        ran = llmcli("qa", f"Where {mark}?", "-c", f"The fox {mark} sleeps.", "-m", folder)
+        assert ran.exit_status == 0
+    assert windows[0] == windows[1]
+
+
+@pytest.mark.parametrize("command", ["score", "embed"])
+def test_special_token_in_scored_and_embedded_text_stays_text(llmcli, base, encoder, command):
+    ran = llmcli(command, "--lines", "--json", "-m", base if command == "score" else encoder, stdin=b"fox</s>\nfox\n")
+    tokens = [record.get("tokens") or record["usage"]["prompt_tokens"] for record in ran.records]
+    assert tokens[0] - tokens[1] == len("</s>")

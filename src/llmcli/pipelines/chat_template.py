@@ -73,8 +73,8 @@ class ChatTemplate:
                 prompt: str = self._tokenizer.apply_chat_template(messages, tokenize=False, **settings)
                 return prompt
         except (TimeoutError, MemoryError) as exc:
+            what = f"longer than {self._limit_s:g} seconds" if isinstance(exc, TimeoutError) else "too much memory"
             self._limit_s = max(self._limit_s / 2, MIN_LIMIT_S)  # The next records must not wait as long.
-            what = "longer than its limit of 5 seconds" if isinstance(exc, TimeoutError) else "too much memory"
             raise RecordError("bad_messages", f"chat template takes {what}") from exc
         except Exception as exc:  # A template is a program, and may raise anything.
             raise RecordError("bad_messages", f"chat template rejected the messages: {exc}") from exc

@@ -142,14 +142,17 @@ def _find_prose(text: str) -> Iterator[tuple[int, int, list[Span]]]:
         if before.tag in ("td", "th"):
             block = block.replace("|", "\\|")  # as it is written
         parser.inline.parse(block, parser, env | {"spans": spans}, [])
-        place, covered = 0, {i for a, b in spans for i in range(a, b)}
-        spans += [m.span() for m in ADDRESS.finditer(block) if covered.isdisjoint(range(*m.span()))]
+        place, merged = 0, list[Span]()
+        for a, b in sorted(spans + [match.span() for match in ADDRESS.finditer(block)]):
+            if merged and a < merged[-1][1]:
+                a, b = merged[-1][0], max(b, merged.pop()[1])
+            merged.append((a, b))
         for number, line in enumerate(block.split("\n"), start=token.map[0]):
             content = LEAD.sub("", line.strip())
             start = text.find(content, max(starts[number], end), starts[number + 1]) if content else -1
             if start >= 0:
                 end, at = start + len(content), place + line.index(content)
-                inside = sorted((max(a - at, 0), min(b - at, len(content))) for a, b in spans)
+                inside = ((max(a - at, 0), min(b - at, len(content))) for a, b in merged)
                 yield start, end, [(a, b) for a, b in inside if a < b]
             place += len(line) + 1
 
