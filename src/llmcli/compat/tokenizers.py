@@ -15,14 +15,17 @@ def is_byte_level(tokenizer: "PreTrainedTokenizerBase") -> bool:
 def read_as_text(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Let a tokenizer read the names of special tokens, such as `</s>`, in a text as text."""
     tokenizer.split_special_tokens = True
-    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    names = [token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not names:
         return
     from tokenizers import normalizers
 
     # The vocabularies of Unigram and others have these names too. A similar first character keeps all offsets.
-    read = tokenizer(names, add_special_tokens=False)["input_ids"]
+    try:
+        read = tokenizer(names, add_special_tokens=False)["input_ids"]
+    except Exception:  # tokenizers': the vocabulary does not have all characters
+        return
     ids = zip(names, tokenizer.convert_tokens_to_ids(names), read, strict=True)
     known = [name for name, id, row in ids if id in row and id != tokenizer.unk_token_id and len(name) > 1]
     if known:

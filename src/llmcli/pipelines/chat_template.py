@@ -44,7 +44,7 @@ class ChatTemplate:
     def encode(self, prompt: str) -> list[int]:
         """Return the tokens of a rendered prompt."""
         first, *pieces = prompt.split(BREAK)
-        ids, newline = self._tokenize(first), self._tokenize("\n")
+        ids, newline = self._tokenize(first), self._tokenize("\n") if pieces else []
         for piece in filter(None, pieces):
             # SentencePiece puts a space before the beginning of a text, but not after a newline.
             new = self._tokenize(f"\n{piece}")
@@ -64,8 +64,7 @@ class ChatTemplate:
     @functools.cached_property
     def thought_marks(self) -> dict[int, str]:
         """The special tokens that may mark thoughts."""
-        tokens = self._tokenizer.added_tokens_decoder.items()
-        return {id: token.content for id, token in tokens if token.special and SPECIAL.search(token.content)}
+        return {id: token.content for id, token in self._added if token.special and SPECIAL.search(token.content)}
 
     def _apply(self, messages: "Messages", **settings: object) -> str:
         try:
@@ -104,14 +103,17 @@ class ChatTemplate:
             return False
 
     @functools.cached_property
+    def _added(self) -> list[tuple[int, Any]]:
+        return [*getattr(self._tokenizer, "added_tokens_decoder", {}).items()]  # Mistral's own tokenizer has none.
+
+    @functools.cached_property
     def _special(self) -> re.Pattern[str]:
-        return _any_of(token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special)
+        return _any_of(token.content for _, token in self._added if token.special)
 
     @functools.cached_property
     def _control(self) -> re.Pattern[str]:
         """Special tokens and, as templates use them like these, other added tokens that the template writes."""
-        tokens, (_, text) = self._tokenizer.added_tokens_decoder.values(), self._source
-        return _any_of(token.content for token in tokens if token.special or token.content in text)
+        return _any_of(token.content for _, token in self._added if token.special or token.content in self._source[1])
 
     def _break(self, value: Any, is_answer: bool) -> Any:
         """Return a message with breaks in what would be control tokens; an answer may have thoughts."""
