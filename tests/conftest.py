@@ -51,7 +51,7 @@ class Ran:
     @property
     def records(self) -> list[dict[str, Any]]:
         """stdout as JSON Lines."""
-        return [json.loads(line) for line in self.stdout.splitlines()]
+        return [json.loads(line) for line in self.stdout.split("\n") if line]
 
 
 @pytest.fixture(autouse=True)

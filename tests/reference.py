@@ -15,8 +15,8 @@ SHARED = ("Input", "Generation", "Model", "Output")  # sections of --help that c
 MIN_COMMANDS = 4  # an option that so many commands have is a common one
 HEAD = """# Commands
 
-This page has what `llmcli COMMAND --help` prints. `make docs` writes it. Options that several commands share are listed
-once, under [Common options](#common-options).
+This page has what `llmcli COMMAND --help` and `llmcli help COMMAND` print. `make docs` writes it. Put options after the
+command. Options that several commands share are listed once, under [Common options](#common-options).
 """
 
 Options = dict[str, str]  # an option as help spells it -> what it does

@@ -45,7 +45,7 @@ BAD = {
         (rb'{"text": "\ud800"}', HALF),
         (rb'{"text": "the fox\udfff"}', (HALF[0], HALF[1] + "7")),
         (rb'{"text": "\udc00\ud83d"}', HALF),
-        (rb'{"\ud800": "the fox"}', ("missing_field", "missing field 'text': available fields: \ud800")),
+        (rb'{"\ud800": "the fox"}', ("missing_field", r"missing field 'text': available fields: \ud800")),
         (rb'{"text": "the fox", "by": "\ud83d"}', RUNS),
     ],
     "not in UTF-8": [

@@ -1,9 +1,12 @@
 """Which rows run together, and that it changes no text."""
 
 import json
+import time
 
+import psutil
 import pytest
 
+from llmcli import engines
 from llmcli.engines.batching import (
     BatchPolicy,
     MemoryEstimator,
@@ -12,6 +15,9 @@ from llmcli.engines.batching import (
     bucket_by_length,
     bucket_by_tokens,
 )
+from llmcli.engines.requests import DeviceError
+from llmcli.job import Job, Record
+from llmcli.models import memory as main_memory
 
 
 def test_the_oldest_row_and_those_nearest_to_it_in_length():
@@ -245,3 +251,79 @@ def test_rows_near_the_context_length_share_batches(llmcli, tiny, forwards):
     together = llmcli(*args, stdin=text).records
     assert together == alone
     assert len(forwards) <= 5
+
+
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_active_file 50\ntotal_inactive_file 7\nmapped_file 9\n")
+V2 = ("memory.max", "memory.current", "active_file 50\ninactive_file 7\nfile_mapped 9\n")
+
+
+def limit_memory(folder, names, limit, usage):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in zip((*names[:2], "memory.stat"), (limit, usage, names[2]), strict=True):
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("names", "line", "folder"),
+    [
+        (V2, "0::/", ""),
+        (V2, "0::/app/worker", "app/worker"),
+        (V2, "0::/app/worker", "app"),  # the limit is the parent's
+        (V2, "0::/../../elsewhere", ""),
+        (V1, "4:cpu,memory:/docker/abc", "memory/docker/abc"),
+        (V1, "4:memory:/docker/abc", "memory"),  # the path is that on the host
+    ],
+)
+def test_memory_limit_of_a_container_counts(tmp_path, monkeypatch, names, line, folder):
+    groups = tmp_path / "cgroup"
+    limit_memory(groups / folder, names, "1000", "300")
+    (tmp_path / "own").write_text(f"9:name=systemd:/\n{line}\n")
+    monkeypatch.setattr(main_memory, "CGROUPS", groups)
+    monkeypatch.setattr(main_memory, "PROCESS_CGROUPS", tmp_path / "own")
+    assert main_memory.available_memory() == 1000 - 300 + 57
+    limit_memory(groups / folder, names, "max" if names is V2 else str(2**63 - 4096), "300")
+    assert main_memory.available_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+def test_model_beyond_the_memory_of_a_container_is_refused(llmcli, tiny, tmp_path, monkeypatch):
+    limit_memory(tmp_path / "cgroup", V2, "2000", "300")
+    (tmp_path / "own").write_text("0::/\n")
+    monkeypatch.setattr(main_memory, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(main_memory, "PROCESS_CGROUPS", tmp_path / "own")
+    ran = llmcli("generate", "the", "-m", tiny)
+    assert (ran.exit_status, "only 1.8 kB is available" in ran.stderr) == (4, True)
+
+
+def test_long_records_are_few_in_flight(tiny):
+    read = []
+
+    def records(length):
+        for number in range(2000):
+            read.append(number)
+            yield Record({"text": "", "note": "x" * length})
+
+    job = Job("generate", str(tiny), keep_alive=0)
+    for length, expected in ((2**20, range(2, 80)), (10, range(512, 1100))):
+        read.clear()
+        results = engines.engine_for(job).run(job, records(length))
+        next(results)
+        time.sleep(0.2)
+        assert len(read) in expected
+        assert len(list(results)) == 1999
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_broken_device_ends_the_run(tiny, monkeypatch, count):
+    from transformers import Pipeline
+
+    calls = []
+
+    def broken(*args, **settings):
+        calls.append(args)
+        raise RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be reported elsewhere")
+
+    monkeypatch.setattr(Pipeline, "forward", broken)
+    job = Job("generate", str(tiny), keep_alive=0)
+    with pytest.raises(DeviceError, match=r"device failed: CUDA error: device-side assert triggered$"):
+        list(engines.engine_for(job).run(job, [Record({"text": f"fox {number}"}) for number in range(count)]))
+    assert len(calls) <= 2

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from processes import wait_until
 
 GREEDY = ("--temperature", 0, "--max-new-tokens", 6, "--dtype", "float32")
 
@@ -89,7 +90,7 @@ class Terminal:
     """llmcli chat at a terminal. stdin and stderr are the terminal; stdout is a file, which holds the answers alone."""
 
     def __init__(self, answers, *args):
-        self.screen = b""
+        self.screen = self.screen_before = b""
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:
             os.environ["PROMPT_TOOLKIT_NO_CPR"] = "1"
@@ -102,7 +103,7 @@ class Terminal:
             ready, _, _ = select.select([self.descriptor], [], [], max(0, deadline - time.monotonic()))
             assert ready, self.screen
             self.screen += os.read(self.descriptor, 4096)
-        self.screen = self.screen[self.screen.index(text) + len(text) :]
+        self.screen_before, _, self.screen = self.screen.partition(text)
 
     def type(self, line: str) -> None:
         self.wait_for(b">>>")
@@ -149,3 +150,38 @@ def test_conversation_beyond_the_context_suggests_clear(tiny, tmp_path, referenc
     terminal.type("the quick")
     terminal.leave()
     assert (tmp_path / "answers").read_text().endswith(reference(("user", "the quick")) + "\n")
+
+
+@pytest.mark.slow
+def test_typing_during_an_answer_waits_for_the_next_prompt(chatty, tmp_path):
+    slow = ("-m", chatty, "--max-new-tokens", 300, "--min-new-tokens", 300, "--temperature", 0)
+    terminal = Terminal(tmp_path / "answers", *slow)
+    terminal.type("the quick")
+    wait_until((tmp_path / "answers").read_text)
+    os.write(terminal.descriptor, b"/nonsense\x1b[A\x1b[B\r")
+    terminal.wait_for(b">>>")
+    assert b"nonsense" not in terminal.screen_before
+    terminal.wait_for(b"error: unknown command '/nonsense'")
+    terminal.leave()
+
+
+@pytest.mark.slow
+def test_interrupted_answer_stays_in_the_conversation(chatty, tmp_path):
+    slow = ("-m", chatty, "--max-new-tokens", 1900, "--min-new-tokens", 1900, "--temperature", 0)
+    terminal = Terminal(tmp_path / "answers", *slow)
+    terminal.type("the quick")
+    wait_until((tmp_path / "answers").read_text)
+    os.write(terminal.descriptor, b"\x03")
+    terminal.wait_for(b"note: stopped; the conversation keeps this part of the answer (/clear starts over)")
+    terminal.leave()
+    assert (tmp_path / "answers").read_text().endswith("\n")
+
+
+@pytest.mark.slow
+def test_history_that_cannot_be_saved_is_a_warning(tiny, tmp_path, monkeypatch, reference):
+    monkeypatch.setenv("LLMCLI_CACHE", "/dev/null/cache")
+    terminal = Terminal(tmp_path / "answers", "-m", tiny, *GREEDY)
+    terminal.wait_for(b"warning: cannot save messages to /dev/null/cache/chat_history: not a directory")
+    terminal.type("the quick")
+    terminal.leave()
+    assert (tmp_path / "answers").read_text() == reference(("user", "the quick")) + "\n"

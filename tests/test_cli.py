@@ -52,10 +52,109 @@ def test_options_are_grouped_in_help(llmcli):
     assert positions == sorted(positions)
 
 
-def test_version(llmcli):
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_version(llmcli, option):
     from llmcli import __version__
 
-    assert llmcli("--version").stdout == f"llmcli {__version__}\n"
+    assert llmcli(option).stdout == f"llmcli {__version__}\n"
+
+
+@pytest.mark.parametrize("command", [[], ["chat"], ["models"], ["models", "list"]], ids=" ".join)
+def test_help_command_is_the_help_option(llmcli, command):
+    ran = llmcli("help", *command)
+    assert ran == llmcli(*command, "--help")
+    assert ran.exit_status == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "name"),
+    [
+        (["generate", "X"], "TEXT"),
+        (["generate", "fine", "X"], "TEXT"),
+        (["score", "X"], "TEXT"),
+        (["chat", "X"], "TEXT"),
+        (["chat", "Hi", "-s", "X"], "--system"),
+        (["generate", "Hi", "--prompt", "{text} X"], "--prompt"),
+        (["generate", "Hi", "--stop", "a", "--stop", "X"], "--stop"),
+        (["generate", "Hi", "-m", "X"], "--model"),
+        (["generate", "Hi", "-o", "X=1"], "--option"),
+        (["generate", "Hi", "--field", "X"], "--field"),
+        (["generate", "Hi", "--preset", "X"], "--preset"),
+        (["translate", "Hi", "--to", "X"], "--to"),
+        (["qa", "X", "-c", "Hi"], "QUESTION"),
+        (["qa", "Hi", "-c", "X"], "--context"),
+        (["search", "X"], "QUERY"),
+        (["inspect", "tokens", "X"], "TEXT"),
+        (["models", "show", "X"], "NAME"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bytes_that_are_not_utf8_are_a_usage_error(llmcli, args, name):
+    ran = llmcli(*[arg.replace("X", "é caf\udce9") for arg in args], stdin=b"")
+    offset = 6 + len("{text} " * ("--prompt" in args))
+    assert ran.exit_status == 2
+    assert ran.stderr.splitlines()[0] == f"error: {name}: not UTF-8: byte 0xe9 at offset {offset}"
+    assert ran.stdout == ""
+
+
+def test_file_name_that_is_not_utf8_is_read(llmcli, tiny, tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path / "caf") + b"\xe9")
+    with open(path, "w") as file:
+        file.write("the quick")
+    args = ("-m", tiny, "--max-new-tokens", 2, "--output", f"{path}.out")
+    assert llmcli("generate", "-f", path, *args).exit_status == 0
+    assert os.path.exists(f"{path}.out")
+
+
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.slow
+def test_c_locale_reads_arguments_as_utf8(process, tiny, tmp_path):
+    (tmp_path / "café.txt").write_text("naïve", encoding="utf-8")
+    args = ("chat", "où", "-s", "déjà", "--stop", "ü", "-f", tmp_path / "café.txt", "-m", tiny, "--temperature", 0,
+            "--max-new-tokens", 2, "--json")  # fmt: skip
+    ran = [process(*args, env=os.environ | env, cwd=tmp_path) for env in ({"LC_ALL": "C.UTF-8"}, C_LOCALE)]
+    assert ran[0].returncode == ran[1].returncode == 0, ran[1].stderr
+    assert ran[0].stdout == ran[1].stdout
+    assert "où" in ran[1].stdout.decode()
+    args = ("generate", "où", "-m", tiny, "--max-new-tokens", 2, "--output", "été.txt")
+    assert process(*args, env=os.environ | C_LOCALE, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "été.txt").read_text(encoding="utf-8").startswith("où")
+
+
+def test_deleted_working_directory_is_named(llmcli, tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for args in (["-f", "notes.txt"], ["the", "--output", "x"], ["the", "-m", "./model"]):
+        ran = llmcli("generate", *args)
+        assert (ran.exit_status, ran.stderr) == (1, "error: the working directory: No such file or directory\n")
+
+
+@pytest.mark.parametrize(
+    "command", [["generate"], ["chat"], ["summarize"], ["score"], ["qa", "who?"], ["generate", "-f", "empty"]]
+)
+def test_empty_input_warns_and_succeeds(llmcli, chatty, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").write_bytes(b"\n")
+    ran = llmcli(*command, "-m", chatty, stdin=b"")
+    assert (ran.stderr, ran.exit_status) == ("warning: input is empty\n", 0)
+    assert ran.stdout in ("\n", "-\t\n")
+
+
+@pytest.mark.parametrize("flag", ["--lines", "--jsonl", "--csv", "--null"])
+def test_empty_input_of_records_has_no_records(llmcli, tiny, flag):
+    ran = llmcli("generate", flag, "-m", tiny, stdin=b"")
+    assert (ran.stdout, ran.stderr, ran.exit_status) == ("", "", 0)
+
+
+def test_empty_file_beside_a_text_is_noticed(llmcli, chatty, tmp_path):
+    (tmp_path / "empty").write_bytes(b"")
+    ran = llmcli("chat", "the quick", "-f", tmp_path / "empty", "-m", chatty, "--max-new-tokens", 2)
+    assert (ran.stderr, ran.exit_status) == ("warning: input is empty\n", 0)
+    assert llmcli("generate", "", "-m", chatty).stderr == ""
 
 
 @pytest.mark.parametrize(
@@ -80,6 +179,10 @@ def test_version(llmcli):
         (["generate", "x", "--device", "gpu"], "unknown device 'gpu'"),
         (["generate", "x", "--seed", "-1"], "--seed"),
         (["chat", "--json"], "no input"),
+        (["--offline", "chat", "hi"], "hint: put options after the command: llmcli COMMAND --offline"),
+        (["-m", "smollm2", "chat", "hi"], "hint: put options after the command: llmcli COMMAND -m"),
+        (["models", "--offline", "list"], "hint: put options after the command: llmcli models COMMAND --offline"),
+        (["help", "nonsense"], "No such command 'nonsense'"),
         (["chat", "how", "are", "you"], "hint: quote a text of several words; name a file with -f"),
         (
             ["inspect", "next", "once", "upon", "a", "time"],

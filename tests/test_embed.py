@@ -96,3 +96,20 @@ def test_embed_resumes_texts_and_files(llmcli, encoder, tmp_path):
     (tmp_path / "out").write_bytes(complete[:-10])
     assert llmcli(*args).exit_status == 0
     assert (tmp_path / "out").read_bytes() == complete
+
+
+def test_embed_counts_positions_after_padding_in_roberta_models(llmcli, encoder, tmp_path):
+    from transformers import AutoTokenizer, RobertaConfig, RobertaModel
+
+    config = RobertaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=64, pad_token_id=1,
+    )  # fmt: skip
+    folder = tmp_path / "roberta"
+    RobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
+    ran = llmcli("embed", "--lines", "-m", folder, stdin=b"%s\n%s\n" % (b" dog" * 62, b" dog" * 63))
+    assert ran.records[0]["usage"] == {"prompt_tokens": 62}
+    assert "63 tokens, which exceeds the context length of 62" in ran.records[1]["error"]["message"]
+    (tmp_path / "dogs.txt").write_text("dog " * 500)
+    assert llmcli("search", "dog", tmp_path / "dogs.txt", "-m", folder).exit_status == 0

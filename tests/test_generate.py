@@ -73,7 +73,10 @@ def test_a_failed_line_is_an_empty_line(generate):
     assert (failed, end) == ("", "")
     assert first.startswith("the")
     assert last.startswith("dog")
-    assert ran.stderr == "error: line 2: not UTF-8: byte 0xff at offset 4\nerror: 1 of 3 records failed\n"
+    assert (
+        ran.stderr
+        == "error: line 2: not UTF-8: byte 0xff at offset 4; convert it with iconv\nerror: 1 of 3 records failed\n"
+    )
     assert ran.exit_status == 3
 
 
@@ -98,15 +101,15 @@ def test_every_line_in_has_its_line_out(generate):
 {"text": 5}
 {"text": "\\ud800"}
 {"text": ""}
-{"error": "old", "x": 1}
+{"error": {"type": "old", "message": "m"}, "x": 1}
 """
     ran = generate("--jsonl", stdin=data)
     kinds = [record["error"]["type"] if isinstance(record.get("error"), dict) else None for record in ran.records]
-    assert kinds == [None, "invalid_json", "missing_field", "wrong_type", "invalid_text", None, None]
+    assert kinds == [None, "invalid_json", "missing_field", "wrong_type", "invalid_text", None, "old"]
     assert ran.records[1]["line"] == 2
     assert ran.records[2]["id"] == 1
     assert ran.records[5]["generated_text"] == ""
-    assert ran.records[6] == {"error": "old", "x": 1}
+    assert ran.records[6] == {"error": {"type": "old", "message": "m"}, "x": 1}
     assert ran.exit_status == 3
 
 
@@ -119,7 +122,7 @@ def test_stop_on_error_keeps_what_is_done(generate):
 def test_a_single_failed_input_exits_1(generate):
     ran = generate(stdin=b"\xff")
     assert (ran.stdout, ran.exit_status) == ("", 1)
-    assert ran.stderr == "error: not UTF-8: byte 0xff at offset 0\n"
+    assert ran.stderr == "error: not UTF-8: byte 0xff at offset 0; convert it with iconv\n"
 
 
 def test_no_model_is_touched_without_work(llmcli):

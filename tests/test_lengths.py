@@ -36,3 +36,27 @@ def test_a_chat_and_a_vector(llmcli, tiny, encoder):
         1,
         True,
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "expected"),
+    [
+        ("Bert", {}, 64),
+        ("Roberta", {"pad_token_id": 1}, 62),
+        ("Camembert", {"pad_token_id": 0}, 63),
+        ("MPNet", {"pad_token_id": 1}, 62),
+        ("Electra", {}, 64),
+        ("OPT", {}, 64),
+        ("GPT2", {"n_positions": 64}, 64),
+        ("Mpt", {"max_seq_len": 64}, 64),
+        ("XLNet", {}, None),
+    ],
+)
+def test_positions_begin_after_padding_in_roberta_models(kind, settings, expected):
+    import transformers
+
+    from llmcli.pipelines.base import position_limit
+
+    known = {"max_position_embeddings": 64} if kind != "XLNet" else {}
+    config = getattr(transformers, f"{kind}Config")(**known, **settings)
+    assert position_limit(config) == expected

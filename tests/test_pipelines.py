@@ -153,12 +153,12 @@ def test_prefix_is_not_shared_by_models_that_take_distances_from_the_sequence(ti
     pipeline_class("causal")  # registers the task
     for model in models:
         causal = pipeline("llmcli-causal", model=model, tokenizer=tokenizer)
-        assert not causal.can_share_prefix
+        assert causal.max_shared_tokens == 0
         assert causal.prefill([2, 3, 4]) is None
 
 
 def test_prefix_is_shared_by_models_with_position_ids(causal):
-    assert causal.can_share_prefix
+    assert causal.max_shared_tokens is None
     assert causal.prefill([2, 3, 4]).get_seq_length() == 3
 
 

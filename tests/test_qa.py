@@ -67,7 +67,6 @@ def test_records_lack_nothing_that_the_command_line_gives(qa):
     [
         ((), 2, "no question"),
         (("Who?", "-c", CLOCK, "--lines"), 2, "cannot combine QUESTION, -c and input files"),
-        (("", "-c", CLOCK), 1, "the question is empty"),
         (("Who?", "-c", CLOCK, "--temperature", "0.5"), 2, "temperature cannot be used with"),
         (("Who?", "-c", CLOCK, "--doc-stride", "99999"), 2, "cannot overlap by 99999"),
         (("Who?", "-f", "/"), 2, "is a directory"),

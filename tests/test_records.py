@@ -1,14 +1,19 @@
 """Arguments, files and stdin in every form, and what is wrong with some of them."""
 
+import gzip
+import io
 import json
+import os
+import re
 
 import pytest
 
 from llmcli.errors import UsageError
-from llmcli.io.formats import InputFormat
+from llmcli.io.formats import READERS, InputFormat
 from llmcli.io.records import open_inputs, read_prompts, read_records
 from llmcli.job import Failure
 
+ICONV = "; convert it with iconv"
 DATA = {
     InputFormat.WHOLE: (b"one\ntwo\n", [{"text": "one\ntwo"}]),
     InputFormat.LINES: (b"one\n\ntwo\r\nthree", [{"text": "one"}, {"text": ""}, {"text": "two"}, {"text": "three"}]),
@@ -96,7 +101,7 @@ def test_a_byte_order_mark_is_no_text(form, tmp_path):
         (b"null", "invalid_json", "expected a JSON object, got null"),
         (b'{"x": NaN}', "invalid_json", "not JSON: NaN is not a valid number"),
         (b'{"x": 1e999}', "invalid_json", "not JSON: 1e999 is not a valid number"),
-        (b'{"text": "a\xff"}', "invalid_utf8", "not UTF-8: byte 0xff at offset 11"),
+        (b'{"text": "a\xff"}', "invalid_utf8", f"not UTF-8: byte 0xff at offset 11{ICONV}"),
         (b'{"a":' * 100_000, "invalid_json", None),
     ],
 )
@@ -111,10 +116,10 @@ def test_a_bad_line_fails_alone(line, kind, message, tmp_path):
 
 def test_invalid_utf8_is_reported_with_its_offset(tmp_path):
     (whole,) = records(b"caf\xe9!", InputFormat.WHOLE, tmp_path)
-    assert whole.failure == Failure("invalid_utf8", "not UTF-8: byte 0xe9 at offset 3")
+    assert whole.failure == Failure("invalid_utf8", f"not UTF-8: byte 0xe9 at offset 3{ICONV}")
     good, bad = records(b"fine\nx\xff\n", InputFormat.LINES, tmp_path)
     assert good.failure is None
-    assert bad.failure == Failure("invalid_utf8", "not UTF-8: byte 0xff at offset 1")
+    assert bad.failure == Failure("invalid_utf8", f"not UTF-8: byte 0xff at offset 1{ICONV}")
     assert bad.fields == {"line": 2}
 
 
@@ -124,6 +129,12 @@ def test_csv_rows_that_do_not_fit_the_header(tmp_path):
     assert long.failure.message == "expected 2 fields, got 3; extra fields: 2"
     assert broken.failure.type == "invalid_utf8"
     assert good.fields == {"text": "d", "n": "4"}
+
+
+def test_open_quote_is_reported_with_its_line(tmp_path):
+    good, rest = records(b'a,b\n1,2\n1,"2\n3,4\n5,6\n', InputFormat.CSV, tmp_path)
+    assert good.failure is None
+    assert rest.failure.message == "not CSV: unexpected end of data in the row that begins on line 3"
 
 
 def test_several_files_keep_their_names_and_line_numbers(tmp_path):
@@ -154,3 +165,140 @@ def test_a_long_line_is_a_line(tmp_path):
     text = "x" * 10_000_000
     (record,) = records(json.dumps({"text": text}).encode(), InputFormat.JSONL, tmp_path)
     assert record.fields == {"text": text}
+
+
+@pytest.mark.parametrize(
+    ("data", "fields"),
+    [
+        (b'{"text": "one", "text": "two"}', {"line": 1}),
+        (b'{"id": 1, "meta": {"a": 1, "b": {"c": 1, "c": 1}}}', {"line": 1}),
+        (b'{"id": 1, "list": [{"": 1, "": null}]}', {"line": 1}),
+        (rb'{"caf\u00e9": 1, "caf' + "é".encode() + b'": 2}', {"line": 1}),
+    ],
+)
+def test_duplicate_keys_fail_their_record(data, fields, tmp_path):
+    bad, good = records(data + b'\n{"text": "a"}\n', InputFormat.JSONL, tmp_path)
+    assert (bad.fields, bad.failure.type) == (fields, "invalid_json")
+    assert bad.failure.message.startswith("duplicate key ")
+    assert good.failure is None
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"id,text,text", "duplicate column 'text'"),
+        (b"a,,b,", "duplicate column ''"),
+        (b'"x ""y""",n,"x ""y"""', "duplicate column 'x \"y\"'"),
+        (b"id;text", "expected commas between columns, got ';'"),
+        (b"id\ttext", r"expected commas between columns, got '\\t'"),
+        (b"id|text|note", r"expected commas between columns, got '\|'"),
+        (b'"id";"text"', "expected commas between columns, got ';'"),
+        (b'\xef\xbb\xbf"id"\t"text"', r"expected commas between columns, got '\\t'"),
+        (b"id,pr\xe9nom", "not UTF-8: byte 0xe9 at offset 5, line 1"),
+        (b'"id\n",pr\xe9nom', "not UTF-8: byte 0xe9 at offset 5, line 2"),
+        (b'id,"text', "invalid header: not CSV"),
+        (b"id,text\r1,a\r", "invalid header: not CSV: new-line character seen in unquoted field$"),
+    ],
+)
+def test_csv_header_that_cannot_be_read_is_refused(header, message, tmp_path):
+    with pytest.raises(UsageError, match=f"{tmp_path / 'input'}: .*{message}"):
+        records(header + b"\n1,2\n", InputFormat.CSV, tmp_path)
+
+
+def test_quoted_name_with_a_semicolon_is_one_column(tmp_path):
+    (record,) = records(b'"Name; title"\nx\n', InputFormat.CSV, tmp_path)
+    assert record.fields == {"Name; title": "x"}
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\n\n \n\r\n\xef\xbb\xbf\n", "\n\u3000\n".encode()])
+def test_blank_lines_at_the_end_of_json_are_no_records(end, tmp_path):
+    first, blank, last = records(b'{"a": 1}\n\n{"a": 2}' + end, InputFormat.JSONL, tmp_path)
+    assert (first.fields, last.fields, last.line) == ({"a": 1}, {"a": 2}, 3)
+    assert (blank.fields, blank.line, blank.failure) == ({"line": 2}, 2, Failure("invalid_json", "blank line"))
+    assert records(end, InputFormat.JSONL, tmp_path) == []
+
+
+FOREIGN = [
+    ("x,text\n1,é\n".encode("utf-16"), "UTF-16", "iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff" + "x,text\n".encode("utf-16-be"), "UTF-16", "iconv -f UTF-16 -t UTF-8"),
+    ("x,text\n".encode("utf-16-le"), "UTF-16", "iconv -f UTF-16LE -t UTF-8"),
+    ("x,text\n".encode("utf-16-be"), "UTF-16", "iconv -f UTF-16BE -t UTF-8"),
+    (gzip.compress(b"x,text\n"), "gzip", "zcat"),
+    (b"PK\x03\x04\x14\0", "a zip archive", "unzip -p"),
+]
+
+
+@pytest.mark.parametrize(("data", "kind", "command"), FOREIGN)
+@pytest.mark.parametrize("form", InputFormat)
+def test_foreign_file_is_named_with_its_converter(form, data, kind, command, tmp_path):
+    if form is InputFormat.WHOLE:
+        (record,) = records(data, form, tmp_path)
+        assert record.failure == Failure("invalid_utf8", f"expected UTF-8, got {kind}; convert it with {command}")
+    elif form is not InputFormat.NULL or b"\0" not in data[:4]:
+        with pytest.raises(UsageError, match=f"input: expected UTF-8, got {kind}") as caught:
+            records(data, form, tmp_path)
+        assert caught.value.hint == f"convert it with {command}"
+
+
+def test_nul_bytes_are_text(tmp_path):
+    assert [r.fields for r in records(b"a\0b\0c", InputFormat.NULL, tmp_path)] == [{"text": x} for x in "abc"]
+    assert records(b"ab\0c\n", InputFormat.LINES, tmp_path)[0].fields == {"text": "ab\0c"}
+    assert records(b"t\na\0b\n", InputFormat.CSV, tmp_path)[0].fields == {"t": "a\0b"}
+
+
+def test_undecodable_fields_are_left_out_and_others_stay(tmp_path):
+    data = b'{"id": 1, "text": "caf\xe9", "b\xff": 1, "by": {"x": ["\xff"]}, "n": [1]}\n'
+    (record,) = records(data, InputFormat.JSONL, tmp_path)
+    assert record.fields == {"line": 1, "id": 1, "n": [1]}
+    assert record.failure == Failure("invalid_utf8", f"not UTF-8: byte 0xe9 at offset 22{ICONV}")
+    bad, extra, good = records(b"id,size\n21,\xdcber\n22,x,\xff\n23,M\n", InputFormat.CSV, tmp_path)
+    assert bad.fields == {"id": "21", "size": None}
+    assert bad.failure == Failure("invalid_utf8", f"column 'size': not UTF-8: byte 0xdc at offset 0{ICONV}")
+    assert extra.failure.message == r"expected 2 fields, got 3; extra fields: \xff"
+    assert good.fields == {"id": "23", "size": "M"}
+
+
+def test_undecodable_file_is_reported_with_its_line(tmp_path):
+    (record,) = records("é\nb\n".encode() + b"c\xe9\n", InputFormat.WHOLE, tmp_path)
+    assert record.failure.message == f"not UTF-8: byte 0xe9 at offset 6, line 3{ICONV}"
+
+
+def test_long_nul_terminated_text_is_searched_once():
+    searched = 0
+
+    class Chunk(bytes):
+        def split(self, *args):
+            nonlocal searched
+            searched += len(self)
+            return super().split(*args)
+
+    class Chunks(io.BytesIO):
+        def read1(self, size):
+            return Chunk(super().read1(1 << 10))
+
+    text = b"x" * (1 << 20)
+    first, second = READERS[InputFormat.NULL](Chunks(text + b"\0ab\0"), None)
+    assert (len(first.fields["text"]), second.fields) == (len(text), {"text": "ab"})
+    assert searched == len(text) + 4
+
+
+@pytest.mark.parametrize("option", ["--lines", "--jsonl", "--csv", "--json"])
+def test_no_output_has_surrogates(llmcli, tiny, option, tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9")
+    path.write_bytes(b'{"text": "\xe9"}\n{"id": "\xe9", "text": "a"}\nid,\xe9\nb\xff\n')
+    if option == "--csv":
+        path.write_bytes(b"text,id\n\xe9,1\na,\xe9\nb,2,\xe9\n")
+    ran = llmcli("generate", "-m", tiny, "--max-new-tokens", 1, option, "-f", path)
+    assert ran.exit_status == (1 if option == "--json" else 3)
+    assert not re.search(r"\\ud[89a-f]", ran.stdout + ran.stderr, re.IGNORECASE), ran
+    if "json" in option:
+        assert {record["file"] for record in ran.records} == {str(tmp_path / r"caf\xe9")}
+
+
+def test_surrogate_escapes_come_out_as_they_came_in(llmcli, tiny):
+    data = rb'{"text": "a", "by": "\ud83d", "\udc00": ["\\\udfff"]}' + b"\n"
+    ran = llmcli("generate", "-m", tiny, "--max-new-tokens", 1, "--jsonl", stdin=data)
+    assert ran.exit_status == 0
+    assert ran.records[0].items() >= json.loads(data).items()
+    ran = llmcli("generate", "-m", tiny, "--jsonl", stdin=rb'{"\ud800": "a"}')
+    assert ran.records[0]["error"]["message"] == r"missing field 'text': available fields: \ud800"

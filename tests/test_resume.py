@@ -2,10 +2,14 @@
 
 import fcntl
 import json
+import os
 import random
+import sys
+import threading
 
 import pytest
 
+from llmcli.errors import LlmcliError, TerminatedError
 from llmcli.io.run_log import ENTRY_BYTES
 
 WORDS = ["the", "quick", "brown", "fox", "a", "lazy", "dog", "sleeps"]
@@ -168,3 +172,133 @@ def test_log_has_a_fixed_size_per_record(command, whole, tmp_path):
     assert json.loads(identity)["format"] == "json"
     assert len(entries) == 301 * ENTRY_BYTES  # the last one says that the run is complete
     assert ENTRY_BYTES < 32
+
+
+@pytest.fixture
+def plain(command):
+    """The command without --resume."""
+    return [part for part in command if part != "--resume"]
+
+
+@pytest.fixture
+def interrupted(llmcli, plain, tmp_path, monkeypatch):
+    """`interrupted(exception, path)` runs without --resume; the exception arrives after 100 results."""
+    from llmcli.io.resume import Journal
+
+    def run(exc, path):
+        write, count = Journal.write, []
+
+        def failing(*args):
+            if len(count) == 100:
+                raise exc
+            count.append(write(*args))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Journal, "write", failing)
+            return llmcli(*plain, path)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("exc", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "hint: HINT"),
+        (TerminatedError(), 143, "hint: HINT"),
+        (LlmcliError("disk full"), 1, "error: disk full\nhint: HINT"),
+        (LlmcliError("no worker", "run again"), 1, "error: no worker\nhint: run again; HINT"),
+        (ValueError("odd"), 1, "hint: HINT\nerror: unexpected ValueError: odd\nhint: this is a bug; please report it "
+         "with the output of -v and `llmcli env`"),
+    ],
+)  # fmt: skip
+def test_run_without_resume_can_be_resumed(llmcli, command, interrupted, whole, tmp_path, exc, status, said):
+    path = tmp_path / "out.jsonl"
+    ran = interrupted(exc, path)
+    assert ran.exit_status == status
+    assert ran.stderr.endswith("\n" + said.replace("HINT", "to continue: rerun with --resume") + "\n")
+    assert path.read_bytes().count(b"\n") == 100
+    assert llmcli(*command, path).exit_status == 3
+    assert path.read_bytes() == whole
+
+
+def test_state_is_removed_when_the_run_ends_whole(llmcli, plain, whole, tmp_path):
+    path = tmp_path / "out.jsonl"
+    assert llmcli(*plain, path).exit_status == 3
+    assert path.read_bytes() == whole
+    assert not path.with_name("out.jsonl.state").exists()
+
+
+def test_run_that_wrote_nothing_leaves_no_file(llmcli, plain, tmp_path):
+    path = tmp_path / "out.jsonl"
+    ran = llmcli(*plain, path, "-m", "no/such", "--offline")
+    assert (ran.exit_status, "--resume" in ran.stderr) == (4, False)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_output_that_exists_is_refused_with_its_state(llmcli, plain, interrupted, tmp_path):
+    path = tmp_path / "out.jsonl"
+    interrupted(KeyboardInterrupt(), path)
+    before = [file.read_bytes() for file in sorted(tmp_path.glob("out*"))]
+    ran = llmcli(*plain, path)
+    assert (ran.exit_status, f"error: '{path}' already exists" in ran.stderr) == (2, True)
+    assert [file.read_bytes() for file in sorted(tmp_path.glob("out*"))] == before
+
+
+def test_state_of_a_deleted_output_is_not_used(llmcli, plain, interrupted, whole, tmp_path):
+    path = tmp_path / "out.jsonl"
+    interrupted(KeyboardInterrupt(), path)
+    path.unlink()
+    assert llmcli(*plain, path).exit_status == 3
+    assert path.read_bytes() == whole
+
+
+def test_on_error_stop_says_how_to_continue(llmcli, plain, command, whole, tmp_path):
+    path = tmp_path / "out.jsonl"
+    ran = llmcli(*plain, path, "--on-error", "stop")
+    assert ran.exit_status == 1
+    assert ran.stderr.splitlines()[-1] == "hint: to continue: rerun with --resume"
+    assert llmcli(*command, path).exit_status == 3
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("flag", ["--lines", "--null", "--csv", "--json"])
+def test_every_separated_format_keeps_its_state(llmcli, tiny, tmp_path, flag, monkeypatch):
+    from llmcli.io.resume import Journal
+
+    source = tmp_path / "in"
+    source.write_text("text\nthe fox\n")
+    args = ("generate", "-m", tiny, flag, "-f", source, "--temperature", 0, "--max-new-tokens", 4, "--output")
+    assert llmcli(*args, tmp_path / "whole").exit_status == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "mark_complete", lambda self: sys.exit(9))
+        ran = llmcli(*args, tmp_path / "out")
+    assert (ran.exit_status, ran.stderr) == (9, "hint: to continue: rerun with --resume\n")
+    assert llmcli(*args, tmp_path / "out", "--resume").exit_status == 0
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_output_dash_is_stdout(llmcli, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ("generate", "the fox", "-m", tiny, "--temperature", 0, "--max-new-tokens", 4)
+    assert llmcli(*args, "--output", "-").stdout == llmcli(*args).stdout != ""
+    assert llmcli(*args, "--json", "--output", "-").records[0]["text"] == "the fox"
+    assert llmcli(*args, "--json", "--output", "-", "--resume").exit_status == 2
+    assert not list(tmp_path.glob("-*"))
+
+
+def test_fifo_is_not_opened_before_its_turn(llmcli, tiny, tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=fifo.write_bytes, args=(b"the fox\n",))
+    writer.start()
+    ran = llmcli("generate", "-m", tiny, "--lines", "-f", fifo, "--max-new-tokens", 4, "--output", tmp_path / "out")
+    writer.join()
+    assert ran.exit_status == 0
+    assert (tmp_path / "out").read_text().startswith("the fox")
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+@pytest.mark.parametrize("path", ["", ".", "..", "/"])
+def test_output_that_is_a_directory_is_refused(llmcli, tiny, path, resume):
+    ran = llmcli("generate", "the fox", "-m", tiny, "--json", "--output", path, *resume)
+    assert (ran.exit_status, "exists" in ran.stderr) == (2, True)

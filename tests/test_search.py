@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -99,21 +100,77 @@ def test_what_cannot_be_searched(search, tmp_path):
     (tmp_path / "good.txt").write_text("dog")
     ran = search("dog", tmp_path / "bad.txt", tmp_path / "good.txt")
     assert ran.stdout.startswith(f"{tmp_path / 'good.txt'}:1: dog")
-    assert (
-        ran.stderr == f"error: {tmp_path / 'bad.txt'}: not UTF-8: byte 0xff at offset 0\nerror: 1 of 2 records failed\n"
-    )
+    why = "expected UTF-8, got UTF-16; convert it with iconv -f UTF-16 -t UTF-8"
+    assert ran.stderr == f"error: {tmp_path / 'bad.txt'}: {why}\nerror: 1 of 2 records failed\n"
     assert ran.exit_status == 3
     assert search("dog", tmp_path).exit_status == 2
     assert search("  ", tmp_path / "good.txt").exit_status == 2
-    assert search("dog", stdin=b"").stdout == ""
+    ran = search("dog", stdin=b"")
+    assert (ran.stdout, ran.stderr, ran.exit_status) == ("", "warning: input is empty\n", 0)
 
 
-def test_a_cache_that_is_none_is_said_so(search, home):
-    (home / "cache").mkdir()
-    (home / "cache" / "vectors.sqlite").write_bytes(b"no database at all" * 100)
-    ran = search("dog", stdin=b"dog\n")
-    assert ran.exit_status == 1
-    assert ran.stderr.startswith(f"error: {home / 'cache' / 'vectors.sqlite'}: file is not a database")
+def test_directories_and_dangling_links_are_skipped(search, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "good.txt").write_text("dog")
+    ran = search("dog", *sorted(tmp_path / name for name in ("good.txt", "link", "sub")))
+    assert ran.exit_status == 0
+    assert ran.stdout.startswith(f"{tmp_path / 'good.txt'}:1: dog")
+    assert ran.stderr.splitlines() == [
+        f"warning: skipped '{tmp_path / 'link'}': cannot be read",
+        f"warning: skipped '{tmp_path / 'sub'}': directory",
+    ]
+    ran = search("dog", tmp_path / "sub")
+    assert (ran.exit_status, "error: no file to search" in ran.stderr) == (2, True)
+    ran = search("dog", tmp_path / "missing", tmp_path / "good.txt")
+    assert (ran.exit_status, ran.stderr) == (2, f"error: {tmp_path / 'missing'}: no such file or directory\n")
+
+
+def test_more_files_than_may_be_open_are_searched(search, tmp_path):
+    files = [tmp_path / f"{number}.txt" for number in range(300)]
+    for number, file in enumerate(files):
+        file.write_text(f"dog {number % 3}")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        ran = search("dog 2", *files, "-n", 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (ran.exit_status, ran.stderr) == (0, "")
+    assert all("dog 2 (1.000)" in line for line in ran.stdout.splitlines())
+
+
+def test_cache_that_cannot_be_used_is_a_warning(search, home, monkeypatch, embedded):
+    cache = home / "cache" / "vectors.sqlite"
+    cache.parent.mkdir()
+    expected = search("dog", stdin=b"dog\nfox\n").stdout
+    cache.write_bytes(b"no database at all" * 100)
+    ran = search("dog", stdin=b"dog\nfox\n")
+    assert (ran.stdout, ran.exit_status) == (expected, 0)
+    assert ran.stderr == f"warning: embeddings are not saved: {cache}: file is not a database\n"
+    monkeypatch.setenv("LLMCLI_CACHE", "/dev/null/cache")
+    ran = search("dog", stdin=b"dog\nfox\n")
+    assert (ran.stdout, ran.exit_status) == (expected, 0)
+    assert ran.stderr.startswith("warning: embeddings are not saved: /dev/null/cache/vectors.sqlite: ")
+
+
+@pytest.mark.parametrize("when", ["BEGIN", "INSERT"])
+def test_cache_that_fails_later_is_one_warning(search, monkeypatch, when):
+    class Full(sqlite3.Connection):
+        def execute(self, query, *args):
+            if query.startswith(when):
+                raise sqlite3.OperationalError("attempt to write a readonly database")
+            return super().execute(query, *args)
+
+        def executemany(self, query, *args):
+            raise sqlite3.OperationalError("attempt to write a readonly database")
+
+    connect = sqlite3.connect
+    kinds = {":memory:": sqlite3.Connection}
+    monkeypatch.setattr(sqlite3, "connect", lambda path, **rest: connect(path, **rest, factory=kinds.get(path, Full)))
+    ran = search("dog", stdin="".join(f"dog {number}\n" for number in range(200)).encode())
+    assert (len(ran.stdout.splitlines()), ran.exit_status) == (5, 0)
+    assert ran.stderr.count("attempt to write a readonly database") == 1
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Odd input of the tasks: blank texts, failed records, fields, and files of the user's own that make no sense."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,9 @@ def test_no_model_is_sought_without_work(llmcli):
 
 
 def test_what_failed_before_is_passed_on_as_it_is(llmcli):
-    lines = b'{"error": "old", "x": 1}\nbad\n'
+    lines = b'{"error": {"type": "old", "message": "m"}, "x": 1}\nbad\n'
     old, bad = llmcli("qa", "Who?", "-m", GOLDEN / "bert-qa", "--jsonl", stdin=lines).records
-    assert old == {"error": "old", "x": 1}
+    assert old == {"error": {"type": "old", "message": "m"}, "x": 1}
     assert list(bad) == ["line", "error"]
 
 
@@ -119,3 +120,108 @@ def test_a_default_that_has_gone_is_passed_over(llmcli, home, tmp_path):
 def test_an_empty_list_of_defaults(llmcli, home):
     own(home, "config.toml", "[defaults]\nsummarize = []\n")
     assert "--from" not in llmcli("summarize", "a fox").stderr
+
+
+WHITE = ["", " ", "\n\t ", "\u00a0", "\u3000\u2003", "\u2028\x1f"]
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """No task may ask for a model."""
+    from llmcli.engines.local import LocalEngine
+
+    monkeypatch.setattr(LocalEngine, "find_model", lambda self, job: pytest.fail("the model was asked for"))
+
+
+@pytest.mark.parametrize(
+    ("command", "result"),
+    [
+        (("generate",), {"generated_text": ""}),
+        (("generate", "--full-text"), {"generated_text": ""}),
+        (("generate", "--prompt", "Review: {text} Mood:"), {"generated_text": ""}),
+        (("generate", "--prompt", "{title}: {text}"), {"generated_text": ""}),
+        (("generate", "--preset", "poem"), {"generated_text": ""}),
+        (("chat", "-s", "Be brief."), {"generated_text": ""}),
+        (("chat", "--prompt", "Classify {text}"), {"generated_text": ""}),
+        (("translate", "--to", "fr"), {"translation_text": ""}),
+        (("translate", "--to", "fr", "--prompt", "{text}"), {"translation_text": ""}),
+        (("summarize",), {"summary_text": ""}),
+        (("summarize", "--prompt", "{title} {text}"), {"summary_text": ""}),
+        (("embed",), {"embedding": None}),
+        (("score",), {"perplexity": None, "tokens": 0}),
+        (("score", "--condition", "title"), {"perplexity": None, "tokens": 0}),
+        (("qa", "--field", "context=text"), {"answer": None}),
+        (("qa", "--field", "question=text", "--field", "context=title"), {"answer": None}),
+        (("qa", "Who?", "--field", "context=text"), {"answer": None}),
+    ],
+)
+def test_white_space_is_an_empty_text(llmcli, no_model, command, result):
+    data = "".join(json.dumps({"text": t, "title": "a", "question": "Who?"}) + "\n" for t in WHITE).encode()
+    ran = llmcli(*command, "-m", "absent/model", "--jsonl", stdin=data)
+    assert (ran.exit_status, ran.stderr) == (0, "")
+    assert [record.items() >= result.items() for record in ran.records] == [True] * len(WHITE)
+
+
+def test_white_space_is_an_empty_line(llmcli, no_model):
+    data = "".join(f"{text}\n" for text in WHITE if "\n" not in text).encode()
+    for command in (("generate",), ("generate", "--prompt", "a {text}"), ("chat",), ("summarize",)):
+        assert llmcli(*command, "-m", "absent/model", "--lines", stdin=data).stdout == "\n" * data.count(b"\n")
+        assert llmcli(*command, "-m", "absent/model", " \u00a0").stdout == "\n"
+
+
+def test_blank_fields_of_a_template_are_an_empty_text(llmcli, no_model):
+    data = b'{"review": " ", "note": ""}\n'
+    for prompt in ("Review: {review} Mood:", "{review} {note}"):
+        ran = llmcli("generate", "-m", "absent/model", "--jsonl", "--prompt", prompt, stdin=data)
+        assert (ran.records[0]["generated_text"], ran.exit_status) == ("", 0)
+
+
+def test_template_with_one_filled_field_is_run(llmcli, base):
+    args = ("generate", "-m", base, "--max-new-tokens", 2, "--jsonl", "--prompt", "{a} {n} fox")
+    for data in (b'{"a": " ", "n": 5}', b'{"a": "the", "n": ""}'):
+        assert llmcli(*args, stdin=data).records[0]["generated_text"]
+
+
+@pytest.mark.parametrize("text", WHITE)
+def test_conversation_with_blank_last_message_takes_no_model(llmcli, no_model, text):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
+    data = json.dumps({"messages": [*messages, {"role": "user", "content": text}]}).encode()
+    ran = llmcli("chat", "-m", "absent/model", "-s", "Be brief.", "--jsonl", stdin=data)
+    assert (ran.records[0]["generated_text"], ran.exit_status) == ("", 0)
+
+
+def test_white_space_has_no_passage(llmcli, encoder, tmp_path):
+    (tmp_path / "a").write_text("".join(WHITE))
+    (tmp_path / "b").write_text(f"{WHITE[3]}\n\nthe dog sleeps\n\n{WHITE[4]}\n")
+    for files, count in ((["a"], 0), (["a", "b"], 1)):
+        ran = llmcli("search", "dog", "-m", encoder, *(tmp_path / name for name in files), "--json")
+        assert (len(ran.records), ran.exit_status) == (count, 0)
+    ran = llmcli("search", "dog", "-m", encoder, stdin="\n".join(WHITE).encode())
+    assert (ran.stdout, ran.exit_status) == ("", 0)
+    assert llmcli("search", WHITE[4], tmp_path / "b", "-m", encoder).exit_status == 2
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate",), ("generate", "--field", "review"), ("generate", "--prompt", "{text} {review}"), ("chat",),
+        ("generate", "--preset", "poem"), ("translate", "--to", "fr"), ("summarize",),
+        ("embed",), ("score",), ("score", "--field", "id", "--condition", "text"), ("qa",), ("qa", "Who?"),
+        ("translate", "--from", "en", "--to", "fr", "--field", "id", "--prompt", "{text} {review}"),
+        ("summarize", "--field", "id", "--prompt", "{review}"),
+    ],
+)  # fmt: skip
+def test_missing_csv_column_is_one_usage_error(llmcli, base, encoder, command):
+    model = encoder if command[0] == "embed" else base
+    ran = llmcli(*command, "-m", model, "--csv", stdin=b"id,product\n one,a\nfox,b\n")
+    assert (ran.exit_status, ran.stdout) == (2, "")
+    error, hint = ran.stderr.splitlines()
+    assert error.startswith("error: missing field '")
+    assert error.endswith("' in the CSV header")
+    assert hint.startswith("hint: available fields: ")
+    assert "id, product" in hint
+
+
+def test_missing_json_field_fails_its_record(llmcli, base):
+    ran = llmcli("generate", "-m", base, "--max-new-tokens", 1, "--jsonl", stdin=b'{"id": 1}\n{"text": "the"}\n')
+    assert (ran.exit_status, ["error" in record for record in ran.records]) == (3, [True, False])

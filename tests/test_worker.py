@@ -14,13 +14,15 @@ from pathlib import Path
 
 import pytest
 from processes import check_line_by_line, is_running, start, wait_until
+from transformers import Pipeline
 from workers import LONG, end, jobs, settle
 
 from llmcli import engines, pipelines
 from llmcli.engines.local import LocalEngine
 from llmcli.engines.worker import client, protocol
-from llmcli.engines.worker.protocol import MessageTooLargeError
 from llmcli.engines.worker.server import Worker
+from llmcli.errors import LlmcliError
+from llmcli.io.units import parse_duration
 from llmcli.job import Job, Record
 
 pytestmark = pytest.mark.slow
@@ -244,11 +246,33 @@ def test_call_without_keep_alive_starts_no_worker(place, llmcli, chatty):
     assert not (place / "run" / "llmcli").exists()
 
 
-@pytest.mark.parametrize("duration", ["soon", "10 minutes", "-1", ""])
+INVALID = ["soon", "10 minutes", "-1", "1e5", "1h30m", "nan", "inf", "1" * 400, "."]
+
+
+@pytest.mark.parametrize("duration", [*INVALID, ""])
 def test_keep_alive_rejects_invalid_duration(llmcli, chatty, monkeypatch, duration):
     monkeypatch.setenv("LLMCLI_KEEP_ALIVE", duration)
     ran = llmcli("generate", "dog", "-m", chatty, "--max-new-tokens", 2)
     assert ran.exit_status == (2 if duration else 0)
+
+
+@pytest.mark.parametrize("duration", ["0.00001", "99999999999999999999d", "10", " 1.5h "])
+def test_odd_durations_start_a_worker_that_reads_them(place, duration):
+    seconds = parse_duration(duration)
+    connection = client.connect_or_start("status", seconds)
+    assert connection
+    connection.close()
+    client.stop()
+
+
+def test_socket_path_that_is_too_long_is_named(llmcli, chatty, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / ("x" * 110)))
+    ran = llmcli("serve")
+    assert ran.exit_status == 1
+    assert "but at most 107 are allowed" in ran.stderr
+    assert ran.stderr.endswith("hint: set XDG_RUNTIME_DIR to a shorter path\n")
+    ran = llmcli("generate", "dog", "-m", chatty, "--max-new-tokens", 2, "--keep-alive", "10m", "-v")
+    assert (ran.exit_status, "are allowed; this process runs the model" in ran.stderr) == (0, True)
 
 
 def test_worker_of_other_environment_is_replaced(place, process, chatty, monkeypatch):
@@ -326,12 +350,42 @@ def test_worker_result_over_limit_fails_its_record_only(local_worker, chatty, mo
     assert "--keep-alive 0" in results[1].failure.message
 
 
-def test_worker_job_over_limit_hints_at_keep_alive(local_worker, chatty, monkeypatch):
+def test_worker_documents_over_limit_fail_their_record(local_worker, llmcli, chatty, tmp_path, monkeypatch):
     monkeypatch.setattr(protocol, "MAX_MESSAGE_BYTES", 3000)
-    job = Job("qa", str(chatty), parameters={"context": "dog " * 1000})
-    with pytest.raises(MessageTooLargeError) as caught:
-        ask(job, "Who?")
-    assert caught.value.hint == "pass --keep-alive 0 to run without the worker"
+    (tmp_path / "long.txt").write_text("dog " * 1000)
+    ran = llmcli("qa", "Who?", "-f", tmp_path / "long.txt", "-m", chatty, "--json")
+    (record,) = ran.records
+    assert (record["question"], record["error"]["type"], ran.exit_status) == ("Who?", "too_large", 1)
+    assert "--keep-alive 0" in record["error"]["message"]
+
+
+def test_broken_device_ends_job_and_worker(local_worker, chatty, monkeypatch):
+    job = Job("generate", str(chatty), {"max_new_tokens": 5, "do_sample": False})
+    with monkeypatch.context() as patched:
+        patched.setattr(Pipeline, "forward", raises(RuntimeError("CUDA error: an illegal memory access\nmore")))
+        with pytest.raises(LlmcliError, match=r"device failed: CUDA error: an illegal memory access$"):
+            ask(job, "the quick", "dog")
+    wait_until(lambda: local_worker.is_finished)
+    assert not protocol.has_socket()
+    assert not ask(job, "the quick")[0].failure  # in this process, as no other worker runs
+
+
+def test_model_that_fails_is_loaded_again(local_worker, chatty, monkeypatch):
+    job = Job("generate", str(chatty), {"max_new_tokens": 5, "do_sample": False})
+    with monkeypatch.context() as patched:
+        patched.setattr(Pipeline, "forward", raises(RuntimeError("tensor is on the meta device")))
+        (result,) = ask(job, "the quick")
+    assert result.failure.type == "internal_error"
+    wait_until(lambda: not len(local_worker.models))
+    assert not ask(job, "the quick")[0].failure
+    assert len(local_worker.models) == 1
+
+
+def raises(exc):
+    def raise_it(*args, **settings):
+        raise exc
+
+    return raise_it
 
 
 def test_worker_starts_for_a_very_short_keep_alive(place, process, chatty):

@@ -241,7 +241,7 @@ def test_worker_rejects_invalid_job(place, call, job):
     reached = client.connect("run")
     reached.send(**job)
     with suppress(ConnectionClosedError):  # it may have hung up already
-        reached.send(record=[{"text": "dog"}, None])
+        reached.send(record=[{"text": "dog"}, None, False])
         reached.send(end=True)
     assert "error" in reached.receive()
     reached.close()

@@ -16,12 +16,12 @@ import typer
 
 from llmcli import __version__, commands, console
 from llmcli.errors import ExitStatus, LlmcliError, OutputClosedError, TerminatedError
-from llmcli.options.expand import Command
+from llmcli.options.expand import Command, Group
 
 HELP_WIDTH = min(get_terminal_size().columns, 80) - 2
 
 app = typer.Typer(
-    name="llmcli", help="Run Transformers models from the command line.", no_args_is_help=True,
+    name="llmcli", cls=Group, help="Run Transformers models from the command line.", no_args_is_help=True,
     rich_markup_mode=None,  # plain help is faster, and readable in a pipe
     pretty_exceptions_enable=False,
     # Typer lays out help for at least 50 columns unless it is told the width.
@@ -30,7 +30,7 @@ app = typer.Typer(
 for _name in (module.name for module in pkgutil.iter_modules(commands.__path__)):
     _module = importlib.import_module(f"{commands.__name__}.{_name}")
     if group := getattr(_module, "app", None):
-        app.add_typer(group, name=_name)
+        app.add_typer(group, name=_name, cls=Group)
     else:
         app.command(cls=Command)(getattr(_module, _name))
 
@@ -41,7 +41,7 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")]
+Version = Annotated[bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version.")]
 
 
 @app.callback()
@@ -56,6 +56,8 @@ def _build_commands() -> Callable[..., None]:
 
 def run() -> NoReturn:
     """Run the command line of the process, and end the process."""
+    if sys.getfilesystemencoding() == "ascii":  # LC_ALL=C where Python's own UTF-8 mode is disabled
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     status = main()
     try:
         if sys.stdout:
@@ -70,8 +72,9 @@ def run() -> NoReturn:
 
 def main(args: list[str] | None = None) -> int:
     """Run a command line, without the name of the program, and return its exit status."""
-    with _raise_on_sigterm():
+    with _raise_on_sigterm(), console.sanitized():
         try:
+            os.getcwd()  # raises an error that names no file if the directory has been deleted
             _build_commands()(args, prog_name="llmcli")
         except SystemExit as exc:  # As Python's own exit does: a text is printed, and means failure.
             if exc.code is None or isinstance(exc.code, int):
@@ -88,7 +91,8 @@ def main(args: list[str] | None = None) -> int:
         except TerminatedError:
             return ExitStatus.TERMINATED
         except OSError as exc:
-            console.error(f"{exc.filename or 'stdout'}: {exc.strerror or exc}", None, exc)
+            place = "the working directory" if isinstance(exc, FileNotFoundError) else "stdout"
+            console.error(f"{exc.filename or place}: {exc.strerror or exc}", None, exc)
             return ExitStatus.FAILED
         except Exception as exc:
             hint = None if console.verbose else "this is a bug; please report it with the output of -v and `llmcli env`"

@@ -6,9 +6,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TextIO, cast
 
 from llmcli import config
+from llmcli.text.terminal import SanitizedStream, sanitize
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -21,6 +22,7 @@ REFRESH = 5  # times per second
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _statuses: list[Callable[[], str]] = []  # parts of the live line, the outermost first
 _live: "Live | None" = None  # while the line is on the screen
+_terminal: TextIO | None = None  # while sys.stderr is sanitized
 _relay: ContextVar[Relay | None] = ContextVar("relay", default=None)
 
 
@@ -37,6 +39,26 @@ def set_verbose(value: bool) -> None:
 def is_terminal() -> bool:
     """Return whether stderr is a terminal."""
     return bool(sys.stderr) and sys.stderr.isatty()
+
+
+@contextmanager
+def sanitized() -> Iterator[None]:
+    """Sanitize what anything writes to sys.stderr, if it is a terminal."""
+    global _terminal
+    if not is_terminal():
+        yield
+        return
+    _terminal = sys.stderr
+    sys.stderr = cast(TextIO, SanitizedStream(_terminal))
+    try:
+        yield
+    finally:
+        sys.stderr, _terminal = _terminal, None
+
+
+def terminal() -> TextIO:
+    """Return stderr for escape sequences of our own."""
+    return _terminal or sys.stderr
 
 
 def is_watched() -> bool:
@@ -75,7 +97,7 @@ def print_line(line: str) -> None:
     """Print a line to stderr, above the live line."""
     with suppress(OSError):  # A full disk or a closed terminal must not hide the exit status.
         if _live:
-            _live.console.out(line, highlight=False)
+            _live.console.out(sanitize(line), highlight=False)
         elif sys.stderr:
             print(line, file=sys.stderr, flush=True)
 
@@ -101,7 +123,7 @@ def live_status(status: Callable[[], str]) -> Iterator[None]:
     with suppress(OSError):
         if is_outermost:
             _live = _live_line()
-            _live.start(refresh=True)
+            _start(_live)
     try:
         yield
     finally:
@@ -120,10 +142,16 @@ def _live_line() -> "Live":
     def line() -> Text:
         spinner = SPINNER[int(time.monotonic() * REFRESH) % len(SPINNER)]
         text = ", ".join(filter(None, [status() for status in _statuses]))
-        return Text(f"{spinner} {text}", no_wrap=True, overflow="ellipsis")
+        return Text(f"{spinner} {sanitize(text)}", no_wrap=True, overflow="ellipsis")
 
-    screen = Console(stderr=True)
+    screen = Console(file=terminal())
     return Live(console=screen, get_renderable=line, refresh_per_second=REFRESH, transient=True, redirect_stdout=False)
+
+
+def _start(live: "Live") -> None:
+    live.start(refresh=True)
+    if _terminal:  # rich has put a stream in place of sys.stderr that obeys escape sequences, until the line stops.
+        sys.stderr = cast(TextIO, SanitizedStream(sys.stderr))
 
 
 @contextmanager
@@ -142,12 +170,14 @@ def without_live_line() -> Iterator[None]:
     with suppress(OSError):
         if _live:
             _live.stop()
+    SanitizedStream.shows_progress = True
     try:
         yield
     finally:
+        SanitizedStream.shows_progress = False
         with suppress(OSError):
             if _live:
-                _live.start(refresh=True)
+                _start(_live)
 
 
 @contextmanager
@@ -160,7 +190,7 @@ def progress(message: str, total: int | None) -> Iterator[Callable[[int], None]]
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(message, total=total)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(file=terminal()), transient=True, redirect_stderr=False) as bar:
+        task = bar.add_task(sanitize(message), total=total)
         yield lambda done: bar.update(task, completed=done)

@@ -1,6 +1,8 @@
 """The three things that travel the whole way of a call: Job, Record, Result."""
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -63,6 +65,7 @@ class Record:
     line: int | None = None  # number of its line, row or string in the file, from 1
     failure: Failure | None = None  # why it cannot be read
     input_fraction: float | None = field(default=None, compare=False)  # of all input, read with it; None: unknown
+    is_row: bool = False  # of a CSV file: values are text, objects are JSON
 
     @property
     def where(self) -> str:
@@ -73,8 +76,14 @@ class Record:
 
     @property
     def has_error(self) -> bool:
-        """Whether the record carries the error of an earlier run."""
-        return bool(self.fields.get("error"))
+        """Whether the record carries the error of an earlier run, and not a field `error` of the user's own."""
+        error = self.fields.get("error")
+        if self.is_row and isinstance(error, str) and error.startswith("{"):
+            with suppress(ValueError, RecursionError):
+                error = json.loads(error)
+        if not isinstance(error, dict) or error.keys() != {"type", "message"}:
+            return False
+        return all(isinstance(value, str) for value in error.values())
 
     def drop_error(self) -> "Record":
         """Return the record without the error of an earlier run."""
@@ -90,3 +99,8 @@ class Result:
     output: JsonObject = field(default_factory=dict)  # fields that the task adds
     text: str = ""  # the answer as text mode prints it
     failure: Failure | None = None  # why there is no answer
+
+    @property
+    def is_carried_over(self) -> bool:
+        """Whether the record came with the error of an earlier run, and was not run."""
+        return not self.output and not self.failure and self.record.has_error

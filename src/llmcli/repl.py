@@ -2,10 +2,13 @@
 
 import dataclasses
 import sys
+import termios
+import tty
+from contextlib import suppress
 
 from llmcli import config, console, engines
 from llmcli.engines.engine import Engine
-from llmcli.errors import ExitStatus
+from llmcli.errors import ExitStatus, reason
 from llmcli.io.output import Output, OutputFormat
 from llmcli.job import Job, Record
 from llmcli.tasks.chat import Message
@@ -25,14 +28,22 @@ def converse(job: Job) -> ExitStatus:
     from prompt_toolkit.history import FileHistory
     from prompt_toolkit.output import create_output
 
+    class History(FileHistory):
+        def store_string(self, string: str) -> None:
+            with suppress(OSError):  # The disk may be full.
+                super().store_string(string)
+
     history = config.cache_dir() / "chat_history"
-    history.parent.mkdir(parents=True, exist_ok=True)
-    history.touch(mode=0o600)
+    try:
+        history.parent.mkdir(parents=True, exist_ok=True)
+        history.touch(mode=0o600)
+    except OSError as exc:
+        console.warning(f"cannot save messages to {history}: {reason(exc)}")
     session: PromptSession[str] = PromptSession(
-        history=FileHistory(str(history)),
+        history=History(str(history)),
         completer=WordCompleter(list(COMMANDS), sentence=True),
         complete_while_typing=False,
-        output=create_output(stdout=sys.stderr),  # `llmcli chat > answers.txt` saves the answers alone.
+        output=create_output(stdout=console.terminal()),  # `llmcli chat > answers.txt` saves the answers alone.
     )
     engine = engines.engine_for(job)
     engine.load(job)
@@ -72,7 +83,10 @@ def _answer(engine: Engine, job: Job, messages: list[Message]) -> list[Message]:
             parts.append(text)
             output.stream(text)
 
+        modes = termios.tcgetattr(sys.stdin)
         try:
+            # What is typed during an answer is not shown within it, but waits for the next prompt.
+            tty.setcbreak(sys.stdin, termios.TCSANOW)
             for result in engine.run(job, [Record({"messages": messages})], on_text):
                 if result.failure:
                     is_too_long = result.failure.type == "context_length_exceeded" and len(messages) > 2
@@ -84,7 +98,9 @@ def _answer(engine: Engine, job: Job, messages: list[Message]) -> list[Message]:
                 parts = [result.text]
                 output.write(result)
         except KeyboardInterrupt:
-            pass  # The conversation keeps what has been generated.
+            console.notice("stopped; the conversation keeps this part of the answer (/clear starts over)")
+        finally:
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
     return [*messages, {"role": "assistant", "content": "".join(parts)}] if parts else messages[:-1]
 
 

@@ -8,8 +8,9 @@ from llmcli import config, console, engines, tasks
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.io.output import Output, OutputFormat, OutputSpec
 from llmcli.io.progress import Progress, RunCounts, print_statistics
-from llmcli.io.resume import Journal
+from llmcli.io.resume import RESUME_HINT, Journal
 from llmcli.job import Job, Record
+from llmcli.tasks.fields import reads_error
 
 
 def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
@@ -18,9 +19,9 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
         from llmcli.engines.distributed import serve
 
         return serve(engines.engine_for(job))
-    names = _output_names(job, spec.format)
+    names = spec.name_fields(_output_names(job, spec.format))
     with ExitStack() as stack:
-        journal = stack.enter_context(Journal(spec, job)) if spec.resume else None
+        journal = stack.enter_context(Journal(spec, job)) if spec.fingerprint else None
         counts = journal.counts() if journal else RunCounts()
         if spec.stats:
             stack.enter_context(print_statistics(job.model, counts))
@@ -33,10 +34,11 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
         records = progress.track(records)
         if journal:
             records = journal.remaining(records)
-        if spec.retry:
+        if spec.retry and not reads_error(job.parameters):
             records = map(Record.drop_error, records)
         path = journal.output if journal else spec.path
-        output = Output(spec.format, path=path, names=names, model=job.model, append=journal is not None)
+        append, is_styled = journal is not None, spec.is_styled
+        output = Output(spec.format, path=path, names=names, model=job.model, append=append, is_styled=is_styled)
         shows = console.is_watched() and not output.is_watched
         with output, console.live_status(progress.line) if shows else nullcontext():
             on_text, on_result = output.stream if output.streams else None, progress.done.add if shows else None
@@ -53,6 +55,8 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
                 if result.failure:
                     console.error(f"{result.record.where}{result.failure.message}")
                 if result.failure and spec.stop_on_error:
+                    if journal and not spec.retry:
+                        console.print_line(f"hint: {RESUME_HINT}")
                     return ExitStatus.FAILED
         if journal:
             journal.mark_complete()

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from llmcli import __version__, config
 from llmcli.io.output import print_lines, to_json
 from llmcli.models import registry, store
+from llmcli.models.memory import available_memory
 from llmcli.options import Json, Quiet, Verbose, expand_options
 
 PACKAGES = ("transformers", "torch", "accelerate", "huggingface_hub", "tokenizers", "safetensors", "typer", "rich")
@@ -41,7 +42,6 @@ def env(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> N
 
 
 def _devices() -> dict[str, object]:
-    import psutil
     import torch
 
     from llmcli.models import loading
@@ -53,7 +53,7 @@ def _devices() -> dict[str, object]:
     return {
         "devices": names,
         "default": f"{device}, {str(loading.choose_dtype('auto', device)).removeprefix('torch.')}",
-        "memory": f"{psutil.virtual_memory().available / 1e9:.1f} GB available",
+        "memory": f"{available_memory() / 1e9:.1f} GB available",
     }
 
 

@@ -10,7 +10,7 @@ from llmcli.engines.local import suspended_garbage_collection
 from llmcli.errors import LlmcliError, UsageError
 from llmcli.io.formats import InputFormat
 from llmcli.io.output import to_json
-from llmcli.io.records import decode_argument, open_inputs, read_records, warn_if_likely_mistake
+from llmcli.io.records import open_inputs, read_records, warn_if_likely_mistake
 from llmcli.io.units import format_probability
 from llmcli.job import Job, JsonObject, LoadOptions, Record
 from llmcli.models import generation, loading, registry, store
@@ -131,7 +131,7 @@ def _read_text(text: str | None, file: str | None) -> str:
         raise UsageError("TEXT cannot be used with -f")
     if text is not None:
         warn_if_likely_mistake([text])
-        return decode_argument(text)
+        return text
     (record,) = read_records(open_inputs([], [] if file is None else [file]), InputFormat.WHOLE)
     if record.failure:
         raise LlmcliError(record.failure.message)

@@ -105,7 +105,7 @@ def _describe(spec: ModelSpec) -> dict[str, Any]:
     return {
         "name": spec.name, "description": spec.description, "source": _describe_source(spec), "license": spec.license,
         "download": spec.size, "tasks": list(spec.tasks), "path": str(folder) if folder else None,
-        "on disk": sum(file.stat().st_size for file in folder.iterdir()) if folder else None,
+        "on disk": sum(file.stat().st_size for file in folder.iterdir() if file.exists()) if folder else None,
     }  # fmt: skip
 
 

@@ -8,12 +8,12 @@ from typer import Argument, Option
 
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.io.formats import InputFormat
-from llmcli.io.records import add_fields, decode_argument, open_inputs, read_documents, read_records, rename_text
+from llmcli.io.records import add_fields, open_inputs, read_documents, read_records, rename_text
 from llmcli.job import JsonObject, Record
 from llmcli.options import CommonGenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.options.expand import expand_options
 from llmcli.run import run
-from llmcli.tasks.fields import build_prompt_parameters
+from llmcli.tasks.fields import build_prompt_parameters, reads_error
 
 
 @dataclass
@@ -53,13 +53,14 @@ def qa(
     spec = output.spec(format, [text for text in (question, context) if text is not None], input.files)
     roles = input.roles("question", "context")
     given = {roles["question"]: question, roles["context"]: context}
-    fields = {name: decode_argument(text) for name, text in given.items() if text is not None}
+    fields = {name: text for name, text in given.items() if text is not None}
     records: Iterable[Record]
     documents = None
     if question is not None and context is None and format is InputFormat.WHOLE and input.files:
         records, documents = read_documents(input.files, fields)
     else:
-        records = _read_questions(fields, roles, input.files, format, retry=output.retry_errors)
+        retry = output.retry_errors or reads_error({"fields": roles, "prompt": prompt})
+        records = _read_questions(fields, roles, input.files, format, retry=retry)
     parameters = {"fields": roles, "documents": documents or None, **asdict(extractive)}
     parameters["handle_impossible_answer"] = parameters.pop("allow_no_answer") or None
     job = model.job("qa", parameters | build_prompt_parameters(prompt), generation)

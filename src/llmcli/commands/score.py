@@ -15,6 +15,7 @@ from llmcli.io.units import format_probability
 from llmcli.job import JsonObject, Result
 from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, Texts, expand_options
 from llmcli.run import run
+from llmcli.text.terminal import sanitize
 
 TOKENS = "token_logprobs"
 EXCERPT_CHARACTERS = 60  # of a text that is not a line of a file
@@ -57,7 +58,7 @@ def score(
     finisher = ScoreFinisher(
         field=roles["text"], minimum=min_perplexity, maximum=max_perplexity, is_text=is_text,
         shows_excerpt=format is InputFormat.WHOLE, shows_tokens=tokens,
-        for_terminal=is_terminal() and not output.output,
+        for_terminal=is_terminal() and not spec.path,
     )  # fmt: skip
     if condition is not None and not format.has_fields:
         raise UsageError("--condition requires records with fields", hint="use --jsonl or --csv")
@@ -67,7 +68,9 @@ def score(
     filters = {"max_perplexity": max_perplexity, "min_perplexity": min_perplexity}
     job = model.job("score", parameters | filters)
     records = read_records(open_inputs(texts, input.files), format)
-    status = run(job, records, replace(spec, finish=finisher.finish, is_filter=finisher.is_filter))
+    is_styled = tokens and is_text and finisher.for_terminal
+    spec = replace(spec, finish=finisher.finish, is_filter=finisher.is_filter, is_styled=is_styled)
+    status = run(job, records, spec)
     if finisher.unscored:
         console.notice(f"records with fewer than two tokens pass no filter: {finisher.unscored}")
     return status
@@ -92,7 +95,7 @@ class ScoreFinisher:
 
     def finish(self, result: Result) -> list[Result]:
         """Return the result with its text; nothing if it does not pass the filter."""
-        if result.record.has_error:
+        if result.is_carried_over:
             return [result]
         if result.failure:
             return [] if self.is_filter and self.is_text else [result]
@@ -128,4 +131,4 @@ def _format_tokens(text: str, tokens: list[JsonObject], *, for_terminal: bool) -
     screen = figures.terminal()
     if figures.has_colors(screen):
         return figures.render(figures.heat_map(tokens), screen)
-    return f"{text}\n{figures.render(figures.probability_table(tokens, screen.width), screen)}"
+    return f"{sanitize(text)}\n{figures.render(figures.probability_table(tokens, screen.width), screen)}"

@@ -1,14 +1,15 @@
 """llmcli search: search files by meaning, and print passages as grep does."""
 
+import os
 from dataclasses import replace
 from typing import Annotated
 
 from typer import Argument, Option
 
-from llmcli import config
+from llmcli import config, console
 from llmcli.errors import ExitStatus, LlmcliError, UsageError
 from llmcli.io.formats import InputFormat
-from llmcli.io.records import decode_argument, open_inputs, read_records
+from llmcli.io.records import open_inputs, read_records
 from llmcli.job import Record, Result
 from llmcli.options import BatchModelOptions, OutputOptions, expand_options
 from llmcli.run import run
@@ -32,22 +33,38 @@ def search(
     llmcli search "how to undo a commit" docs/*.md
     history | llmcli search "the command that fixed the network" -n 3
     """
-    query = decode_argument(query)
     if not query.strip():
         raise UsageError("QUERY must not be empty")
     if config.world_size() > 1:
         raise UsageError("search cannot run in several processes")
     if output.resume or output.retry_errors:
         raise UsageError("search does not support --resume or --retry-errors")
-    inputs = list(read_records(open_inputs([], files), InputFormat.WHOLE if files else InputFormat.LINES))
+    format = InputFormat.WHOLE if files else InputFormat.LINES
+    inputs = list(read_records(open_inputs([], _skip_unreadable(files)), format))
+    if not inputs:
+        console.warning("input is empty")
     job = model.job("search", {"limit": limit})
     job = replace(job, batch_size=job.batch_size or BATCH_SIZE)
     records = [record for record in inputs if record.failure]
     texts = [{**record.fields, "file": record.file, "line": record.line} for record in inputs if not record.failure]
     if texts:
         records.append(Record({"query": query, "texts": texts}))
-    spec = replace(output.spec(InputFormat.WHOLE), finish=_expand_matches, extra_records=len(inputs) - len(records))
+    extra = len(inputs) - len(records)
+    spec = replace(output.spec(InputFormat.WHOLE), fingerprint=None, finish=_expand_matches, extra_records=extra)
     return run(job, records, spec)
+
+
+def _skip_unreadable(files: list[str]) -> list[str]:
+    """Return the files without directories and dangling links, which a pattern such as `docs/*` may bring."""
+    kept = []
+    for name in files:
+        if os.path.lexists(name) and (os.path.isdir(name) or not os.access(name, os.R_OK)):
+            console.warning(f"skipped {name!r}: {'directory' if os.path.isdir(name) else 'cannot be read'}")
+        else:
+            kept.append(name)
+    if files and not kept:
+        raise UsageError("no file to search", hint=f"pass files, e.g. {os.path.join(files[0], '*')}")
+    return kept
 
 
 def _expand_matches(result: Result) -> list[Result]:

@@ -7,6 +7,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from llmcli.compat.transformers import takes
+
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
@@ -51,9 +53,10 @@ def growing_cache(model: "PreTrainedModel", config: "GenerationConfig") -> Dynam
     None if the model keeps anything other than the keys and values of all tokens, if the generation config asks for
     another cache or for beams, or on a GPU, where copies are cheap.
     """
-    if (config.num_beams or 1) > 1 or config.use_cache is False or config.cache_implementation:
+    uses_cache = getattr(model.config, "use_cache", True) if config.use_cache is None else config.use_cache
+    if (config.num_beams or 1) > 1 or not uses_cache or config.cache_implementation:
         return None
-    if model.device.type != "cpu" or not model._supports_default_dynamic_cache():
+    if model.device.type != "cpu" or not model._supports_default_dynamic_cache() or not takes(model, "past_key_values"):
         return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     if not all(type(layer) is DynamicLayer for layer in cache.layers):

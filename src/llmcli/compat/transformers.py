@@ -4,7 +4,7 @@ import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from transformers.quantizers import HfQuantizer
@@ -47,18 +47,33 @@ def is_seq2seq_lm(config: "PreTrainedConfig") -> bool:
 def takes_position_ids(model: "PreTrainedModel") -> bool:
     """Return whether positions come from position IDs, and not from distances in the sequence as in ALiBi."""
     has_alibi = getattr(model.config, "alibi", False)  # Falcon's takes position IDs and ignores them
-    return not has_alibi and "position_ids" in inspect.signature(type(model).forward).parameters
+    return not has_alibi and takes(model, "position_ids")
+
+
+def takes(model: "PreTrainedModel", name: str) -> bool:
+    """Return whether the forward pass of a model has a parameter of that name."""
+    return name in inspect.signature(type(model).forward).parameters
 
 
 def has_fixed_rotary_positions(model: "PreTrainedModel") -> bool:
     """Return whether positions are rotary, and do not depend on the batch's length as in dynamic NTK and LongRoPE."""
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    by_layer = [value for value in rope.values() if isinstance(value, dict)] or [rope]
     names = [type(module).__name__ for module in model.modules()]
     is_rotary = any(name.endswith("RotaryEmbedding") for name in names)
     is_learned = any(name.endswith("PositionalEmbedding") for name in names)
-    return is_rotary and not is_learned and {kind.get("rope_type") for kind in by_layer} <= FIXED_ROPE_TYPES
+    return is_rotary and not is_learned and not _length_dependent_ropes(model.config)
+
+
+def rope_limit(config: "PreTrainedConfig") -> int | None:
+    """Return the length beyond which a row changes the rotary positions of the other rows of its batch."""
+    lengths = [rope.get("original_max_position_embeddings") for rope in _length_dependent_ropes(config)]
+    return min(filter(None, lengths), default=None)
+
+
+def _length_dependent_ropes(config: "PreTrainedConfig") -> list[dict[str, Any]]:
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    by_layer = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    return [rope for rope in by_layer if rope.get("rope_type") not in FIXED_ROPE_TYPES]
 
 
 @contextmanager

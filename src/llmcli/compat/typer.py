@@ -1,4 +1,5 @@
-"""What typer keeps to itself: the classes that a command of our own derives from, or is called with."""
+"""What typer keeps to itself: the classes that commands of our own derive from, or is called with."""
 
 from typer import Context as Context
 from typer.core import TyperCommand as TyperCommand
+from typer.core import TyperGroup as TyperGroup

@@ -82,6 +82,7 @@ def probability_table(tokens: Sequence[JsonObject], width: int) -> Table:
 
 def draw_tokens(models: Mapping[str, Sequence[JsonObject]], width: int | None) -> Group:
     """Draw the tokens of one text and their ids for each model, side by side as far as they fit."""
+    models = {_escape_controls(name): tokens for name, tokens in models.items()}
     width = width or len(models) * FILE_COLUMNS
     number_columns = len(str(max((len(tokens) for tokens in models.values()), default=0)))
     groups: list[list[str]] = [[]]

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from llmcli import console
@@ -54,7 +55,7 @@ class BatchRunner:
             self._is_repeatable = not config.do_sample
             self._max_new_tokens = config.max_new_tokens or config.max_length or 0
             self._is_single = (config.num_beams or 1) == 1 and (config.num_return_sequences or 1) == 1
-            self._can_share_prefix = self._is_single and pipeline.can_share_prefix
+            self._can_share_prefix = self._is_single and pipeline.max_shared_tokens != 0
             self._prefix: tuple[list[int], Cache | None] = [], None
 
     def add(self, requests: Sequence[Request]) -> None:
@@ -76,7 +77,7 @@ class BatchRunner:
 
     def step(self, on_text: OnText | None = None) -> None:
         """Run one batch: the row that has waited longest, and similar ones. `on_text` receives the text of one row."""
-        batch = self.queue
+        batch = self._find_candidates()
         if len(batch) > 1:
             if self._config and not self.pipeline.can_mix_limits:
                 batch = [row for row in batch if row.max_new_tokens == batch[0].max_new_tokens]
@@ -87,6 +88,14 @@ class BatchRunner:
         for request in {id(row.request): row.request for row in batch}.values():
             if request.failure or len(request.row_outputs) == request.row_count:
                 self._finish(request)
+
+    def _find_candidates(self) -> list[Row]:
+        """Return the row that has waited longest, and all rows that the model computes alike beside it and alone."""
+        maximum = self.pipeline.max_batched_tokens if len(self.queue) > 1 else None
+        if maximum is None:
+            return self.queue
+        fits = [row.length + row.max_new_tokens <= maximum for row in self.queue]
+        return list(compress(self.queue, fits)) if fits[0] else self.queue[:1]
 
     def _run_batch(self, rows: list[Row], on_text: OnText | None = None) -> None:
         """Run a batch. Out of memory, queue it again for smaller batches; after another error, run each row alone."""
@@ -148,6 +157,9 @@ class BatchRunner:
     def _find_prefix(self, rows: list[Row]) -> "tuple[list[int], Cache | None] | None":
         """Return the tokens that all prompts of this batch and earlier ones begin with, and their keys and values."""
         known, _ = self._prefix
+        maximum = self.pipeline.max_shared_tokens
+        if maximum and max(row.length for row in rows) + max(row.max_new_tokens for row in rows) > maximum:
+            return None
         # The last token of a prompt has to be computed: its logits give the first new token.
         prompts = [row.inputs["input_ids"].tolist()[:-1] for row in rows]
         prefix = list(os.path.commonprefix([*prompts, known or prompts[0]]))  # noqa: RUF071  # of lists, not of paths

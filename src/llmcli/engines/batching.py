@@ -7,6 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from llmcli.models.memory import available_memory
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -93,7 +95,7 @@ def probe_memory(model: "PreTrainedModel") -> MemoryUsage:
         Path("/proc/self/clear_refs").write_text("5")
     shared = getattr(info, "shared", 0)  # mapped files, such as weights, which are read during the first batch
     # The process keeps what its largest batch took, and the next batch uses it again.
-    return MemoryUsage(info.rss - shared, peak - shared, psutil.virtual_memory().available)
+    return MemoryUsage(info.rss - shared, peak - shared, available_memory())
 
 
 class BatchPolicy:

@@ -163,7 +163,7 @@ def _receive(rank: int) -> Iterator[Any]:
         try:
             torch.distributed.recv_object_list(items, src=rank, group=_group())
         except RuntimeError as exc:
-            raise RankExitedError(f"process {rank} has exited", hint="run the command again with --resume") from exc
+            raise RankExitedError(f"process {rank} has exited") from exc
         (item,) = items
         if isinstance(item, LlmcliError):
             raise LlmcliError(f"process {rank}: {item.message}", item.hint, item.status)

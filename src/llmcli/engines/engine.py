@@ -5,17 +5,20 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any, Protocol
 
 from llmcli import console, tasks
 from llmcli.engines.read_ahead import ReadAhead
 from llmcli.engines.requests import OnText, Request, Runner, failure_from
-from llmcli.errors import RecordError
+from llmcli.errors import RecordError, UsageError
 from llmcli.job import Job, Record, Result
 from llmcli.tasks import ModelCall, Strategy, TaskGenerator, TaskModel
+from llmcli.tasks.fields import reads_error
 from llmcli.text.thoughts import hide_thought
 
 MAX_IN_FLIGHT = 512  # records among whose rows a batch is chosen
+CHARACTERS_PER_RECORD = 2**16  # a longer record counts as several: large files are not all in memory
 
 OnResult = Callable[[Result], None]
 
@@ -67,9 +70,9 @@ class TaskEngine(ABC):
         # A seed repeats a sampled run only if the batches do not depend on how fast the input arrives.
         is_seeded = job.seed is not None and job.generation.get("do_sample") is not False
         run = JobRun(self, job, on_text, on_result)
-        with ReadAhead(records, MAX_IN_FLIGHT) as source:
+        with ReadAhead(map(PendingRecord, records), MAX_IN_FLIGHT, attrgetter("size")) as source:
             while run.in_flight or not source.has_ended:
-                vacant = MAX_IN_FLIGHT - len(run.in_flight)
+                vacant = MAX_IN_FLIGHT - run.size
                 if not run.in_flight:
                     run.admit(source.take(vacant, minimum=vacant if is_seeded else 1))
                 elif not is_seeded:
@@ -88,6 +91,13 @@ class PendingRecord:
     call: ModelCall | None = None
     requests: list[Request] = field(default_factory=list)
     result: Result | None = None
+    size: int = field(init=False)  # in records of ordinary length
+
+    def __post_init__(self) -> None:
+        length = 0
+        for value in self.record.fields.values():
+            length += len(value if isinstance(value, str) else str(value))
+        self.size = 1 + length // CHARACTERS_PER_RECORD
 
     def resume(self, outputs: list[Any] | None) -> None:
         """Run the task up to its next model call or its result. `outputs` are those of the last call."""
@@ -98,7 +108,13 @@ class PendingRecord:
         except StopIteration as stop:
             self.result = Result(self.record, stop.value.output, stop.value.text)
         except RecordError as exc:
-            self.result = Result(self.record, failure=failure_from(exc))
+            self.fail(exc)
+
+    def fail(self, exc: RecordError) -> None:
+        """Set the failure as the result. Raises UsageError for a column that no row has."""
+        if self.record.is_row and exc.kind == "missing_field":
+            raise UsageError(f"{exc.message} in the CSV header", exc.hint)
+        self.result = Result(self.record, failure=failure_from(exc))
 
     @property
     def has_outputs(self) -> bool:
@@ -128,16 +144,18 @@ class JobRun:
 
     def __init__(self, engine: TaskEngine, job: Job, on_text: OnText | None, on_result: OnResult | None) -> None:
         self.in_flight: deque[PendingRecord] = deque()  # in input order
+        self.size = 0  # of the records in flight
         self._engine, self._job, self._task = engine, job, tasks.load_task(job.task)
         self._on_text, self._on_result = on_text, on_result
+        self._reads_error = reads_error(job.parameters)  # a field of the input, then
         self._model: EngineModel | None = None
         self._runner: Runner | None = None
         self._waiting: list[PendingRecord] = []  # for outputs of their model calls
 
-    def admit(self, records: Sequence[Record]) -> None:
+    def admit(self, admitted: Sequence[PendingRecord]) -> None:
         """Take records in, and start the tasks of those that need the model."""
-        admitted = [PendingRecord(record) for record in records]
         self.in_flight += admitted
+        self.size += sum(pending.size for pending in admitted)
         prepared = [(pending, self._prepare(pending)) for pending in admitted]
         unfinished = [(pending, inputs) for pending, inputs in prepared if not pending.result]
         if unfinished:
@@ -166,7 +184,7 @@ class JobRun:
     def pop_finished(self) -> Iterator[Result]:
         """Yield the results that no unfinished record precedes."""
         while self.in_flight and (result := self.in_flight[0].result):
-            self.in_flight.popleft()
+            self.size -= self.in_flight.popleft().size
             yield result
 
     def find_model(self) -> EngineModel:
@@ -185,14 +203,14 @@ class JobRun:
         """Return what the task reads from the record, or set the result if it is known without the model."""
         record = pending.record
         try:
-            if record.failure or record.has_error:
+            if record.failure or (record.has_error and not self._reads_error):
                 pending.result = Result(record, failure=record.failure)
             elif (inputs := self._task.prepare(self._job, record.fields)) is not None:
                 return inputs
             else:
                 pending.result = Result(record, self._task.empty)
         except RecordError as exc:
-            pending.result = Result(record, failure=failure_from(exc))
+            pending.fail(exc)
         self._report(pending)
         return None
 

@@ -16,6 +16,7 @@ from llmcli.engines.model_cache import ModelCache, ModelLease
 from llmcli.errors import ModelTooLargeError, ModelUnavailableError
 from llmcli.job import Job
 from llmcli.models import generation, registry, store
+from llmcli.models.folder_check import check_folder
 from llmcli.models.loading import quiet_libraries
 from llmcli.tasks import Strategy
 
@@ -75,6 +76,7 @@ class Model:
         self._pipeline: Pipeline | None = None
         spec = registry.resolve(job.model)
         self.folder = store.pull(spec, offline=options.offline, allow_pickle=options.allow_pickle)
+        check_folder(self.folder, trusts_code=options.trust_remote_code)
         strategies = list(tasks.load_task(job.task).strategies)
         # A task with one strategy is checked when the model is loaded: it may need no more than the folder.
         self.kind = strategies[0] if len(strategies) == 1 else self._find_kind()
@@ -120,7 +122,7 @@ class Model:
 
     @property
     def _changed_ns(self) -> int:
-        return max(file.stat().st_mtime_ns for file in self.folder.iterdir())
+        return max(file.stat().st_mtime_ns for file in self.folder.iterdir() if file.exists())
 
     def _load(self) -> "Pipeline":
         kind = self._find_kind()

@@ -43,6 +43,10 @@ class Runner(Protocol):
         """Run a part of the queue. `on_text` receives the text of a single request while it is generated."""
 
 
+class DeviceError(LlmcliError):
+    """The device is broken. Nothing can run on it in this process any more."""
+
+
 @contextmanager
 def capture_errors(request: Request) -> Iterator[None]:
     """Record an exception as the failure of a request, unless it concerns the whole job."""
@@ -55,6 +59,8 @@ def capture_errors(request: Request) -> Iterator[None]:
     except Exception as exc:
         if is_out_of_memory(exc):
             request.failure = Failure("out_of_memory", "out of memory")
+        elif type(exc).__name__ == "AcceleratorError" or any(text in str(exc) for text in ("CUDA error", "HIP error")):
+            raise DeviceError(f"device failed: {str(exc).splitlines()[0]}", "run again, or use --device cpu") from exc
         else:
             reason = str(exc).strip() or "no reason given"
             request.failure = Failure("internal_error", f"{type(exc).__name__}: {reason}")
@@ -71,7 +77,6 @@ def is_out_of_memory(exc: Exception) -> bool:
         return True
     from accelerate.utils.memory import should_reduce_batch_size
 
-    # accelerate knows the messages of CUDA, XPU, MPS and PyTorch's CPU allocator, but not these two.
-    return bool(should_reduce_batch_size(exc)) or any(
-        text in str(exc) for text in ("CUDA error: out of memory", "not enough memory", "can't allocate memory")
-    )
+    # accelerate knows the messages of CUDA, XPU, MPS and PyTorch's CPU allocator, but not these.
+    more = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "not enough memory", "can't allocate memory")
+    return bool(should_reduce_batch_size(exc)) or any(text in str(exc) for text in more)

@@ -4,16 +4,28 @@ import csv
 import io
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from enum import Enum
+from itertools import chain
 
-from llmcli.errors import RecordError, UsageError
+from llmcli.errors import RecordError
 from llmcli.job import Failure, JsonObject, Record
 
 Stream = io.BufferedIOBase
 BOM = "\ufeff"
 CHUNK_BYTES = 1 << 16
 MAX_JSON_DEPTH = 500  # Python's own limit, 1,000, counts the frames of callers too
+SURROGATE = re.compile("[\ud800-\udfff]")
+SIGNATURES = {  # how files begin that are not UTF-8, what they are, and what converts them
+    rb"\xff\xfe|\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8"),
+    rb"[^\0]\0[^\0]\0": ("UTF-16", "iconv -f UTF-16LE -t UTF-8"),
+    rb"\0[^\0]\0[^\0]": ("UTF-16", "iconv -f UTF-16BE -t UTF-8"),
+    rb"\x1f\x8b": ("gzip", "zcat"),
+    rb"PK\x03\x04": ("a zip archive", "unzip -p"),
+}
 
 
 class InputFormat(Enum):
@@ -38,27 +50,61 @@ def decode_utf8(data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as exc:
-        message = f"not UTF-8: byte 0x{data[exc.start]:02x} at offset {exc.start}"
-        raise RecordError("invalid_utf8", message) from None
+        line = data.count(b"\n", 0, exc.start) + 1
+        place = f"offset {exc.start}, line {line}" if b"\n" in data else f"offset {exc.start}"
+        message = f"not UTF-8: byte 0x{data[exc.start]:02x} at {place}"
+        raise RecordError("invalid_utf8", message, hint="convert it with iconv") from None
+
+
+def printable(text: str) -> str:
+    """Return a text that the system gave, with escapes such as `\\xff` for bytes that are not UTF-8."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _check_signature(start: bytes) -> None:
+    for pattern, (kind, command) in SIGNATURES.items():
+        if re.match(pattern, start):
+            raise RecordError("invalid_utf8", f"expected UTF-8, got {kind}", hint=f"convert it with {command}")
+
+
+def _lines(stream: Stream) -> Iterator[bytes]:
+    """Return the lines of a file. Raises RecordError if it is not UTF-8."""
+    first = stream.readline()
+    _check_signature(first)
+    return chain([first] * bool(first), stream)
+
+
+def _failed(fields: JsonObject, name: str | None, number: int | None, exc: RecordError) -> Record:
+    hint = f"; {exc.hint}" if exc.hint else ""
+    return Record(fields, name, number, Failure(exc.kind, exc.message + hint))
 
 
 def _read_whole(stream: Stream, name: str | None) -> Iterator[Record]:
-    yield _text_record(_strip_line_end(stream.read()), name)
+    data = stream.read()
+    try:
+        _check_signature(data)
+        yield _text_record(_strip_line_end(data), name)
+    except RecordError as exc:
+        yield _failed({}, name, None, exc)
 
 
 def _read_lines(stream: Stream, name: str | None) -> Iterator[Record]:
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(_lines(stream), start=1):
         yield _text_record(_strip_line_end(line), name, number)
 
 
 def _read_null(stream: Stream, name: str | None) -> Iterator[Record]:
-    rest, number = b"", 0
+    parts, number = [b""], 0  # of the next string, which can be longer than a chunk
     while chunk := stream.read1(CHUNK_BYTES):
-        *complete, rest = (rest + chunk).split(b"\0")
-        for data in complete:
+        if len(parts) == 1 and not number:
+            _check_signature(chunk.replace(b"\0", b" "))  # NULs are no sign of UTF-16 here.
+        part, *others = chunk.split(b"\0")
+        parts.append(part)
+        for part in others:
             number += 1
-            yield _text_record(data, name, number)
-    if rest:
+            yield _text_record(b"".join(parts), name, number)
+            parts = [part]
+    if rest := b"".join(parts):
         yield _text_record(rest, name, number + 1)
 
 
@@ -66,24 +112,38 @@ def _text_record(data: bytes, name: str | None, number: int | None = None) -> Re
     try:
         text = decode_utf8(data)
     except RecordError as exc:
-        fields = {} if number is None else {"line": number}
-        return Record(fields, name, number, Failure(exc.kind, exc.message))
+        return _failed({} if number is None else {"line": number}, name, number, exc)
     return Record({"text": text if number and number > 1 else text.removeprefix(BOM)}, name, number)
 
 
 def _read_jsonl(stream: Stream, name: str | None) -> Iterator[Record]:
-    for number, line in enumerate(stream, start=1):
+    blank: list[int] = []  # numbers of blank lines; those at the end of a file are no records
+    for number, line in enumerate(_lines(stream), start=1):
         try:
-            text = decode_utf8(_strip_line_end(line))
             # Concatenated files can have a byte order mark on any line.
-            yield Record(_parse_object(text.removeprefix(BOM)), name, number)
+            text = decode_utf8(_strip_line_end(line)).removeprefix(BOM)
+            if not text.strip():
+                blank.append(number)
+                continue
+            record = Record(_parse_object(text), name, number)
         except RecordError as exc:
-            yield Record({"line": number}, name, number, Failure(exc.kind, exc.message))
+            valid = _parse_valid_fields(line) if exc.kind == "invalid_utf8" else {}
+            record = _failed({"line": number, **valid}, name, number, exc)
+        for place in blank:
+            yield _failed({"line": place}, name, place, RecordError("invalid_json", "blank line"))
+        blank.clear()
+        yield record
+
+
+def _parse_valid_fields(line: bytes) -> JsonObject:
+    """Return the fields of a JSON object that are UTF-8."""
+    with suppress(RecordError):
+        fields = _parse_object(line.decode("utf-8", "surrogateescape").removeprefix(BOM))
+        return dict(field for field in fields.items() if not SURROGATE.search(json.dumps(field, ensure_ascii=False)))
+    return {}
 
 
 def _parse_object(text: str) -> JsonObject:
-    if not text.strip():
-        raise RecordError("invalid_json", "blank line")
     try:
         value = JSON.decode(text)
     except json.JSONDecodeError as exc:
@@ -95,7 +155,7 @@ def _parse_object(text: str) -> JsonObject:
     if not isinstance(value, dict):
         names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
         raise RecordError("invalid_json", f"expected a JSON object, got {names.get(type(value), 'a number')}")
-    if _is_too_deep(value):
+    if text.count("{") + text.count("[") > MAX_JSON_DEPTH and _is_too_deep(value):  # Counting is faster.
         raise RecordError("invalid_json", f"nested more than {MAX_JSON_DEPTH} levels deep")
     return value
 
@@ -118,37 +178,67 @@ def _parse_float(text: str) -> float:
     return value
 
 
-JSON = json.JSONDecoder(parse_constant=_parse_float, parse_float=_parse_float)
+def _build_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise RecordError("invalid_json", f"duplicate key {name[:100]!r}")
+    return fields
+
+
+JSON = json.JSONDecoder(parse_constant=_parse_float, parse_float=_parse_float, object_pairs_hook=_build_object)
 
 
 def _read_csv(stream: Stream, name: str | None) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)  # the maximum on every platform
+    lines = _lines(stream)
+    first = next(lines, b"").removeprefix(BOM.encode())
     # Undecodable bytes become surrogates, so that they are reported with their row.
-    lines = (line.decode("utf-8", "surrogateescape") for line in stream)
-    rows = csv.reader((line if number else line.removeprefix(BOM) for number, line in enumerate(lines)), strict=True)
-    header: list[str] = []
+    rows = csv.reader((line.decode("utf-8", "surrogateescape") for line in chain([first], lines)), strict=True)
+    header = _read_header(rows, first)
     while True:
-        row, failure = [], None
+        fields: dict[str, str | None] = dict.fromkeys(header, "")
+        row: list[str] = []
+        failure, start = None, rows.line_num + 1
         try:
             row = next(rows)
-            for cell in row:
-                decode_utf8(cell.encode("utf-8", "surrogateescape"))
+            fields |= zip(header, row, strict=False)
+            "".join(row).encode()
         except StopIteration:
             return
         except csv.Error as exc:
-            failure = Failure("invalid_csv", f"not CSV: {exc}")
-        except RecordError as exc:
-            failure = Failure(exc.kind, exc.message)
-        if not header and failure:
-            raise UsageError(f"{name or 'stdin'}: invalid header: {failure.message}")
-        if not header:
-            header = row
-        elif row or failure:
-            if not failure and len(row) != len(header):
-                extra = f"; extra fields: {', '.join(row[len(header) :])}" if len(row) > len(header) else ""
-                failure = Failure("invalid_csv", f"expected {len(header)} fields, got {len(row)}{extra}")
-            fields = dict.fromkeys(header, "") | dict(zip(header, row, strict=False))
-            yield Record(fields, name, rows.line_num, failure)
+            place = f" in the row that begins on line {start}" if start < rows.line_num else ""
+            failure = Failure("invalid_csv", f"not CSV: {exc}{place}")
+        except UnicodeEncodeError:
+            for column, cell in zip(header, row, strict=False):
+                try:
+                    decode_utf8(cell.encode("utf-8", "surrogateescape"))
+                except RecordError as exc:
+                    fields[column] = None
+                    failure = failure or Failure(exc.kind, f"column {column!r}: {exc.message}; {exc.hint}")
+        if not failure and row and len(row) != len(header):
+            extra = f"; extra fields: {printable(', '.join(row[len(header) :]))}" if len(row) > len(header) else ""
+            failure = Failure("invalid_csv", f"expected {len(header)} fields, got {len(row)}{extra}")
+        if row or failure:
+            yield Record(fields, name, rows.line_num, failure, is_row=True)
+
+
+def _read_header(rows: Iterator[list[str]], first: bytes) -> list[str]:
+    """Return the names of the columns. Raises RecordError if `first`, the first line, is not the header of a CSV."""
+    text, header, error = decode_utf8(first), [], ""
+    try:
+        header = next(filter(None, rows), [])
+        decode_utf8("".join(header).encode("utf-8", "surrogateescape"))
+    except csv.Error as exc:
+        error = f"not CSV: {str(exc).partition(' - ')[0]}"  # The rest of a message is advice for programmers.
+    delimiter = max(";\t|", key=text.count)
+    if (error or (len(header) == 1 and not text.startswith('"'))) and delimiter in text:
+        error = f"expected commas between columns, got {delimiter!r}"
+    elif duplicates := [name for name, count in Counter(header).items() if count > 1]:
+        error = f"duplicate column {duplicates[0]!r}"
+    if error:
+        raise RecordError("invalid_csv", f"invalid header: {error}")
+    return header
 
 
 READERS: Mapping[InputFormat, Callable[[Stream, str | None], Iterator[Record]]] = {

@@ -7,13 +7,16 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
+from llmcli import config, console
 from llmcli.errors import LlmcliError, OutputClosedError, UsageError, reason
 from llmcli.job import Result
+from llmcli.text.terminal import Sanitizer, sanitize
 
 JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 WRAPPED_COLUMNS = ("TASKS", "LICENSE")  # columns of a table that may wrap on a narrow screen
@@ -37,21 +40,47 @@ class OutputSpec:
     path: Path | None = None  # None: stdout
     finish: Callable[[Result], Sequence[Result]] | None = None  # returns what is written of a result
     is_filter: bool = False  # `finish` may drop results
-    resume: str | None = None  # fingerprint of the input, if the run continues the file at `path`
+    fingerprint: str | None = None  # of the input, if the state of the run is kept beside the file at `path`
+    resume: bool = False  # continue the file at `path`
     retry: bool = False  # run records again that failed earlier, in the input and in the file at `path`
     stop_on_error: bool = False
     stats: bool = False  # print statistics at the end
     extra_records: int = 0  # records that the command has read itself and passes on in another record
+    is_styled: bool = False  # texts have colors of our own, and nothing else that controls a terminal
+    has_files: bool = False  # results have the field `file`
+    rename: Mapping[str, str] = field(default_factory=dict)  # new names of result fields
+    select: Sequence[str] | None = None  # result fields to write; None: all
+
+    def name_fields(self, outputs: Sequence[str]) -> dict[str, str | None]:
+        """Return the name of each result field in the output, in order, or None if the field is not written.
+
+        Args:
+            outputs: Fields that the task adds.
+        """
+        known = list(dict.fromkeys([*outputs, "model", "file", "error"]))
+        for name in [*self.rename, *(self.select or ())]:
+            if name not in known:
+                message = f"unknown result field {name!r}{config.did_you_mean(name, known)}"
+                raise UsageError(message, hint=f"result fields: {', '.join(known)}")
+        kept = set(known if self.select is None else self.select)
+        # A failed record without an error would look as if it had not run. CSV has the same columns in all rows.
+        kept = kept | {"error"} if self.format is OutputFormat.JSON else kept - {"file"} if not self.has_files else kept
+        names = {name: self.rename.get(name, name) if name in kept else None for name in known}
+        written = [name for name in names.values() if name]
+        if len(set(written)) < len(written):
+            raise UsageError(f"--rename gives several result fields the name {max(written, key=written.count)!r}")
+        return names
 
 
 class Sink(AbstractContextManager["Sink"]):
-    """stdout or a file, written as UTF-8. A new file that an error leaves empty is deleted."""
+    """stdout or a file, written as UTF-8; on a terminal sanitized. A new file that an error leaves empty is deleted."""
 
-    def __init__(self, path: Path | None = None, *, append: bool = False) -> None:
+    def __init__(self, path: Path | None = None, *, append: bool = False, is_styled: bool = False) -> None:
         if not path and sys.stdout is None:
             raise LlmcliError("stdout is closed")
         self._path = path
         self._is_empty = not append
+        self._sanitizer = Sanitizer() if not path and sys.stdout.isatty() and not is_styled else None
         try:
             self.file: BinaryIO = path.open("ab" if append else "xb") if path else sys.stdout.buffer
         except FileExistsError:
@@ -60,8 +89,16 @@ class Sink(AbstractContextManager["Sink"]):
         except OSError as exc:
             raise UsageError(f"{path}: {reason(exc)}") from exc
 
-    def write(self, text: str) -> int:
-        """Write a text at once, and return its number of bytes."""
+    def write(self, text: str, end: str = "") -> int:
+        """Write the rest of a text and its end at once, and return the number of bytes."""
+        rest = self._sanitizer.feed(text) + self._sanitizer.flush() if self._sanitizer else text
+        return self._write_text(rest + end)
+
+    def stream(self, text: str) -> None:
+        """Write a part of a text at once."""
+        self._write_text(self._sanitizer.feed(text) if self._sanitizer else text)
+
+    def _write_text(self, text: str) -> int:
         return self.write_bytes(text.encode("utf-8", "backslashreplace"))  # JSON can hold lone surrogates.
 
     def write_bytes(self, data: bytes) -> int:
@@ -88,14 +125,15 @@ class Sink(AbstractContextManager["Sink"]):
 
 
 class Output(AbstractContextManager["Output"]):
-    """Write results as they arrive. The task adds the fields `names`, which a CSV header must have."""
+    """Write results as they arrive. `names` is what `OutputSpec.name_fields` returns."""
 
     def __init__(
-        self, format: OutputFormat, model: str, *, path: Path | None = None, names: Sequence[str] = (),
-        append: bool = False,
+        self, format: OutputFormat, model: str, *, path: Path | None = None,
+        names: Mapping[str, str | None] = MappingProxyType({}), append: bool = False, is_styled: bool = False,
     ) -> None:  # fmt: skip
-        self.format, self.model, self.names = format, model, names
-        self._sink = Sink(path, append=append)
+        self.format, self.model, self._names = format, model, names
+        self._overwritten: set[str] = set()  # fields of records, in a warning that was printed
+        self._sink = Sink(path, append=append, is_styled=is_styled)
         self.is_watched = not path and sys.stdout.isatty()
         self._columns: list[str] = []
         if path and append and format is OutputFormat.CSV:
@@ -111,20 +149,20 @@ class Output(AbstractContextManager["Output"]):
     def stream(self, text: str) -> None:
         """Write the next characters of a text whose Result will follow."""
         self._streamed += len(text)
-        self._sink.write(self._on_one_line(text))
+        self._sink.stream(self._on_one_line(text))
 
     def write(self, result: Result) -> int:
         """Write a result, or what `stream` has left of it; return the number of bytes without a CSV header."""
         if self.format is OutputFormat.JSON:
             return self._sink.write(to_json(self._fields(result)) + "\n")
         if self.format is OutputFormat.CSV:
-            return self._sink.write(self._format_cells(self._fields(result)))
+            return self._sink.write(self._format_cells(result.record.fields, self._fields(result)))
         if result.failure and self.format is OutputFormat.TEXT and not self._streamed:
             return 0
         end = "\0" if self.format is OutputFormat.NULL else "\n"
         rest = self._on_one_line(result.text[self._streamed :])
         self._streamed = 0
-        return self._sink.write(rest + end)
+        return self._sink.write(rest, end)
 
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         if self._streamed and kind is not OutputClosedError:  # The text was interrupted: end its line.
@@ -137,23 +175,33 @@ class Output(AbstractContextManager["Output"]):
         return text.replace("\r\n", " ").replace("\n", " ") if self.format is OutputFormat.LINES else text
 
     def _fields(self, result: Result) -> dict[str, object]:
-        record = result.record
-        if record.has_error:
-            return dict(record.fields)
-        fields = {**record.fields, **result.output}
+        own, fields = result.record.fields, dict(result.record.fields)
+        if result.is_carried_over:
+            return fields
+        added = dict(result.output)
         if result.failure:
-            fields["error"] = result.failure.to_json()
+            added["error"] = result.failure.to_json()
         else:
-            fields["model"] = self.model
-        if record.file is not None:
-            fields.setdefault("file", record.file)
+            added["model"] = self.model
+        if result.record.file is not None:
+            added.setdefault("file", result.record.file)
+        overwritten = {}
+        for result_name, value in added.items():
+            name = self._names.get(result_name, result_name)
+            if name is None or (name == result_name == "file" and name in own):
+                continue
+            if name in own and name not in self._overwritten and own[name] not in (None, "", value):
+                overwritten[name] = result_name
+            fields[name] = value
+        if overwritten:
+            self._overwritten |= overwritten.keys()
+            hint = f"to keep both: --rename {next(iter(overwritten.values()))}=NEW"
+            console.warning(f"results replace these fields of the records: {', '.join(overwritten)}; {hint}")
         return fields
 
-    def _format_cells(self, fields: Mapping[str, object]) -> str:
+    def _format_cells(self, own: Iterable[str], fields: Mapping[str, object]) -> str:
         if not self._columns:
-            added = [*self.names, "model", "file", "error"]
-            own = [name for name in fields if name not in added]
-            self._columns = [*own, *(name for name in added if name != "file" or name in fields)]
+            self._columns = list(dict.fromkeys([*own, *filter(None, self._names.values())]))
             self._sink.write(_format_row(self._columns))
         if unknown := [name for name in fields if name not in self._columns]:
             hint = "run files with other columns alone, or use --json"
@@ -180,8 +228,9 @@ def write_file(path: Path, text: str) -> None:
         raise UsageError(f"{path}: {reason(exc)}") from exc
 
 
-def print_lines(lines: Iterable[str]) -> None:
-    sink = Sink()
+def print_lines(lines: Iterable[str], *, is_styled: bool = False) -> None:
+    """Write lines to stdout. Styled ones have colors of our own, and nothing else that controls a terminal."""
+    sink = Sink(is_styled=is_styled)
     for line in lines:
         sink.write(f"{line}\n")
 
@@ -198,8 +247,8 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for name in header:
         table.add_column(name, no_wrap=name not in WRAPPED_COLUMNS)
     for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+        table.add_row(*map(sanitize, row))
+    Console(markup=False, emoji=False).print(table)
 
 
 def _format_row(cells: Sequence[object]) -> str:

@@ -27,7 +27,7 @@ class RunCounts:
         """Count a record of which `written` results were written."""
         self.records += 1
         self.failed += result.failure is not None
-        self.carried_over += result.record.has_error
+        self.carried_over += result.is_carried_over
         self.written += written
         for name, count in result.output.get("usage", {}).items():  # Counter.update is four times slower.
             self.tokens[name] += count

@@ -4,29 +4,37 @@ import io
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 from llmcli import config, console
 from llmcli.errors import RecordError, UsageError, reason
-from llmcli.io.formats import READERS, InputFormat, Stream, decode_utf8
+from llmcli.io.formats import READERS, InputFormat, Stream, printable
 from llmcli.job import JsonObject, Record
 
-Inputs = Sequence[tuple[str | None, Stream]]  # name of the file, if it is one, and its stream
+
+class Input(NamedTuple):
+    """A text, a file or stdin, which is opened when its turn comes: a process may open few files at a time."""
+
+    name: str | None  # of a file
+    open: Callable[[], Stream]
+    size: int | None = None  # bytes of a regular file
+    is_argument: bool = False
 
 
-def open_inputs(texts: Sequence[str], files: Sequence[str]) -> Inputs:
-    """Open the texts, then the files ("-" is stdin); or stdin if there are neither."""
+def open_inputs(texts: Sequence[str], files: Sequence[str]) -> list[Input]:
+    """Return the texts, then the files ("-" is stdin); or stdin if there are neither. Files are checked here."""
     if not texts and not files:
         if not config.rank() and (sys.stdin is None or sys.stdin.isatty()):
             raise UsageError("no input", hint="pass TEXT, use -f FILE, or pipe data to stdin; -f - reads the terminal")
-        return [(None, _open_stdin())]
+        return [_stdin(None)]
     warn_if_likely_mistake(texts)
-    arguments = [(None, io.BytesIO(text.encode("utf-8", "surrogateescape"))) for text in texts]
-    return [*arguments, *((name, _open_file(name)) for name in files)]
+    arguments = [Input(None, partial(io.BytesIO, text.encode()), is_argument=True) for text in texts]
+    return [*arguments, *map(_check_file, files)]
 
 
 def warn_if_likely_mistake(texts: Sequence[str]) -> None:
@@ -41,19 +49,26 @@ def warn_if_likely_mistake(texts: Sequence[str]) -> None:
         console.notice(f"got {len(texts)} one-word texts; quote the words to pass a single text")
 
 
-def read_records(inputs: Inputs, format: InputFormat) -> Iterator[Record]:
-    """Yield every record of the inputs, and close them. A record that cannot be parsed has a `failure`."""
+def read_records(inputs: Sequence[Input], format: InputFormat) -> Iterator[Record]:
+    """Yield every record of the inputs. A record that cannot be parsed has a `failure`."""
     # NUL-terminated strings are read in chunks, so the position says nothing about the record.
-    total = 0 if format is InputFormat.NULL else _total_bytes(stream for _, stream in inputs)
-    done = 0
-    for name, stream in inputs:
+    sizes = [input.size for input in inputs if input.size is not None and format is not InputFormat.NULL]
+    total = sum(sizes) if len(sizes) == len(inputs) else 0
+    done, is_empty = 0, format is InputFormat.WHOLE and not all(input.is_argument for input in inputs)
+    for name, open_stream, _, is_argument in inputs:
         try:
-            with stream:
-                for record in READERS[format](stream, name):
+            with open_stream() as stream:
+                for record in READERS[format](stream, name and printable(name)):
+                    if is_empty and not is_argument:
+                        is_empty = not (record.failure or record.fields["text"].strip())
                     yield replace(record, input_fraction=min(1, (done + stream.tell()) / total)) if total else record
                 done += stream.tell() if total else 0
         except OSError as exc:
             raise UsageError(f"{name or 'stdin'}: {reason(exc)}") from exc
+        except RecordError as exc:  # The whole file cannot be read.
+            raise UsageError(f"{name or 'stdin'}: {exc.message}", exc.hint) from None
+    if is_empty:
+        console.warning("input is empty")
 
 
 def read_prompts(texts: Sequence[str], files: Sequence[str], format: InputFormat) -> Iterator[Record]:
@@ -97,42 +112,32 @@ def rename_text(records: Iterable[Record], name: str, fields: JsonObject) -> Ite
         yield record if record.failure else replace(record, fields={**fields, name: record.fields["text"]})
 
 
-def decode_argument(text: str) -> str:
-    """Return a text of the command line; raise UsageError if it is not UTF-8."""
-    try:
-        return decode_utf8(text.encode("utf-8", "surrogateescape"))
-    except RecordError as exc:
-        raise UsageError(exc.message) from None
-
-
-def _open_file(name: str) -> Stream:
+def _check_file(name: str) -> Input:
     if name == "-":
-        return _open_stdin()
+        return _stdin(name)
     path = Path(name)
     if path.is_dir():
         raise UsageError(f"{name!r} is a directory", hint=f"pass files, e.g. -f {path / 'FILE'}")
     try:
-        return path.open("rb")
+        if (size := _regular_size(path.stat())) is not None:  # A FIFO can be opened only once.
+            path.open("rb").close()
     except OSError as exc:
         raise UsageError(f"{name}: {reason(exc)}") from exc
+    return Input(name, lambda: path.open("rb"), size)
 
 
-def _open_stdin() -> Stream:
-    # A new buffer on the descriptor: a thread that waits in sys.stdin would block the exit of the interpreter.
+def _stdin(name: str | None) -> Input:
     if config.rank():  # Only the first process reads stdin.
-        return io.BytesIO()
+        return Input(name, io.BytesIO)
     if sys.stdin is None:
         raise UsageError("stdin is closed")
     try:
-        return open(sys.stdin.fileno(), "rb", closefd=False)
+        descriptor = sys.stdin.fileno()
     except (OSError, ValueError):  # sys.stdin was replaced by an object without a descriptor.
-        return cast(Stream, sys.stdin.buffer)
+        return Input(name, lambda: cast(Stream, sys.stdin.buffer))
+    # A new buffer on the descriptor: a thread that waits in sys.stdin would block the exit of the interpreter.
+    return Input(name, lambda: open(descriptor, "rb", closefd=False), _regular_size(os.fstat(descriptor)))
 
 
-def _total_bytes(streams: Iterable[Stream]) -> int:
-    """Return the size of regular files; 0 if a stream is something else."""
-    try:
-        stats = [os.fstat(stream.fileno()) for stream in streams]
-    except OSError:  # The stream of an argument has no descriptor.
-        return 0
-    return sum(status.st_size for status in stats) if all(stat.S_ISREG(status.st_mode) for status in stats) else 0
+def _regular_size(status: os.stat_result) -> int | None:
+    return status.st_size if stat.S_ISREG(status.st_mode) else None

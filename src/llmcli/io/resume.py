@@ -1,4 +1,4 @@
-"""Continue an interrupted run (--resume) from PATH.state, the log beside its output.
+"""Keep PATH.state, the log beside the output, and continue an interrupted run from it (--resume).
 
 The log is a line of JSON that identifies the job and the input, then one entry of fixed size per record, in
 input order. A result counts if both files hold it. If a crash, a full disk or a power cut took it from one file, it
@@ -18,9 +18,10 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
+from llmcli import console
 from llmcli.errors import LlmcliError, UsageError
 from llmcli.io.output import Output, OutputSpec, Sink
 from llmcli.io.progress import RunCounts
@@ -29,6 +30,8 @@ from llmcli.job import Job, JsonObject, Record, Result
 
 SYNC_INTERVAL_S = 1.0  # work that a power cut may take
 ENTRIES_PER_COPY = 1024
+ENCODE = json.JSONEncoder(sort_keys=True, default=str).encode
+RESUME_HINT = "to continue: rerun with --resume"
 RESUME_IGNORED_FIELDS = ("batch_size", "concurrency", "keep_alive", "offline", "max_memory", "offload_folder")
 
 
@@ -38,17 +41,20 @@ class Journal(AbstractContextManager["Journal"]):
     def __init__(self, spec: OutputSpec, job: Job) -> None:
         assert spec.path
         self.path = path = spec.path
-        self._state = path.with_name(f"{path.name}.state")
-        self._new_state = path.with_name(f"{path.name}.state.retry")
-        self._new_output = path.resolve().with_name(f"{path.name}.state.new")
-        self._identity = {"job": _identify(job), "format": spec.format.value, "input": spec.resume}
+        self._resumes = spec.resume
+        self._state, self._new_state = Path(f"{path}.state"), Path(f"{path}.state.retry")
+        self._new_output = path.resolve().parent / f"{path.name}.state.new"
+        command = {**_identify(job), "rename": spec.rename, "select": spec.select}
+        self._identity = {"job": command, "format": spec.format.value, "input": spec.fingerprint}
         self._crcs: deque[tuple[int, int]] = deque()  # numbers of the records that run, and their CRC
         self._last_sync = time.monotonic()
-        is_begun = path.exists() and path.stat().st_size > 0
+        is_begun = spec.resume and path.exists() and path.stat().st_size > 0
         if is_begun and not self._state.exists():
             message = f"'{path}' exists but its state file '{self._state}' is missing"
             raise UsageError(message, hint="choose another path, or remove the file first")
-        self._log = self._done = RunLog(self._state, path)  # two logs if the results of one are copied to the other
+        with nullcontext() if spec.resume else Sink(path):  # refuses a file that exists
+            # There are two logs if the results of one are copied to the other.
+            self._log = self._done = RunLog(self._state, path)
         if is_begun:
             self._resume()
         else:
@@ -59,10 +65,13 @@ class Journal(AbstractContextManager["Journal"]):
         self.output = self._log.output
 
     def counts(self) -> RunCounts:
-        entries = list(filter(self._stays, self._done))
-        states = [entry.state for entry in entries]
-        written = sum(entry.size > 0 for entry in entries)
-        return RunCounts(len(entries), states.count(FAILED), states.count(CARRIED_OVER), written)
+        counts = RunCounts()
+        for entry in filter(self._stays, self._done):
+            counts.records += 1
+            counts.failed += entry.state == FAILED
+            counts.carried_over += entry.state == CARRIED_OVER
+            counts.written += entry.size > 0
+        return counts
 
     @property
     def is_complete(self) -> bool:
@@ -76,7 +85,7 @@ class Journal(AbstractContextManager["Journal"]):
         done, count, crc = len(self._done), 0, 0
         for number, record in enumerate(records):
             count = number + 1
-            crc = zlib.crc32(json.dumps(record.fields, sort_keys=True, default=str).encode(), crc)
+            crc = zlib.crc32(ENCODE(record.fields).encode(), crc)
             if number < done and crc != self._done[number].input_crc:
                 raise _changed(self.path, "the input")
             if number >= done or not self._stays(self._done[number]):
@@ -90,8 +99,9 @@ class Journal(AbstractContextManager["Journal"]):
         number, crc = self._crcs.popleft()
         self._copy_done(number)
         size = sum(map(output.write, written))
-        state = FAILED if result.failure else CARRIED_OVER if result.record.has_error else OK
-        self._log.append([Entry(self.output.stat().st_size, size, crc, state)])
+        state = FAILED if result.failure else CARRIED_OVER if result.is_carried_over else OK
+        end = self._log.end + size if len(self._log) else self.output.stat().st_size  # with the header of CSV
+        self._log.append([Entry(end, size, crc, state)])
         if time.monotonic() - self._last_sync > SYNC_INTERVAL_S:
             self._log.sync()
             self._last_sync = time.monotonic()
@@ -100,12 +110,21 @@ class Journal(AbstractContextManager["Journal"]):
         self._copy_done()
         self._log.mark_complete()
 
-    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+    def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
         try:
-            if kind is None and self._done is not self._log:
+            if exc is None and self._done is not self._log:
                 self._replace_done()
-            elif kind is None:
+            elif exc is None:
                 self._log.sync()
+            is_begun = self.path.stat().st_size > 0
+            if is_begun and isinstance(exc, LlmcliError) and not isinstance(exc, UsageError):
+                exc.hint = "; ".join(filter(None, (exc.hint, RESUME_HINT)))
+            elif is_begun and exc and not isinstance(exc, UsageError):
+                console.print_line(f"hint: {RESUME_HINT}")
+            if not self._resumes and (self.is_complete or not is_begun):
+                self._state.unlink()
+                if exc:
+                    self.path.unlink()
         finally:
             self._log.close()
             self._done.close()
@@ -179,16 +198,17 @@ def fingerprint(texts: Sequence[str], files: Sequence[str]) -> str:
     digest = hashlib.sha256(json.dumps(list(texts)).encode())
     for name in files or ["-"]:
         digest.update(name.encode("utf-8", "surrogateescape"))
-        with suppress(OSError, ValueError), open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
-            digest.update(_content_hash(file.fileno()))
+        place = 0 if name == "-" else name
+        with suppress(OSError, ValueError):
+            if stat.S_ISREG(os.stat(place).st_mode):  # The writer of a FIFO must not see it opened and closed.
+                with open(place, "rb", closefd=name != "-") as file:
+                    digest.update(_content_hash(file.fileno()))
     return digest.hexdigest()
 
 
 def _content_hash(descriptor: int) -> bytes:
-    """Return the hash of a regular file without moving its position; nothing for another kind of file."""
+    """Return the hash of a file without moving its position."""
     digest, position = hashlib.sha256(), 0
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return b""
     while chunk := os.pread(descriptor, 1 << 20, position):
         digest.update(chunk)
         position += len(chunk)

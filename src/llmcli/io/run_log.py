@@ -62,20 +62,21 @@ class RunLog:
 
     def _read(self) -> None:
         """Read the entries up to the first damaged one."""
-        first, newline, rest = self.path.read_bytes().partition(b"\n")
-        self._identity_bytes = len(first) + len(newline)
-        with suppress(ValueError):
-            self.identity = json.loads(first)
         self._entries.clear()
         self.is_complete = False
-        for start in range(0, len(rest), ENTRY_BYTES):
-            data = rest[start : start + ENTRY_BYTES]
-            if data[ENTRY.size :] != _checksum(data[: ENTRY.size]):
-                break
-            if Entry(*ENTRY.unpack_from(data)).state == COMPLETE:
-                self.is_complete = True
-                break
-            self._entries += data
+        with self.path.open("rb") as file:
+            identity = file.readline()
+            self._identity_bytes = len(identity)
+            with suppress(ValueError):
+                self.identity = json.loads(identity)
+            while not self.is_complete:
+                data = file.read(ENTRY_BYTES)
+                if not data or data[ENTRY.size :] != _checksum(data[: ENTRY.size]):
+                    break
+                if Entry(*ENTRY.unpack_from(data)).state == COMPLETE:
+                    self.is_complete = True
+                else:
+                    self._entries += data
 
     def cut(self) -> None:
         """Cut what only the log or only the output holds."""

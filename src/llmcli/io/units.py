@@ -1,5 +1,6 @@
 """Parse and format sizes, durations and probabilities."""
 
+import math
 import re
 
 from llmcli.errors import UsageError
@@ -12,9 +13,10 @@ BYTES |= {f"{unit}I": 1024**power for power, unit in enumerate(("K", "M", "G", "
 def parse_duration(text: str) -> float:
     """Return the seconds of a duration, e.g. 90, 90s, 10m, 1h or 1d."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
-    if not match:
+    seconds = float(match[1]) * SECONDS[match[2]] if match else math.inf
+    if seconds == math.inf:
         raise UsageError(f"invalid duration {text!r}", hint="write it like 30s, 10m or 2h")
-    return float(match[1]) * SECONDS[match[2]]
+    return seconds
 
 
 def parse_size(text: str) -> int:

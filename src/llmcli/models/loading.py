@@ -5,7 +5,10 @@ import logging
 import math
 import os
 import re
+import tomllib
 import warnings
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,8 @@ from llmcli import console
 from llmcli.errors import LlmcliError, ModelTooLargeError, ModelUnavailableError, UsageError
 from llmcli.job import LoadOptions
 from llmcli.models import malloc
+from llmcli.models.folder_check import check_folder
+from llmcli.models.memory import available_memory
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +49,8 @@ def load(
     device_map, max_memory = _device_map(load_options, device, size)
     config = read_config(folder, load_options)
     tokenizer = _from_pretrained("AutoTokenizer", folder, load_options)
+    if (folder / "adapter_config.json").is_file():
+        console.warning(f"'{folder}' has an adapter beside its weights, which is ignored")
     model, report = _from_pretrained(
         pipeline_type.auto_class,
         folder,
@@ -55,6 +62,7 @@ def load(
         offload_folder=load_options.offload_folder,
         use_safetensors=not load_options.allow_pickle or weights[0].suffix == ".safetensors",
         output_loading_info=True,
+        adapter_kwargs={"subfolder": "no-adapter"},  # With peft, transformers would apply an adapter that it finds.
     )
     spare = pipeline_type.ignorable_weight_prefix
     if missing := sorted(key for key in report["missing_keys"] if not (spare and key.startswith(spare))):
@@ -73,6 +81,7 @@ def load(
 
 def tokenizer(folder: Path, load_options: LoadOptions) -> "PreTrainedTokenizerBase":
     quiet_libraries()
+    check_folder(folder, trusts_code=load_options.trust_remote_code)
     return _from_pretrained("AutoTokenizer", folder, load_options)
 
 
@@ -186,12 +195,11 @@ def _device_map(
     load_options: LoadOptions, device: str, size: int
 ) -> tuple[str | dict[str, str], dict[int | str, int] | None]:
     """Return device_map and max_memory. Raises ModelUnavailableError if `size` bytes of weights do not fit."""
-    import psutil
     import torch
 
     from llmcli.compat.torch import free_gpu_memory
 
-    memory = load_options.max_memory or psutil.virtual_memory().available
+    memory = load_options.max_memory or available_memory()
     spread = load_options.device == "auto" and device == "cuda"
     gpus: dict[int, int] = {}
     if device.startswith("cuda"):
@@ -229,12 +237,29 @@ def _readable(size: int) -> str:
     return next(f"{size / unit:.1f} {name}" for name, unit in UNITS.items() if size >= unit or unit == 1)
 
 
+@cache
+def architectures() -> dict[str, Any]:
+    """Return what architectures.toml says."""
+    return tomllib.loads((Path(__file__).parent / "architectures.toml").read_text(encoding="utf-8"))
+
+
+def max_positions(read: Callable[[str], Any]) -> int | None:
+    """Return the number of tokens that a model has positions for, by a function that reads its configuration."""
+    kind = read("model_type")
+    length = read(architectures()["position_names"].get(kind, "max_position_embeddings"))
+    if not length or length <= 0:
+        return None
+    padding = read("pad_token_id")
+    is_offset = kind in architectures()["offset_positions"]
+    return int(length - (1 if padding is None else padding) - 1) if is_offset else int(length)
+
+
 def embedding_context_length(folder: Path) -> int:
     """Return the maximum number of tokens of a text for a sentence encoder, special ones included."""
     limits = (
         _read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
         _read_json(folder / "tokenizer_config.json").get("model_max_length"),
-        _read_json(folder / "config.json").get("max_position_embeddings"),
+        max_positions(_read_json(folder / "config.json").get),
     )
     return int(min(filter(None, limits), default=EMBEDDING_TOKENS))
 

@@ -62,9 +62,9 @@ def resolve(name: str) -> ModelSpec:
     path = Path(name).expanduser()
     if name and path.is_dir():
         return ModelSpec(name, FolderSource(path.resolve()))
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix.lower() == ".gguf" and path.is_file():
         return ModelSpec(name, GgufSource(path.resolve()))
-    looks_like_path = name.startswith((".", "/", "~")) or path.suffix == ".gguf" or (name and path.exists())
+    looks_like_path = name.startswith((".", "/", "~")) or path.suffix.lower() == ".gguf" or (name and path.exists())
     if looks_like_path:
         reason = "is neither a model directory nor a .gguf file" if path.exists() else "does not exist"
         raise ModelUnavailableError(f"model {name!r} {reason}")
@@ -133,7 +133,7 @@ def _spec(alias: str, table: object, path: Path) -> ModelSpec:
         return ModelSpec(alias, WheelSource(tuple(table["wheels"]), table["sha256"], files, folder), **about)
     if kinds == ["path"]:
         file = path.parent / Path(table["path"]).expanduser()
-        return ModelSpec(alias, GgufSource(file) if file.suffix == ".gguf" else FolderSource(file), **about)
+        return ModelSpec(alias, GgufSource(file) if file.suffix.lower() == ".gguf" else FolderSource(file), **about)
     if source := _hub_source(table["hub"]):
         return ModelSpec(alias, source, **about)
     raise UsageError(f"{where}: {table['hub']!r} is not a Hub ID", hint="write org/name or org/name@revision")

@@ -10,8 +10,8 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from llmcli.compat.typer import TyperCommand
-from llmcli.errors import ExitStatus
+from llmcli.compat.typer import TyperCommand, TyperGroup
+from llmcli.errors import ExitStatus, UsageError
 
 PROBABLY_TEXT = re.compile(r"--?[^\s=]*\s|-\d")  # a word that begins like an option
 
@@ -32,6 +32,8 @@ class Command(TyperCommand):
             if any(text.startswith(getattr(error, "option_name", "\n")) for text in texts):
                 error.message += f"\nhint: put text that starts with '-' after '--': {ctx.command_path} -- TEXT"
             raise
+        for param in self.get_params(ctx):
+            _check_utf8(param, ctx.params.get(param.name))
         return rest
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -44,6 +46,35 @@ class Command(TyperCommand):
         for title, records in sections.items():
             with formatter.section(title):
                 formatter.write_dl(records)
+
+
+class Group(TyperGroup):
+    """A group of commands: `help COMMAND` is `COMMAND --help`, and options belong after the command."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args[:1] == ["help"]:
+            args = [*args[1:], "--help"]
+        try:
+            rest: list[str] = super().parse_args(ctx, args)
+        except Exception as exc:
+            error: Any = exc  # as above
+            if name := getattr(error, "option_name", None):
+                error.message += f"\nhint: put options after the command: {ctx.command_path} COMMAND {name}"
+            raise
+        return rest
+
+
+def _check_utf8(param: Any, value: object) -> None:
+    """Raise UsageError if a value of the command line is not UTF-8. Only names of files may be other bytes."""
+    texts = value if isinstance(value, list | tuple) else [value]
+    for text in texts if param.metavar not in ("PATH", "FILE") else ():
+        data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else b""
+        try:
+            data.decode()
+        except UnicodeDecodeError as exc:
+            name = max(param.opts, key=len) if param.param_type_name == "option" else param.metavar
+            message = f"{name}: not UTF-8: byte 0x{data[exc.start]:02x} at offset {exc.start}"
+            raise UsageError(message, "convert it with iconv") from None
 
 
 def expand_options(function: Callable[..., ExitStatus | None]) -> Callable[..., None]:

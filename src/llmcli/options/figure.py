@@ -58,6 +58,7 @@ class FigureOptions:
             from llmcli.draw import figures
 
             terminal = figures.terminal()
-            print_lines([figures.render(draw(figures, terminal.width, figures.has_colors(terminal)), terminal)])
+            figure = draw(figures, terminal.width, figures.has_colors(terminal))
+            print_lines([figures.render(figure, terminal)], is_styled=True)
         else:
             print_lines("\t".join(row) for row in rows)

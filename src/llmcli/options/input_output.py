@@ -67,10 +67,15 @@ class OutputOptions:
     """Output"""
 
     json: Json = False
-    output: Annotated[Path | None, Option(metavar="PATH", help="Write results to PATH; fails if it exists.")] = None
+    output: Annotated[Path | None, Option(metavar="PATH",
+        help="Write results to PATH, which must not exist; - is stdout.")] = None  # fmt: skip
     resume: Annotated[bool, Option("--resume", help="Continue an interrupted run; requires --output.")] = False
     retry_errors: Annotated[bool, Option("--retry-errors", help="Retry records that failed in an earlier run.")] = False
     on_error: Annotated[Literal["skip", "stop"], Option(help="Skip failed records, or stop at the first one.")] = "skip"
+    rename: Annotated[list[str], Option(metavar="RESULT=NEW",
+        help="Write a result field under another name; repeatable.")] = field(default_factory=list)  # fmt: skip
+    select: Annotated[str | None, Option(metavar="NAMES",
+        help="Write only these result fields, separated by commas.")] = None  # fmt: skip
     stats: Annotated[bool, Option("--stats", help="Print run statistics to stderr as JSON.")] = False
     quiet: Quiet = False
     verbose: Verbose = False
@@ -88,15 +93,22 @@ class OutputOptions:
             format: Output format of a command that writes no other.
         """
         format = format or (OutputFormat.JSON if self.json else FORMATS[input_format])
-        resume = None
-        if self.resume:
-            if not self.output:
-                raise UsageError("--resume requires --output")
-            if format is OutputFormat.TEXT:
-                hint = "add --json, --jsonl, --csv, --lines or --null"
-                raise UsageError("--resume requires a structured format", hint)
-            resume = fingerprint(texts, files)
+        if (self.rename or self.select is not None) and format not in (OutputFormat.JSON, OutputFormat.CSV):
+            option = "--rename" if self.rename else "--select"
+            raise UsageError(f"{option} requires --json, --jsonl or --csv")
+        rename = {name: new for name, _, new in (item.partition("=") for item in self.rename)}
+        if len(rename) < len(self.rename) or not all([*rename, *rename.values()]):
+            raise UsageError("--rename requires RESULT=NEW, once for each field")
+        path = None if self.output == Path("-") else self.output
+        if self.resume and not path:
+            raise UsageError("--resume requires --output PATH")
+        if self.resume and format is OutputFormat.TEXT:
+            hint = "add --json, --jsonl, --csv, --lines or --null"
+            raise UsageError("--resume requires a structured format", hint)
         return OutputSpec(
-            format=format, path=self.output, resume=resume, retry=self.retry_errors, stats=self.stats,
-            stop_on_error=self.on_error == "stop",
+            format=format, path=path,
+            fingerprint=fingerprint(texts, files) if path and format is not OutputFormat.TEXT else None,
+            resume=self.resume, retry=self.retry_errors, stats=self.stats, stop_on_error=self.on_error == "stop",
+            has_files=bool(files), rename=rename,
+            select=None if self.select is None else [name.strip() for name in self.select.split(",")],
         )  # fmt: skip

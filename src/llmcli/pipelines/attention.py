@@ -6,6 +6,7 @@ import torch
 
 from llmcli.compat.transformers import eager_attention
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
+from llmcli.pipelines import base
 from llmcli.pipelines.base import CausalTextPipeline, Inputs, Parameters, TextPipeline, as_batch, check_finite, make_row
 from llmcli.pipelines.spelling import token_texts
 
@@ -37,8 +38,7 @@ class AttentionPipeline(TextPipeline):
         return {}, {}, {"layer": layer, "head": head}
 
     def preprocess(self, text: str, truncate: object = None) -> Inputs:
-        config = self.model.config.get_text_config()
-        maximum = min(MAX_TOKENS, getattr(config, "max_position_embeddings", None) or MAX_TOKENS)
+        maximum = min(MAX_TOKENS, base.position_limit(self.model.config) or MAX_TOKENS)
         ids = self.tokenizer(text)["input_ids"]
         if not 0 < len(ids) <= maximum:
             raise RecordError("context_length_exceeded", f"text has {len(ids)} tokens, expected 1 to {maximum}")

@@ -10,13 +10,17 @@ import torch
 from transformers.pipelines.base import Pipeline
 
 from llmcli.compat.tokenizers import read_as_text
-from llmcli.compat.transformers import TextPipelineMixin, is_causal_lm
+from llmcli.compat.transformers import TextPipelineMixin, is_causal_lm, rope_limit
 from llmcli.errors import RecordError
+from llmcli.models import loading
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 CHARACTERS_PER_TOKEN = 16  # more than nearly all texts have
+UNLIMITED_TOKENS = 10**6  # Tokenizers write a huge number where they know no limit.
+PROBE_TEXTS = "The quick fox.", "Once upon a time, an old clock in a small town by the sea ran late. " * 2
+PROBE = {"max_new_tokens": 4, "do_sample": False, "num_beams": 1, "output_logits": True}
 Inputs = dict[str, Any]  # what the steps of a pipeline hand to each other, by name
 Parameters = tuple[Inputs, Inputs, Inputs]  # of preprocess, _forward and postprocess
 
@@ -26,6 +30,8 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
 
     auto_class: str  # of transformers, which loads its models
     ignorable_weight_prefix: str | None = None  # of weights that a checkpoint may lack: a head for another task
+    family = "encoders"  # the table of architectures.toml that applies
+    pads_left = False
 
     def __init__(self, *args: object, **settings: object) -> None:
         super().__init__(*args, **settings)
@@ -49,6 +55,40 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
             mask[i, place] = 1
         return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
 
+    @functools.cached_property
+    def max_batched_tokens(self) -> int | None:
+        """Maximum length of rows, answers included, that may share a batch; longer ones run alone. None: no maximum.
+
+        It is 0 if padding changes what the model computes: architectures.toml says so, or a probe of the model.
+        """
+        kind, known = self.model.config.model_type, self._known
+        is_safe = kind in known["batched"] + known["shared"] or (kind not in known["alone"] and self._ignores_padding())
+        return rope_limit(self.model.config) if is_safe else 0
+
+    @property
+    def _known(self) -> dict[str, list[str]]:
+        return loading.architectures()[self.family]  # type: ignore[no-any-return]
+
+    def _ignores_padding(self) -> bool:
+        """Return whether a short text has the same logits, or the same states, alone and beside a longer one."""
+        rows, results = [self.tokenizer(text)["input_ids"] for text in PROBE_TEXTS], []
+        try:
+            for batch in (rows[:1], rows):
+                ids, mask = self.pad(batch, left=self.pads_left)
+                with torch.inference_mode():
+                    if self.model.can_generate():  # Some models misread padding only after the first new token.
+                        output = self.model.generate(
+                            input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **PROBE
+                        )
+                        results.append(torch.stack([logits[0] for logits in output.logits]).float())
+                    else:
+                        results.append(self.model(input_ids=ids, attention_mask=mask)[0][0, : len(rows[0])].float())
+            alone, together = results
+            tolerance = (1e-3 if self.model.dtype == torch.float32 else 0.1) * alone.std()
+            return bool((alone - together[: len(alone)]).abs().max() <= tolerance)
+        except Exception:  # A model may raise anything at input that it cannot read.
+            return False
+
     def count_tokens(self, text: str) -> int:
         return len(self.tokenizer(text)["input_ids"])
 
@@ -68,10 +108,12 @@ class CausalTextPipeline(TextPipeline):
     """A pipeline that runs a causal language model."""
 
     auto_class = "AutoModelForCausalLM"
+    family = "causal"
+    pads_left = True  # A causal model continues the right end of a row.
 
     def __init__(self, *args: object, **settings: object) -> None:
         super().__init__(*args, **settings)
-        self.tokenizer.padding_side = "left"  # A causal model continues the right end of a row.
+        self.tokenizer.padding_side = "left"
 
     @staticmethod
     def find_incompatibility(config: "PreTrainedConfig") -> str | None:
@@ -80,8 +122,20 @@ class CausalTextPipeline(TextPipeline):
     @functools.cached_property
     def context_length(self) -> int | None:
         """Maximum number of tokens of prompt and answer together."""
-        length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return length if length and length > 0 else None
+        return position_limit(self.model.config)
+
+    def can_read_in_parts(self, length: int) -> bool:
+        """Return whether the keys and values of a part of a row are the same as if all is read at once."""
+        limit = rope_limit(self.model.config)
+        return self.model.config.model_type in self._known["shared"] and (limit is None or length <= limit)
+
+
+def position_limit(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase | None" = None) -> int | None:
+    """Return the maximum number of tokens of a row, special ones included, that a model and its tokenizer allow."""
+    text_config = config.get_text_config()
+    positions = loading.max_positions(lambda name: getattr(text_config, name, None))
+    stated = tokenizer.model_max_length if tokenizer else UNLIMITED_TOKENS
+    return positions if stated >= UNLIMITED_TOKENS else min(stated, positions or stated)
 
 
 def make_row(ids: Sequence[int]) -> "array[int]":

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmcli.compat.cache import filled_cache, growing_cache, repeat_cache
-from llmcli.compat.transformers import has_fixed_rotary_positions, takes_position_ids
+from llmcli.compat.transformers import has_fixed_rotary_positions, rope_limit, takes_position_ids
 from llmcli.errors import UsageError
+from llmcli.models import loading
 from llmcli.pipelines import base
 from llmcli.pipelines.answers import GeneratingPipeline, TokenDecoder
 from llmcli.pipelines.base import CausalTextPipeline, Inputs
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS = 4096  # read by a CPU at once: more would not stay in its caches
 DECODED_TOKENS = 4  # of the prompt's end, decoded together with what follows
-ANSWER_TOKENS = 512  # that fit in a sliding window after a shared prefix
 
 
 class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
@@ -47,12 +47,17 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         return has_fixed_rotary_positions(self.model)
 
     @functools.cached_property
-    def can_share_prefix(self) -> bool:
-        """Whether prompts may begin with the keys and values of a common prefix.
+    def max_shared_tokens(self) -> int | None:
+        """Maximum length of rows, answers included, that may begin with the keys and values of a common prefix.
 
-        Padding then is between the prefix and the rest, and counts in models that read positions off the sequence.
+        Padding then is between the prefix and the rest. It counts in models that read positions off the sequence, and
+        moves the prefix out of an attention window. None: no maximum; 0: the model cannot do it.
         """
-        return takes_position_ids(self.model)
+        is_safe = self.model.config.model_type in self._known["shared"] and takes_position_ids(self.model)
+        config = self.model.config.get_text_config()
+        windows = [getattr(config, name, None) for name in loading.architectures()["windows"]]
+        limits = [value for value in (*windows, rope_limit(config)) if isinstance(value, int) and value > 0]
+        return min(limits, default=None) if is_safe else 0
 
     @property
     def is_chat(self) -> bool:
@@ -104,8 +109,7 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
 
     def prefill(self, ids: list[int]) -> "DynamicCache | None":
         """Return the keys and values of a shared prefix, as a cache of one row; None if the model keeps more."""
-        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
-        if not self.can_share_prefix or (window and len(ids) + ANSWER_TOKENS > window):
+        if self.max_shared_tokens == 0:
             return None
         with torch.inference_mode():
             prefix = torch.tensor([ids], device=self.model.device)
@@ -122,7 +126,8 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
             ids, mask = torch.cat([begin, ids], 1), torch.cat([torch.ones_like(begin), mask], 1)
             settings["cache"] = repeat_cache(prefix[1], len(ids))
         elif cache := growing_cache(self.model, config):
-            config.prefill_chunk_size = config.prefill_chunk_size or max(16, PREFILL_TOKENS // len(ids))
+            if self.can_read_in_parts(ids.shape[1]):
+                config.prefill_chunk_size = config.prefill_chunk_size or max(16, PREFILL_TOKENS // len(ids))
             settings["cache"] = cache
         return self._generate(inputs, ids, mask, config, start=ids.shape[1], **settings)
 

@@ -47,7 +47,7 @@ class EmbeddingPipeline(TextPipeline):
         return inputs
 
     def _forward(self, inputs: Inputs) -> Inputs:
-        ids, mask = self.pad(base.as_batch(inputs)["input_ids"], left=self.tokenizer.padding_side == "left")
+        ids, mask = self.pad(base.as_batch(inputs)["input_ids"])  # on the right: the first token stays in its place
         states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         weights = mask.unsqueeze(-1).float()
         pooled = states[:, 0] if self.takes_first_token else (states * weights).sum(1) / weights.sum(1)

@@ -60,7 +60,7 @@ class ScoringPipeline(CausalTextPipeline):
         (ids, mask), (targets, _) = self.pad(batch["input_ids"]), self.pad(batch["targets"])
         length = ids.shape[1]
         width = max(1, LOGITS // (len(ids) * self.model.config.get_text_config().vocab_size))
-        cache = key_value_cache(self.model) if width < length else None
+        cache = key_value_cache(self.model) if width < length and self.can_read_in_parts(length) else None
         settings = {"past_key_values": cache} if cache else {"use_cache": False}
         parts = []
         for start in range(0, length, width if cache else length):

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmcli.compat.transformers import is_seq2seq_lm
+from llmcli.models import loading
 from llmcli.pipelines.answers import GeneratingPipeline, TokenDecoder
-from llmcli.pipelines.base import Inputs, as_batch
+from llmcli.pipelines.base import UNLIMITED_TOKENS, Inputs, as_batch
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig
 
 OTHER_HEADS = ("ForQuestionAnswering", "ForSequenceClassification", "ForTokenClassification")
-UNLIMITED_TOKENS = 10**6  # Tokenizers write a huge number where they know no limit.
 
 
 class Seq2SeqPipeline(GeneratingPipeline):
@@ -28,7 +28,8 @@ class Seq2SeqPipeline(GeneratingPipeline):
     """
 
     auto_class = "AutoModelForSeq2SeqLM"
-    can_share_prefix = False
+    family = "seq2seq"
+    max_shared_tokens = 0
     can_mix_limits = True  # all rows have the same
 
     @staticmethod
@@ -48,8 +49,13 @@ class Seq2SeqPipeline(GeneratingPipeline):
         return positions - 1 if positions else None
 
     def _positions(self, side: str) -> int | None:
-        names = (f"max_{side}_position_embeddings", "max_position_embeddings")
-        return next(filter(None, (getattr(self.model.config, name, None) for name in names)), None)
+        config = self.model.config
+        length: int | None = getattr(config, f"max_{side}_position_embeddings", None)
+        length = length or loading.max_positions(lambda name: getattr(config, name, None))
+        window = getattr(config, "attention_window", None)
+        if length and window and side == "encoder":  # LED fills the last window with padding, which has positions too
+            length -= length % (window if isinstance(window, int) else max(window))
+        return length
 
     def preprocess(self, text: str | Mapping[str, str], truncate: int | None = None) -> Inputs:
         """Return the token IDs of one text, or of {"text", "source"} if the tokenizer has a code for its language."""

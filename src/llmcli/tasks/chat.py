@@ -5,7 +5,7 @@ import re
 from llmcli.errors import RecordError
 from llmcli.job import Job, JsonObject
 from llmcli.tasks import Messages, Strategy, Task, TaskGenerator, TaskModel
-from llmcli.tasks.fields import field_name, read_prompt, text_field
+from llmcli.tasks.fields import field_name, is_blank, read_prompt, text_field
 from llmcli.tasks.generate import EMPTY, OUTPUTS
 from llmcli.tasks.generated import SAMPLING, run_prompt
 
@@ -17,6 +17,8 @@ def prepare(job: Job, fields: JsonObject) -> Messages | None:
     name = field_name(job, "messages")
     if name in fields and "prompt" not in job.parameters:
         messages = _check_messages(fields[name], name)
+        if is_blank(messages[-1]["content"]):
+            return None
     elif text := read_prompt(job, fields):
         messages = [{"role": "user", "content": text}]
     else:

@@ -17,7 +17,7 @@ def field_name(job: Job, role: str) -> str:
 def text_field(fields: JsonObject, name: str) -> str:
     """Return the string in a field of a record. Raises RecordError if it is missing, not a string or not Unicode."""
     if name not in fields:
-        available = ", ".join(map(str, fields))[:200] or "none"
+        available = ", ".join(fields)[:200].encode("utf-8", "backslashreplace").decode() or "none"
         raise RecordError("missing_field", f"missing field {name!r}", hint=f"available fields: {available}")
     value = fields[name]
     if not isinstance(value, str):
@@ -41,16 +41,32 @@ def read_text_record(job: Job, fields: JsonObject) -> JsonObject | None:
 
 
 def read_prompt(job: Job, fields: JsonObject) -> str | None:
-    """Return the text of a record, or the job's template filled with its fields; None if the text is empty."""
+    """Return the text of a record, or the job's template filled with its fields; None if the text is blank."""
     name, template = field_name(job, "text"), job.parameters.get("prompt")
     if template is None:
-        return text_field(fields, name) or None
+        text = text_field(fields, name)
+        return text if text.strip() else None
     if name in fields:  # {text} is the text, whatever name its field has.
         fields = {"text": fields[name], **fields}
-    placeholders = {field for _, field, _, _ in parse_template(template)}
-    if fields.get(name) == "" and {name, "text"} & placeholders:
-        return None
-    return fill_template(template, fields) or None
+    prompt = fill_template(template, fields)
+    used = _placeholders(template)
+    texts = used & {name, "text"} or used
+    return None if all(is_blank(fields[field]) for field in texts) else prompt
+
+
+def is_blank(value: object) -> bool:
+    """Return whether a value is a text of white space alone."""
+    return isinstance(value, str) and not value.strip()
+
+
+def reads_error(parameters: JsonObject) -> bool:
+    """Return whether a job reads the field `error` itself, which is then no error of an earlier run."""
+    names = {*parameters.get("fields", {}).values(), parameters.get("condition")}
+    return "error" in names | _placeholders(parameters.get("prompt") or "")
+
+
+def _placeholders(template: str) -> set[str]:
+    return {name for _, name, _, _ in parse_template(template) if name is not None}
 
 
 def fill_template(template: str, fields: JsonObject) -> str:

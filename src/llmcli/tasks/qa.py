@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
-from llmcli.errors import RecordError, UsageError
+from llmcli.errors import UsageError
 from llmcli.job import Job, JsonObject
 from llmcli.models import registry
 from llmcli.tasks import ModelCall, Strategy, Task, TaskGenerator, TaskModel, TaskResult, prompting, select_parameters
@@ -29,15 +29,13 @@ class Question(NamedTuple):
 
 
 def prepare(job: Job, fields: JsonObject) -> Question | None:
-    """Return the question of a record and its documents, or None if all documents are blank."""
+    """Return the question of a record and its documents, or None if the question or all documents are blank."""
     question = text_field(fields, field_name(job, "question"))
     documents = job.parameters.get("documents")
     if documents is None:
         documents = [{"text": text_field(fields, field_name(job, "context"))}]
-    if not question.strip():
-        raise RecordError("empty", "the question is empty")
     documents = [document for document in documents if document["text"].strip()]
-    return Question(question, documents, fields) if documents else None
+    return Question(question, documents, fields) if documents and question.strip() else None
 
 
 def run_extractive(job: Job, question: Question, model: TaskModel) -> TaskGenerator:

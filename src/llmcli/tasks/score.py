@@ -9,7 +9,7 @@ def prepare(job: Job, fields: JsonObject) -> dict[str, str] | None:
     """Return the text of a record and its condition, the prefix that it follows, or None if the text is empty."""
     text, condition = read_text(job, fields), job.parameters.get("condition")
     prefix = "" if condition is None else text_field(fields, condition)
-    return {"text": text, "condition": prefix} if text else None
+    return {"text": text, "condition": prefix} if text.strip() else None
 
 
 OUTPUTS = ("logprob", "perplexity", "bits_per_byte", "tokens")

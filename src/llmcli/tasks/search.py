@@ -57,6 +57,8 @@ def _split_passages(documents: Sequence[JsonObject], folder: Path) -> Iterator[J
         for start, piece in split(text, tokenizer, max_tokens, markdown=is_markdown):
             line += text.count("\n", counted, start)
             counted = start
+            if not piece.strip():
+                continue
             yield {"text": piece, "file": file, "line": line, "of": number, "start": start, "end": start + len(piece)}
 
 
@@ -76,4 +78,5 @@ def _load_tokenizer(folder: Path) -> "tuple[Tokenizer | Callable[[str], int], in
     return tokenizer, tokenizer.num_special_tokens_to_add(is_pair=False)
 
 
-TASK = Task(lambda job, fields: fields, ("matches",), {"matches": []}, {"embedding": Strategy(run)})
+# The command writes each match as a result of its own, which has a score.
+TASK = Task(lambda job, fields: fields, ("score",), {"matches": []}, {"embedding": Strategy(run)})

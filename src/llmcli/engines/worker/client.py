@@ -76,8 +76,12 @@ class ConnectedEngine:
     ) -> Iterator[Result]:
         """Yield results in the order of the records. The job is canceled if the iterator is closed."""
         try:
-            with suppress(ConnectionClosedError):  # _receive raises the error
-                self._connection.send(job=_with_absolute_paths(job), streams=on_text is not None)
+            try:
+                with suppress(ConnectionClosedError):  # _receive raises the error
+                    self._connection.send(job=_with_absolute_paths(job), streams=on_text is not None)
+            except MessageTooLargeError as exc:  # The documents of qa are in the job.
+                yield from (Result(record, failure=failure_from(exc)) for record in records)
+                return
             threading.Thread(target=self._send, args=(records,), daemon=True).start()
             for output, text, failure in self._receive(on_text):
                 result = Result(self._sent.get(), output, text, Failure(**failure) if failure else None)
@@ -126,9 +130,9 @@ class ConnectedEngine:
             for record in records:
                 self._sent.put(record)
                 try:
-                    self._connection.send(record=(record.fields, record.failure))
+                    self._connection.send(record=(record.fields, record.failure, record.is_row))
                 except MessageTooLargeError as exc:
-                    self._connection.send(record=({}, failure_from(exc)))
+                    self._connection.send(record=({}, failure_from(exc), False))
         except ConnectionClosedError:
             return
         except BaseException as exc:  # raised after the results of the records before it

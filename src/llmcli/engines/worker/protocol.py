@@ -18,6 +18,7 @@ import select
 import socket
 import stat
 import struct
+import sys
 import threading
 from contextlib import suppress
 from dataclasses import asdict
@@ -32,6 +33,7 @@ from llmcli.job import JsonObject
 MAX_MESSAGE_BYTES = 64 * 2**20
 CLOSED = "the connection is closed"
 SOCKET_NAME = "worker.sock"
+MAX_SOCKET_PATH_BYTES = 107 if sys.platform == "linux" else 103  # of sockaddr_un
 LIBRARY_PREFIXES = ("HF_", "TRANSFORMERS_", "TORCH", "PYTORCH", "CUDA", "OMP_", "MKL_", "PIP_", "UV_")
 
 _encode = json.JSONEncoder(default=asdict).encode  # dataclasses become objects
@@ -111,6 +113,9 @@ def runtime_dir() -> Path:
     if not hasattr(socket, "AF_UNIX"):
         raise LlmcliError("this system has no Unix sockets")
     path = _runtime_dir()
+    if (size := len(os.fsencode(path / SOCKET_NAME))) > MAX_SOCKET_PATH_BYTES:
+        limits = f"{size} bytes, but at most {MAX_SOCKET_PATH_BYTES} are allowed"
+        raise LlmcliError(f"path of the socket in {path} has {limits}", "set XDG_RUNTIME_DIR to a shorter path")
     try:
         with suppress(FileExistsError):
             path.mkdir(mode=0o700)

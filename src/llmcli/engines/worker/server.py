@@ -18,7 +18,7 @@ from llmcli import console
 from llmcli.engines.batch_runner import BatchRunner
 from llmcli.engines.local import LocalEngine, Model
 from llmcli.engines.model_cache import ModelCache, ModelLease
-from llmcli.engines.requests import failure_from
+from llmcli.engines.requests import DeviceError, failure_from
 from llmcli.engines.worker import protocol
 from llmcli.engines.worker.device_lock import DeviceLock, FairLock
 from llmcli.engines.worker.protocol import Connection, ConnectionClosedError, MessageTooLargeError
@@ -187,6 +187,7 @@ class ClientHandler(socketserver.BaseRequestHandler):
                     raise JobCancelledError from None
 
         job: Job | None = None
+        is_broken = False
         try:
             job = Job.from_json(first["job"])
             engine = WarmEngine(self._connection, device_lock, lease)
@@ -198,17 +199,22 @@ class ClientHandler(socketserver.BaseRequestHandler):
                 else:
                     with closing(engine.run(job, _records(self._connection), on_text)) as results:
                         for result in results:
+                            is_broken |= result.failure is not None and result.failure.type == "internal_error"
                             try:
                                 send(result=(result.output, result.text, result.failure))
                             except MessageTooLargeError as exc:
                                 send(result=({}, "", failure_from(exc)))
             send(done=True)
         except LlmcliError as exc:
+            if isinstance(exc, DeviceError):  # Another process can use the device.
+                self.server.drain()
             send(error=(None, exc.message, exc.hint, exc.status, traceback.format_exc()))
         except Exception as exc:
             send(error=(type(exc).__name__, str(exc), None, ExitStatus.FAILED, traceback.format_exc()))
         finally:
-            lease.release(job.keep_alive if job else None)
+            # A model that may be broken is loaded again by the next call.
+            lease.release(0 if is_broken else job.keep_alive if job else None)
+            self.server.models.evict_expired()
 
 
 class WarmEngine(LocalEngine):
@@ -243,8 +249,8 @@ def _records(connection: Connection) -> Iterator[Record]:
             raise JobCancelledError from None
         if "end" in message:
             return
-        fields, failure = message["record"]
-        yield Record(fields, failure=Failure(**failure) if failure else None)
+        fields, failure, is_row = message["record"]
+        yield Record(fields, failure=Failure(**failure) if failure else None, is_row=is_row)
 
 
 def _lock(path: Path) -> int:

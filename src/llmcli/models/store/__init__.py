@@ -4,10 +4,9 @@ Hub repositories are in the cache that all Hugging Face tools share. Wheels are 
 the user's own, are converted to safetensors once: in a staging directory, which is then moved into place.
 """
 
-import io
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from llmcli import config, console
@@ -99,7 +98,7 @@ def remove(spec: ModelSpec) -> bool:
 
 
 def _build(spec: ModelSpec) -> Path:
-    from llmcli.models.store import wheel
+    from llmcli.models.store import gguf, wheel
 
     def make(staging: Path) -> Path:
         if isinstance(spec.source, WheelSource):
@@ -109,7 +108,7 @@ def _build(spec: ModelSpec) -> Path:
             weights = spec.source.path
         if weights.is_dir():
             return weights
-        _convert(weights, staging / "ready")
+        gguf.convert(weights, staging / "ready")
         return staging / "ready"
 
     home = _home(spec)
@@ -117,38 +116,6 @@ def _build(spec: ModelSpec) -> Path:
     if isinstance(spec.source, GgufSource):
         cache.remove_older(home)  # of the same file before it changed
     return home
-
-
-def _convert(file: Path, folder: Path) -> None:
-    """Write the model of a GGUF file to `folder`, dequantized to float32, with its tokenizer."""
-    console.notice(f"converting {file.name} to safetensors, once")
-    from llmcli.models.loading import quiet_libraries
-
-    quiet_libraries()
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    # Versions of transformers that can keep GGUF weights quantized have to be told not to.
-    can_keep = hasattr(transformers, "GgufConfig")
-    plain = {"quantization_config": transformers.GgufConfig(dequantize=True)} if can_keep else {}
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    # transformers draws a progress bar even if stderr is no terminal.
-    bar = nullcontext() if console.is_watched() else redirect_stderr(io.StringIO())
-    try:
-        with bar:
-            tokenizer = AutoTokenizer.from_pretrained(**where)
-            model, report = AutoModelForCausalLM.from_pretrained(**where, **plain, output_loading_info=True)
-    except MemoryError as exc:
-        raise ModelUnavailableError(f"{file.name} does not fit in memory", hint="use a smaller model") from exc
-    except Exception as exc:
-        reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
-        raise ModelUnavailableError(
-            f"cannot read {file.name}: {reason}", hint="the file is damaged, or its architecture is not supported"
-        ) from exc
-    if missing := sorted(report["missing_keys"]):
-        raise ModelUnavailableError(f"{file.name} is incomplete: missing {missing[0]}", hint="the file is damaged")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _home(spec: ModelSpec) -> Path:

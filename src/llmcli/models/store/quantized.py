@@ -16,7 +16,7 @@ def get_or_create(folder: Path, variant: str, make: Callable[[Path], None]) -> P
     """Return the copy of a model that `variant` names; if there is none of these weights, `make` writes them to it."""
     source = folder.resolve()
     files = sorted(file for kind in ("*.safetensors", "*.bin", "config.json") for file in source.glob(kind))
-    state = FORMAT, [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    state = FORMAT, [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files if file.is_file()]
     stem = f"{folder.name}-{cache.digest(str(source))}-{variant}"
     home = config.cache_dir() / "quantized" / f"{stem}-{cache.digest(repr(state))}"
     if home.is_dir():
@@ -25,7 +25,7 @@ def get_or_create(folder: Path, variant: str, make: Callable[[Path], None]) -> P
     def copy(staging: Path) -> Path:
         made = staging / "ready"
         for file in (file for pattern in CONFIGURATION for file in source.glob(pattern)):
-            if not file.name.endswith(".index.json"):  # of the weights' shards
+            if file.is_file() and not file.name.endswith(".index.json"):  # of the weights' shards
                 to = made / file.relative_to(source)
                 to.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, to)

@@ -1,0 +1,28 @@
+"""Main memory that is free for tensors, within the limits of a container."""
+
+from contextlib import suppress
+from pathlib import Path
+
+PROCESS_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+VERSION_1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+VERSION_2 = ("", "memory.max", "memory.current", "")
+
+
+def available_memory() -> int:
+    """Return the bytes that this process can still take: free on the machine, and in each of its control groups."""
+    import psutil
+
+    available = psutil.virtual_memory().available
+    lines = PROCESS_CGROUPS.read_text().splitlines() if PROCESS_CGROUPS.exists() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, limit, usage, prefix = VERSION_1 if controllers else VERSION_2
+        folder = CGROUPS / root / path.lstrip("/")  # in a container, possibly the path on the host; the root exists
+        for group in (folder, *folder.parents):
+            with suppress(OSError, ValueError, KeyError):  # ValueError: the limit is "max"
+                free = int((group / limit).read_text()) - int((group / usage).read_text())
+                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                cached = sum(int(statistics[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
+                available = min(available, free + cached)
+    return available
