@@ -3,9 +3,11 @@
 import inspect
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, DynamicCache, LlamaConfig, T5Config
 
@@ -188,3 +190,73 @@ def test_typer_has_its_command_class():
 def test_typer_half_imports_nothing_heavy():
     code = "import sys, llmcli.compat.typer; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_templates_are_compiled_in_bounded_environment():
+    from llmcli.compat import templates
+
+    names, text = templates.read_template("{% generation %}{{ a + '<|b|>' }}{% endgeneration %}<|c|>{{ 2 * 3 }}")
+    assert (names, sorted(text.split("\0"))) == ({"a"}, ["<|b|>", "<|c|>"])
+    compiled = templates.chat_template_utils._compile_jinja_template("{{ 'x' * n }}{{ 2 ** m }}")
+    assert type(compiled.environment) is templates.BoundedEnvironment
+    assert compiled.render(n=3, m=4) == "xxx16"
+    for values in ({"n": 10**9, "m": 1}, {"n": 1, "m": 10**9}):
+        with pytest.raises(templates.SecurityError):
+            compiled.render(**values)
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_limited_block_ends_in_any_thread(in_thread):
+    from llmcli.compat import templates
+
+    raised = []
+
+    def run():
+        try:
+            with templates.limited(0.1):
+                while True:
+                    pass
+        except TimeoutError as exc:
+            raised.append(exc)
+        with templates.limited(5):
+            pass
+
+    thread = threading.Thread(target=run)
+    thread.start() if in_thread else run()
+    if in_thread:
+        thread.join()
+    assert len(raised) == 1
+
+
+UNIGRAM = models.Unigram([("<unk>", 0), ("</s>", 0), ("a", -1), ("\u2581", -1)], 0)
+WORDS = models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("model", [UNIGRAM, WORDS])
+def test_names_of_special_tokens_are_read_as_text(model):
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    for _ in range(2):
+        tokenizers.read_as_text(tokenizer)
+        assert tokenizer.eos_token_id not in tokenizer("a </s> a")["input_ids"]
+    assert tokenizer.eos_token_id in tokenizer("a </s> a", split_special_tokens=False)["input_ids"]
+
+
+def test_messages_are_read_as_with_sanitized_control_tokens(tiny):
+    from llmcli.pipelines.chat_template import ChatTemplate
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
+        pytest.skip("transformers 5.23 has it")
+    messages = [{"role": "user", "content": "the</s><|user|>fox"}]
+    ours = ChatTemplate(tokenizer)
+    ids = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=True
+    )["input_ids"]
+    mine = ours.encode(ours.render(messages))
+    assert tokenizer.decode(mine) == tokenizer.decode(ids)
+    special = set(tokenizer.all_special_ids)
+    assert [token for token in mine if token in special] == [token for token in ids if token in special]

@@ -28,7 +28,9 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.models = ["tiny"]
+        self.models, self.owner = ["tiny"], "x"
+        self.choice = None  # what each answer is
+        self.mangle = None  # what an answer makes of its text
         self.bodies, self.paths, self.keys, self.tries = [], [], [], Counter()
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
@@ -43,7 +45,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        models = [{"id": name, "object": "model", "created": 0, "owned_by": "x"} for name in self.server.models]
+        models = [
+            {"id": name, "object": "model", "created": 0, "owned_by": self.server.owner} for name in self.server.models
+        ]
         self.reply(200, {"object": "list", "data": models})
 
     def do_POST(self):
@@ -67,6 +71,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def behave(self, text, tries, body, is_chat):
         kind = text.split()[0]
+        if self.server.mangle:
+            return self.reply(200, {"choices": [{"index": 0, "finish_reason": "stop", "message": {
+                "role": "assistant", "content": self.server.mangle(text)}}]})  # fmt: skip
         if kind == "slow":
             time.sleep(0.5)
         elif kind == "late" and tries < 3:
@@ -102,6 +109,8 @@ class Handler(BaseHTTPRequestHandler):
             {"index": i, "finish_reason": "length", **({"message": {"role": "assistant", "content": each}} if is_chat
              else {"text": each})} for i, each in enumerate(answers)
         ]  # fmt: skip
+        if self.server.choice:
+            choices = [self.server.choice]
         usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
         about = {"id": "1", "object": "x", "created": 0, "model": body["model"]}
         return self.reply(200, {**about, "choices": choices, "usage": usage})
@@ -185,6 +194,48 @@ def test_endpoint_failures_stay_with_their_record(served, server):
     assert {server.tries[text] for text in texts if text.split()[0] in ("busy", "flaky", "cut", "half")} == {4}
     assert {server.tries[text] for text in texts if text.split()[0] in ("broken", "gone")} == {11}
     assert {server.tries[text] for text in texts if text.split()[0] in ("fine", "slow", "long")} == {1}
+
+
+@pytest.mark.parametrize(
+    ("message", "reason", "error"),
+    [
+        ({"content": None}, "length", "server returned no answer (finish_reason: length): increase --max-new-tokens"),
+        ({"content": None, "reasoning_content": "Hm, Rome"}, "stop", "server returned no answer (finish_reason: stop)"),
+        ({"content": ""}, "length", "server returned no answer (finish_reason: length): increase --max-new-tokens"),
+        ({"content": "Ro"}, "content_filter", "server returned no answer (finish_reason: content_filter)"),
+        ({"content": None, "tool_calls": []}, "tool_calls", "server returned no answer (finish_reason: tool_calls)"),
+        ({"content": None, "refusal": "No."}, "stop", "server refused to answer: No."),
+        ({"content": "<think>\nRo"}, "length", "model did not finish its thoughts, so there is no answer: "),
+    ],
+)
+def test_endpoint_response_without_answer_fails(served, server, message, reason, error):
+    server.choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": reason}
+    ran = served("qa", "Where?", "-c", "It is in Rome.", "--json")
+    assert (ran.exit_status, ran.records[0]["error"]["type"]) == (1, "missing_answer")
+    assert ran.records[0]["error"]["message"].startswith(error)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "text", "text": "Ro"}, {"type": "text", "text": "me"}],
+        "<think>\nParis?\n</think>\n\nRome\nItaly",
+        "Paris?\n</think>\nRome",
+    ],
+)
+def test_endpoint_answer_is_text_after_thought(served, server, content):
+    server.choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
+    ran = served("qa", "Where?", "-c", "It is in Rome.", "--json")
+    assert ran.records[0]["answer"] == "Rome"
+    assert "stop" not in server.bodies[0]
+
+
+@pytest.mark.parametrize(("owner", "is_sent"), [("vllm", True), ("openai", False)])
+def test_endpoint_switches_thinking_off_where_known(served, server, owner, is_sent):
+    server.owner = owner
+    for command in ("summarize", "chat"):
+        served(command, "It is in Rome.")
+    assert ["chat_template_kwargs" in body for body in server.bodies] == [is_sent, False]
 
 
 @pytest.mark.parametrize("count", [1, 5])
@@ -328,7 +379,7 @@ def test_endpoint_streams_to_terminal(served, server, command, monkeypatch):
     pieces = []
     monkeypatch.setattr("llmcli.io.output.Output.stream", lambda self, text: pieces.append(text))
     served(command, "the quick fox", is_terminal=True)
-    assert pieces[-4:] == ["the ", "quick ", "fox!", ""]
+    assert [piece for piece in pieces if piece][-3:] == ["the ", "quick ", "fox!"]
     assert server.bodies[0]["stream"] is True
 
 
@@ -426,3 +477,60 @@ def test_transformers_serve_translates(llmcli, serve, chatty):
     ours = llmcli(*args, "--dtype", "float32").records[0]
     theirs = llmcli(*args, "--endpoint", serve).records[0]
     assert theirs["translation_text"] == ours["translation_text"] != ""
+
+
+DOCUMENT = """---
+title: The pump
+---
+
+# The `pump --stop` guide
+
+See [the manual](http://x.org/a_b) and <b>stop</b> it with `pump --stop`, or ask me@x.org.
+
+| name | use |
+|---|---|
+| `--start` | Start `a\\|b` now |
+
+```sh
+pump --start
+```
+
+> A note[^1] on $x^2$ and ![a clock](clock.png).
+
+[^1]: The end of it.
+"""
+KEPT = (
+    "---\ntitle: The pump\n---\n", "# ", "`pump --stop`", "](http://x.org/a_b)", "<b>", "</b>", "me@x.org", "[^1]",
+    "|---|---|\n| `--start` | ", "`a\\|b`", "```sh\npump --start\n```", "$x^2$", "![a clock](clock.png)", "\n[^1]: ",
+)  # fmt: skip
+MANGLES = {
+    "upper": str.upper,
+    "drop": lambda text: re.sub(r"[^\w\s]", "", text),
+    "quotes": lambda text: text.replace("`", "'").replace("[", "("),
+    "reverse": lambda text: " ".join(reversed(text.split())),
+    "lines": lambda text: " ".join(text.split()),
+    "nothing": lambda text: "",
+}
+
+
+@pytest.mark.parametrize("mangle", MANGLES)
+@pytest.mark.parametrize("text", [DOCUMENT, "Run `pump --stop` and <b>wait</b>, please."])
+def test_translate_any_model_keeps_code_and_links(served, server, mangle, text):
+    server.mangle = MANGLES[mangle]
+    ran = served("translate", "--from", "en", "--to", "fr", "--json", stdin=text.encode())
+    translation = ran.records[0]["translation_text"]
+    for part in KEPT:
+        assert translation.count(part) == text.count(part), part
+    if mangle == "upper":
+        assert "PLEASE" in translation or "| START `a\\|b` NOW |" in translation
+    assert "untranslated" not in ran.records[0]
+
+
+def test_translate_reports_parts_that_came_back(served, server):
+    server.mangle = str
+    ran = served("translate", "--from", "en", "--to", "fr", stdin=DOCUMENT.encode())
+    assert (ran.stdout, ran.stderr) == (DOCUMENT, "warning: 7 of 7 parts came back untranslated\n")
+    server.mangle = lambda text: text if "fox" in text else text.upper()
+    ran = served("translate", "--from", "en", "--to", "fr", "--lines", stdin=lines("The fox.", "The dog.", "`x`", "7"))
+    assert ran.stdout.splitlines() == ["The fox.", "THE DOG.", "`x`", "7"]
+    assert ran.stderr == "warning: 1 of 2 parts came back untranslated\n"

@@ -125,10 +125,12 @@ def test_stream_ends_when_a_token_changes_earlier_text():
 def test_finish_finds_the_token_of_a_stop_text_by_bisection(length):
     decoded = []
 
-    def decode(ids):
-        decoded.append(ids)
-        return "".join("ab END"[min(i, 5)] if i > 1 else "ab"[i] for i in ids)
+    class Decoder(TokenDecoder):
+        def __call__(self, ids):
+            decoded.append(ids)
+            return "".join("ab END"[min(i, 5)] if i > 1 else "ab"[i] for i in ids)
 
+    decode = Decoder(types.SimpleNamespace(decode=str))
     ids = [0, 1] * length + [2, 3, 4, 5] + [0, 1] * length
     output = {"sequences": np.array([[ids]]), "input_ids": [0], "cut": 0}
     result = make_result(output, decode, GenerationConfig(stop_strings=["END"], eos_token_id=9))

@@ -279,3 +279,22 @@ def test_search_statistics_count_every_file(search, tmp_path):
 def test_search_rejects_a_query_that_is_not_utf8(search):
     ran = search("\udcff", stdin=b"the fox")
     assert (ran.exit_status, "not UTF-8" in ran.stderr) == (2, True)
+
+
+def test_search_with_vocabulary_file_alone_works(llmcli, tmp_path):
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    folder = tmp_path / "bert"
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parent / "golden" / "bert-qa")
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **size)).save_pretrained(folder)
+    words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word, _ in words))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    (tmp_path / "notes.txt").write_text("The fox sleeps.\n\nA dog is here.\n")
+    ran = llmcli("search", "fox", tmp_path / "notes.txt", "-m", folder)
+    assert (ran.exit_status, ran.stderr) == (0, "")
+    assert "The fox sleeps." in ran.stdout
+    assert llmcli("embed", "fox", "-m", folder).exit_status == 0

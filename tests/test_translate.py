@@ -55,6 +55,7 @@ def test_languages_are_written_in_many_ways(translate, model, said, tags):
     ("args", "said"),
     [
         (("--to", "frnch", "-m", MARIAN), ["unknown language 'frnch'", "French"]),
+        (("--to", "klingon", "-m", MARIAN), ["does not translate to Klingon"]),
         (("--to", "de", "-m", MARIAN), ["does not translate to German (de)", "fr (French)"]),
         (("--from", "de", "--to", "fr", "-m", MARIAN), ["does not translate from German (de)", "en (English)"]),
         (("--from", "en", "--to", "tlh", "-m", NLLB), ["does not translate to Klingon", "closest supported"]),
@@ -267,3 +268,53 @@ def test_translation_plans_end_with_their_model():
     del one, other
     gc.collect()
     assert len(_plans) == count
+
+
+def test_translate_to_rare_language_complains_of_target(llmcli):
+    ran = llmcli("translate", "--to", "klingon", "hello")
+    assert ran.exit_status == 2
+    assert ran.stderr == "error: no default model translates to Klingon (tlh)\nhint: choose one with -m NAME\n"
+
+
+@pytest.mark.parametrize(("typed", "offered"), [("fre", ["french"]), ("Ger", ["german"]), ("fr", ["fr"]), ("xx", [])])
+def test_completion_offers_languages_by_name(typed, offered):
+    from llmcli.options import completion
+
+    assert completion.languages(typed) == offered
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """The tokens that encoder-decoder models read."""
+    from llmcli.pipelines.seq2seq import Seq2SeqPipeline
+
+    rows: list[list[int]] = []
+    preprocess = Seq2SeqPipeline.preprocess
+
+    def spy(self, text, **settings):
+        inputs = preprocess(self, text, **settings)
+        rows.append(inputs["input_ids"].tolist())
+        return inputs
+
+    monkeypatch.setattr(Seq2SeqPipeline, "preprocess", spy)
+    return rows
+
+
+def test_angle_brackets_at_beginning_are_no_language(translate, rows):
+    from transformers import AutoTokenizer
+
+    for text in (">> The fox << sleeps", "The fox sleeps"):
+        assert translate(text, "--from", "en", "--to", "fr", "-m", MARIAN).exit_status == 0
+    assert "The fox" in AutoTokenizer.from_pretrained(MARIAN).decode(rows[0])
+    assert AutoTokenizer.from_pretrained(MARIAN)("The fox sleeps")["input_ids"] == rows[-1]
+
+
+@pytest.mark.parametrize("model", [MARIAN, NLLB, T5])
+def test_special_token_in_translated_text_stays_text(translate, rows, model):
+    from transformers import AutoTokenizer
+
+    assert translate("</s> fox <pad> fra_Latn", "--from", "en", "--to", "fr", "-m", model).exit_status == 0
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    usual = [token for token in tokenizer("a")["input_ids"] if token in special]
+    assert [token for token in rows[0] if token in special] == usual

@@ -1,13 +1,15 @@
 """llmcli translate: translate texts, preserving line structure."""
 
 import itertools
+from dataclasses import replace
 from typing import Annotated
 
 from typer import Option
 
-from llmcli.errors import ExitStatus
+from llmcli import console
+from llmcli.errors import ExitStatus, UsageError
 from llmcli.io.records import open_inputs, read_records
-from llmcli.job import Job
+from llmcli.job import Job, Result
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, Texts, completion
 from llmcli.options.expand import expand_options
 from llmcli.run import run
@@ -35,8 +37,16 @@ def translate(
     llmcli translate --to chinese -m facebook/nllb-200-distilled-600M -f README.md
     """
     format = input.format()
-    source, target = languages.parse(from_) if from_ else None, languages.parse(to)
-    spec = output.spec(format, texts, input.files)
+    target, source = languages.parse(to), languages.parse(from_) if from_ else None
+    untranslated, parts = 0, 0
+
+    def count(result: Result) -> list[Result]:
+        nonlocal untranslated, parts
+        equal, total = result.output.get("untranslated", (0, 0))
+        untranslated, parts = untranslated + equal, parts + total
+        return [replace(result, output={name: result.output[name] for name in result.output if name != "untranslated"})]
+
+    spec = replace(output.spec(format, texts, input.files), finish=count)
     roles = input.roles("text")
     records = read_records(open_inputs(texts, input.files), format)
     likely_source = source
@@ -47,6 +57,12 @@ def translate(
         records = itertools.chain([first], records)
         text = first.fields.get(roles["text"])
         likely_source = source or (languages.detect_or_none(text) if isinstance(text, str) else None)
+        if not likely_source and not languages.match(target, {tag for tag, _ in languages.rank("")}):
+            name = languages.english_name(target)
+            raise UsageError(f"no default model translates to {name} ({target})", hint="choose one with -m NAME")
     parameters = {"fields": roles, "from": source, "to": target} | build_prompt_parameters(prompt)
     job = model.job("translate", parameters, generation, source=likely_source, target=target)
-    return run(job, records, spec)
+    status = run(job, records, spec)
+    if untranslated:
+        console.warning(f"{untranslated} of {parts} parts came back untranslated")
+    return status

@@ -12,6 +12,28 @@ def is_byte_level(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return "ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
 
 
+def read_as_text(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Let a tokenizer read the names of special tokens, such as `</s>`, in a text as text."""
+    tokenizer.split_special_tokens = True
+    names = [token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not names:
+        return
+    from tokenizers import normalizers
+
+    # The vocabularies of Unigram and others have these names too. A similar first character keeps all offsets.
+    try:
+        read = tokenizer(names, add_special_tokens=False)["input_ids"]
+    except Exception:  # tokenizers': the vocabulary does not have all characters
+        return
+    ids = zip(names, tokenizer.convert_tokens_to_ids(names), read, strict=True)
+    known = [name for name, id, row in ids if id in row and id != tokenizer.unk_token_id and len(name) > 1]
+    if known:
+        usual = [backend.normalizer] if backend.normalizer else []
+        changes = [normalizers.Replace(name, f"‹{name[1:]}") for name in known]
+        backend.normalizer = normalizers.Sequence([*usual, *changes])
+
+
 def decode_stream(tokenizer: "PreTrainedTokenizerBase", before: Sequence[int]) -> Callable[[int], str | None] | None:
     """Return a function from the next token after `before` to new text; None for slow tokenizers.
 

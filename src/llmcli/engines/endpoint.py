@@ -15,6 +15,7 @@ from llmcli.errors import ModelUnavailableError, RecordError, UsageError
 from llmcli.job import Job, JsonObject
 from llmcli.tasks import Prompt, Strategy
 from llmcli.text.splitting import first_stop
+from llmcli.text.thoughts import cut_thought
 
 if TYPE_CHECKING:
     from openai import APIStatusError, OpenAI
@@ -31,6 +32,7 @@ PROTOCOL_NAMES = {
     "num_return_sequences": "n",
 }
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p")  # any of them turns sampling on
+SWITCHABLE = ("vllm", "sglang", "llamacpp")  # who owns the models of servers that accept chat_template_kwargs
 STANDARD_OPTIONS = ("max_tokens", "stop", "n", "temperature", "top_p", "seed")  # servers extend these as they like
 
 
@@ -88,7 +90,10 @@ class EndpointRunner:
     def __init__(self, job: Job, strategy: Strategy, model: RemoteModel) -> None:
         self.queue: set[Request] = set()
         self._model = model
-        self._options = protocol_options(job, strategy, model)
+        self._options, self._can_think = protocol_options(job, strategy, model), strategy.can_think
+        self._stop = self._options.get("stop", ())
+        if not self._can_think and "stop_strings" not in job.generation:
+            self._options.pop("stop", None)  # A thought must not end there.
         self._unsent: list[Request] = []
         self._sent: dict[Future[JsonObject], Request] = {}
         self._finished: SimpleQueue[Future[JsonObject]] = SimpleQueue()
@@ -101,7 +106,9 @@ class EndpointRunner:
     def step(self, on_text: OnText | None = None) -> None:
         """Send the requests that are queued, and take in the answers that have arrived, if any soon do."""
         requests, self._unsent = self._unsent, []
-        if on_text and len(requests) == 1 and self._options.keys().isdisjoint({"n", "stop"}):
+        # The beginning of a text does not tell whether it is a thought.
+        can_stream = self._can_think and self._options.keys().isdisjoint({"n", "stop"})
+        if on_text and len(requests) == 1 and can_stream:
             with capture_errors(requests[0]):
                 requests[0].output = self._stream(requests[0].input, on_text)
             self.queue.discard(requests[0])
@@ -125,24 +132,34 @@ class EndpointRunner:
         choices = getattr(response, "choices", None) or []
         if len(choices) < self._options.get("n", 1):
             raise RecordError("invalid_response", f"server returned {len(choices)} answers")
-        texts = [(choice.text if isinstance(prompt, str) else choice.message.content) or "" for choice in choices]
-        stop = self._options.get("stop", ())  # which some servers leave at the end
-        texts = [text[: first_stop(text, stop)] for text in texts]
+        texts = [self._read_answer(choice if isinstance(prompt, str) else choice.message, choice) for choice in choices]
         several = {"generated_texts": texts} if len(texts) > 1 else {}
         return {"generated_text": texts[0], **several, **_end_fields(choices[0].finish_reason, response.usage)}
 
     def _stream(self, prompt: Prompt, on_text: OnText) -> JsonObject:
-        text, reason, usage = "", None, None
+        pieces, reason, usage = list[str](), None, None
         with self._translated_errors():
             for chunk in self._send(prompt, stream=True, stream_options={"include_usage": True}):
                 usage = chunk.usage or usage
                 for choice in chunk.choices[:1]:
-                    piece = (choice.text if isinstance(prompt, str) else choice.delta.content) or ""
-                    text, reason = text + piece, choice.finish_reason or reason
-                    on_text(piece)
+                    reason = choice.finish_reason or reason
+                    if (piece := _read_text(choice if isinstance(prompt, str) else choice.delta)) is not None:
+                        pieces.append(piece)
+                        on_text(piece)
         if reason is None:
             raise RecordError("server_unreachable", "server stopped in the middle of an answer")
-        return {"generated_text": text, **_end_fields(reason, usage)}
+        return {
+            "generated_text": _check_text("".join(pieces) if pieces else None, reason),
+            **_end_fields(reason, usage),
+        }
+
+    def _read_answer(self, message: object, choice: Any) -> str:
+        if refusal := getattr(message, "refusal", None):
+            raise RecordError("missing_answer", f"server refused to answer: {refusal}")
+        text = _check_text(_read_text(message), choice.finish_reason)
+        if not self._can_think:
+            text = cut_thought(text, choice.finish_reason).lstrip()
+        return text[: first_stop(text, self._stop)]  # Some servers leave it at the end.
 
     def _send(self, prompt: Prompt, **options: object) -> Any:
         field = "prompt" if isinstance(prompt, str) else "messages"
@@ -185,6 +202,8 @@ def protocol_options(job: Job, strategy: Strategy, model: RemoteModel) -> dict[s
     if options.pop("do_sample", None) is False and job.generation.keys().isdisjoint(SAMPLING_OPTIONS):
         options["temperature"] = 0
     named = {PROTOCOL_NAMES.get(name, name): value for name, value in options.items() if value is not None}
+    if not strategy.can_think and any(item.id == model.name and item.owned_by in SWITCHABLE for item in model.models):
+        named["chat_template_kwargs"] = {"enable_thinking": False, "thinking": False}
     standard = {name: named.pop(name) for name in STANDARD_OPTIONS if name in named}
     return {**standard, **({"extra_body": named} if named else {})}
 
@@ -223,6 +242,22 @@ def only_model(endpoint: str) -> str:
         several = f"the server has {len(names)} models: {', '.join(names[:5])}"
         raise UsageError(several if names else "the server lists no model", hint="choose one with -m NAME")
     return names[0]
+
+
+def _read_text(message: object) -> str | None:
+    """Return the text of a choice of /completions or of a message, whose content some servers send in parts."""
+    content = getattr(message, "content", getattr(message, "text", None))
+    if isinstance(content, list):
+        parts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+        return "".join(parts) if parts else None
+    return content if isinstance(content, str) else None
+
+
+def _check_text(text: str | None, finish_reason: str | None) -> str:
+    if text is None or finish_reason == "content_filter" or (not text and finish_reason == "length"):
+        hint = "increase --max-new-tokens" if finish_reason == "length" else None
+        raise RecordError("missing_answer", f"server returned no answer (finish_reason: {finish_reason})", hint)
+    return text
 
 
 def _end_fields(reason: str | None, usage: "CompletionUsage | None") -> JsonObject:

@@ -57,13 +57,15 @@ class LocalEngine(TaskEngine):
         config = generation.merge(own, job.generation, strategy.defaults, parameters, counts_prompt=not is_seq2seq)
         if config.pad_token_id is None:
             config.pad_token_id = pipeline.tokenizer.pad_token_id
+        config.eos_token_id = pipeline.find_end_tokens(config)
         if job.seed is not None:
             set_seed(job.seed)
         # A seed repeats a run only if the batches do not depend on speed and free memory.
         is_fixed = job.seed is not None and bool(config.do_sample)
         answer_tokens = config.max_new_tokens or config.max_length or 0
         batches = BatchPolicy(job.batch_size, device, memory, answer_tokens, is_fixed)
-        return BatchRunner(pipeline, batches, {"generation_config": config}, truncate=job.truncate)
+        parameters = {"generation_config": config, "can_think": strategy.can_think or is_seq2seq}
+        return BatchRunner(pipeline, batches, parameters, truncate=job.truncate)
 
 
 class Model:

@@ -17,13 +17,24 @@ def _complete_from(names: Callable[[], Iterable[str]]) -> Callable[[str], list[s
     return complete
 
 
-def _languages() -> list[str]:
+def _languages() -> Iterable[str]:
     from llmcli.tasks import translate
 
     return sorted({tag for sentence in translate.load_examples() for tag in sentence})
 
 
+def _language_names() -> list[str]:
+    from language_data.name_data import CODE_TO_NAMES
+
+    codes = [code for code in CODE_TO_NAMES if len(code) == 2 and code.islower()]
+    return sorted(CODE_TO_NAMES[code]["en"].lower() for code in codes if "en" in CODE_TO_NAMES[code])
+
+
+def languages(incomplete: str) -> list[str]:
+    """Return the tags that begin like this, or else the names, which take longer to import."""
+    return _complete_from(_languages)(incomplete) or _complete_from(_language_names)(incomplete.lower())
+
+
 models = _complete_from(lambda: [name for name in registry.models() if "{" not in name])
-languages = _complete_from(_languages)
 presets = _complete_from(load_presets)
 devices = _complete_from(lambda: ("auto", "cpu", "cuda", "mps", "xpu"))

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from llmcli.compat.tokenizers import decode_stream
 from llmcli.pipelines.base import Inputs, Parameters, TextPipeline, as_batch
 from llmcli.pipelines.spelling import PENDING
 from llmcli.text.splitting import first_stop, stop_prefix
+from llmcli.text.thoughts import cut_thought, find_answer
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
@@ -24,21 +25,39 @@ BYTES_OF_SPECIALS = 8  # what a stop text's last tokens may have beside it
 
 
 class TokenDecoder:
-    """Decode new tokens with the prompt's last ones, `before`: alone, SentencePiece would lose the space between."""
+    """Decode new tokens with the prompt's last ones, `before`: alone, SentencePiece would lose the space between.
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", before: Sequence[int] = (), **settings: bool) -> None:
+    With `marks`, the answer must have no thought before it: these special tokens, which may mark one, are kept.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        before: Sequence[int] = (),
+        marks: Mapping[int, str] | None = None,
+        **settings: bool,
+    ) -> None:
         self._tokenizer, self._before, self._settings = tokenizer, list(before), settings
+        self.can_think, self._marks = marks is None, marks or {}
         self._decode: Callable[[list[int]], str] = partial(tokenizer.decode, skip_special_tokens=True, **settings)
         self._known = self._decode(self._before) if before else ""
 
     def __call__(self, ids: list[int]) -> str:
+        if self._marks and not self._marks.keys().isdisjoint(ids):
+            runs = ((mark, list(run)) for mark, run in groupby(ids, self._marks.get))
+            return "".join(self._decode(run) if mark is None else mark * len(run) for mark, run in runs)
         return self._decode(self._before + ids).removeprefix(self._known)
+
+    def find_answer(self, ids: Sequence[int]) -> int | None:
+        """Return where the answer begins in the text of all new tokens; None if a thought has not ended."""
+        return 0 if self.can_think else find_answer(self(list(ids)))
 
     def stream(self) -> Callable[[int], str | None]:
         """Return a function from the next new token to the text that it completes, if any."""
         cleans_up = self._settings.get("clean_up_tokenization_spaces", self._tokenizer.clean_up_tokenization_spaces)
         fast = None if cleans_up else decode_stream(self._tokenizer, self._before)
-        return fast or slow_stream(self)
+        step = fast or slow_stream(self)
+        return (lambda token: self._marks.get(token) or step(token)) if fast and self._marks else step
 
 
 def slow_stream(decode: Callable[[list[int]], str]) -> Callable[[int], str | None]:
@@ -105,11 +124,13 @@ def _finish(ids: list[int], decode: TokenDecoder, config: "GenerationConfig") ->
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     end = next((i + 1 for i, token in enumerate(ids) if token in eos), None)
     text, stops = decode(ids[:end]), config.stop_strings or ()
-    if (cut := first_stop(text, stops)) is not None:
+    begin = decode.find_answer(ids[:end])
+    reason, count, cut = "stop" if end else "length", end or len(ids), None
+    if begin is not None and (cut := first_stop(text, stops, begin)) is not None:
         # Once a stop text is complete, it stays: bisect for the token that completes it.
-        count = bisect.bisect_left(range(len(ids)), True, key=lambda i: first_stop(decode(ids[:i]), stops) == cut)
-        return text[:cut], "stop", count
-    return text, "stop" if end else "length", end or len(ids)
+        is_cut = partial(first_stop, stops=stops, start=begin)
+        reason, count = "stop", bisect.bisect_left(range(len(ids)), True, key=lambda i: is_cut(decode(ids[:i])) == cut)
+    return text[:cut] if decode.can_think else cut_thought(text[:cut], reason), reason, count
 
 
 class NewTextStopCriteria(StoppingCriteria):  # type: ignore[misc]
@@ -126,8 +147,13 @@ class NewTextStopCriteria(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
         rows = input_ids[:, max(self.start, input_ids.shape[1] - self.reach) :].tolist()
-        decoders = (self.decoders[i * len(self.decoders) // len(rows)] for i in range(len(rows)))
+        decoders = [self.decoders[i * len(self.decoders) // len(rows)] for i in range(len(rows))]
         is_done = [first_stop(decode(row), self.stops) is not None for decode, row in zip(decoders, rows, strict=True)]
+        for i, decode in enumerate(decoders):  # A thought has no stop texts.
+            if is_done[i] and not decode.can_think:
+                new = input_ids[i, self.start :].tolist()
+                begin = decode.find_answer(new)
+                is_done[i] = begin is not None and first_stop(decode(new), self.stops, begin) is not None
         return torch.tensor(is_done, device=input_ids.device)
 
 
@@ -164,9 +190,27 @@ class TokenTimer(StoppingCriteria):  # type: ignore[misc]
 class GeneratingPipeline(TextPipeline):
     """A pipeline whose model generates text."""
 
-    def _sanitize_parameters(self, generation_config: object = None, truncate: int | None = None) -> Parameters:
+    end_of_turn: int | None = None  # the token that ends an answer, beside those of the generation config
+
+    def _sanitize_parameters(
+        self, generation_config: object = None, truncate: int | None = None, can_think: bool = True
+    ) -> Parameters:
         config = {"generation_config": generation_config} if generation_config else {}
-        return {"truncate": truncate}, config, config
+        return {"truncate": truncate, **({} if can_think else {"can_think": False})}, config, config
+
+    def find_end_tokens(self, config: "GenerationConfig") -> list[int] | None:
+        """Return the tokens that end an answer: those of a generation config, its special stop texts, the turn's end.
+
+        A model whose configuration names several knows better than its template.
+        """
+        eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        ends = [token for token in eos if token is not None]
+        if len(ends) < 2 and self.end_of_turn is not None:
+            ends.append(self.end_of_turn)
+        if config.stop_strings:
+            known = self.tokenizer.get_added_vocab()
+            ends += [known[stop.strip()] for stop in config.stop_strings if stop.strip() in known]
+        return [*dict.fromkeys(ends)] or None
 
     def decoder(self, inputs: Mapping[str, Any]) -> TokenDecoder:
         """Return a decoder of the new tokens for one preprocessed input."""

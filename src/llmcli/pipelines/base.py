@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers.pipelines.base import Pipeline
 
+from llmcli.compat.tokenizers import read_as_text
 from llmcli.compat.transformers import TextPipelineMixin, is_causal_lm, rope_limit
 from llmcli.errors import RecordError
 from llmcli.models import loading
@@ -31,6 +32,10 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
     ignorable_weight_prefix: str | None = None  # of weights that a checkpoint may lack: a head for another task
     family = "encoders"  # the table of architectures.toml that applies
     pads_left = False
+
+    def __init__(self, *args: object, **settings: object) -> None:
+        super().__init__(*args, **settings)
+        read_as_text(self.tokenizer)
 
     @staticmethod
     def find_incompatibility(config: "PreTrainedConfig") -> str | None:

@@ -9,11 +9,12 @@ import torch
 
 from llmcli.compat.cache import filled_cache, growing_cache, repeat_cache
 from llmcli.compat.transformers import has_fixed_rotary_positions, rope_limit, takes_position_ids
-from llmcli.errors import RecordError, UsageError
+from llmcli.errors import UsageError
 from llmcli.models import loading
 from llmcli.pipelines import base
 from llmcli.pipelines.answers import GeneratingPipeline, TokenDecoder
 from llmcli.pipelines.base import CausalTextPipeline, Inputs
+from llmcli.pipelines.chat_template import ChatTemplate
 from llmcli.pipelines.spelling import CONTEXT_TOKENS, token_texts
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
 
     For a batch of B prompts, the longest of P tokens, with N sequences of at most T new tokens each:
 
-    preprocess   input_ids, P of them; is_chat; cut: tokens that --truncate took away
+    preprocess   input_ids, P of them; is_chat; can_think; cut: tokens that --truncate took away
     _forward     sequences, int64 (B, N, T); what preprocess gave, and max_new_tokens if rows have their own, in lists
                  of B
     postprocess  {"generated_text", "finish_reason", "usage"} of one prompt
@@ -63,6 +64,14 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         """Whether prompts are messages, for the model's chat template."""
         return bool(self.tokenizer.chat_template)
 
+    @functools.cached_property
+    def chat_template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer)
+
+    @property
+    def end_of_turn(self) -> int | None:  # type: ignore[override]
+        return self.chat_template.end_of_turn if self.is_chat else None
+
     def remaining_context(self, inputs: Mapping[str, Any]) -> int | None:
         """Return the number of tokens that the context leaves for the answer."""
         return self.context_length - len(inputs["input_ids"]) if self.context_length else None
@@ -73,19 +82,21 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
     def count_tokens(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def preprocess(self, prompt: "Prompt", truncate: int | None = None) -> Inputs:
-        """Return the token IDs of one prompt.
+    def preprocess(self, prompt: "Prompt", truncate: int | None = None, can_think: bool = True) -> Inputs:
+        """Return the token IDs of one prompt. Without `can_think`, an answer has no thought before it.
 
         One that is too long raises RecordError or, if `truncate` says how many tokens to leave for the answer, is cut:
         its end stays, and a token that begins every text.
         """
-        context = self.context_length
+        context, is_chat = self.context_length, not isinstance(prompt, str)
+        if is_chat and not self.is_chat:
+            raise UsageError("model has no chat template", hint="use `llmcli generate`, or a chat model: -m NAME")
+        text = prompt if isinstance(prompt, str) else self.chat_template.render(prompt, can_think=can_think)
         if context and truncate is None:
-            text = prompt if isinstance(prompt, str) else self._apply_template(prompt, tokenize=False)
             base.check_length(text, context, self.count_tokens)
-        encoded = self.tokenizer(prompt) if isinstance(prompt, str) else self._apply_template(prompt, return_dict=True)
+        ids = self.chat_template.encode(text) if is_chat else self.tokenizer(text)["input_ids"]
         first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        ids = encoded["input_ids"] or [token for token in (first, last) if token is not None][:1]
+        ids = ids or [token for token in (first, last) if token is not None][:1]
         base.check_tokens(ids)
         length = len(ids)
         if context and length >= context:
@@ -94,15 +105,7 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
             head = ids[:1] if ids[0] == first else []
             keep = context - min(truncate, context // 2) - len(head)
             ids = head + ids[-keep:]
-        return {"input_ids": base.make_row(ids), "is_chat": not isinstance(prompt, str), "cut": length - len(ids)}
-
-    def _apply_template(self, messages: Sequence[Mapping[str, str]], **settings: bool) -> Any:
-        if not self.is_chat:
-            raise UsageError("model has no chat template", hint="use `llmcli generate`, or a chat model: -m NAME")
-        try:
-            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **settings)
-        except Exception as exc:  # A template is a program, and may raise anything.
-            raise RecordError("bad_messages", f"chat template rejected the messages: {exc}") from exc
+        return {"input_ids": base.make_row(ids), "is_chat": is_chat, "can_think": can_think, "cut": length - len(ids)}
 
     def prefill(self, ids: list[int]) -> "DynamicCache | None":
         """Return the keys and values of a shared prefix, as a cache of one row; None if the model keeps more."""
@@ -129,7 +132,9 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         return self._generate(inputs, ids, mask, config, start=ids.shape[1], **settings)
 
     def decoder(self, inputs: Mapping[str, Any]) -> TokenDecoder:
-        return TokenDecoder(self.tokenizer, () if inputs["is_chat"] else inputs["input_ids"][-DECODED_TOKENS:])
+        if not inputs["is_chat"]:
+            return TokenDecoder(self.tokenizer, inputs["input_ids"][-DECODED_TOKENS:])
+        return TokenDecoder(self.tokenizer, marks=None if inputs["can_think"] else self.chat_template.thought_marks)
 
 
 class NextTokenPipeline(CausalPipeline):

@@ -100,11 +100,13 @@ class Strategy:
         defaults: GenerationConfig values under the model's own configuration. None: the strategy does not generate.
         parameters: `parameters(job, model)` returns the pipeline's parameters or, if the strategy generates,
             GenerationConfig values over the model's own configuration and under the user's options.
+        can_think: Whether the output of a chat model may begin with its thoughts. If not, they are turned off or cut.
     """
 
     run: Callable[[Job, Any, Any], TaskGenerator]  # each strategy declares its own prepared input and kind of model
     defaults: JsonObject | None = None
     parameters: Callable[[Job, Any], JsonObject] = lambda job, model: {}
+    can_think: bool = True
 
 
 @dataclass(frozen=True, slots=True)

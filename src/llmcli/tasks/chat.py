@@ -1,5 +1,7 @@
 """chat: answer a message or a conversation through the model's chat template."""
 
+import re
+
 from llmcli.errors import RecordError
 from llmcli.job import Job, JsonObject
 from llmcli.tasks import Messages, Strategy, Task, TaskGenerator, TaskModel
@@ -30,12 +32,26 @@ def prepare(job: Job, fields: JsonObject) -> Messages | None:
 def _check_messages(messages: object, name: str) -> list[Message]:
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise RecordError("wrong_type", f"field {name!r} must be a list of messages")
+    messages = [{**message, "content": _join_parts(message.get("content"))} for message in messages]
     for number, message in enumerate(messages, start=1):
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise RecordError("wrong_type", f"message {number} of {name!r} has no string {key!r}")
             text_field(message, key)
+        if not re.fullmatch(r"[\w.-]+", message["role"]):
+            raise RecordError("wrong_type", f"message {number} of {name!r}: invalid role {message['role']!r}")
     return messages
+
+
+def _join_parts(content: object) -> object:
+    """Return the text of a content that is a list of parts; another content as it is."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise RecordError("wrong_type", f"expected content parts of type 'text', got {kind!r}")
+    return "".join(part["text"] for part in content)
 
 
 def run(job: Job, messages: Messages, model: TaskModel) -> TaskGenerator:

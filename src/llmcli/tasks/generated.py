@@ -24,7 +24,7 @@ class GeneratedOutput(TypedDict):
 def run_prompt(prompt: Prompt, shown: str) -> TaskGenerator:
     """Generate the answer to one prompt. Text mode prints `shown` before each answer."""
     (output,) = yield ModelCall([prompt], shown=shown)
-    return TaskResult(output, "\n".join(shown + answer for answer in _list_texts(output)))
+    return TaskResult(output, "\n".join(shown + answer for answer in list_texts(output)))
 
 
 def join_outputs(
@@ -35,7 +35,7 @@ def join_outputs(
     `join` makes one text of the first sequences of all parts, for the field `name`, another of the second ones, and so
     on, for the field `NAMEs`. `info` is more fields.
     """
-    texts = [join(parts) for parts in zip(*map(_list_texts, outputs), strict=True)] or [join([])]
+    texts = [join(parts) for parts in zip(*map(list_texts, outputs), strict=True)] or [join([])]
     several = {f"{name}s": texts} if len(texts) > 1 else {}
     return TaskResult({name: texts[0], **several, **info, **merge_usage(outputs)}, "\n".join(texts))
 
@@ -49,5 +49,6 @@ def merge_usage(outputs: Sequence[GeneratedOutput]) -> dict[str, object]:
     return {**cut, "finish_reason": "length" if is_cut_short else "stop", "usage": usage}
 
 
-def _list_texts(output: GeneratedOutput) -> list[str]:
+def list_texts(output: GeneratedOutput) -> list[str]:
+    """Return all sequences of an output."""
     return output.get("generated_texts", [output["generated_text"]])

@@ -120,6 +120,6 @@ def _normalize(text: str) -> str:
 OUTPUTS = ("answer", "score", "start", "end", "passage", "finish_reason", "usage")
 STRATEGIES = {
     "extractive_qa": Strategy(run_extractive, parameters=select_extractive),
-    "causal": Strategy(run_prompted, prompting.GREEDY, prompting.prompt_settings),
+    "causal": Strategy(run_prompted, prompting.GREEDY, prompting.prompt_settings, can_think=False),
 }
 TASK = Task(prepare, OUTPUTS, NO_ANSWER, STRATEGIES)

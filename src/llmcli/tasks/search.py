@@ -1,14 +1,18 @@
 """search: rank passages by the cosine similarity of their vectors to the query's. Each passage is embedded once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmcli import console
-from llmcli.job import Job, JsonObject
+from llmcli.job import Job, JsonObject, LoadOptions
 from llmcli.models import loading
 from llmcli.tasks import LocalModel, ModelCall, Strategy, Task, TaskGenerator, TaskResult
 from llmcli.text.splitting import split
 from llmcli.text.vector_cache import VectorCache
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 PASSAGE_TOKENS = 128  # maximum length of a passage, about a paragraph
 SAVE_INTERVAL = 64  # passages embedded before their vectors are saved
@@ -45,12 +49,7 @@ def run(job: Job, fields: JsonObject, model: LocalModel) -> TaskGenerator:
 
 def _split_passages(documents: Sequence[JsonObject], folder: Path) -> Iterator[JsonObject]:
     """Yield passages with their text, file and line, and their characters, `start` to `end` of document number `of`."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    special_tokens = tokenizer.num_special_tokens_to_add(is_pair=False)
+    tokenizer, special_tokens = _load_tokenizer(folder)
     max_tokens = min(PASSAGE_TOKENS, loading.embedding_context_length(folder) - special_tokens)
     for number, document in enumerate(documents):
         text, file, line, counted = document["text"], document.get("file"), document.get("line") or 1, 0
@@ -61,6 +60,22 @@ def _split_passages(documents: Sequence[JsonObject], folder: Path) -> Iterator[J
             if not piece.strip():
                 continue
             yield {"text": piece, "file": file, "line": line, "of": number, "start": start, "end": start + len(piece)}
+
+
+def _load_tokenizer(folder: Path) -> "tuple[Tokenizer | Callable[[str], int], int]":
+    """Return what counts the tokens of a text, and how many special ones are added to each."""
+    from tokenizers import Tokenizer
+
+    if (file := folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_file(str(file))  # without transformers, which takes a second to import
+    else:
+        loaded = loading.tokenizer(folder, LoadOptions())
+        if not loaded.is_fast:
+            return lambda text: len(loaded.tokenize(text)), loaded.num_special_tokens_to_add()
+        tokenizer = loaded.backend_tokenizer
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer, tokenizer.num_special_tokens_to_add(is_pair=False)
 
 
 # The command writes each match as a result of its own, which has a score.

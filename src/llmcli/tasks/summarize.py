@@ -156,6 +156,6 @@ OUTPUTS = ("summary_text", "chunks", "truncated", "finish_reason", "usage")
 EMPTY = {"summary_text": "", "chunks": 0, "truncated": 0, **EMPTY_USAGE}
 STRATEGIES = {
     "seq2seq": Strategy(run, SEQ2SEQ, read_settings),
-    "causal": Strategy(run_prompted, prompting.GREEDY, prompting.prompt_settings),
+    "causal": Strategy(run_prompted, prompting.GREEDY, prompting.prompt_settings, can_think=False),
 }
 TASK = Task(read_text_record, OUTPUTS, EMPTY, STRATEGIES)

@@ -1,17 +1,18 @@
 """translate: with a translation model, or with a language model by instruction."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 from llmcli.errors import UsageError
 from llmcli.job import Job, JsonObject
 from llmcli.tasks import LocalModel, ModelCall, Prompt, Strategy, Task, TaskGenerator, TaskModel, TaskResult
 from llmcli.tasks.fields import read_text_record
-from llmcli.tasks.generated import EMPTY_USAGE, SEQ2SEQ, join_outputs
+from llmcli.tasks.generated import EMPTY_USAGE, SEQ2SEQ, GeneratedOutput, join_outputs, list_texts
 from llmcli.tasks.prompting import GREEDY, prompt_for, prompt_settings, read_tables
 from llmcli.tasks.translation_plan import choose_source, plan_for
 from llmcli.text import languages
-from llmcli.text.markdown import Splitter, join_segments
+from llmcli.text.markdown import Segment, Splitter, has_markup, join_segments, keeps_markup
 
 BuildInput = Callable[[str], Prompt | JsonObject]
 Example = dict[str, str]
@@ -33,7 +34,8 @@ def run(job: Job, fields: JsonObject, model: LocalModel) -> TaskGenerator:
         return not limit or model.count_tokens(plan.prefix + piece) <= limit
 
     def build_input(piece: str) -> JsonObject:
-        return {"text": plan.prefix + piece, "source": code}
+        # Marian would read `>>...<<` at the beginning as a language.
+        return {"text": (plan.prefix or " " * piece.startswith(">>")) + piece, "source": code}
 
     splitter = Splitter(fits, model.count_tokens, limit - model.count_tokens(plan.prefix) if limit else None)
     return (yield from _translate(job, text, source, splitter, build_input))
@@ -77,14 +79,40 @@ def _copy_symbols(job: Job, text: str) -> TaskResult | None:
 def _translate(
     job: Job, text: str, source: str | None, splitter: Splitter, build_input: BuildInput, *, strip: bool = False
 ) -> TaskGenerator:
-    """Translate a text as a whole if it fits, else in segments."""
-    info = {"from": source, "to": job.parameters["to"]}
-    if splitter.fits(text):
-        outputs = yield ModelCall([build_input(text)], shown="", strip=strip)
-        return join_outputs("translation_text", outputs, lambda texts: texts[0], info)
-    segments = splitter.split(text, source or "en")
-    outputs = yield ModelCall([build_input(segment.text) for segment in segments if segment.text])
+    """Translate a text as a whole if it fits and keeps its markup, else in segments, and those around their spans."""
+    info, fits = {"from": source, "to": job.parameters["to"]}, splitter.fits(text)
+    segments = splitter.split(text, source or "en") if not fits or has_markup(text) else []
+    is_plain = not any(segment.spans or (not segment.text and segment.before.strip()) for segment in segments)
+    if fits and (is_plain or any(segment.text for segment in segments)):
+        outputs = yield ModelCall([build_input(text)], shown="" if is_plain else None, strip=strip)
+        if is_plain or all(keeps_markup(text, segments, translation) for translation in list_texts(outputs[0])):
+            info |= _count_untranslated([text], outputs) if is_plain else _find_untranslated(segments, outputs[0])
+            return join_outputs("translation_text", outputs, lambda texts: texts[0], info)
+        segments = segments if len(segments) > 1 else segments[0].split_around_spans()
+    parts = [segment for segment in segments if segment.text]
+    known: dict[Segment, GeneratedOutput] = {}
+    for is_last in (False, True):
+        outputs = yield ModelCall([build_input(part.text) for part in parts], strip=strip)
+        known |= zip(parts, outputs, strict=True)
+        broken = {part for part in parts if not all(map(part.keeps, list_texts(known[part])))}
+        if is_last or not broken:
+            break
+        around = ((segment.split_around_spans() if segment in broken else [segment]) for segment in segments)
+        segments = [*itertools.chain.from_iterable(around)]
+        parts = [segment for segment in segments if segment.text and segment not in known]
+    outputs = [known[segment] for segment in segments if segment.text]
+    info |= _count_untranslated([segment.text for segment in segments if segment.text], outputs)
     return join_outputs("translation_text", outputs, partial(join_segments, segments), info)
+
+
+def _count_untranslated(texts: Sequence[str], outputs: Sequence[GeneratedOutput]) -> JsonObject:
+    equal = sum(text.strip() == output["generated_text"].strip() for text, output in zip(texts, outputs, strict=True))
+    return {"untranslated": [equal, len(texts)]}
+
+
+def _find_untranslated(segments: Sequence[Segment], output: GeneratedOutput) -> JsonObject:
+    texts = [segment.text for segment in segments if segment.text]
+    return {"untranslated": [sum(text in output["generated_text"] for text in texts), len(texts)]}
 
 
 def _select_examples(source: str, target: str) -> list[Example]:
@@ -109,6 +137,6 @@ OUTPUTS = ("translation_text", "from", "to", "finish_reason", "usage")
 EMPTY = {"translation_text": "", "from": None, "to": None, **EMPTY_USAGE}
 STRATEGIES = {
     "seq2seq": Strategy(run, SEQ2SEQ, read_settings),
-    "causal": Strategy(run_prompted, GREEDY, prompt_settings),
+    "causal": Strategy(run_prompted, GREEDY, prompt_settings, can_think=False),
 }
 TASK = Task(read_text_record, OUTPUTS, EMPTY, STRATEGIES)

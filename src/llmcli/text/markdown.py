@@ -1,24 +1,61 @@
-"""Splits Markdown into segments for translation. Markup, code blocks and white space stay as they are."""
+"""Splits Markdown into segments for translation. Markup, code, targets of links and white space stay as they are."""
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
 
 from llmcli.text import languages
 from llmcli.text.splitting import split
 
-MARKER = re.compile(r"\s*(?:(?:[-*+>|]|#+|\d+[.)])\s+)*")  # markup at the beginning of a line
-FENCE = re.compile(r"\s*(`{3,}(?=[^`]*$)|~{3,})(.*)", re.DOTALL)  # begins or ends a block of code
+if TYPE_CHECKING:
+    from markdown_it import MarkdownIt
+    from markdown_it.rules_inline import StateInline
+
+Span = tuple[int, int]
+LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")  # as markdown-it counts lines
+FRONT_MATTER = re.compile(r"(---|\+\+\+)[ \t]*\r?\n[\w-]+[ \t]*[:=].*?\n\1[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+MARKUP = re.compile(r"[`\[\]<>#|$&{}@*~=]|://|www\.|^\s*(?:[-+]|\d+[.)])\s|^(?:-{3,}|\s{4,}\S)", re.MULTILINE)
+# What extends Markdown: math, footnotes, tasks, templates, undefined references; elements whose content is no prose.
+VERBATIM = re.compile(
+    r"\$\$.+?\$\$|\$(?! )[^$\n]+?(?<! )\$(?!\d)|\\\(.+?\\\)|\\\[.+?\\\]|\[\^[^\]\s]+\]:?|\[[ xX]\](?= )"
+    r"|\{\{.+?\}\}|\{%.+?%\}|\]\[[^\]\n]*\]|<(code|pre|kbd|samp|var|script|style)\b.*?</\1>",
+    re.DOTALL | re.IGNORECASE,
+)
+LEAD = re.compile(r"(?:\[\^[^\]\s]+\]:|\[[ xX]\])\s+")  # begins a footnote or a task
+ADDRESS = re.compile(
+    r"(?:(?:https?|ftp)://|www\.)[^\s<>\"`，。；！？）]*[^\s<>\"`，。；！？）.,;:!?)\]}'*_]|[\w.+-]+@[\w-]+\.[\w.-]*\w"
+)
+PROSE = ("paragraph_open", "inline", "code_block", "softbreak")  # what a text without Markdown may seem to have
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of a text, which is `before + text + after`. Only `text` is translated, if it is not empty."""
+    """A piece of a text, which is `before + text + after`. Only `text` is translated, if it is not empty.
+
+    `spans` are the places in `text` that must come back as they are.
+    """
 
     before: str
     text: str = ""
     after: str = ""
+    spans: tuple[Span, ...] = ()
+
+    def keeps(self, translation: str) -> bool:
+        """Return whether a translation has all spans, as often as the text."""
+        counts = Counter(self.text[a:b] for a, b in self.spans)
+        return all(translation.count(span) == self.text.count(span) for span in counts)
+
+    def split_around_spans(self) -> list["Segment"]:
+        """Return segments without spans, which are segments of their own."""
+        places = [0, *itertools.chain.from_iterable(self.spans), len(self.text)]
+        pieces = [_make_segment(self.text, a, b, ()) for a, b in zip(places[::2], places[1::2], strict=True)]
+        spans = [Segment(self.text[a:b]) for a, b in self.spans]
+        mixed = itertools.chain.from_iterable(itertools.zip_longest(pieces, spans, fillvalue=Segment("")))
+        return [Segment(self.before), *mixed, Segment(self.after)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,31 +68,40 @@ class Splitter:
 
     def split(self, text: str, language: str) -> list[Segment]:
         """Return the segments of a text in a language. Joined, they are the text; none has a newline in its `text`."""
-        segments: list[Segment] = []
-        open_fence = ""
-        for line in text.splitlines(keepends=True):
-            fence = FENCE.match(line)
-            if open_fence:
-                segments.append(Segment(line))
-                if fence and fence[1].startswith(open_fence) and not fence[2].strip():
-                    open_fence = ""
-            elif fence:
-                segments.append(Segment(line))
-                open_fence = fence[1]
-            else:
-                marker = MARKER.match(line)
-                start = marker.end() if marker else 0
-                if start:
-                    segments.append(Segment(line[:start]))
-                for sentence in languages.split_sentences(line[start:], language):
-                    segments += map(_make_segment, self._split_sentence(sentence))
-        return segments
+        segments, end = list[Segment](), 0
+        for start, stop, spans in _find_prose(text):
+            if start > end:
+                segments.append(Segment(text[end:start]))
+            prose, end = text[start:stop], stop
+            masked = prose
+            for a, b in spans:  # No sentence ends in there.
+                masked = f"{masked[:a]}{'x' * (b - a)}{masked[b:]}"
+            begin = 0
+            for sentence in languages.split_sentences(masked, language):
+                for length in self._split_sentence(prose[begin : begin + len(sentence)], sentence):
+                    segments.append(_make_segment(prose, begin, begin + length, spans))
+                    begin += length
+        return [*segments, Segment(text[end:])] if end < len(text) else segments
 
-    def _split_sentence(self, sentence: str) -> Iterable[str]:
+    def _split_sentence(self, sentence: str, masked: str) -> Iterable[int]:
+        """Return the lengths of the pieces of a sentence."""
         if self.max_tokens is None or self.fits(sentence):
-            return [sentence]
-        starts = [start for start, _ in split(sentence, self.count_tokens, self.max_tokens)]
-        return (sentence[a:b] for a, b in itertools.pairwise([0, *starts[1:], len(sentence)]))
+            return [len(sentence)]
+        starts = [start for start, _ in split(masked, self.count_tokens, self.max_tokens)]
+        return (b - a for a, b in itertools.pairwise([0, *starts[1:], len(sentence)]))
+
+
+def has_markup(text: str) -> bool:
+    """Return whether a text may have Markdown, or anything else that must not be translated."""
+    return MARKUP.search(text) is not None
+
+
+def keeps_markup(text: str, segments: Sequence[Segment], translation: str) -> bool:
+    """Return whether a translation of a whole text has its lines, markup and spans."""
+    markup = {segment.before.strip() for segment in segments if not segment.text}
+    spans = {segment.text[a:b] for segment in segments for a, b in segment.spans}
+    lines = len(text.strip().splitlines()) == len(translation.strip().splitlines())
+    return lines and all(text.count(part) == translation.count(part) for part in (markup | spans) - {""})
 
 
 def join_segments(segments: Sequence[Segment], translations: Sequence[str]) -> str:
@@ -65,10 +111,88 @@ def join_segments(segments: Sequence[Segment], translations: Sequence[str]) -> s
     return "".join(segment.before + text + segment.after for segment, text in zip(segments, texts, strict=True))
 
 
-def _make_segment(piece: str) -> Segment:
-    """Return a piece as a segment. A piece without letters is not translated."""
+def _make_segment(prose: str, start: int, stop: int, spans: Sequence[Span]) -> Segment:
+    """Return a piece as a segment. A piece without letters outside its spans is not translated."""
+    piece = prose[start:stop]
     text = piece.strip()
-    if not any(map(str.isalpha, text)):
+    begin = start + piece.index(text)
+    own = tuple((a - begin, b - begin) for a, b in spans if begin <= a and b <= begin + len(text))
+    outside = [text[a:b] for a, b in itertools.pairwise([0, *itertools.chain.from_iterable(own), len(text)])][::2]
+    if not any(map(str.isalpha, "".join(outside))):
         return Segment(piece)
-    start = piece.index(text)
-    return Segment(piece[:start], text, piece[start + len(text) :])
+    return Segment(piece[: begin - start], text, piece[begin - start + len(text) :], own)
+
+
+def _find_prose(text: str) -> Iterator[tuple[int, int, list[Span]]]:
+    """Yield begin and end of each line's prose, and the spans in it, relative to the begin."""
+    front = FRONT_MATTER.match(text)
+    offset = front.end() if front else 0
+    starts = [offset + match.start() for match in LINE.finditer(text[offset:])] + [len(text)]
+    parser, env = _load_parser(), dict[str, object]()
+    tokens = parser.parse(text[offset:], env)
+    if all(token.type.replace("close", "open") in PROSE for token in tokens):  # Indented prose is no code.
+        parser.disable("code")
+        tokens = parser.parse(text[offset:], env)
+        parser.enable("code")
+    end = 0
+    for before, token in itertools.pairwise(tokens):
+        if token.type != "inline" or not token.map:
+            continue
+        block, spans = token.content, list[Span]()
+        if before.tag in ("td", "th"):
+            block = block.replace("|", "\\|")  # as it is written
+        parser.inline.parse(block, parser, env | {"spans": spans}, [])
+        place, merged = 0, list[Span]()
+        for a, b in sorted(spans + [match.span() for match in ADDRESS.finditer(block)]):
+            if merged and a < merged[-1][1]:
+                a, b = merged[-1][0], max(b, merged.pop()[1])
+            merged.append((a, b))
+        for number, line in enumerate(block.split("\n"), start=token.map[0]):
+            content = LEAD.sub("", line.strip())
+            start = text.find(content, max(starts[number], end), starts[number + 1]) if content else -1
+            if start >= 0:
+                end, at = start + len(content), place + line.index(content)
+                inside = ((max(a - at, 0), min(b - at, len(content))) for a, b in merged)
+                yield start, end, [(a, b) for a, b in inside if a < b]
+            place += len(line) + 1
+
+
+@cache
+def _load_parser() -> "MarkdownIt":
+    """Return a parser that notes in `env` which places of a line must not be translated."""
+    from markdown_it import MarkdownIt, rules_inline
+
+    def note(state: "StateInline", start: int, end: int) -> None:
+        state.env.get("spans", []).append((start, end))
+
+    def verbatim(state: "StateInline", silent: bool) -> bool:
+        match = VERBATIM.match(state.src, state.pos, state.posMax)
+        if match and not silent:
+            note(state, *match.span())
+        state.pos = match.end() if match else state.pos
+        return match is not None
+
+    def noting(rule: Callable[["StateInline", bool], bool]) -> Callable[["StateInline", bool], bool]:
+        def run(state: "StateInline", silent: bool) -> bool:
+            start, label_end = state.pos, -1
+            if rule is rules_inline.link and state.src[start] == "[":
+                label_end = state.md.helpers.parseLinkLabel(state, start, True)
+            if not rule(state, silent):
+                return False
+            if silent or not state.src[start : state.pos].strip("`"):
+                return True
+            if label_end < 0 or state.src[label_end : state.pos] in ("]", "][]"):
+                note(state, start, state.pos)  # The text of such a link is its name.
+            else:
+                note(state, start, start + 1)
+                note(state, label_end, state.pos)
+            return True
+
+        return run
+
+    parser = MarkdownIt("commonmark", {"html": True}).enable("table").disable(["html_block", "inline"], True)
+    parser.inline.ruler.before("escape", "verbatim", verbatim)
+    names = {"backticks": "backtick", "link": "link", "image": "image", "autolink": "autolink"}
+    for name, function in {**names, "html_inline": "html_inline", "entity": "entity"}.items():
+        parser.inline.ruler.at(name, noting(getattr(rules_inline, function)))
+    return parser

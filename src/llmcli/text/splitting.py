@@ -20,9 +20,9 @@ def split(
         yield from kind.from_huggingface_tokenizer(tokens, max_tokens).chunk_indices(text)
 
 
-def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Return the position where the first stop sequence begins in a text, or None if there is none."""
-    return min((position for stop in stops if (position := text.find(stop)) >= 0), default=None)
+def first_stop(text: str, stops: Sequence[str], start: int = 0) -> int | None:
+    """Return the position from `start` on where the first stop sequence begins in a text, or None if there is none."""
+    return min((position for stop in stops if (position := text.find(stop, start)) >= 0), default=None)
 
 
 def stop_prefix(text: str, stops: Sequence[str]) -> int:

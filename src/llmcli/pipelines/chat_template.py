@@ -1,0 +1,142 @@
+"""Messages -> token IDs, by the chat template of a tokenizer. What messages say stays text, whatever it looks like."""
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llmcli.compat.templates import limited, read_template
+from llmcli.errors import RecordError
+from llmcli.text.thoughts import OPENING, SPECIAL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llmcli.tasks import Messages
+
+LIMIT_S = 5.0
+MIN_LIMIT_S = 0.1
+BREAK = "\ue0f1"  # of private use: where a rendered prompt is cut, so that no token is read across
+PROBE = "Zebra"  # a message that is found again in the prompt
+# Switches that turn thinking off, as templates name them: enable_thinking, thinking, disable_thinking, ...
+ON = re.compile(r"((enable|use|add|with|is)_)?(think|thinking|thoughts?|reason|reasoning)(_(enabled|mode|on))?")
+OFF = re.compile(r"(disable|no|skip|without)_(think|thinking|thoughts?|reasoning)")
+BUDGET = re.compile(r"(think|thinking|reasoning)_budget")
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, which may be any program."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer, self._limit_s = tokenizer, LIMIT_S
+
+    def render(self, messages: "Messages", *, can_think: bool = True) -> str:
+        """Return the prompt as text, with breaks. Without `can_think`, thinking is off if the model has a switch."""
+        if messages[0]["role"] == "system" and not self._takes_system:
+            messages = _move_system(messages)
+        messages = [self._break(message, message["role"] == "assistant") for message in messages]
+        switches = {} if can_think else self._switches
+        prompt = self._apply(messages, add_generation_prompt=True, **switches)
+        if not can_think and (opening := OPENING.search(prompt)):  # The template begins a thought in any case.
+            prompt += f"\n</{opening[1]}>\n\n"
+        return prompt
+
+    def encode(self, prompt: str) -> list[int]:
+        """Return the tokens of a rendered prompt."""
+        first, *pieces = prompt.split(BREAK)
+        ids, newline = self._tokenize(first), self._tokenize("\n") if pieces else []
+        for piece in filter(None, pieces):
+            # SentencePiece puts a space before the beginning of a text, but not after a newline.
+            new = self._tokenize(f"\n{piece}")
+            ids += new[len(newline) :] if new[: len(newline)] == newline else self._tokenize(piece)
+        return ids
+
+    @functools.cached_property
+    def end_of_turn(self) -> int | None:
+        """The special token that the template writes after an answer, or None."""
+        try:
+            prompt = self._apply([{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}])
+        except RecordError:
+            return None
+        token = self._control.match(prompt.rpartition(PROBE)[2].lstrip())
+        return self._tokenizer.convert_tokens_to_ids(token[0]) if token else None
+
+    @functools.cached_property
+    def thought_marks(self) -> dict[int, str]:
+        """The special tokens that may mark thoughts."""
+        return {id: token.content for id, token in self._added if token.special and SPECIAL.search(token.content)}
+
+    def _apply(self, messages: "Messages", **settings: object) -> str:
+        try:
+            with limited(self._limit_s):
+                prompt: str = self._tokenizer.apply_chat_template(messages, tokenize=False, **settings)
+                return prompt
+        except (TimeoutError, MemoryError) as exc:
+            what = f"longer than {self._limit_s:g} seconds" if isinstance(exc, TimeoutError) else "too much memory"
+            self._limit_s = max(self._limit_s / 2, MIN_LIMIT_S)  # The next records must not wait as long.
+            raise RecordError("bad_messages", f"chat template takes {what}") from exc
+        except Exception as exc:  # A template is a program, and may raise anything.
+            raise RecordError("bad_messages", f"chat template rejected the messages: {exc}") from exc
+
+    @functools.cached_property
+    def _source(self) -> tuple[set[str], str]:
+        try:
+            with limited(LIMIT_S):
+                return read_template(self._tokenizer.get_chat_template())
+        except Exception:  # Rendering will say what is wrong.
+            return set(), ""
+
+    @functools.cached_property
+    def _switches(self) -> dict[str, object]:
+        names, text = self._source
+        switches: dict[str, object] = {name: False for name in names if ON.fullmatch(name)}
+        switches |= {name: True for name in names if OFF.fullmatch(name)}
+        switches |= {name: 0 for name in names if BUDGET.fullmatch(name)}
+        effort = "none" if "none" in text.split("\0") else "low"
+        return switches | ({"reasoning_effort": effort} if "reasoning_effort" in names else {})
+
+    @functools.cached_property
+    def _takes_system(self) -> bool:
+        try:
+            return PROBE in self._apply([{"role": "system", "content": PROBE}, {"role": "user", "content": "x"}])
+        except RecordError:
+            return False
+
+    @functools.cached_property
+    def _added(self) -> list[tuple[int, Any]]:
+        return [*getattr(self._tokenizer, "added_tokens_decoder", {}).items()]  # Mistral's own tokenizer has none.
+
+    @functools.cached_property
+    def _special(self) -> re.Pattern[str]:
+        return _any_of(token.content for _, token in self._added if token.special)
+
+    @functools.cached_property
+    def _control(self) -> re.Pattern[str]:
+        """Special tokens and, as templates use them like these, other added tokens that the template writes."""
+        return _any_of(token.content for _, token in self._added if token.special or token.content in self._source[1])
+
+    def _break(self, value: Any, is_answer: bool) -> Any:
+        """Return a message with breaks in what would be control tokens; an answer may have thoughts."""
+        if isinstance(value, str):
+            tokens = self._special if is_answer else self._control
+            return tokens.sub(lambda token: BREAK.join(token[0]) + BREAK, value.replace(BREAK, ""))
+        if isinstance(value, Mapping):
+            return {key: item if key == "role" else self._break(item, is_answer) for key, item in value.items()}
+        return [self._break(item, is_answer) for item in value] if isinstance(value, list) else value
+
+    def _tokenize(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        return ids
+
+
+def _any_of(tokens: Any) -> re.Pattern[str]:
+    longest_first = sorted((token for token in tokens if len(token.strip()) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _move_system(messages: "Messages") -> Sequence[Mapping[str, str]]:
+    """Put the system message into the first user message, for a template that refuses or drops it."""
+    system, *others = messages
+    if others and others[0]["role"] == "user":
+        return [{**others[0], "content": f"{system['content']}\n\n{others[0]['content']}"}, *others[1:]]
+    return [{**system, "role": "user"}, *others]
