@@ -206,7 +206,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mpt": {"use_cache": True},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_hidden_layers": 4},
     "mamba2": {"num_heads": 8},
-    **{name: {"decoder_start_token_id": 0} for name in ("t5", "mt5", "umt5", "longt5", "switch_transformers")},
+    "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
+    "switch_transformers": {
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+        "decoder_start_token_id": 0,
+    },
+    **{name: {"decoder_start_token_id": 0} for name in ("t5", "mt5", "umt5", "longt5")},
     "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16]},
     "roc_bert": {
         "pronunciation_vocab_size": 20,

@@ -187,6 +187,14 @@ def test_seq2seq_output_is_the_same_in_every_batch(model_type):
     assert [beams for beams in (1, 4) if not compare_generation(pipeline, texts, beams)] == []
 
 
+def test_experts_with_little_room_run_records_alone():
+    config = small_config("nllb-moe", moe_eval_capacity_token_fraction=0.1)
+    pipeline = make_pipeline("seq2seq", make_model(transformers.AutoModelForSeq2SeqLM, config, std=0.3))
+    assert compare_generation(pipeline, TEXTS.different)
+    pipeline.max_batched_tokens = None
+    assert not compare_generation(pipeline, TEXTS.different)
+
+
 @pytest.mark.parametrize("model_type", ENCODERS)
 def test_embeddings_are_the_same_in_every_batch(model_type):
     model = make(transformers.AutoModel, model_type)

@@ -61,9 +61,12 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
 
         It is 0 if padding changes what the model computes: architectures.toml says so, or a probe of the model.
         """
-        kind, known = self.model.config.model_type, self._known
-        is_safe = kind in known["batched"] + known["shared"] or (kind not in known["alone"] and self._ignores_padding())
-        return rope_limit(self.model.config) if is_safe else 0
+        config, known = self.model.config, self._known
+        is_known = config.model_type in known["batched"] + known["shared"]
+        is_safe = is_known or (config.model_type not in known["alone"] and self._ignores_padding())
+        # In NLLB-MoE, the tokens of all rows may compete for the room in each expert.
+        has_room = getattr(config, "moe_eval_capacity_token_fraction", 1) >= 1
+        return rope_limit(config) if is_safe and has_room else 0
 
     @property
     def _known(self) -> dict[str, list[str]]:
