@@ -100,7 +100,7 @@ class Journal(AbstractContextManager["Journal"]):
         self._copy_done(number)
         size = sum(map(output.write, written))
         state = FAILED if result.failure else CARRIED_OVER if result.is_carried_over else OK
-        end = self._log.end + size if len(self._log) else self.output.stat().st_size  # with the header of CSV
+        end = self._log.end + size if self._log.end else self.output.stat().st_size  # with the header of CSV
         self._log.append([Entry(end, size, crc, state)])
         if time.monotonic() - self._last_sync > SYNC_INTERVAL_S:
             self._log.sync()
