@@ -307,6 +307,63 @@ def test_dangling_link_that_is_needed_is_refused(llmcli, model):
     assert llmcli("generate", "-m", model, PROMPT).exit_status == 4
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "generation_config.json", "1_Pooling"])
+@pytest.mark.parametrize("target", [None, "/dev/zero"])
+def test_pipe_or_device_is_refused(llmcli, model, name, target):
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name) if target is None else (model / name).symlink_to(target)
+    ran = llmcli("generate", "-m", model, PROMPT)
+    assert (ran.exit_status, "is a pipe, a socket or a device" in ran.stderr) == (4, True)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "special_tokens_map.json", "chat_template.jinja", "1_Pooling/config.json"]
+)
+def test_huge_settings_are_refused_before_they_are_read(llmcli, model, name):
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).touch()
+    os.truncate(model / name, 2**31)
+    ran = llmcli("embed", "-m", model, PROMPT)
+    assert (ran.exit_status, "has 2147483648 bytes" in ran.stderr) == (4, True)
+
+
+ODD_SETTINGS = {  # file and content, and the commands that read them
+    "eos_token_id": ("generation_config.json", {"eos_token_id": [[]]}, ("generate", "inspect next")),
+    "num_beams": ("generation_config.json", {"num_beams": "x"}, ("generate", "inspect next")),
+    "stop_strings": ("generation_config.json", {"stop_strings": 1}, ("generate", "inspect next")),
+    "max_length": ("tokenizer_config.json", {"model_max_length": "x"}, ("generate", "embed", "inspect tokens")),
+    "tokenizer": ("tokenizer_config.json", {"tokenizer_class": "RagTokenizer"}, ("generate", "inspect tokens")),
+    "architectures": ("config.json", {"architectures": 5, "is_encoder_decoder": True}, ("translate --to fr",)),
+    "sequence": ("sentence_bert_config.json", {"max_seq_length": "x"}, ("embed",)),
+    "settings": ("sentence_bert_config.json", [], ("embed",)),
+    "pooling": ("1_Pooling/config.json", [], ("embed",)),
+    "modules": ("modules.json", [1], ("embed",)),
+    "weights": ("model.safetensors.index.json", {"weight_map": {"a": "x" * 5000}}, ("generate",)),
+}
+
+
+@pytest.mark.parametrize("case", ODD_SETTINGS)
+def test_settings_of_a_wrong_type_are_one_error(llmcli, model, case):
+    name, content, commands = ODD_SETTINGS[case]
+    if case == "weights":
+        (model / "model.safetensors").rename(model / "model-1.safetensors")
+    (model / name).parent.mkdir(exist_ok=True)
+    if isinstance(content, dict):
+        edit(model, name, **content)
+    else:
+        (model / name).write_text(json.dumps(content))
+    for command in commands:
+        ran = llmcli(*command.split(), "-m", model, PROMPT)
+        errors = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
+        assert (ran.exit_status, len(errors), "unexpected" in ran.stderr) == (4, 1, False), ran.stderr
+
+
+def test_directory_without_tokenizer_is_named(llmcli, model):
+    for file in (*model.glob("token*"), *model.glob("*.jinja")):
+        file.unlink()
+    assert "has no tokenizer that can be read" in llmcli("generate", "-m", model, PROMPT).stderr
+
+
 def test_adapter_beside_weights_is_ignored_with_a_warning(llmcli, model, monkeypatch):
     from transformers.models.auto import auto_factory
 
@@ -424,6 +481,7 @@ HEADERS = {
     "unknown value": made(text(b"k") + struct.pack("<I", 77), counts=(0, 1)),
     "alignment": made(text(b"general.alignment") + struct.pack("<II", 4, 3), counts=(0, 1)),
     "no alignment": made(text(b"general.alignment") + struct.pack("<II", 4, 0), counts=(0, 1)),
+    "fractional alignment": made(text(b"general.alignment") + struct.pack("<If", 6, 32), counts=(0, 1)),
     "huge alignment": made(text(b"general.alignment") + struct.pack("<II", 4, 2**31), counts=(0, 1)),
     "layers": made(text(b"llama.block_count") + struct.pack("<II", 4, 2**32 - 1), counts=(0, 1)),
     "negative layers": made(text(b"llama.block_count") + struct.pack("<Ii", 5, -1), counts=(0, 1)),

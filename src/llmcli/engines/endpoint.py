@@ -210,7 +210,10 @@ def protocol_options(job: Job, strategy: Strategy, model: RemoteModel) -> dict[s
 
 def make_client(endpoint: str) -> "OpenAI":
     """Return a client of a server. Raises UsageError for an invalid URL, or if the openai package is missing."""
-    url = urlsplit(endpoint)
+    try:
+        url = urlsplit(endpoint)
+    except ValueError:  # brackets without an IPv6 address
+        url = urlsplit("")
     if url.scheme not in ("http", "https") or not url.netloc:
         raise UsageError(f"invalid --endpoint {endpoint!r}: expected a URL", hint="e.g. http://localhost:8000/v1")
     try:

@@ -17,7 +17,7 @@ from llmcli.errors import ModelTooLargeError, ModelUnavailableError
 from llmcli.job import Job
 from llmcli.models import generation, registry, store
 from llmcli.models.folder_check import check_folder
-from llmcli.models.loading import quiet_libraries
+from llmcli.models.loading import quiet_libraries, translated_errors
 from llmcli.tasks import Strategy
 
 if TYPE_CHECKING:
@@ -54,10 +54,11 @@ class LocalEngine(TaskEngine):
         is_seq2seq = pipeline.model.config.is_encoder_decoder
         generation.check_known(parameters, f"{job.model}: task_specific_params" if is_seq2seq else "prompts.toml")
         own = pipeline.model.generation_config
-        config = generation.merge(own, job.generation, strategy.defaults, parameters, counts_prompt=not is_seq2seq)
-        if config.pad_token_id is None:
-            config.pad_token_id = pipeline.tokenizer.pad_token_id
-        config.eos_token_id = pipeline.find_end_tokens(config)
+        with translated_errors(model.folder):
+            config = generation.merge(own, job.generation, strategy.defaults, parameters, counts_prompt=not is_seq2seq)
+            if config.pad_token_id is None:
+                config.pad_token_id = pipeline.tokenizer.pad_token_id
+            config.eos_token_id = pipeline.find_end_tokens(config)
         if job.seed is not None:
             set_seed(job.seed)
         # A seed repeats a run only if the batches do not depend on speed and free memory.
@@ -89,7 +90,8 @@ class Model:
                 head = pipelines.pipeline_class(self.kind).auto_class
             # Kinds with the same head share one loaded model.
             key = (self.folder, self._changed_ns, head, replace(self._job.load_options, offline=False))
-            self._pipeline = pipelines.wrap_as(self.kind, self._lease.get(self._job.model, key, self._load))
+            with translated_errors(self.folder):
+                self._pipeline = pipelines.wrap_as(self.kind, self._lease.get(self._job.model, key, self._load))
         return self._pipeline
 
     @property

@@ -12,6 +12,7 @@ from llmcli.errors import ModelUnavailableError
 READ = ("*", "[0-9]*/*", "additional_chat_templates/*")
 FILE_KEYS = {"configuration_files", "fast_tokenizer_files", "transformers_weights", "weight_map"}
 SETTINGS = ("config.json", "config.*.json", "*_config.json", "*.index.json")
+MAX_TEXT_BYTES = 2 * 10**8  # of settings, tokenizers and templates; the largest tokenizers have 40 MB
 INTERNAL_KEYS = {
     "_attn_implementation_internal", "_experts_implementation_internal", "_auto_class", "__class__", "__dict__",
 }  # fmt: skip
@@ -20,7 +21,8 @@ INTERNAL_KEYS = {
 def check_folder(folder: Path, *, trusts_code: bool) -> None:
     """Raise ModelUnavailableError if a file is outside the directory, or if a setting chooses code to run.
 
-    A file is outside if it is a link to one outside, or if a setting names it. A link to nothing is ignored.
+    A file is outside if it is a link to one outside, or if a setting names it. A link to nothing is ignored. What would
+    be read without end is refused too: pipes, devices and huge settings.
     """
     home = folder.resolve()
     # The Hub's cache keeps the files of a snapshot elsewhere.
@@ -28,12 +30,16 @@ def check_folder(folder: Path, *, trusts_code: bool) -> None:
 
     def require_inside(path: Path, description: str) -> None:
         target = Path(os.path.realpath(path))  # Path.resolve raises for a link to itself.
-        if target.is_file() and not any(map(target.is_relative_to, roots)):
+        if os.path.isfile(target) and not any(map(target.is_relative_to, roots)):
             hint = "put the file itself in the directory, if you trust whoever made the model"
             raise ModelUnavailableError(f"{description} is '{target}', outside the model's directory", hint)
+        if os.path.exists(target) and not os.path.isfile(target) and not os.path.isdir(target):
+            raise ModelUnavailableError(f"{description} is a pipe, a socket or a device", "expected a file")
 
     for file in (file for pattern in READ for file in folder.glob(pattern)):
         require_inside(file, f"'{file}'")
+        if file.suffix in (".json", ".jinja") and file.is_file() and (size := file.stat().st_size) > MAX_TEXT_BYTES:
+            raise ModelUnavailableError(f"'{file}' has {size} bytes; the maximum is {MAX_TEXT_BYTES}")
     for file in (file for pattern in SETTINGS for file in folder.glob(pattern)):
         names = set()
         for keys, value in _walk(_read(file)):

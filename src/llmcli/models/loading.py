@@ -7,7 +7,8 @@ import os
 import re
 import tomllib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,7 @@ def load(
     size = _size(weights, torch.finfo(dtype).bits // 8)
     device_map, max_memory = _device_map(load_options, device, size)
     config = read_config(folder, load_options)
-    tokenizer = _from_pretrained("AutoTokenizer", folder, load_options)
+    tokenizer = _load_tokenizer(folder, load_options)
     if (folder / "adapter_config.json").is_file():
         console.warning(f"'{folder}' has an adapter beside its weights, which is ignored")
     model, report = _from_pretrained(
@@ -82,7 +83,14 @@ def load(
 def tokenizer(folder: Path, load_options: LoadOptions) -> "PreTrainedTokenizerBase":
     quiet_libraries()
     check_folder(folder, trusts_code=load_options.trust_remote_code)
-    return _from_pretrained("AutoTokenizer", folder, load_options)
+    return _load_tokenizer(folder, load_options)
+
+
+def _load_tokenizer(folder: Path, load_options: LoadOptions) -> "PreTrainedTokenizerBase":
+    loaded = _from_pretrained("AutoTokenizer", folder, load_options)
+    if not isinstance(limit := getattr(loaded, "model_max_length", None), int | float):
+        raise ModelUnavailableError(f"{folder}: invalid model_max_length {limit!r} of the tokenizer")
+    return loaded
 
 
 def read_config(folder: Path, load_options: LoadOptions) -> "PreTrainedConfig":
@@ -93,17 +101,27 @@ def _from_pretrained(auto_class: str, folder: Path, load_options: LoadOptions, *
     import transformers
 
     settings |= {"trust_remote_code": load_options.trust_remote_code, "local_files_only": True}
-    try:
+    with translated_errors(folder):
         return getattr(transformers, auto_class).from_pretrained(folder, **settings)
+
+
+@contextmanager
+def translated_errors(folder: Path) -> Iterator[None]:
+    """Turn whatever a library raises at the files of a model into ModelUnavailableError."""
+    try:
+        yield
     except (LlmcliError, MemoryError):
         raise
     except Exception as exc:
-        text = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+        lines = [line.strip() for line in str(exc).splitlines() if line.strip()] or [type(exc).__name__]
+        text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
         if type(exc).__name__ == "SafetensorError":
             raise _damaged(folder, text) from exc
         message, hint = f"failed to load {folder}: {text}", "rerun with -v for the traceback"
         if "trust_remote_code" in str(exc):
             message, hint = f"{folder} requires custom code", "if you trust it, pass --trust-remote-code"
+        elif "instantiate the backend tokenizer" in text:
+            message, hint = f"{folder} has no tokenizer that can be read", "expected tokenizer.json beside config.json"
         raise ModelUnavailableError(message, hint=hint) from exc
 
 
@@ -261,7 +279,7 @@ def embedding_context_length(folder: Path) -> int:
         _read_json(folder / "tokenizer_config.json").get("model_max_length"),
         max_positions(_read_json(folder / "config.json").get),
     )
-    return int(min(filter(None, limits), default=EMBEDDING_TOKENS))
+    return int(min((limit for limit in limits if limit and limit > 0), default=EMBEDDING_TOKENS))
 
 
 def embedding_pooling(folder: Path) -> str:

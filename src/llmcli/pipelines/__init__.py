@@ -48,7 +48,8 @@ def check_compatibility(folder: Path, load_options: LoadOptions, kinds: Iterable
     """Return for each kind why the model in that directory is unsuitable; None if it is suitable."""
     loading.quiet_libraries()
     config = loading.read_config(folder, load_options)
-    reasons = {kind: pipeline_class(kind).find_incompatibility(config) for kind in kinds}
+    with loading.translated_errors(folder):
+        reasons = {kind: pipeline_class(kind).find_incompatibility(config) for kind in kinds}
     return {kind: reason and f"{config.model_type} models {reason}" for kind, reason in reasons.items()}
 
 

@@ -45,7 +45,7 @@ class Header:
         return self.data[start : min(self.position, start + 100)]
 
     def read_value(self) -> int:
-        """Read a value of the metadata, and return it if it is a number; 0 if not."""
+        """Read a value of the metadata, and return it if it is a whole number; 0 if not."""
         (kind,) = self.read("I")
         if kind == STRING:
             self.skip(*self.read("Q"))
@@ -59,7 +59,8 @@ class Header:
             for _ in range(count):
                 self.skip(*self.read("Q"))
         else:
-            return self.read(SCALARS[kind])[0]
+            (value,) = self.read(SCALARS[kind])
+            return value if isinstance(value, int) else 0
         return 0
 
 
