@@ -25,5 +25,5 @@ def trim() -> None:
 
 
 def _call(name: str, *args: int) -> None:
-    with suppress(OSError, AttributeError, TypeError):  # Windows has no library of the name None
+    with suppress(AttributeError):
         getattr(ctypes.CDLL(None), name)(*args)

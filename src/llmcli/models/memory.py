@@ -1,11 +1,18 @@
-"""Main memory that is free for tensors, within the limits of a container."""
+"""Main memory: what is free for tensors, within the limits of a container, and what this process has taken."""
 
+import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 PROCESS_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 VERSION_1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 VERSION_2 = ("", "memory.max", "memory.current", "")
+
+
+def peak_memory() -> int:
+    """Return the maximum of bytes that this process has had in memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def available_memory() -> int:

@@ -31,12 +31,9 @@ class TokenDecoder:
     """
 
     def __init__(
-        self,
-        tokenizer: "PreTrainedTokenizerBase",
-        before: Sequence[int] = (),
-        marks: Mapping[int, str] | None = None,
+        self, tokenizer: "PreTrainedTokenizerBase", before: Sequence[int] = (), marks: Mapping[int, str] | None = None,
         **settings: bool,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._tokenizer, self._before, self._settings = tokenizer, list(before), settings
         self.can_think, self._marks = marks is None, marks or {}
         self._decode: Callable[[list[int]], str] = partial(tokenizer.decode, skip_special_tokens=True, **settings)
@@ -217,18 +214,10 @@ class GeneratingPipeline(TextPipeline):
         raise NotImplementedError
 
     def _generate(
-        self,
-        inputs: Inputs,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        config: "GenerationConfig",
-        *,
-        start: int,
-        max_new_tokens: Sequence[int] | None = None,
-        criteria: Sequence[StoppingCriteria] = (),
-        streamer: BaseStreamer | None = None,
-        cache: "DynamicCache | None" = None,
-    ) -> Inputs:
+        self, inputs: Inputs, ids: torch.Tensor, mask: torch.Tensor, config: "GenerationConfig", *, start: int,
+        max_new_tokens: Sequence[int] | None = None, criteria: Sequence[StoppingCriteria] = (),
+        streamer: BaseStreamer | None = None, cache: "DynamicCache | None" = None,
+    ) -> Inputs:  # fmt: skip
         """Return the new sequences: what the model puts after `start` tokens, padding included."""
         ends = [*criteria]
         if config.stop_strings:

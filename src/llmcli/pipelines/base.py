@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 CHARACTERS_PER_TOKEN = 16  # more than nearly all texts have
 UNLIMITED_TOKENS = 10**6  # Tokenizers write a huge number where they know no limit.
 PROBE_TEXTS = "The quick fox.", "Once upon a time, an old clock in a small town by the sea ran late. " * 2
-PROBE = {"max_new_tokens": 4, "do_sample": False, "num_beams": 1, "output_logits": True}
+PROBE = {
+    "max_new_tokens": 4,
+    "do_sample": False,
+    "num_beams": 1,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+}
 Inputs = dict[str, Any]  # what the steps of a pipeline hand to each other, by name
 Parameters = tuple[Inputs, Inputs, Inputs]  # of preprocess, _forward and postprocess
 
@@ -78,14 +84,13 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
         try:
             for batch in (rows[:1], rows):
                 ids, mask = self.pad(batch, left=self.pads_left)
+                inputs = {"input_ids": ids, "attention_mask": mask}
                 with torch.inference_mode():
                     if self.model.can_generate():  # Some models misread padding only after the first new token.
-                        output = self.model.generate(
-                            input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **PROBE
-                        )
-                        results.append(torch.stack([logits[0] for logits in output.logits]).float())
+                        steps = self.model.generate(**inputs, **PROBE).logits
+                        results.append(torch.stack([logits[0] for logits in steps]).float())
                     else:
-                        results.append(self.model(input_ids=ids, attention_mask=mask)[0][0, : len(rows[0])].float())
+                        results.append(self.model(**inputs)[0][0, : len(rows[0])].float())
             alone, together = results
             tolerance = (1e-3 if self.model.dtype == torch.float32 else 0.1) * alone.std()
             return bool((alone - together[: len(alone)]).abs().max() <= tolerance)
