@@ -333,6 +333,7 @@ ODD_SETTINGS = {  # file and content, and the commands that read them
     "stop_strings": ("generation_config.json", {"stop_strings": 1}, ("generate", "inspect next")),
     "max_length": ("tokenizer_config.json", {"model_max_length": "x"}, ("generate", "embed", "inspect tokens")),
     "tokenizer": ("tokenizer_config.json", {"tokenizer_class": "RagTokenizer"}, ("generate", "inspect tokens")),
+    "capacity": ("config.json", {"moe_eval_capacity_token_fraction": "x"}, ("generate the fox", "score the fox")),
     "architectures": ("config.json", {"architectures": 5, "is_encoder_decoder": True}, ("translate --to fr",)),
     "sequence": ("sentence_bert_config.json", {"max_seq_length": "x"}, ("embed",)),
     "settings": ("sentence_bert_config.json", [], ("embed",)),

@@ -3,6 +3,7 @@
 import functools
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,9 +71,10 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
         config, known = self.model.config, self._known
         is_known = config.model_type in known["batched"] + known["shared"]
         is_safe = is_known or (config.model_type not in known["alone"] and self._ignores_padding())
-        # In NLLB-MoE, the tokens of all rows may compete for the room in each expert.
-        has_room = getattr(config, "moe_eval_capacity_token_fraction", 1) >= 1
-        return rope_limit(config) if is_safe and has_room else 0
+        with loading.translated_errors(Path(self.model.name_or_path)):
+            # In NLLB-MoE, the tokens of all rows may compete for the room in each expert.
+            has_room = getattr(config, "moe_eval_capacity_token_fraction", 1) >= 1
+            return rope_limit(config) if is_safe and has_room else 0
 
     @property
     def _known(self) -> dict[str, list[str]]:
