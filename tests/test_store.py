@@ -723,17 +723,3 @@ def test_cpu_with_an_index_is_the_cpu():
     from llmcli.models.loading import choose_device
 
     assert choose_device("cpu:0") == "cpu"
-
-
-def test_malloc_does_nothing_on_windows(monkeypatch):
-    import ctypes
-
-    from llmcli.models import malloc
-
-    def load_library(name):
-        raise TypeError("argument of type 'NoneType' is not iterable")
-
-    monkeypatch.setattr(ctypes, "CDLL", load_library)
-    malloc.keep_memory()
-    malloc.use_one_arena()
-    malloc.trim()

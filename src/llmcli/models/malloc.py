@@ -25,5 +25,5 @@ def trim() -> None:
 
 
 def _call(name: str, *args: int) -> None:
-    with suppress(AttributeError):
+    with suppress(AttributeError):  # another C library
         getattr(ctypes.CDLL(None), name)(*args)
