@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from llmcli import pipelines
@@ -131,8 +132,8 @@ def test_windows_are_cut_as_the_tokenizer_cuts(qa, size, stride):
             "Who restored it?", context, truncation="only_second", max_length=size, stride=stride,
             return_overflowing_tokens=True,
         ).encodings  # fmt: skip
-        # Releases 0.23.1 and 0.23.2 of tokenizers stop after two.
-        for window, encoding in zip(mine, known[:2], strict=False):
+        is_broken = tokenizers.__version__ in {"0.23.1", "0.23.2"}  # They return two windows, the second cut.
+        for window, encoding in zip(mine, known[:1] if is_broken else known, strict=not is_broken):
             assert list(window["input_ids"]) == encoding.ids
             assert list(window["types"]) == encoding.type_ids
             inside = [i for i, part in enumerate(encoding.sequence_ids) if part == 1]
