@@ -50,7 +50,7 @@ def test_repeated_cache_has_a_row_for_each_prompt(model):
 
 def test_generate_uses_the_cache_that_it_is_given(model):
     given = cache.growing_cache(model, model.generation_config)
-    model.generate(torch.tensor([[2, 3]]), past_key_values=given, max_new_tokens=2, do_sample=False)
+    model.generate(torch.tensor([[2, 3]]), max_new_tokens=2, do_sample=False, **cache.cache_argument(model, given))
     assert given.get_seq_length() == 3
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from llmcli.compat.cache import cache_argument
 from llmcli.compat.tokenizers import decode_stream
 from llmcli.pipelines.base import Inputs, Parameters, TextPipeline, as_batch
 from llmcli.pipelines.spelling import PENDING
@@ -248,7 +249,7 @@ class GeneratingPipeline(TextPipeline):
             generation_config=config,
             stopping_criteria=StoppingCriteriaList(ends),
             streamer=streamer,
-            **({"past_key_values": cache} if cache else {}),
+            **cache_argument(self.model, cache),
         )
         sequences = getattr(sequences, "sequences", sequences)[:, start:]
         sequences = sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmcli.compat.cache import filled_cache, growing_cache, repeat_cache
+from llmcli.compat.cache import cache_argument, filled_cache, growing_cache, repeat_cache
 from llmcli.compat.transformers import has_fixed_rotary_positions, rope_limit, takes_position_ids
 from llmcli.errors import UsageError
 from llmcli.models import loading
@@ -114,7 +114,7 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         with torch.inference_mode():
             prefix = torch.tensor([ids], device=self.model.device)
             cache = growing_cache(self.model, self.model.generation_config)
-            return filled_cache(self.model(prefix, use_cache=True, past_key_values=cache))
+            return filled_cache(self.model(prefix, use_cache=True, **cache_argument(self.model, cache)))
 
     def _forward(self, inputs: Inputs, generation_config: "GenerationConfig | None" = None, **settings: Any) -> Inputs:
         config = copy.copy(generation_config or self.model.generation_config)
