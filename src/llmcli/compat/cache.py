@@ -72,7 +72,8 @@ def key_value_cache(model: "PreTrainedModel") -> DynamicCache | None:
     if cache := growing_cache(model, model.generation_config):
         return cache
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    return cache if cache.layers and all(isinstance(layer, DynamicLayer) for layer in cache.layers) else None
+    is_complete = cache.layers and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
+    return cache if is_complete and _cache_name(model) else None
 
 
 def cache_argument(model: "PreTrainedModel", cache: DynamicCache | None) -> dict[str, DynamicCache]:
