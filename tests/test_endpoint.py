@@ -580,6 +580,12 @@ def test_translate_any_model_keeps_code_and_links(served, server, mangle, text):
     assert "untranslated" not in ran.records[0]
 
 
+def test_translate_model_that_joins_lines_keeps_lines(served, server):
+    server.mangle = lambda text: " ".join(text.split()).upper()
+    ran = served("translate", "--from", "en", "--to", "fr", stdin=b"The fox.\n\n  The dog. A cat.\n")
+    assert ran.stdout == "THE FOX.\n\n  THE DOG. A CAT.\n"
+
+
 def test_translate_reports_parts_that_came_back(served, server):
     server.mangle = str
     ran = served("translate", "--from", "en", "--to", "fr", stdin=DOCUMENT.encode())

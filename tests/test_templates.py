@@ -135,7 +135,9 @@ def test_several_answers_of_greedy_decoding_are_refused(llmcli, speaker, task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("options", [("--num-beams", 2), ("--stop", "Okay"), ("--stop", "Par"), ("--temperature", 0.01)])
+@pytest.mark.parametrize(
+    "options", [("--num-beams", 2), ("--stop", "Okay"), ("--stop", "Par"), ("--temperature", 0.01)]
+)
 def test_thought_is_cut_with_any_options(llmcli, speaker, task, options):
     ran = llmcli(task, *TASKS[task], "-m", speaker(PARTS), *options)
     assert (ran.stdout.strip(), ran.exit_status) == ("Rome.", 0)

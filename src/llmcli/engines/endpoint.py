@@ -133,7 +133,9 @@ class EndpointRunner:
             if len(choices) < self._options.get("n", 1):
                 message = f"server returned {len(choices)} answers: {_error_text(response.to_dict())}"
                 raise RecordError("invalid_response", message)
-            texts = [self._read_answer(choice if isinstance(prompt, str) else choice.message, choice) for choice in choices]
+            texts = [
+                self._read_answer(choice if isinstance(prompt, str) else choice.message, choice) for choice in choices
+            ]
             several = {"generated_texts": texts} if len(texts) > 1 else {}
             return {"generated_text": texts[0], **several, **_end_fields(choices[0].finish_reason, response.usage)}
 
@@ -176,7 +178,10 @@ class EndpointRunner:
         try:
             yield
         except openai.APIStatusError as exc:
-            code, message = exc.status_code, f"server returned HTTP {exc.status_code}: {_error_text(exc.body or exc.message)}"
+            code, message = (
+                exc.status_code,
+                f"server returned HTTP {exc.status_code}: {_error_text(exc.body or exc.message)}",
+            )
             if code in (401, 403):
                 raise ModelUnavailableError(message, hint="set LLMCLI_API_KEY to the server's key") from exc
             if code == 404:

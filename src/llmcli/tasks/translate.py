@@ -31,7 +31,8 @@ def run(job: Job, fields: JsonObject, model: LocalModel) -> TaskGenerator:
     limit = None if job.truncate else model.context_length
 
     def fits(piece: str) -> bool:
-        return not limit or model.count_tokens(plan.prefix + piece) <= limit
+        # The tokenizers of these models read a newline as a space.
+        return "\n" not in piece.strip() and (not limit or model.count_tokens(plan.prefix + piece) <= limit)
 
     def build_input(piece: str) -> JsonObject:
         # Marian would read `>>...<<` at the beginning as a language.
@@ -81,8 +82,9 @@ def _translate(
 ) -> TaskGenerator:
     """Translate a text as a whole if it fits and keeps its markup, else in segments, and those around their spans."""
     info, fits = {"from": source, "to": job.parameters["to"]}, splitter.fits(text)
-    segments = splitter.split(text, source or "en") if not fits or has_markup(text) else []
-    is_plain = not any(segment.spans or (not segment.text and segment.before.strip()) for segment in segments)
+    has_lines = "\n" in text.strip()
+    segments = splitter.split(text, source or "en") if not fits or has_lines or has_markup(text) else []
+    is_plain = not has_lines and not any(s.spans or (not s.text and s.before.strip()) for s in segments)
     if fits and (is_plain or any(segment.text for segment in segments)):
         outputs = yield ModelCall([build_input(text)], shown="" if is_plain else None, strip=strip)
         if is_plain or all(keeps_markup(text, segments, translation) for translation in list_texts(outputs[0])):
