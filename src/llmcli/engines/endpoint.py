@@ -18,7 +18,7 @@ from llmcli.text.splitting import first_stop
 from llmcli.text.thoughts import cut_thought
 
 if TYPE_CHECKING:
-    from openai import APIStatusError, OpenAI
+    from openai import OpenAI
     from openai.types import CompletionUsage, Model
 
 MAX_RETRIES = 10  # with pauses of 0.5 to 8 seconds, or as long as the server says: about a minute
@@ -133,9 +133,7 @@ class EndpointRunner:
             if len(choices) < self._options.get("n", 1):
                 message = f"server returned {len(choices)} answers: {_error_text(response.to_dict())}"
                 raise RecordError("invalid_response", message)
-            texts = [
-                self._read_answer(choice if isinstance(prompt, str) else choice.message, choice) for choice in choices
-            ]
+            texts = [self._read_answer(choice) for choice in choices]
             several = {"generated_texts": texts} if len(texts) > 1 else {}
             return {"generated_text": texts[0], **several, **_end_fields(choices[0].finish_reason, response.usage)}
 
@@ -146,7 +144,7 @@ class EndpointRunner:
                 usage = chunk.usage or usage
                 for choice in (chunk.choices or [])[:1]:
                     reason = choice.finish_reason or reason
-                    if (piece := _read_text(choice if isinstance(prompt, str) else choice.delta)) is not None:
+                    if (piece := _read_text(choice)) is not None:
                         pieces.append(piece)
                         on_text(piece)
         if reason is None:
@@ -156,10 +154,10 @@ class EndpointRunner:
             **_end_fields(reason, usage),
         }
 
-    def _read_answer(self, message: object, choice: Any) -> str:
-        if refusal := getattr(message, "refusal", None):
+    def _read_answer(self, choice: Any) -> str:
+        if refusal := getattr(getattr(choice, "message", None), "refusal", None):
             raise RecordError("missing_answer", f"server refused to answer: {refusal}")
-        text = _check_text(_read_text(message), choice.finish_reason)
+        text = _check_text(_read_text(choice), choice.finish_reason)
         if not self._can_think:
             text = cut_thought(text, choice.finish_reason).lstrip()
         return text[: first_stop(text, self._stop)]  # Some servers leave it at the end.
@@ -252,12 +250,12 @@ def only_model(endpoint: str) -> str:
     return names[0]
 
 
-def _read_text(message: object) -> str | None:
-    """Return the text of a choice of /completions or of a message, whose content some servers send in parts."""
-    content = getattr(message, "content", getattr(message, "text", None))
+def _read_text(choice: Any) -> str | None:
+    """Return the text of a choice, or of a piece of one. Some servers send the content of messages in parts."""
+    message = getattr(choice, "message", None) or getattr(choice, "delta", None)
+    content = message.content if message else choice.text
     if isinstance(content, list):
-        parts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
-        return "".join(parts) if parts else None
+        content = "".join(part.get("text") or "" for part in content) or None
     return content if isinstance(content, str) else None
 
 

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
     from llmcli.tasks import Messages
 
-LIMIT_S = 5.0
-MIN_LIMIT_S = 0.1
+LIMIT_S = 2.0
 BREAK = "\ue0f1"  # of private use: where a rendered prompt is cut, so that no token is read across
 PROBE = "Zebra"  # a message that is found again in the prompt
 # What turns thinking off, as templates name it. Each template reads only the names that it knows.
@@ -28,7 +27,7 @@ class ChatTemplate:
     """The chat template of a tokenizer, which may be any program."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self._tokenizer, self._limit_s = tokenizer, LIMIT_S
+        self._tokenizer = tokenizer
 
     def render(self, messages: "Messages", *, can_think: bool = True) -> str:
         """Return the prompt as text, with breaks. Without `can_think`, thinking is off if the model has a switch."""
@@ -73,12 +72,11 @@ class ChatTemplate:
 
     def _apply(self, messages: "Messages", **settings: object) -> str:
         try:
-            with limited(self._limit_s):
+            with limited(LIMIT_S):
                 prompt: str = self._tokenizer.apply_chat_template(messages, tokenize=False, **settings)
                 return prompt
         except (TimeoutError, MemoryError) as exc:
-            what = f"longer than {self._limit_s:g} seconds" if isinstance(exc, TimeoutError) else "too much memory"
-            self._limit_s = max(self._limit_s / 2, MIN_LIMIT_S)  # The next records must not wait as long.
+            what = f"longer than {LIMIT_S:g} seconds" if isinstance(exc, TimeoutError) else "too much memory"
             raise RecordError("bad_messages", f"chat template takes {what}") from exc
         except Exception as exc:  # A template is a program, and may raise anything.
             raise RecordError("bad_messages", f"chat template rejected the messages: {exc}") from exc
@@ -133,8 +131,7 @@ class ChatTemplate:
     def _normalize(self) -> Callable[[str], str]:
         """What the tokenizer does to a text before it looks for added tokens."""
         normalizer = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "normalizer", None)
-        is_used = normalizer and any(token.normalized for _, token in self._added)
-        return normalizer.normalize_str if is_used else str
+        return normalizer.normalize_str if normalizer and any(token.normalized for _, token in self._added) else str
 
     def _break(self, value: Any, is_answer: bool) -> Any:
         """Return a message with breaks in what would be control tokens; an answer may have thoughts."""

@@ -2,7 +2,6 @@
 
 import itertools
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -46,8 +45,7 @@ class Segment:
 
     def keeps(self, translation: str) -> bool:
         """Return whether a translation has all spans, as often as the text."""
-        counts = Counter(self.text[a:b] for a, b in self.spans)
-        return all(translation.count(span) == self.text.count(span) for span in counts)
+        return all(translation.count(self.text[a:b]) == self.text.count(self.text[a:b]) for a, b in self.spans)
 
     def split_around_spans(self) -> list["Segment"]:
         """Return segments without spans, which are segments of their own."""
