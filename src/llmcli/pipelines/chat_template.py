@@ -96,17 +96,16 @@ class ChatTemplate:
 
     @functools.cached_property
     def _takes_system(self) -> bool:
-        try:
-            return PROBE in self._apply([{"role": "system", "content": PROBE}, {"role": "user", "content": "x"}])
-        except RecordError:
-            return False
+        return PROBE in self._try(system=PROBE, user="x")
 
     @functools.cached_property
     def _example(self) -> str:
-        """A conversation with all roles that the template takes, as text, or none if it refuses that."""
-        system = [{"role": "system", "content": "x"}] if self._takes_system else []
+        """A conversation with all roles that the template takes, or none if it refuses that."""
+        return self._try(**({"system": "x"} if self._takes_system else {}), user="x", assistant=PROBE)
+
+    def _try(self, **messages: str) -> str:
         try:
-            return self._apply([*system, {"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}])
+            return self._apply([{"role": role, "content": content} for role, content in messages.items()])
         except RecordError:
             return ""
 
@@ -124,10 +123,6 @@ class ChatTemplate:
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     @functools.cached_property
-    def _plain_marks(self) -> set[str]:
-        return {token.content for _, token in self._added if not token.special and SPECIAL.search(token.content)}
-
-    @functools.cached_property
     def _normalize(self) -> Callable[[str], str]:
         """What the tokenizer does to a text before it looks for added tokens."""
         normalizer = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "normalizer", None)
@@ -137,7 +132,7 @@ class ChatTemplate:
         """Return a message with breaks in what would be control tokens; an answer may have thoughts."""
 
         def split(token: re.Match[str]) -> str:
-            return token[0] if is_answer and token[0] in self._plain_marks else BREAK.join(token[0]) + BREAK
+            return token[0] if is_answer and SPECIAL.search(token[0]) else BREAK.join(token[0]) + BREAK
 
         if isinstance(value, FilledTemplate):
             return "".join(self._break(piece, is_answer) if i % 2 else piece for i, piece in enumerate(value.pieces))

@@ -160,19 +160,17 @@ def _load_parser() -> "MarkdownIt":
     """Return a parser that notes in `env` which places of a line must not be translated."""
     from markdown_it import MarkdownIt, rules_inline
 
-    def note(state: "StateInline", start: int, end: int) -> None:
-        state.env.get("spans", []).append((start, end))
-
     def verbatim(state: "StateInline", silent: bool) -> bool:
         match = VERBATIM.match(state.src, state.pos, state.posMax)
         if match and not silent:
-            note(state, *match.span())
+            state.env.get("spans", []).append(match.span())
         state.pos = match.end() if match else state.pos
         return match is not None
 
     def noting(rule: Callable[["StateInline", bool], bool]) -> Callable[["StateInline", bool], bool]:
         def run(state: "StateInline", silent: bool) -> bool:
-            start, label_end = state.pos, -1
+            start, spans = state.pos, state.env.get("spans", [])
+            known, label_end = len(spans), -1
             if rule is rules_inline.link and state.src[start] == "[":
                 label_end = state.md.helpers.parseLinkLabel(state, start, True)
             if not rule(state, silent):
@@ -180,10 +178,9 @@ def _load_parser() -> "MarkdownIt":
             if silent or not state.src[start : state.pos].strip("`"):
                 return True
             if label_end < 0 or state.src[label_end : state.pos] in ("]", "][]"):
-                note(state, start, state.pos)  # The text of such a link is its name.
+                spans[known:] = [(start, state.pos)]  # The text of such a link is its name.
             else:
-                note(state, start, start + 1)
-                note(state, label_end, state.pos)
+                spans += (start, start + 1), (label_end, state.pos)
             return True
 
         return run
