@@ -61,8 +61,10 @@ def test_split_markdown_returns_segments(splitter, text, segments):
         ("See [the `x` manual][m] here.", ["[", "`x`", "][m]"]),
         ("See [m] and [the rest][gone].", ["[m]", "][gone]"]),
         ("A ![wide clock](clock.png) here.", ["![wide clock](clock.png)"]),
-        ("A wide clock ![with `x` <b>](a.png) [and ![`x`](b.png)](c) here.",
-         ["![with `x` <b>](a.png)", "[", "![`x`](b.png)", "](c)"]),
+        (
+            "A wide clock ![with `x` <b>](a.png) [and ![`x`](b.png)](c) here.",
+            ["![with `x` <b>](a.png)", "[", "![`x`](b.png)", "](c)"],
+        ),
         (
             "Write to <http://x.org>, https://x.org/a?b=1, me@x.org.",
             ["<http://x.org>", "https://x.org/a?b=1", "me@x.org"],

@@ -162,22 +162,19 @@ def _load_parser() -> "MarkdownIt":
 
     def verbatim(state: "StateInline", silent: bool) -> bool:
         match = VERBATIM.match(state.src, state.pos, state.posMax)
-        if match and not silent:
-            state.env.get("spans", []).append(match.span())
         state.pos = match.end() if match else state.pos
         return match is not None
 
     def noting(rule: Callable[["StateInline", bool], bool]) -> Callable[["StateInline", bool], bool]:
         def run(state: "StateInline", silent: bool) -> bool:
             start, spans = state.pos, state.env.get("spans", [])
-            known, label_end = len(spans), -1
-            if rule is rules_inline.link and state.src[start] == "[":
-                label_end = state.md.helpers.parseLinkLabel(state, start, True)
+            known = len(spans)
             if not rule(state, silent):
                 return False
             if silent or not state.src[start : state.pos].strip("`"):
                 return True
-            if label_end < 0 or state.src[label_end : state.pos] in ("]", "][]"):
+            label_end = state.md.helpers.parseLinkLabel(state, start, True) if rule is rules_inline.link else start
+            if label_end == start or state.src[label_end : state.pos] in ("]", "][]"):
                 spans[known:] = [(start, state.pos)]  # The text of such a link is its name.
             else:
                 spans += (start, start + 1), (label_end, state.pos)
@@ -186,8 +183,7 @@ def _load_parser() -> "MarkdownIt":
         return run
 
     parser = MarkdownIt("commonmark", {"html": True}).enable("table").disable(["html_block", "inline"], True)
-    parser.inline.ruler.before("escape", "verbatim", verbatim)
-    names = {"backticks": "backtick", "link": "link", "image": "image", "autolink": "autolink"}
-    for name, function in {**names, "html_inline": "html_inline", "entity": "entity"}.items():
-        parser.inline.ruler.at(name, noting(getattr(rules_inline, function)))
+    parser.inline.ruler.before("escape", "verbatim", noting(verbatim))
+    for name in ("backtick", "link", "image", "autolink", "html_inline", "entity"):
+        parser.inline.ruler.at("backticks" if name == "backtick" else name, noting(getattr(rules_inline, name)))
     return parser
