@@ -139,8 +139,9 @@ class ChatTemplate:
         if isinstance(value, str):
             text = value.replace(BREAK, "")
             normalized = self._normalize(text)
-            is_hidden = len(self._control.findall(normalized)) > len(self._control.findall(text))
-            return self._control.sub(split, normalized if is_hidden else text)
+            if normalized != text and len(self._control.findall(normalized)) > len(self._control.findall(text)):
+                text = normalized
+            return self._control.sub(split, text)
         if isinstance(value, Mapping):
             return {key: item if key == "role" else self._break(item, is_answer) for key, item in value.items()}
         return [self._break(item, is_answer) for item in value] if isinstance(value, list) else value
