@@ -94,7 +94,7 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         text = prompt if isinstance(prompt, str) else self.chat_template.render(prompt, can_think=can_think)
         if context and truncate is None:
             base.check_length(text, context, self.count_tokens)
-        ids = self.chat_template.encode(text) if is_chat else self.tokenizer(text)["input_ids"]
+        ids = self.chat_template.encode(text) if is_chat else self.chat_template.encode_text(text)
         first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids = ids or [token for token in (first, last) if token is not None][:1]
         base.check_tokens(ids)
