@@ -55,6 +55,10 @@ class Journal(AbstractContextManager["Journal"]):
         with nullcontext() if spec.resume else Sink(path):  # refuses a file that exists
             # There are two logs if the results of one are copied to the other.
             self._log = self._done = RunLog(self._state, path)
+            if "job" not in self._log.identity and (is_begun or self._state.stat().st_size):
+                self._log.close()
+                message = f"'{self._state}' exists and is not the state of a run, or is damaged"
+                raise UsageError(message, hint="choose another --output, or remove the file")
         if is_begun:
             self._resume()
         else:

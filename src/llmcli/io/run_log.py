@@ -67,8 +67,8 @@ class RunLog:
         with self.path.open("rb") as file:
             identity = file.readline()
             self._identity_bytes = len(identity)
-            with suppress(ValueError):
-                self.identity = json.loads(identity)
+            with suppress(ValueError, RecursionError, TypeError):  # TypeError: it is not an object.
+                self.identity = {**json.loads(identity)}
             while not self.is_complete:
                 data = file.read(ENTRY_BYTES)
                 if not data or data[ENTRY.size :] != _checksum(data[: ENTRY.size]):

@@ -1,5 +1,6 @@
 """Options for reading records and writing results, and the switches for stderr."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,6 +101,8 @@ class OutputOptions:
         if len(rename) < len(self.rename) or not all([*rename, *rename.values()]):
             raise UsageError("--rename requires RESULT=NEW, once for each field")
         path = None if self.output == Path("-") else self.output
+        if path and os.path.exists(path) and not os.path.isfile(path):
+            raise UsageError(f"'{path}' exists and is not a regular file", hint="choose another path; - is stdout")
         if self.resume and not path:
             raise UsageError("--resume requires --output PATH")
         if self.resume and format is OutputFormat.TEXT:
