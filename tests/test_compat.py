@@ -7,9 +7,11 @@ import threading
 
 import pytest
 import torch
+from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, DynamicCache, LlamaConfig, T5Config
+from transformers import __version__ as transformers_version
 
 from llmcli.compat import cache, tokenizers, transformers
 from llmcli.compat import torch as kernels
@@ -108,6 +110,8 @@ def test_force_gqa_is_a_variable_that_attention_reads(monkeypatch):
     monkeypatch.setenv("TRANSFORMERS_SDPA_FORCE_GQA", "0")  # so that it is as before after this test
     monkeypatch.delenv("TRANSFORMERS_SDPA_FORCE_GQA")
     transformers.share_key_value_heads()
+    if Version(transformers_version) < Version("5.23"):
+        pytest.skip("transformers copies the keys and values for each head: slower, with the same result")
     assert "TRANSFORMERS_SDPA_FORCE_GQA" in inspect.getsource(sdpa_attention)
     key = torch.ones(1, 1, 2, 4)
     assert sdpa_attention.use_gqa_in_sdpa(torch.zeros(1, 1, 2, 2), key, key)
