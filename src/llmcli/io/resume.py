@@ -205,18 +205,11 @@ def fingerprint(texts: Sequence[str], files: Sequence[str]) -> str:
         place = 0 if name == "-" else name
         with suppress(OSError, ValueError):
             if stat.S_ISREG(os.stat(place).st_mode):  # The writer of a FIFO must not see it opened and closed.
-                with open(place, "rb", closefd=name != "-") as file:
-                    digest.update(_content_hash(file.fileno()))
+                with open(place, "rb", buffering=0, closefd=name != "-") as file:
+                    position = file.tell()
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+                    file.seek(position)  # Records are read from here if it is stdin.
     return digest.hexdigest()
-
-
-def _content_hash(descriptor: int) -> bytes:
-    """Return the hash of a file without moving its position."""
-    digest, position = hashlib.sha256(), 0
-    while chunk := os.pread(descriptor, 1 << 20, position):
-        digest.update(chunk)
-        position += len(chunk)
-    return digest.digest()
 
 
 def _identify(job: Job) -> JsonObject:
