@@ -1,13 +1,12 @@
 """Batching policies: which rows run together, how many, and whether they fit in memory."""
 
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from llmcli.models.memory import available_memory
+from llmcli.models.memory import available_memory, peak_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,10 +84,7 @@ def probe_memory(model: "PreTrainedModel") -> MemoryUsage:
         return MemoryUsage(used, peak, free)
 
     info = psutil.Process().memory_info()
-    with suppress(ImportError):  # Windows
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = peak_memory()
     with suppress(OSError):  # Linux; elsewhere the peak is that of the whole process
         status = Path("/proc/self/status").read_text()
         peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024

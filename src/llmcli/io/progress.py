@@ -1,16 +1,16 @@
 """Count the results of a run, show how far it is, and print statistics at its end."""
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 from llmcli import console
 from llmcli.io.output import to_json
 from llmcli.job import Record, Result
+from llmcli.models.memory import peak_memory
 
 
 @dataclass
@@ -94,12 +94,8 @@ def print_statistics(model: str, counts: RunCounts) -> Iterator[None]:
             "records_per_second": round((counts.records - before) / seconds, 3),
             "prompt_tokens": prompt, "completion_tokens": completion,
             "tokens_per_second": None if completion is None else round(completion / seconds, 3),
+            "peak_memory_bytes": peak_memory(),
         }  # fmt: skip
-        with suppress(ImportError):  # Windows has no such module.
-            import resource
-
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            statistics["peak_memory_bytes"] = peak if sys.platform == "darwin" else peak * 1024
         console.print_line(to_json(statistics))
 
 

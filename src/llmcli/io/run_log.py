@@ -1,5 +1,6 @@
 """The log of a run: a line of JSON that identifies the job and the input, then one entry of fixed size per record."""
 
+import fcntl
 import json
 import os
 import struct
@@ -67,8 +68,8 @@ class RunLog:
         with self.path.open("rb") as file:
             identity = file.readline()
             self._identity_bytes = len(identity)
-            with suppress(ValueError):
-                self.identity = json.loads(identity)
+            with suppress(ValueError, RecursionError, TypeError):  # TypeError: it is not an object.
+                self.identity = {**json.loads(identity)}
             while not self.is_complete:
                 data = file.read(ENTRY_BYTES)
                 if not data or data[ENTRY.size :] != _checksum(data[: ENTRY.size]):
@@ -103,16 +104,14 @@ class RunLog:
         self._sink.__exit__(None)
 
     def _lock(self) -> None:
-        import fcntl  # Windows has no such module.
-
         try:
             fcntl.flock(self._sink.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(self._sink.file.fileno()).st_ino != self.path.stat().st_ino:
                 raise BlockingIOError  # Another run has just put a new log in its place.
         except BlockingIOError:
             raise UsageError(f"'{self.output}' is being written by another run") from None
-        except OSError:  # The file system has no locks.
-            return
+        except OSError:
+            pass  # The file system has no locks.
 
 
 def sync(path: Path) -> None:

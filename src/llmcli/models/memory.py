@@ -1,11 +1,18 @@
-"""Main memory that is free for tensors, within the limits of a container."""
+"""Main memory: the peak of this process, and what is free for tensors within the limits of a container."""
 
+import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 PROCESS_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 VERSION_1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 VERSION_2 = ("", "memory.max", "memory.current", "")
+
+
+def peak_memory() -> int:
+    """Return the most bytes of main memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def available_memory() -> int:

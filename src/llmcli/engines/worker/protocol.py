@@ -105,13 +105,11 @@ class Connection:
 
 def has_socket() -> bool:
     """Return whether a worker runs, or was killed and left its socket."""
-    return hasattr(socket, "AF_UNIX") and os.path.exists(_runtime_dir() / SOCKET_NAME)
+    return os.path.exists(_runtime_dir() / SOCKET_NAME)
 
 
 def runtime_dir() -> Path:
     """Return the directory of the worker's socket, lock and log, made if needed; it has to be the user's alone."""
-    if not hasattr(socket, "AF_UNIX"):
-        raise LlmcliError("this system has no Unix sockets")
     path = _runtime_dir()
     if (size := len(os.fsencode(path / SOCKET_NAME))) > MAX_SOCKET_PATH_BYTES:
         limits = f"{size} bytes, but at most {MAX_SOCKET_PATH_BYTES} are allowed"
