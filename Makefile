@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast lint docs site bench clean
+.PHONY: demo test test-fast test-lowest test-newest lint docs site bench clean
 
 demo: .venv/ready  ## install, fetch the default model, tell a story
 	$(BIN)/llmcli generate "Once upon a time"
@@ -11,6 +11,18 @@ test: .venv/ready  ## run the whole suite, with the real model
 
 test-fast: .venv/ready  ## run the tests that need no network and start no processes
 	$(BIN)/pytest -m "not real and not slow"
+
+test-lowest: .venv-lowest/ready  ## run test-fast on the lowest version of each dependency
+	.venv-lowest/bin/python -m pip list
+	.venv-lowest/bin/python -m pytest -m "not real and not slow"
+
+test-newest:  ## build a wheel, install it with the newest dependencies, and run test-fast
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip wheel --quiet --no-deps --wheel-dir .venv-newest .
+	.venv-newest/bin/python -m pip install --quiet "$$(ls .venv-newest/llmcli-*.whl)[dev]"
+	.venv-newest/bin/python -m pip list
+	.venv-newest/bin/python -m pytest -m "not real and not slow"
 
 lint: .venv/ready  ## check style, types and wording
 	$(BIN)/ruff check
@@ -33,9 +45,15 @@ bench: .venv/ready  ## measure ratios against peers
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
+.venv-lowest/ready: pyproject.toml tests/lowest.py
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python tests/lowest.py > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/constraints.txt -e ".[dev]"
+	touch $@
+
 .venv/docs: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
 	touch $@
 
 clean:
-	rm -rf .venv site dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-newest site dist .pytest_cache .mypy_cache .ruff_cache

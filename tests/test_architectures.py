@@ -3,6 +3,7 @@
 `python tests/test_architectures.py` prints what Transformers itself and llmcli do, as a table.
 """
 
+import copy
 import functools
 import random
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ def tokenizer() -> Any:
 
 def make_pipeline(kind: str, model: Any) -> TextPipeline:
     pipelines.pipeline_class(kind)
-    return pipelines._make(kind, model, tokenizer())
+    return pipelines._make(kind, model, copy.deepcopy(tokenizer()))  # A causal pipeline changes its tokenizer.
 
 
 def run(pipeline: TextPipeline, inputs: list[Any], size: int, **parameters: Any) -> list[Any]:

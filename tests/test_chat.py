@@ -178,6 +178,18 @@ def test_interrupted_answer_stays_in_the_conversation(chatty, tmp_path):
 
 
 @pytest.mark.slow
+def test_interrupted_answer_ends_its_line(chatty):
+    terminal = Terminal("/dev/tty", "-m", chatty, "--max-new-tokens", 1900, "--min-new-tokens", 1900)
+    terminal.type("the quick")
+    terminal.wait_for(b"\x1b[?2004l")  # The prompt has ended.
+    while len(terminal.screen) < 300:  # The answer has begun.
+        terminal.screen += os.read(terminal.descriptor, 4096)
+    os.write(terminal.descriptor, b"\x03")
+    terminal.wait_for(b"\r\nnote: stopped; ")
+    terminal.leave()
+
+
+@pytest.mark.slow
 def test_history_that_cannot_be_saved_is_a_warning(tiny, tmp_path, monkeypatch, reference):
     monkeypatch.setenv("LLMCLI_CACHE", "/dev/null/cache")
     terminal = Terminal(tmp_path / "answers", "-m", tiny, *GREEDY)

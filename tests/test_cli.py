@@ -266,6 +266,13 @@ def test_a_broken_file_of_ones_own_offers_nothing(tmp_path, monkeypatch):
     assert completion.models("") == []
 
 
+@pytest.mark.parametrize(("rank", "size"), [("x", "2"), ("0", ""), ("", "2"), ("0", "0"), ("-1", "2")])
+def test_rank_that_is_no_number_starts_no_distributed_run(llmcli, rank, size, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert llmcli("generate", "--jsonl", stdin=b"").exit_status == 0
+
+
 def test_system_exit_with_text_is_a_failure(llmcli, monkeypatch):
     monkeypatch.setattr("llmcli.commands.generate.run", lambda *args: sys.exit("no more"))
     ran = llmcli("generate", "x")

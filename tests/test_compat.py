@@ -7,9 +7,11 @@ import threading
 
 import pytest
 import torch
+from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, DynamicCache, LlamaConfig, T5Config
+from transformers import __version__ as transformers_version
 
 from llmcli.compat import cache, tokenizers, transformers
 from llmcli.compat import torch as kernels
@@ -48,7 +50,7 @@ def test_repeated_cache_has_a_row_for_each_prompt(model):
 
 def test_generate_uses_the_cache_that_it_is_given(model):
     given = cache.growing_cache(model, model.generation_config)
-    model.generate(torch.tensor([[2, 3]]), past_key_values=given, max_new_tokens=2, do_sample=False)
+    model.generate(torch.tensor([[2, 3]]), max_new_tokens=2, do_sample=False, **cache.cache_argument(model, given))
     assert given.get_seq_length() == 3
 
 
@@ -108,6 +110,8 @@ def test_force_gqa_is_a_variable_that_attention_reads(monkeypatch):
     monkeypatch.setenv("TRANSFORMERS_SDPA_FORCE_GQA", "0")  # so that it is as before after this test
     monkeypatch.delenv("TRANSFORMERS_SDPA_FORCE_GQA")
     transformers.share_key_value_heads()
+    if Version(transformers_version) < Version("5.23"):
+        pytest.skip("transformers copies the keys and values for each head: slower, with the same result")
     assert "TRANSFORMERS_SDPA_FORCE_GQA" in inspect.getsource(sdpa_attention)
     key = torch.ones(1, 1, 2, 4)
     assert sdpa_attention.use_gqa_in_sdpa(torch.zeros(1, 1, 2, 2), key, key)
@@ -195,8 +199,6 @@ def test_typer_half_imports_nothing_heavy():
 def test_templates_are_compiled_in_bounded_environment():
     from llmcli.compat import templates
 
-    names, text = templates.read_template("{% generation %}{{ a + '<|b|>' }}{% endgeneration %}<|c|>{{ 2 * 3 }}")
-    assert (names, sorted(text.split("\0"))) == ({"a"}, ["<|b|>", "<|c|>"])
     compiled = templates.chat_template_utils._compile_jinja_template("{{ 'x' * n }}{{ 2 ** m }}")
     assert type(compiled.environment) is templates.BoundedEnvironment
     assert compiled.render(n=3, m=4) == "xxx16"

@@ -66,6 +66,11 @@ def test_empty_bad_and_foreign_records(embed):
     assert ran.exit_status == 3
 
 
+def test_json_option_writes_json_for_csv(embed):
+    (record,) = embed("--csv", "--json", stdin=b"text\ndog\n").records
+    assert (record["text"], len(record["embedding"])) == ("dog", 32)
+
+
 def test_csv_holds_vectors_as_json(embed):
     header, row = embed("--csv", stdin=b"text\ndog\n").stdout.splitlines()
     assert header == "text,embedding,usage,model,error"

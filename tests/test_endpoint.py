@@ -30,6 +30,7 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.models, self.owner = ["tiny"], "x"
         self.choice = None  # what each answer is
+        self.body = None  # what each response is, as JSON or as events
         self.mangle = None  # what an answer makes of its text
         self.bodies, self.paths, self.keys, self.tries = [], [], [], Counter()
         self.at_once = self.most_at_once = 0
@@ -71,6 +72,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def behave(self, text, tries, body, is_chat):
         kind = text.split()[0]
+        if isinstance(self.server.body, list):
+            return self.stream_events(self.server.body)
+        if self.server.body is not None:
+            return self.reply(200, self.server.body)
         if self.server.mangle:
             return self.reply(200, {"choices": [{"index": 0, "finish_reason": "stop", "message": {
                 "role": "assistant", "content": self.server.mangle(text)}}]})  # fmt: skip
@@ -123,6 +128,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("retry-after-ms", "1")
         self.end_headers()
         self.wfile.write(data)
+
+    def stream_events(self, events):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        for event in events:
+            data = event if isinstance(event, str) else json.dumps(event)
+            self.wfile.write(f"data: {data}\n\n".encode())
 
     def stream(self, text, is_chat):
         self.send_response(200)
@@ -213,6 +226,47 @@ def test_endpoint_response_without_answer_fails(served, server, message, reason,
     ran = served("qa", "Where?", "-c", "It is in Rome.", "--json")
     assert (ran.exit_status, ran.records[0]["error"]["type"]) == (1, "missing_answer")
     assert ran.records[0]["error"]["message"].startswith(error)
+
+
+ODD_BODIES = [
+    {"error": {"message": "model is loading"}},
+    {"object": "error", "message": "model is loading"},
+    {"choices": None},
+    {"choices": [None]},
+    {"choices": [{}]},
+    {"choices": ["x"]},
+    {"choices": {"message": "x"}},
+    {"choices": [{"message": None, "finish_reason": "stop"}]},
+    {"choices": [{"message": "x", "finish_reason": "stop"}]},
+    {"choices": [{"message": {"content": 3}, "finish_reason": "stop"}]},
+    {"choices": [{"message": {"content": ["x"]}, "finish_reason": "stop"}]},
+    [],
+    None,
+    "x",
+    3,
+]
+
+
+@pytest.mark.parametrize("body", ODD_BODIES)
+def test_endpoint_odd_body_fails_record(served, server, body):
+    server.body = json.dumps(body).encode()
+    for command in ("chat", "generate"):
+        ran = served(command, "Where?", "--json")
+        error = ran.records[0]["error"]
+        assert ran.exit_status == 1
+        assert error["type"] in ("invalid_response", "missing_answer"), error
+        if "loading" in str(body):
+            assert "model is loading" in error["message"]
+
+
+@pytest.mark.parametrize("body", [body for body in ODD_BODIES if isinstance(body, dict)])
+def test_endpoint_odd_stream_fails_record(served, server, body):
+    server.body = [body, "[DONE]"]
+    for command in ("chat", "generate"):
+        ran = served(command, "Where?", is_terminal=True)
+        assert ran.exit_status == 1
+        assert "error: " in ran.stderr
+        assert "Error" not in ran.stderr, ran.stderr
 
 
 @pytest.mark.parametrize(
@@ -526,6 +580,12 @@ def test_translate_any_model_keeps_code_and_links(served, server, mangle, text):
     assert "untranslated" not in ran.records[0]
 
 
+def test_translate_model_that_joins_lines_keeps_lines(served, server):
+    server.mangle = lambda text: " ".join(text.split()).upper()
+    ran = served("translate", "--from", "en", "--to", "fr", stdin=b"The fox.\n\n  The dog. A cat.\n")
+    assert ran.stdout == "THE FOX.\n\n  THE DOG. A CAT.\n"
+
+
 def test_translate_reports_parts_that_came_back(served, server):
     server.mangle = str
     ran = served("translate", "--from", "en", "--to", "fr", stdin=DOCUMENT.encode())
@@ -534,3 +594,6 @@ def test_translate_reports_parts_that_came_back(served, server):
     ran = served("translate", "--from", "en", "--to", "fr", "--lines", stdin=lines("The fox.", "The dog.", "`x`", "7"))
     assert ran.stdout.splitlines() == ["The fox.", "THE DOG.", "`x`", "7"]
     assert ran.stderr == "warning: 1 of 2 parts came back untranslated\n"
+    server.mangle = lambda text: "" if "fox" in text else text.upper()
+    ran = served("translate", "--from", "en", "--to", "fr", "--lines", stdin=lines("The fox.", "The dog."))
+    assert (ran.stdout, ran.stderr) == ("\nTHE DOG.\n", "warning: 1 of 2 parts came back untranslated\n")

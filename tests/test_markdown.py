@@ -62,10 +62,14 @@ def test_split_markdown_returns_segments(splitter, text, segments):
         ("See [m] and [the rest][gone].", ["[m]", "][gone]"]),
         ("A ![wide clock](clock.png) here.", ["![wide clock](clock.png)"]),
         (
+            "A wide clock ![with `x` <b>](a.png) [and ![`x`](b.png)](c) here.",
+            ["![with `x` <b>](a.png)", "[", "![`x`](b.png)](c)"],
+        ),
+        (
             "Write to <http://x.org>, https://x.org/a?b=1, me@x.org.",
             ["<http://x.org>", "https://x.org/a?b=1", "me@x.org"],
         ),
-        ("A <b class='x'>bold</b> word<br>&nbsp;here.", ["<b class='x'>", "</b>", "<br>", "&nbsp;"]),
+        ("A <b class='x'>bold</b> word<br>&nbsp;here.", ["<b class='x'>", "</b>", "<br>&nbsp;"]),
         ("A <code>pump stop</code> here.", ["<code>pump stop</code>"]),
         ("It costs $5 and $10, as $x^2 + y$ says[^1].", ["$x^2 + y$", "[^1]"]),
         ("The {{ name }} of it.", ["{{ name }}"]),

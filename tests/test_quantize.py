@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from llmcli import config, pipelines
+from llmcli.compat import torch as kernels
 from llmcli.job import LoadOptions
 from llmcli.pipelines import quantizer
 from llmcli.pipelines.linears import GROUP, Int4Linear, Int8Linear, PackedLinear
@@ -107,6 +108,13 @@ def test_embeddings_stay_near(llmcli, encoder):
         for scheme in ("none", "int8")
     ]
     assert found[0] @ found[1] > 0.99
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_quantized_model_without_fast_bfloat16_runs(llmcli, encoder, chatty, monkeypatch, scheme):
+    monkeypatch.setattr(kernels, "has_fast_bfloat16", lambda: False)
+    assert llmcli("embed", "the quick fox", "-m", encoder, "--quantize", scheme).exit_status == 0
+    assert llmcli("generate", "the quick", "-m", chatty, "--quantize", scheme, *GREEDY).exit_status == 0
 
 
 def test_changed_weights_are_quantized_anew(llmcli, chatty, base, tmp_path):

@@ -298,7 +298,20 @@ def test_fifo_is_not_opened_before_its_turn(llmcli, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
-@pytest.mark.parametrize("path", ["", ".", "..", "/"])
-def test_output_that_is_a_directory_is_refused(llmcli, tiny, path, resume):
+@pytest.mark.parametrize("path", ["", ".", "..", "/", "/dev/null", "fifo"])
+def test_output_that_is_no_regular_file_is_refused(llmcli, tiny, path, resume, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo")
     ran = llmcli("generate", "the fox", "-m", tiny, "--json", "--output", path, *resume)
-    assert (ran.exit_status, "exists" in ran.stderr) == (2, True)
+    assert (ran.exit_status, "exists and is not a regular file" in ran.stderr) == (2, True)
+    assert sorted(os.listdir()) == ["fifo", "home"]
+
+
+@pytest.mark.parametrize("content", [b"my notes\n", b'{"a": 1}\n', b"[1]\n", b"[" * 100_000, b"\0" * 10])
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_state_that_is_no_state_is_not_touched(llmcli, plain, resume, content, tmp_path):
+    path, state = tmp_path / "out.jsonl", tmp_path / "out.jsonl.state"
+    state.write_bytes(content)
+    ran = llmcli(*plain, path, *resume)
+    assert (ran.exit_status, "is not the state of a run" in ran.stderr) == (2, True)
+    assert (state.read_bytes(), path.exists()) == (content, False)

@@ -178,7 +178,7 @@ def test_stream_of_sequences_split_anywhere(screen):
 def test_results_in_every_format(screen, format):
     terminal = screen()
     for sequence in CORPUS:
-        output = Output(format, model=sequence, names=["generated_text"])
+        output = Output(format, model=sequence, names={name: name for name in ("generated_text", "model", "file")})
         output.write(
             Result(Record({"text": sequence, sequence: "x"}, sequence), {"generated_text": sequence}, sequence)
         )

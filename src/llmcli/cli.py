@@ -7,6 +7,7 @@ import os
 import pkgutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from shutil import get_terminal_size
 from types import FrameType
@@ -108,13 +109,10 @@ def _raise_on_sigterm() -> Iterator[None]:
     def terminate(signum: int, frame: FrameType | None) -> NoReturn:
         raise TerminatedError
 
-    try:
-        previous = signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # Only the main thread may set a handler.
-        yield
-        return
+    is_main = threading.current_thread() is threading.main_thread()  # Only this thread may set a handler.
+    previous = signal.signal(signal.SIGTERM, terminate) if is_main else None
     try:
         yield
     finally:
-        if previous is not None:  # None: the handler was not set from Python.
+        if previous is not None:  # None: the handler was not set, or not from Python.
             signal.signal(signal.SIGTERM, previous)

@@ -30,7 +30,8 @@ class Settings:
 
 def world_size() -> int:
     """Return the number of processes of this run, which torchrun or accelerate launch starts."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    return max(1, int(size)) if rank.isdecimal() and size.isdecimal() else 1
 
 
 def rank() -> int:

@@ -77,6 +77,7 @@ def converse(job: Job) -> ExitStatus:
 def _answer(engine: Engine, job: Job, messages: list[Message]) -> list[Message]:
     """Print the answer to the last message, and return the conversation with it."""
     parts: list[str] = []
+    is_stopped = False
     with Output(OutputFormat.TEXT, model=job.model) as output:
 
         def on_text(text: str) -> None:
@@ -98,9 +99,11 @@ def _answer(engine: Engine, job: Job, messages: list[Message]) -> list[Message]:
                 parts = [result.text]
                 output.write(result)
         except KeyboardInterrupt:
-            console.notice("stopped; the conversation keeps this part of the answer (/clear starts over)")
+            is_stopped = True
         finally:
             termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
+    if is_stopped:  # The output has ended the line of the answer.
+        console.notice("stopped; the conversation keeps this part of the answer (/clear starts over)")
     return [*messages, {"role": "assistant", "content": "".join(parts)}] if parts else messages[:-1]
 
 

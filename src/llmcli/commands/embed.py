@@ -7,7 +7,6 @@ from typer import Option
 from llmcli.errors import ExitStatus
 from llmcli.io.formats import InputFormat
 from llmcli.io.output import OutputFormat
-from llmcli.io.records import open_inputs, read_records
 from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, Texts, expand_options
 from llmcli.run import run
 
@@ -28,7 +27,7 @@ def embed(
     llmcli embed --lines -f sentences.txt > vectors.jsonl
     """
     format = input.format()
-    output_format = OutputFormat.CSV if format is InputFormat.CSV else OutputFormat.JSON
+    output_format = OutputFormat.CSV if format is InputFormat.CSV and not output.json else OutputFormat.JSON
     spec = output.spec(format, texts, input.files, format=output_format)
     job = model.job("embed", {"fields": input.roles("text")}, truncate=truncate)
-    return run(job, read_records(open_inputs(texts, input.files), format), spec)
+    return run(job, input.read(texts), spec)

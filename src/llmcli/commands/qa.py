@@ -1,6 +1,6 @@
 """llmcli qa: answer a question from a text."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.io.formats import InputFormat
-from llmcli.io.records import add_fields, open_inputs, read_documents, read_records, rename_text
+from llmcli.io.records import add_fields, read_documents, rename_text
 from llmcli.job import JsonObject, Record
 from llmcli.options import CommonGenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
 from llmcli.options.expand import expand_options
@@ -60,24 +60,23 @@ def qa(
         records, documents = read_documents(input.files, fields)
     else:
         retry = output.retry_errors or reads_error({"fields": roles, "prompt": prompt})
-        records = _read_questions(fields, roles, input.files, format, retry=retry)
+        records = _read_questions(input, fields, roles, retry=retry)
     parameters = {"fields": roles, "documents": documents or None, **asdict(extractive)}
     parameters["handle_impossible_answer"] = parameters.pop("allow_no_answer") or None
     job = model.job("qa", parameters | build_prompt_parameters(prompt), generation)
     return run(job, records, spec)
 
 
-def _read_questions(
-    fields: JsonObject, roles: dict[str, str], files: Sequence[str], format: InputFormat, *, retry: bool
-) -> Iterable[Record]:
+def _read_questions(input: InputOptions, fields: JsonObject, roles: dict[str, str], *, retry: bool) -> Iterable[Record]:
     """Return records with a question and a context. `fields` are those that the command line gives."""
+    format = input.format()
     if format.has_fields:
-        return add_fields(read_records(open_inputs([], files), format), fields, retry=retry)
+        return add_fields(input.read(), fields, retry=retry)
     if len(fields) == 2:
-        if files or format is not InputFormat.WHOLE:
+        if input.files or format is not InputFormat.WHOLE:
             raise UsageError("cannot combine QUESTION, -c and input files", hint="drop -c or the files")
         return [Record(fields)]
     if not fields:
         raise UsageError("no question", hint='e.g. llmcli qa "Who wrote it?" -f FILE')
     role = "context" if roles["question"] in fields else "question"
-    return rename_text(read_records(open_inputs([], files), format), roles[role], fields)
+    return rename_text(input.read(), roles[role], fields)

@@ -10,7 +10,6 @@ from llmcli import console
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.io.formats import InputFormat
 from llmcli.io.output import OutputFormat, is_terminal, to_json
-from llmcli.io.records import open_inputs, read_records
 from llmcli.io.units import format_probability
 from llmcli.job import JsonObject, Result
 from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, Texts, expand_options
@@ -67,7 +66,7 @@ def score(
     parameters = {"fields": roles, "condition": condition, "stride": stride, TOKENS: tokens}
     filters = {"max_perplexity": max_perplexity, "min_perplexity": min_perplexity}
     job = model.job("score", parameters | filters)
-    records = read_records(open_inputs(texts, input.files), format)
+    records = input.read(texts)
     is_styled = tokens and is_text and finisher.for_terminal
     spec = replace(spec, finish=finisher.finish, is_filter=finisher.is_filter, is_styled=is_styled)
     status = run(job, records, spec)

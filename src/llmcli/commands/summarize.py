@@ -1,7 +1,6 @@
 """llmcli summarize: summarize texts of any length."""
 
 from llmcli.errors import ExitStatus
-from llmcli.io.records import open_inputs, read_records
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, Texts
 from llmcli.options.expand import expand_options
 from llmcli.run import run
@@ -23,7 +22,5 @@ def summarize(
     man rsync | llmcli summarize --max-new-tokens 80
     llmcli summarize -m facebook/bart-large-cnn --jsonl --field article < news.jsonl
     """
-    format = input.format()
     job = model.job("summarize", {"fields": input.roles("text")} | build_prompt_parameters(prompt), generation)
-    records = read_records(open_inputs(texts, input.files), format)
-    return run(job, records, output.spec(format, texts, input.files))
+    return run(job, input.read(texts), output.spec(input.format(), texts, input.files))

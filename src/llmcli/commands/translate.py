@@ -8,7 +8,6 @@ from typer import Option
 
 from llmcli import console
 from llmcli.errors import ExitStatus, UsageError
-from llmcli.io.records import open_inputs, read_records
 from llmcli.job import Job, Result
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, Texts, completion
 from llmcli.options.expand import expand_options
@@ -36,7 +35,6 @@ def translate(
     llmcli translate --from de --to en --lines -f briefe.txt
     llmcli translate --to chinese -m facebook/nllb-200-distilled-600M -f README.md
     """
-    format = input.format()
     target, source = languages.parse(to), languages.parse(from_) if from_ else None
     untranslated, parts = 0, 0
 
@@ -46,9 +44,9 @@ def translate(
         untranslated, parts = untranslated + equal, parts + total
         return [replace(result, output={name: result.output[name] for name in result.output if name != "untranslated"})]
 
-    spec = replace(output.spec(format, texts, input.files), finish=count)
+    spec = replace(output.spec(input.format(), texts, input.files), finish=count)
     roles = input.roles("text")
-    records = read_records(open_inputs(texts, input.files), format)
+    records = input.read(texts)
     likely_source = source
     if model.model is None and not model.endpoint:  # The default model depends on the language of the first text.
         first = next(records, None)

@@ -1,6 +1,7 @@
 """transformers' cache of keys and values: how to recognize it, and a layer of it that grows in place."""
 
 import copy
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
 SPARE_TOKENS = 64  # minimum room for later tokens
+CACHE_NAMES = ("cache", "past_key_values")  # the first since transformers 5.24
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no types
@@ -56,7 +58,7 @@ def growing_cache(model: "PreTrainedModel", config: "GenerationConfig") -> Dynam
     uses_cache = getattr(model.config, "use_cache", True) if config.use_cache is None else config.use_cache
     if (config.num_beams or 1) > 1 or not uses_cache or config.cache_implementation:
         return None
-    if model.device.type != "cpu" or not model._supports_default_dynamic_cache() or not takes(model, "past_key_values"):
+    if model.device.type != "cpu" or not model._supports_default_dynamic_cache() or not _cache_name(model):
         return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     if not all(type(layer) is DynamicLayer for layer in cache.layers):
@@ -70,12 +72,23 @@ def key_value_cache(model: "PreTrainedModel") -> DynamicCache | None:
     if cache := growing_cache(model, model.generation_config):
         return cache
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    return cache if cache.layers and all(isinstance(layer, DynamicLayer) for layer in cache.layers) else None
+    is_complete = cache.layers and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
+    return cache if is_complete and _cache_name(model) else None
+
+
+def cache_argument(model: "PreTrainedModel", cache: DynamicCache | None) -> dict[str, DynamicCache]:
+    """Return the keyword argument that passes a cache to a model or to its `generate`; none without a cache."""
+    name = _cache_name(model)
+    return {name: cache} if cache is not None and name else {}
+
+
+def _cache_name(model: "PreTrainedModel") -> str | None:
+    return next(filter(partial(takes, model), CACHE_NAMES), None)
 
 
 def filled_cache(output: object) -> DynamicCache | None:
     """Return the cache that a forward pass returned if `repeat_cache` can copy it."""
-    cache = getattr(output, "past_key_values", None)
+    cache = next((value for name in CACHE_NAMES if (value := getattr(output, name, None)) is not None), None)
     return cache if type(cache) is DynamicCache else None
 
 

@@ -1,4 +1,4 @@
-"""Chat templates are programs of strangers, which transformers compiles with jinja2: parses and limits them."""
+"""Chat templates are programs of strangers, which transformers compiles with jinja2: limits them."""
 
 import ctypes
 import threading
@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import psutil
-from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -33,14 +32,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 chat_template_utils.ImmutableSandboxedEnvironment = BoundedEnvironment
-
-
-def read_template(source: str) -> tuple[set[str], str]:
-    """Return the names of all variables of a template, and the text that it may write itself."""
-    tree = chat_template_utils._compile_jinja_template(source).environment.parse(source)
-    text = [node.data for node in tree.find_all(nodes.TemplateData)]
-    text += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
-    return {node.name for node in tree.find_all(nodes.Name)}, "\0".join(text)
 
 
 _lock = threading.Lock()

@@ -18,7 +18,7 @@ from llmcli.text.splitting import first_stop
 from llmcli.text.thoughts import cut_thought
 
 if TYPE_CHECKING:
-    from openai import APIStatusError, OpenAI
+    from openai import OpenAI
     from openai.types import CompletionUsage, Model
 
 MAX_RETRIES = 10  # with pauses of 0.5 to 8 seconds, or as long as the server says: about a minute
@@ -129,21 +129,22 @@ class EndpointRunner:
     def _complete(self, prompt: Prompt) -> JsonObject:
         with self._translated_errors():
             response = self._send(prompt)
-        choices = getattr(response, "choices", None) or []
-        if len(choices) < self._options.get("n", 1):
-            raise RecordError("invalid_response", f"server returned {len(choices)} answers")
-        texts = [self._read_answer(choice if isinstance(prompt, str) else choice.message, choice) for choice in choices]
-        several = {"generated_texts": texts} if len(texts) > 1 else {}
-        return {"generated_text": texts[0], **several, **_end_fields(choices[0].finish_reason, response.usage)}
+            choices = response.choices or []
+            if len(choices) < self._options.get("n", 1):
+                message = f"server returned {len(choices)} answers: {_error_text(response.to_dict())}"
+                raise RecordError("invalid_response", message)
+            texts = [self._read_answer(choice) for choice in choices]
+            several = {"generated_texts": texts} if len(texts) > 1 else {}
+            return {"generated_text": texts[0], **several, **_end_fields(choices[0].finish_reason, response.usage)}
 
     def _stream(self, prompt: Prompt, on_text: OnText) -> JsonObject:
         pieces, reason, usage = list[str](), None, None
         with self._translated_errors():
             for chunk in self._send(prompt, stream=True, stream_options={"include_usage": True}):
                 usage = chunk.usage or usage
-                for choice in chunk.choices[:1]:
+                for choice in (chunk.choices or [])[:1]:
                     reason = choice.finish_reason or reason
-                    if (piece := _read_text(choice if isinstance(prompt, str) else choice.delta)) is not None:
+                    if (piece := _read_text(choice)) is not None:
                         pieces.append(piece)
                         on_text(piece)
         if reason is None:
@@ -153,10 +154,10 @@ class EndpointRunner:
             **_end_fields(reason, usage),
         }
 
-    def _read_answer(self, message: object, choice: Any) -> str:
-        if refusal := getattr(message, "refusal", None):
+    def _read_answer(self, choice: Any) -> str:
+        if refusal := getattr(getattr(choice, "message", None), "refusal", None):
             raise RecordError("missing_answer", f"server refused to answer: {refusal}")
-        text = _check_text(_read_text(message), choice.finish_reason)
+        text = _check_text(_read_text(choice), choice.finish_reason)
         if not self._can_think:
             text = cut_thought(text, choice.finish_reason).lstrip()
         return text[: first_stop(text, self._stop)]  # Some servers leave it at the end.
@@ -175,7 +176,10 @@ class EndpointRunner:
         try:
             yield
         except openai.APIStatusError as exc:
-            code, message = exc.status_code, f"server returned HTTP {exc.status_code}: {_error_text(exc)}"
+            code, message = (
+                exc.status_code,
+                f"server returned HTTP {exc.status_code}: {_error_text(exc.body or exc.message)}",
+            )
             if code in (401, 403):
                 raise ModelUnavailableError(message, hint="set LLMCLI_API_KEY to the server's key") from exc
             if code == 404:
@@ -189,6 +193,8 @@ class EndpointRunner:
             raise RecordError("server_unreachable", f"server {what} after {MAX_RETRIES + 1} attempts") from exc
         except (openai.OpenAIError, ValueError) as exc:
             raise RecordError("invalid_response", f"invalid response from server: {exc}") from exc
+        except (AttributeError, TypeError) as exc:
+            raise RecordError("invalid_response", "invalid response from server: not as in the protocol") from exc
 
 
 def protocol_options(job: Job, strategy: Strategy, model: RemoteModel) -> dict[str, Any]:
@@ -247,12 +253,12 @@ def only_model(endpoint: str) -> str:
     return names[0]
 
 
-def _read_text(message: object) -> str | None:
-    """Return the text of a choice of /completions or of a message, whose content some servers send in parts."""
-    content = getattr(message, "content", getattr(message, "text", None))
+def _read_text(choice: Any) -> str | None:
+    """Return the text of a choice, or of a piece of one. Some servers send the content of messages in parts."""
+    message = getattr(choice, "message", None) or getattr(choice, "delta", None)
+    content = message.content if message else choice.text
     if isinstance(content, list):
-        parts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
-        return "".join(parts) if parts else None
+        content = "".join(part.get("text") or "" for part in content) or None
     return content if isinstance(content, str) else None
 
 
@@ -268,8 +274,7 @@ def _end_fields(reason: str | None, usage: "CompletionUsage | None") -> JsonObje
     return {"finish_reason": "length" if reason == "length" else "stop", "usage": tokens}
 
 
-def _error_text(exc: "APIStatusError") -> str:
-    body = exc.body
+def _error_text(body: object) -> str:
     while isinstance(body, dict):
         body = next((body[key] for key in ("error", "message", "detail") if key in body), str(body))
-    return " ".join(str(body or exc.message).split())[:500]
+    return " ".join(str(body).split())[:500]

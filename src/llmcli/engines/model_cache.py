@@ -114,13 +114,11 @@ class ModelCache:
                 return load()
             except ModelTooLargeError:
                 with self._lock:
-                    idle = [
-                        (model.last_used, key, model.name) for key, model in self._models.items() if not model.users
-                    ]
+                    idle = {key: model for key, model in self._models.items() if not model.users}
                 if not idle:
                     raise
-                _, key, name = min(idle, key=lambda model: model[0])
-                console.notice(f"low memory; unloaded {name}")
+                key = min(idle, key=lambda key: idle[key].last_used)
+                console.notice(f"low memory; unloaded {idle[key].name}")
                 if not self._evict([key]):
                     raise
 

@@ -18,12 +18,19 @@ Stream = io.BufferedIOBase
 BOM = "\ufeff"
 CHUNK_BYTES = 1 << 16
 MAX_JSON_DEPTH = 500  # Python's own limit, 1,000, counts the frames of callers too
+TOO_DEEP = f"nested more than {MAX_JSON_DEPTH} levels deep"
 SURROGATE = re.compile("[\ud800-\udfff]")
 SIGNATURES = {  # how files begin that are not UTF-8, what they are, and what converts them
+    rb"\xff\xfe\0\0|\0\0\xfe\xff": ("UTF-32", "iconv -f UTF-32 -t UTF-8"),
+    rb"[^\0]\0\0\0[^\0]\0\0\0": ("UTF-32", "iconv -f UTF-32LE -t UTF-8"),
+    rb"\0\0\0[^\0]\0\0\0[^\0]": ("UTF-32", "iconv -f UTF-32BE -t UTF-8"),
     rb"\xff\xfe|\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8"),
     rb"[^\0]\0[^\0]\0": ("UTF-16", "iconv -f UTF-16LE -t UTF-8"),
     rb"\0[^\0]\0[^\0]": ("UTF-16", "iconv -f UTF-16BE -t UTF-8"),
     rb"\x1f\x8b": ("gzip", "zcat"),
+    rb"BZh[1-9]1AY&SY": ("bzip2", "bzcat"),
+    rb"\xfd7zXZ": ("xz", "xzcat"),
+    rb"\x28\xb5\x2f\xfd": ("Zstandard", "zstdcat"),
     rb"PK\x03\x04": ("a zip archive", "unzip -p"),
 }
 
@@ -150,13 +157,15 @@ def _parse_object(text: str) -> JsonObject:
         character = f": {text[exc.pos]!r}" if exc.pos < len(text) else ""
         message = f"not JSON: {exc.msg.removesuffix(' at')} at character {exc.pos}{character}"
         raise RecordError("invalid_json", message) from None
-    except (ValueError, RecursionError) as exc:
-        raise RecordError("invalid_json", f"not JSON: {exc}") from None
+    except ValueError as exc:  # The end of the message of a long integer is advice for programmers.
+        raise RecordError("invalid_json", f"not JSON: {str(exc).partition(';')[0]}") from None
+    except RecursionError:
+        raise RecordError("invalid_json", TOO_DEEP) from None
     if not isinstance(value, dict):
         names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
         raise RecordError("invalid_json", f"expected a JSON object, got {names.get(type(value), 'a number')}")
     if text.count("{") + text.count("[") > MAX_JSON_DEPTH and _is_too_deep(value):  # Counting is faster.
-        raise RecordError("invalid_json", f"nested more than {MAX_JSON_DEPTH} levels deep")
+        raise RecordError("invalid_json", TOO_DEEP)
     return value
 
 
@@ -208,7 +217,7 @@ def _read_csv(stream: Stream, name: str | None) -> Iterator[Record]:
             return
         except csv.Error as exc:
             place = f" in the row that begins on line {start}" if start < rows.line_num else ""
-            failure = Failure("invalid_csv", f"not CSV: {exc}{place}")
+            failure = Failure("invalid_csv", f"{_describe_csv_error(exc)}{place}")
         except UnicodeEncodeError:
             for column, cell in zip(header, row, strict=False):
                 try:
@@ -230,7 +239,7 @@ def _read_header(rows: Iterator[list[str]], first: bytes) -> list[str]:
         header = next(filter(None, rows), [])
         decode_utf8("".join(header).encode("utf-8", "surrogateescape"))
     except csv.Error as exc:
-        error = f"not CSV: {str(exc).partition(' - ')[0]}"  # The rest of a message is advice for programmers.
+        error = _describe_csv_error(exc)
     delimiter = max(";\t|", key=text.count)
     if (error or (len(header) == 1 and not text.startswith('"'))) and delimiter in text:
         error = f"expected commas between columns, got {delimiter!r}"
@@ -239,6 +248,10 @@ def _read_header(rows: Iterator[list[str]], first: bytes) -> list[str]:
     if error:
         raise RecordError("invalid_csv", f"invalid header: {error}")
     return header
+
+
+def _describe_csv_error(exc: csv.Error) -> str:
+    return f"not CSV: {str(exc).partition(' - ')[0]}"  # The rest of a message is advice for programmers.
 
 
 READERS: Mapping[InputFormat, Callable[[Stream, str | None], Iterator[Record]]] = {

@@ -55,6 +55,10 @@ class Journal(AbstractContextManager["Journal"]):
         with nullcontext() if spec.resume else Sink(path):  # refuses a file that exists
             # There are two logs if the results of one are copied to the other.
             self._log = self._done = RunLog(self._state, path)
+            if "job" not in self._log.identity and (is_begun or self._state.stat().st_size):
+                self._log.close()
+                message = f"'{self._state}' exists and is not the state of a run, or is damaged"
+                raise UsageError(message, hint="choose another --output, or remove the file")
         if is_begun:
             self._resume()
         else:
@@ -201,18 +205,11 @@ def fingerprint(texts: Sequence[str], files: Sequence[str]) -> str:
         place = 0 if name == "-" else name
         with suppress(OSError, ValueError):
             if stat.S_ISREG(os.stat(place).st_mode):  # The writer of a FIFO must not see it opened and closed.
-                with open(place, "rb", closefd=name != "-") as file:
-                    digest.update(_content_hash(file.fileno()))
+                with open(place, "rb", buffering=0, closefd=name != "-") as file:
+                    position = file.tell()
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+                    file.seek(position)  # Records are read from here if it is stdin.
     return digest.hexdigest()
-
-
-def _content_hash(descriptor: int) -> bytes:
-    """Return the hash of a file without moving its position."""
-    digest, position = hashlib.sha256(), 0
-    while chunk := os.pread(descriptor, 1 << 20, position):
-        digest.update(chunk)
-        position += len(chunk)
-    return digest.digest()
 
 
 def _identify(job: Job) -> JsonObject:

@@ -68,8 +68,8 @@ class RunLog:
         with self.path.open("rb") as file:
             identity = file.readline()
             self._identity_bytes = len(identity)
-            with suppress(ValueError):
-                self.identity = json.loads(identity)
+            with suppress(ValueError, RecursionError, TypeError):  # TypeError: it is not an object.
+                self.identity = {**json.loads(identity)}
             while not self.is_complete:
                 data = file.read(ENTRY_BYTES)
                 if not data or data[ENTRY.size :] != _checksum(data[: ENTRY.size]):
@@ -110,8 +110,8 @@ class RunLog:
                 raise BlockingIOError  # Another run has just put a new log in its place.
         except BlockingIOError:
             raise UsageError(f"'{self.output}' is being written by another run") from None
-        except OSError:  # The file system has no locks.
-            return
+        except OSError:
+            pass  # The file system has no locks.
 
 
 def sync(path: Path) -> None:

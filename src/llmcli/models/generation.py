@@ -1,7 +1,8 @@
 """The user's options, the model's own configuration and our defaults -> one GenerationConfig."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from llmcli import config
@@ -46,10 +47,8 @@ def check(options: JsonObject, defaults: JsonObject, *, counts_prompt: bool = Tr
             raise UsageError(f"invalid {name} {value!r}: expected a number")
         if (name in COUNTS and value < 1) or (name == "repetition_penalty" and value <= 0):
             raise UsageError(f"invalid {name} {value!r}: must be positive")
-    try:
+    with _refusing_invalid_values():
         merge(GenerationConfig(), options, defaults, counts_prompt=counts_prompt).validate()
-    except (ValueError, TypeError) as exc:
-        raise UsageError(str(exc).strip().splitlines()[0]) from exc
 
 
 def merge(
@@ -80,8 +79,9 @@ def merge(
             given["do_sample"] = False
 
     merged = copy.deepcopy(model_config)
-    merged.update(**{name: value for name, value in defaults.items() if name not in model})
-    merged.update(**{**settings, **given})
+    with _refusing_invalid_values():
+        merged.update(**{name: value for name, value in defaults.items() if name not in model})
+        merged.update(**{**settings, **given})
     if model.get("max_length") == OLD_MAX_LENGTH:
         del model["max_length"]
     # One of the two lengths counts, from the first layer that has either.
@@ -93,3 +93,12 @@ def merge(
         for name in SAMPLING:
             setattr(merged, name, None)
     return merged
+
+
+@contextmanager
+def _refusing_invalid_values() -> Iterator[None]:
+    """Raise UsageError for what Transformers finds wrong with a GenerationConfig."""
+    try:
+        yield
+    except (ValueError, TypeError) as exc:
+        raise UsageError(str(exc).strip().splitlines()[0]) from exc

@@ -1,4 +1,4 @@
-"""Main memory: what is free for tensors, within the limits of a container, and what this process has taken."""
+"""Main memory: the peak of this process, and what is free for tensors within the limits of a container."""
 
 import resource
 import sys
@@ -11,7 +11,7 @@ VERSION_2 = ("", "memory.max", "memory.current", "")
 
 
 def peak_memory() -> int:
-    """Return the maximum of bytes that this process has had in memory."""
+    """Return the most bytes of main memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

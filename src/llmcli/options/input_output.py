@@ -1,6 +1,7 @@
 """Options for reading records and writing results, and the switches for stderr."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +12,9 @@ from llmcli import console
 from llmcli.errors import UsageError
 from llmcli.io.formats import InputFormat
 from llmcli.io.output import OutputFormat, OutputSpec
+from llmcli.io.records import open_inputs, read_records
 from llmcli.io.resume import fingerprint
+from llmcli.job import Record
 
 Texts = Annotated[list[str], Argument(metavar="TEXT", default_factory=list, show_default=False)]
 Prompt = Annotated[str | None, Option(metavar="TEMPLATE",
@@ -45,6 +48,10 @@ class InputOptions:
         if len(chosen) > 1:
             raise UsageError(f"--{chosen[0].value} cannot be used with --{chosen[1].value}")
         return chosen[0] if chosen else InputFormat.WHOLE
+
+    def read(self, texts: Sequence[str] = ()) -> Iterator[Record]:
+        """Yield the records of the texts, then of the files; of stdin if there are neither."""
+        return read_records(open_inputs(texts, self.files), self.format())
 
     def roles(self, *known: str) -> dict[str, str]:
         """Return the field name for each role, e.g. {"text": "review"}.
@@ -100,6 +107,8 @@ class OutputOptions:
         if len(rename) < len(self.rename) or not all([*rename, *rename.values()]):
             raise UsageError("--rename requires RESULT=NEW, once for each field")
         path = None if self.output == Path("-") else self.output
+        if path and os.path.exists(path) and not os.path.isfile(path):
+            raise UsageError(f"'{path}' exists and is not a regular file", hint="choose another path; - is stdout")
         if self.resume and not path:
             raise UsageError("--resume requires --output PATH")
         if self.resume and format is OutputFormat.TEXT:

@@ -3,6 +3,7 @@
 import functools
 import importlib
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ def load(kind: str, folder: Path, load_options: LoadOptions) -> "TextPipeline":
 
     if load_options.quantize != "none":
         folder = quantizer.quantized(folder, load_options, pipeline_type)
+        load_options = replace(load_options, dtype="bfloat16")  # on every CPU: the kernels read no other rows
     model, tokenizer = loading.load(folder, load_options, pipeline_type)
     if model.device.type == "cpu" and not load_options.offload_folder:
         quantizer.pack(model)

@@ -12,6 +12,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from llmcli.compat.cache import cache_argument
 from llmcli.compat.tokenizers import decode_stream
 from llmcli.pipelines.base import Inputs, Parameters, TextPipeline, as_batch
 from llmcli.pipelines.spelling import PENDING
@@ -45,9 +46,11 @@ class TokenDecoder:
             return "".join(self._decode(run) if mark is None else mark * len(run) for mark, run in runs)
         return self._decode(self._before + ids).removeprefix(self._known)
 
-    def find_answer(self, ids: Sequence[int]) -> int | None:
-        """Return where the answer begins in the text of all new tokens; None if a thought has not ended."""
-        return 0 if self.can_think else find_answer(self(list(ids)))
+    def find_stop(self, ids: list[int], stops: Sequence[str]) -> int | None:
+        """Return where the first stop text begins in the text of all new tokens, except in a thought."""
+        text = self(ids)
+        begin = 0 if self.can_think else find_answer(text)
+        return None if begin is None else first_stop(text, stops, begin)
 
     def stream(self) -> Callable[[int], str | None]:
         """Return a function from the next new token to the text that it completes, if any."""
@@ -120,14 +123,13 @@ def _finish(ids: list[int], decode: TokenDecoder, config: "GenerationConfig") ->
     """Return text, finish reason and number of tokens of one sequence."""
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     end = next((i + 1 for i, token in enumerate(ids) if token in eos), None)
-    text, stops = decode(ids[:end]), config.stop_strings or ()
-    begin = decode.find_answer(ids[:end])
-    reason, count, cut = "stop" if end else "length", end or len(ids), None
-    if begin is not None and (cut := first_stop(text, stops, begin)) is not None:
+    stops, reason, count = config.stop_strings or (), "stop" if end else "length", end or len(ids)
+    if (cut := decode.find_stop(ids[:end], stops)) is not None:
         # Once a stop text is complete, it stays: bisect for the token that completes it.
-        is_cut = partial(first_stop, stops=stops, start=begin)
-        reason, count = "stop", bisect.bisect_left(range(len(ids)), True, key=lambda i: is_cut(decode(ids[:i])) == cut)
-    return text[:cut] if decode.can_think else cut_thought(text[:cut], reason), reason, count
+        reason, is_cut = "stop", lambda i: decode.find_stop(ids[:i], stops) == cut
+        count = bisect.bisect_left(range(len(ids)), True, key=is_cut)
+    text = decode(ids[:end])[:cut]
+    return text if decode.can_think else cut_thought(text, reason), reason, count
 
 
 class NewTextStopCriteria(StoppingCriteria):  # type: ignore[misc]
@@ -148,9 +150,7 @@ class NewTextStopCriteria(StoppingCriteria):  # type: ignore[misc]
         is_done = [first_stop(decode(row), self.stops) is not None for decode, row in zip(decoders, rows, strict=True)]
         for i, decode in enumerate(decoders):  # A thought has no stop texts.
             if is_done[i] and not decode.can_think:
-                new = input_ids[i, self.start :].tolist()
-                begin = decode.find_answer(new)
-                is_done[i] = begin is not None and first_stop(decode(new), self.stops, begin) is not None
+                is_done[i] = decode.find_stop(input_ids[i, self.start :].tolist(), self.stops) is not None
         return torch.tensor(is_done, device=input_ids.device)
 
 
@@ -237,7 +237,7 @@ class GeneratingPipeline(TextPipeline):
             generation_config=config,
             stopping_criteria=StoppingCriteriaList(ends),
             streamer=streamer,
-            **({"past_key_values": cache} if cache else {}),
+            **cache_argument(self.model, cache),
         )
         sequences = getattr(sequences, "sequences", sequences)[:, start:]
         sequences = sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True)

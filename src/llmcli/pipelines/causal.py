@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmcli.compat.cache import filled_cache, growing_cache, repeat_cache
+from llmcli.compat.cache import cache_argument, filled_cache, growing_cache, repeat_cache
 from llmcli.compat.transformers import has_fixed_rotary_positions, rope_limit, takes_position_ids
 from llmcli.errors import UsageError
 from llmcli.models import loading
@@ -94,7 +94,7 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         text = prompt if isinstance(prompt, str) else self.chat_template.render(prompt, can_think=can_think)
         if context and truncate is None:
             base.check_length(text, context, self.count_tokens)
-        ids = self.chat_template.encode(text) if is_chat else self.tokenizer(text)["input_ids"]
+        ids = self.chat_template.encode(text) if is_chat else self.chat_template.encode_text(text)
         first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids = ids or [token for token in (first, last) if token is not None][:1]
         base.check_tokens(ids)
@@ -114,7 +114,7 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         with torch.inference_mode():
             prefix = torch.tensor([ids], device=self.model.device)
             cache = growing_cache(self.model, self.model.generation_config)
-            return filled_cache(self.model(prefix, use_cache=True, past_key_values=cache))
+            return filled_cache(self.model(prefix, use_cache=True, **cache_argument(self.model, cache)))
 
     def _forward(self, inputs: Inputs, generation_config: "GenerationConfig | None" = None, **settings: Any) -> Inputs:
         config = copy.copy(generation_config or self.model.generation_config)

@@ -2,11 +2,12 @@
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmcli.compat.templates import limited, read_template
+from llmcli.compat.templates import limited
 from llmcli.errors import RecordError
+from llmcli.tasks.fields import FilledTemplate
 from llmcli.text.thoughts import OPENING, SPECIAL
 
 if TYPE_CHECKING:
@@ -14,21 +15,19 @@ if TYPE_CHECKING:
 
     from llmcli.tasks import Messages
 
-LIMIT_S = 5.0
-MIN_LIMIT_S = 0.1
+LIMIT_S = 2.0
 BREAK = "\ue0f1"  # of private use: where a rendered prompt is cut, so that no token is read across
 PROBE = "Zebra"  # a message that is found again in the prompt
-# Switches that turn thinking off, as templates name them: enable_thinking, thinking, disable_thinking, ...
-ON = re.compile(r"((enable|use|add|with|is)_)?(think|thinking|thoughts?|reason|reasoning)(_(enabled|mode|on))?")
-OFF = re.compile(r"(disable|no|skip|without)_(think|thinking|thoughts?|reasoning)")
-BUDGET = re.compile(r"(think|thinking|reasoning)_budget")
+# What turns thinking off, as templates name it. Each template reads only the names that it knows.
+SWITCHES = ("enable_thinking", "thinking", "use_thinking", "enable_reasoning", "reasoning", "think")
+THINKING_OFF = {**dict.fromkeys(SWITCHES, False), "disable_thinking": True, "thinking_budget": 0}
 
 
 class ChatTemplate:
     """The chat template of a tokenizer, which may be any program."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self._tokenizer, self._limit_s = tokenizer, LIMIT_S
+        self._tokenizer = tokenizer
 
     def render(self, messages: "Messages", *, can_think: bool = True) -> str:
         """Return the prompt as text, with breaks. Without `can_think`, thinking is off if the model has a switch."""
@@ -40,6 +39,15 @@ class ChatTemplate:
         if not can_think and (opening := OPENING.search(prompt)):  # The template begins a thought in any case.
             prompt += f"\n</{opening[1]}>\n\n"
         return prompt
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the tokens of a text for a model that continues it. A template's own text may have control tokens."""
+        ids: list[int] = self._tokenizer(text)["input_ids"]
+        if isinstance(text, FilledTemplate) and self._control.search("\0".join(text.pieces[::2])):
+            head = [token for token in ids[:1] if token == self._tokenizer.bos_token_id]
+            ids = self.encode(self._break(text, is_answer=False))
+            return ids if ids[:1] == head else head + ids
+        return ids
 
     def encode(self, prompt: str) -> list[int]:
         """Return the tokens of a rendered prompt."""
@@ -54,11 +62,7 @@ class ChatTemplate:
     @functools.cached_property
     def end_of_turn(self) -> int | None:
         """The special token that the template writes after an answer, or None."""
-        try:
-            prompt = self._apply([{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}])
-        except RecordError:
-            return None
-        token = self._control.match(prompt.rpartition(PROBE)[2].lstrip())
+        token = self._control.match(self._example.partition(PROBE)[2].lstrip())
         return self._tokenizer.convert_tokens_to_ids(token[0]) if token else None
 
     @functools.cached_property
@@ -68,58 +72,76 @@ class ChatTemplate:
 
     def _apply(self, messages: "Messages", **settings: object) -> str:
         try:
-            with limited(self._limit_s):
+            with limited(LIMIT_S):
                 prompt: str = self._tokenizer.apply_chat_template(messages, tokenize=False, **settings)
                 return prompt
         except (TimeoutError, MemoryError) as exc:
-            what = f"longer than {self._limit_s:g} seconds" if isinstance(exc, TimeoutError) else "too much memory"
-            self._limit_s = max(self._limit_s / 2, MIN_LIMIT_S)  # The next records must not wait as long.
+            what = f"longer than {LIMIT_S:g} seconds" if isinstance(exc, TimeoutError) else "too much memory"
             raise RecordError("bad_messages", f"chat template takes {what}") from exc
         except Exception as exc:  # A template is a program, and may raise anything.
             raise RecordError("bad_messages", f"chat template rejected the messages: {exc}") from exc
 
     @functools.cached_property
-    def _source(self) -> tuple[set[str], str]:
+    def _source(self) -> str:
         try:
-            with limited(LIMIT_S):
-                return read_template(self._tokenizer.get_chat_template())
+            return str(self._tokenizer.get_chat_template())
         except Exception:  # Rendering will say what is wrong.
-            return set(), ""
+            return ""
 
     @functools.cached_property
     def _switches(self) -> dict[str, object]:
-        names, text = self._source
-        switches: dict[str, object] = {name: False for name in names if ON.fullmatch(name)}
-        switches |= {name: True for name in names if OFF.fullmatch(name)}
-        switches |= {name: 0 for name in names if BUDGET.fullmatch(name)}
-        effort = "none" if "none" in text.split("\0") else "low"
-        return switches | ({"reasoning_effort": effort} if "reasoning_effort" in names else {})
+        effort = "none" if re.search("""["']none["']""", self._source) else "low"
+        switches = {**THINKING_OFF, "reasoning_effort": effort}
+        return {name: value for name, value in switches.items() if name in self._source}
 
     @functools.cached_property
     def _takes_system(self) -> bool:
+        return PROBE in self._try(system=PROBE, user="x")
+
+    @functools.cached_property
+    def _example(self) -> str:
+        """A conversation with all roles that the template takes, or none if it refuses that."""
+        return self._try(**({"system": "x"} if self._takes_system else {}), user="x", assistant=PROBE)
+
+    def _try(self, **messages: str) -> str:
         try:
-            return PROBE in self._apply([{"role": "system", "content": PROBE}, {"role": "user", "content": "x"}])
+            return self._apply([{"role": role, "content": content} for role, content in messages.items()])
         except RecordError:
-            return False
+            return ""
 
     @functools.cached_property
     def _added(self) -> list[tuple[int, Any]]:
         return [*getattr(self._tokenizer, "added_tokens_decoder", {}).items()]  # Mistral's own tokenizer has none.
 
     @functools.cached_property
-    def _special(self) -> re.Pattern[str]:
-        return _any_of(token.content for _, token in self._added if token.special)
-
-    @functools.cached_property
     def _control(self) -> re.Pattern[str]:
         """Special tokens and, as templates use them like these, other added tokens that the template writes."""
-        return _any_of(token.content for _, token in self._added if token.special or token.content in self._source[1])
+        written = self._source + self._example
+        tokens = [token for _, token in self._added if token.special or token.content in written]
+        names = {name for token in tokens for name in (token.content, self._normalize(token.content))}
+        longest_first = sorted((name for name in names if len(name.strip()) > 1), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    @functools.cached_property
+    def _normalize(self) -> Callable[[str], str]:
+        """What the tokenizer does to a text before it looks for added tokens."""
+        normalizer = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "normalizer", None)
+        return normalizer.normalize_str if normalizer and any(token.normalized for _, token in self._added) else str
 
     def _break(self, value: Any, is_answer: bool) -> Any:
         """Return a message with breaks in what would be control tokens; an answer may have thoughts."""
+
+        def split(token: re.Match[str]) -> str:
+            return token[0] if is_answer and SPECIAL.search(token[0]) else BREAK.join(token[0]) + BREAK
+
+        if isinstance(value, FilledTemplate):
+            return "".join(self._break(piece, is_answer) if i % 2 else piece for i, piece in enumerate(value.pieces))
         if isinstance(value, str):
-            tokens = self._special if is_answer else self._control
-            return tokens.sub(lambda token: BREAK.join(token[0]) + BREAK, value.replace(BREAK, ""))
+            text = value.replace(BREAK, "")
+            normalized = self._normalize(text)
+            if normalized != text and len(self._control.findall(normalized)) > len(self._control.findall(text)):
+                text = normalized
+            return self._control.sub(split, text)
         if isinstance(value, Mapping):
             return {key: item if key == "role" else self._break(item, is_answer) for key, item in value.items()}
         return [self._break(item, is_answer) for item in value] if isinstance(value, list) else value
@@ -127,11 +149,6 @@ class ChatTemplate:
     def _tokenize(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
         return ids
-
-
-def _any_of(tokens: Any) -> re.Pattern[str]:
-    longest_first = sorted((token for token in tokens if len(token.strip()) > 1), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def _move_system(messages: "Messages") -> Sequence[Mapping[str, str]]:

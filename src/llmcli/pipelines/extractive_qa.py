@@ -1,5 +1,6 @@
 """A question and a context -> the passage of the context that answers it. A transformers.Pipeline."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +8,7 @@ import numpy as np
 from transformers.pipelines.base import ChunkPipeline
 
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
-from llmcli.pipelines.base import Inputs, Parameters, TextPipeline, as_batch, check_finite, make_row
+from llmcli.pipelines.base import Inputs, Parameters, TextPipeline, as_batch, check_finite, make_row, position_limit
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -25,8 +26,9 @@ class ExtractiveQaPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  
 
     For a batch of B windows, of one question or of several, the longest of P tokens:
 
-    preprocess   for each window input_ids, P of them; p_mask: whether each token is barred from answers; encoding, as
-                 the tokenizer made it; context; is_last
+    preprocess   for each window input_ids, P of them, and their types; p_mask: whether each token is barred from
+                 answers; encoding, of question and whole context; tokens, those of the context that the window holds;
+                 shift, from their place in the window to that in the encoding; context; is_last
     _forward     start, end: logits, float32 (B, P); what preprocess gave, in lists of B
     postprocess  {"answer", "score", "start", "end"}, from all windows of one question; "answers", best first, if more
                  than one was asked for
@@ -63,47 +65,48 @@ class ExtractiveQaPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  
         for name in ("question", "context"):
             if not inputs[name].strip():
                 raise RecordError("empty", f"the {name} is empty")
-        size, stride = self._window(inputs, doc_stride, max_seq_len)
-        order = ("question", "context") if self.is_question_first else ("context", "question")
-        truncation, texts = "only_second" if self.is_question_first else "only_first", [inputs[name] for name in order]
-        windows = self.tokenizer(
-            *texts, truncation=truncation, max_length=size, stride=stride, return_overflowing_tokens=True
-        ).encodings
-        first, cls = order.index("context"), self.tokenizer.cls_token_id
-        for window in windows:
-            # The [CLS] token takes the probability of there being no answer: it has its share of the softmax.
-            tokens = zip(window.sequence_ids, window.ids, strict=True)
-            barred = make_row([part != first and token != cls for part, token in tokens])
-            window_inputs = {"input_ids": make_row(window.ids), "p_mask": barred, "encoding": window}
-            yield {**window_inputs, "context": inputs["context"], "is_last": window is windows[-1]}
+        size, stride = self._window(doc_stride, max_seq_len)
+        names = ("question", "context") if self.is_question_first else ("context", "question")
+        # Windows are cut here: tokenizers 0.23.1 and 0.23.2 return only the first two.
+        encoding = self.tokenizer(*(inputs[name] for name in names)).encodings[0]
+        parts, part, cls = encoding.sequence_ids, names.index("context"), self.tokenizer.cls_token_id
+        length = parts.count(part)
+        begin = parts.index(part) if length else len(parts)
+        end, room = begin + length, size - (len(parts) - length)
+        if room <= stride and room < length:
+            raise RecordError(
+                "context_length_exceeded",
+                f"the question has {parts.count(1 - part)} tokens, which leaves room for {max(room, 0)} of the context"
+                f" in windows of {size} that overlap by {stride}",
+                hint="shorten it, or use longer windows or less overlap",
+            )
+        starts = range(begin, max(end - stride, begin + 1), max(room - stride, 1))
+        if starts[-1] + room < end or parts[begin:end].count(part) < length:
+            raise RuntimeError(f"windows of {room} tokens at {starts} do not cover tokens {begin} to {end}")
+        # The [CLS] token takes the probability of there being no answer: it has its share of the softmax.
+        barred = [own != part and token != cls for own, token in zip(parts, encoding.ids, strict=True)]
+        rows = {"input_ids": make_row(encoding.ids), "types": make_row(encoding.type_ids), "p_mask": make_row(barred)}
+        for start in starts:
+            tokens = range(start, min(start + room, end))
+            window = {name: row[:begin] + row[start : tokens.stop] + row[end:] for name, row in rows.items()}
+            place = {"encoding": encoding, "tokens": tokens, "shift": start - begin}
+            yield {**window, **place, "context": inputs["context"], "is_last": start == starts[-1]}
 
-    def _window(self, inputs: Mapping[str, str], doc_stride: int | None, max_seq_len: int | None) -> tuple[int, int]:
-        """Return size and overlap. With those that are refused, tokenizers would panic or never reach the end."""
-        maximum = self.tokenizer.model_max_length
+    def _window(self, doc_stride: int | None, max_seq_len: int | None) -> tuple[int, int]:
+        """Return size and overlap."""
+        maximum = position_limit(self.model.config, self.tokenizer) or sys.maxsize
         size = min(maximum, DEFAULT_WINDOW_TOKENS) if max_seq_len is None else max_seq_len
         stride = min(size // 2, DEFAULT_STRIDE_TOKENS) if doc_stride is None else doc_stride
         if size > maximum:
             raise UsageError(f"windows of {size} tokens exceed the model's maximum of {maximum}")
         if not 0 <= stride < size - self.tokenizer.num_special_tokens_to_add():
             raise UsageError(f"windows of {size} tokens cannot overlap by {stride}")
-        tokens = self._count(inputs["question"])
-        left = size - tokens - self.tokenizer.num_special_tokens_to_add(pair=True)
-        if left <= stride and left < self._count(inputs["context"]):
-            raise RecordError(
-                "context_length_exceeded",
-                f"the question has {tokens} tokens, which leaves room for {max(left, 0)} of the context in windows of"
-                f" {size} that overlap by {stride}",
-                hint="shorten it, or use longer windows or less overlap",
-            )
         return size, stride
 
-    def _count(self, text: str) -> int:
-        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
     def _forward(self, inputs: Inputs) -> Inputs:
-        batch, left = as_batch(inputs), not self.is_question_first
-        ids, mask = self.pad(batch["input_ids"], left=left)
-        types, _ = self.pad([encoding.type_ids for encoding in batch["encoding"]], left=left, fill=0)
+        batch = as_batch(inputs)
+        ids, mask = self.pad(batch["input_ids"])  # on the right: all tokens stay in their places
+        types, _ = self.pad(batch["types"], fill=0)
         known = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
         output = self.model(**{name: known[name] for name in self.tokenizer.model_input_names})
         start, end = (logits.float().numpy(force=True) for logits in (output.start_logits, output.end_logits))
@@ -123,15 +126,15 @@ class ExtractiveQaPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  
         count = 2 * top_k + 10 if align_to_words else top_k  # Spans of the same words become one answer.
         answers, nulls = dict[str, dict[str, Any]](), list[float]()
         for window in windows:
-            encoding, context = window["encoding"], window["context"]
-            own = slice(len(encoding)) if self.is_question_first else slice(-len(encoding), None)  # no padding
-            start, end, barred = window["start"][0, own], window["end"][0, own], np.array(window["p_mask"], bool)
+            context, length = window["context"], len(window["p_mask"])
+            start, end = window["start"][0, :length], window["end"][0, :length]  # without padding
+            barred = np.array(window["p_mask"], bool)
             start, end = _probabilities(start, barred), _probabilities(end, barred)
             check_finite([start, end])
             nulls.append((start[0] * end[0]).item())
             start[0] = end[0] = 0  # [CLS]
             for first, last, score in _best_spans(start, end, barred, count, max_answer_len):
-                begin, stop = self._place(encoding, first, last, align_to_words)
+                begin, stop = _place(window, first, last, align_to_words)
                 text = context[begin:stop]
                 span = answers.setdefault(text.lower(), {"answer": text, "score": 0.0, "start": begin, "end": stop})
                 span["score"] += score
@@ -142,15 +145,21 @@ class ExtractiveQaPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  
         best = spans[0] if spans else {"answer": None, "score": 0.0, "start": None, "end": None}
         return {**best, "answers": spans} if top_k > 1 else {**best}
 
-    def _place(self, encoding: "Encoding", first: int, last: int, align_to_words: bool) -> tuple[int, int]:
-        """Return begin and end of a span of tokens in the context: of whole words, if the tokenizer knows words."""
-        words = encoding.token_to_word(first), encoding.token_to_word(last)
-        if align_to_words and words[0] is not None and words[1] is not None:
-            begin = encoding.word_to_chars(words[0], int(self.is_question_first))
-            end = encoding.word_to_chars(words[1], int(self.is_question_first))
-            if begin and end:
-                return begin[0], end[1]
-        return encoding.offsets[first][0], encoding.offsets[last][1]
+
+def _place(window: Inputs, first: int, last: int, align_to_words: bool) -> tuple[int, int]:
+    """Return begin and end of a span of tokens in the context: of whole words, if the tokenizer knows words."""
+    encoding: Encoding = window["encoding"]
+    tokens: range = window["tokens"]
+    first, last = first + window["shift"], last + window["shift"]
+    if not (first in tokens and last in tokens):
+        return 0, 0  # [CLS] at the end
+    words = encoding.token_to_word(first), encoding.token_to_word(last)
+    if align_to_words and None not in words:
+        while first > tokens.start and encoding.token_to_word(first - 1) == words[0]:
+            first -= 1
+        while last < tokens.stop - 1 and encoding.token_to_word(last + 1) == words[1]:
+            last += 1
+    return encoding.token_to_chars(first)[0], encoding.token_to_chars(last)[1]  # type: ignore[index]  # in the context
 
 
 def _probabilities(logits: "Floats", barred: "Bools") -> "Floats":

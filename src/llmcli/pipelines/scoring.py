@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from llmcli.compat.cache import key_value_cache
+from llmcli.compat.cache import cache_argument, key_value_cache
 from llmcli.errors import UsageError
 from llmcli.pipelines.base import CausalTextPipeline, Inputs, Parameters, as_batch, check_finite, check_tokens, make_row
 from llmcli.pipelines.spelling import first_token_bytes, token_texts
@@ -61,7 +61,7 @@ class ScoringPipeline(CausalTextPipeline):
         length = ids.shape[1]
         width = max(1, LOGITS // (len(ids) * self.model.config.get_text_config().vocab_size))
         cache = key_value_cache(self.model) if width < length and self.can_read_in_parts(length) else None
-        settings = {"past_key_values": cache} if cache else {"use_cache": False}
+        settings = cache_argument(self.model, cache) or {"use_cache": False}
         parts = []
         for start in range(0, length, width if cache else length):
             part = slice(start, start + (width if cache else length))

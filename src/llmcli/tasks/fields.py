@@ -1,6 +1,7 @@
 """Reads the fields of a record, and fills prompt templates such as "Classify: {text}" with them."""
 
 import string
+from collections.abc import Sequence
 
 from llmcli.errors import RecordError, UsageError
 from llmcli.job import Job, JsonObject
@@ -69,16 +70,25 @@ def _placeholders(template: str) -> set[str]:
     return {name for _, name, _, _ in parse_template(template) if name is not None}
 
 
-def fill_template(template: str, fields: JsonObject) -> str:
+class FilledTemplate(str):
+    """A prompt template filled with fields. `pieces` are its own text and fields in turn: fields are data."""
+
+    pieces: Sequence[str]
+
+    def __new__(cls, pieces: Sequence[str]) -> "FilledTemplate":
+        filled = super().__new__(cls, "".join(pieces))
+        filled.pieces = pieces
+        return filled
+
+
+def fill_template(template: str, fields: JsonObject) -> FilledTemplate:
     """Return a template with its placeholders replaced by fields, which are strings or numbers."""
-    filled = ""
+    pieces = list[str]()
     for literal, name, _, _ in parse_template(template):
-        filled += literal
-        if name is not None:
-            value = fields.get(name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            filled += str(value) if is_number else text_field(fields, name)
-    return filled
+        value = fields.get(name) if name is not None else ""
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        pieces += literal, str(value) if name is None or is_number else text_field(fields, name)
+    return FilledTemplate(pieces)
 
 
 def check_template(template: str, source: str) -> None:

@@ -11,7 +11,7 @@ from llmcli.errors import UsageError
 from llmcli.job import Job, JsonObject
 from llmcli.models import registry
 from llmcli.tasks import Prompt, TaskModel
-from llmcli.tasks.fields import check_template, fill_template
+from llmcli.tasks.fields import FilledTemplate, check_template, fill_template
 
 GREEDY = {"do_sample": False, "max_new_tokens": 256}
 PRESET_KEYS = {"description": str, "prompt": str, "begins": str, "options": dict}
@@ -51,7 +51,8 @@ class TaskPrompt:
         shots = [(fill_template(self.template, {**fields, **shot}), shot["answer"]) for shot in examples]
         request = fill_template(self.template, fields)
         if not self.is_chat:
-            return "".join(f"{question} {answer}\n\n" for question, answer in shots) + request
+            before = (piece for question, answer in shots for piece in (*question.pieces, f" {answer}\n\n", ""))
+            return FilledTemplate([*before, *request.pieces])
         messages = [{"role": "system", "content": fill_template(self.system, fields)}] if self.system else []
         for question, answer in shots:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -1,7 +1,6 @@
 """translate: with a translation model, or with a language model by instruction."""
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import cache, partial
 
 from llmcli.errors import UsageError
@@ -31,7 +30,8 @@ def run(job: Job, fields: JsonObject, model: LocalModel) -> TaskGenerator:
     limit = None if job.truncate else model.context_length
 
     def fits(piece: str) -> bool:
-        return not limit or model.count_tokens(plan.prefix + piece) <= limit
+        # The tokenizers of these models read a newline as a space.
+        return "\n" not in piece.strip() and (not limit or model.count_tokens(plan.prefix + piece) <= limit)
 
     def build_input(piece: str) -> JsonObject:
         # Marian would read `>>...<<` at the beginning as a language.
@@ -81,32 +81,37 @@ def _translate(
 ) -> TaskGenerator:
     """Translate a text as a whole if it fits and keeps its markup, else in segments, and those around their spans."""
     info, fits = {"from": source, "to": job.parameters["to"]}, splitter.fits(text)
-    segments = splitter.split(text, source or "en") if not fits or has_markup(text) else []
-    is_plain = not any(segment.spans or (not segment.text and segment.before.strip()) for segment in segments)
+    has_lines = "\n" in text.strip()
+    segments = splitter.split(text, source or "en") if not fits or has_lines or has_markup(text) else []
+    is_plain = not has_lines and not any(s.spans or (not s.text and s.before.strip()) for s in segments)
     if fits and (is_plain or any(segment.text for segment in segments)):
         outputs = yield ModelCall([build_input(text)], shown="" if is_plain else None, strip=strip)
         if is_plain or all(keeps_markup(text, segments, translation) for translation in list_texts(outputs[0])):
             info |= _count_untranslated([text], outputs) if is_plain else _find_untranslated(segments, outputs[0])
             return join_outputs("translation_text", outputs, lambda texts: texts[0], info)
         segments = segments if len(segments) > 1 else segments[0].split_around_spans()
-    parts = [segment for segment in segments if segment.text]
-    known: dict[Segment, GeneratedOutput] = {}
-    for is_last in (False, True):
+
+    def run_parts(parts: list[Segment]) -> Generator[ModelCall, list[GeneratedOutput], dict[Segment, GeneratedOutput]]:
         outputs = yield ModelCall([build_input(part.text) for part in parts], strip=strip)
-        known |= zip(parts, outputs, strict=True)
-        broken = {part for part in parts if not all(map(part.keeps, list_texts(known[part])))}
-        if is_last or not broken:
-            break
-        around = ((segment.split_around_spans() if segment in broken else [segment]) for segment in segments)
-        segments = [*itertools.chain.from_iterable(around)]
-        parts = [segment for segment in segments if segment.text and segment not in known]
-    outputs = [known[segment] for segment in segments if segment.text]
-    info |= _count_untranslated([segment.text for segment in segments if segment.text], outputs)
+        return dict(zip(parts, outputs, strict=True))
+
+    known = yield from run_parts([segment for segment in segments if segment.text])
+    if broken := {part for part, output in known.items() if not all(map(part.keeps, list_texts(output)))}:
+        segments = [
+            piece
+            for segment in segments
+            for piece in (segment.split_around_spans() if segment in broken else [segment])
+        ]
+        known |= yield from run_parts([segment for segment in segments if segment.text and segment not in known])
+    parts = [segment for segment in segments if segment.text]
+    outputs = [known[part] for part in parts]
+    info |= _count_untranslated([part.text for part in parts], outputs)
     return join_outputs("translation_text", outputs, partial(join_segments, segments), info)
 
 
 def _count_untranslated(texts: Sequence[str], outputs: Sequence[GeneratedOutput]) -> JsonObject:
-    equal = sum(text.strip() == output["generated_text"].strip() for text, output in zip(texts, outputs, strict=True))
+    translations = [output["generated_text"].strip() for output in outputs]
+    equal = sum(after in ("", before.strip()) for before, after in zip(texts, translations, strict=True))
     return {"untranslated": [equal, len(texts)]}
 
 

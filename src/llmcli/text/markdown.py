@@ -2,7 +2,6 @@
 
 import itertools
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from markdown_it.rules_inline import StateInline
 
 Span = tuple[int, int]
+MASK = "\0"  # for what must stay: no letter, and in no text that a parser has read
 LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")  # as markdown-it counts lines
 FRONT_MATTER = re.compile(r"(---|\+\+\+)[ \t]*\r?\n[\w-]+[ \t]*[:=].*?\n\1[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 MARKUP = re.compile(r"[`\[\]<>#|$&{}@*~=]|://|www\.|^\s*(?:[-+]|\d+[.)])\s|^(?:-{3,}|\s{4,}\S)", re.MULTILINE)
@@ -46,16 +46,14 @@ class Segment:
 
     def keeps(self, translation: str) -> bool:
         """Return whether a translation has all spans, as often as the text."""
-        counts = Counter(self.text[a:b] for a, b in self.spans)
-        return all(translation.count(span) == self.text.count(span) for span in counts)
+        return all(translation.count(self.text[a:b]) == self.text.count(self.text[a:b]) for a, b in self.spans)
 
     def split_around_spans(self) -> list["Segment"]:
         """Return segments without spans, which are segments of their own."""
         places = [0, *itertools.chain.from_iterable(self.spans), len(self.text)]
-        pieces = [_make_segment(self.text, a, b, ()) for a, b in zip(places[::2], places[1::2], strict=True)]
-        spans = [Segment(self.text[a:b]) for a, b in self.spans]
-        mixed = itertools.chain.from_iterable(itertools.zip_longest(pieces, spans, fillvalue=Segment("")))
-        return [Segment(self.before), *mixed, Segment(self.after)]
+        pieces = [self.text[a:b] for a, b in itertools.pairwise(places)]  # prose and spans in turn
+        segments = [Segment(piece) if i % 2 else _make_segment(piece, piece) for i, piece in enumerate(pieces)]
+        return [Segment(self.before), *segments, Segment(self.after)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +67,14 @@ class Splitter:
     def split(self, text: str, language: str) -> list[Segment]:
         """Return the segments of a text in a language. Joined, they are the text; none has a newline in its `text`."""
         segments, end = list[Segment](), 0
-        for start, stop, spans in _find_prose(text):
+        for start, masked in _find_prose(text):
             if start > end:
                 segments.append(Segment(text[end:start]))
-            prose, end = text[start:stop], stop
-            masked = prose
-            for a, b in spans:  # No sentence ends in there.
-                masked = f"{masked[:a]}{'x' * (b - a)}{masked[b:]}"
-            begin = 0
-            for sentence in languages.split_sentences(masked, language):
-                for length in self._split_sentence(prose[begin : begin + len(sentence)], sentence):
-                    segments.append(_make_segment(prose, begin, begin + length, spans))
+            begin, end = start, start + len(masked)
+            for sentence in languages.split_sentences(masked.replace(MASK, "x"), language):
+                for length in self._split_sentence(text[begin : begin + len(sentence)], sentence):
+                    piece = slice(begin - start, begin - start + length)
+                    segments.append(_make_segment(text[start:end][piece], masked[piece]))
                     begin += length
         return [*segments, Segment(text[end:])] if end < len(text) else segments
 
@@ -111,30 +106,26 @@ def join_segments(segments: Sequence[Segment], translations: Sequence[str]) -> s
     return "".join(segment.before + text + segment.after for segment, text in zip(segments, texts, strict=True))
 
 
-def _make_segment(prose: str, start: int, stop: int, spans: Sequence[Span]) -> Segment:
+def _make_segment(piece: str, masked: str) -> Segment:
     """Return a piece as a segment. A piece without letters outside its spans is not translated."""
-    piece = prose[start:stop]
     text = piece.strip()
-    begin = start + piece.index(text)
-    own = tuple((a - begin, b - begin) for a, b in spans if begin <= a and b <= begin + len(text))
-    outside = [text[a:b] for a, b in itertools.pairwise([0, *itertools.chain.from_iterable(own), len(text)])][::2]
-    if not any(map(str.isalpha, "".join(outside))):
+    begin = piece.index(text)
+    masked = masked[begin : begin + len(text)]
+    if not any(map(str.isalpha, masked)):
         return Segment(piece)
-    return Segment(piece[: begin - start], text, piece[begin - start + len(text) :], own)
+    spans = tuple(match.span() for match in re.finditer(f"{MASK}+", masked))
+    return Segment(piece[:begin], text, piece[begin + len(text) :], spans)
 
 
-def _find_prose(text: str) -> Iterator[tuple[int, int, list[Span]]]:
-    """Yield begin and end of each line's prose, and the spans in it, relative to the begin."""
+def _find_prose(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the begin of each line's prose, and the prose itself with masks in place of what must stay."""
     front = FRONT_MATTER.match(text)
     offset = front.end() if front else 0
     starts = [offset + match.start() for match in LINE.finditer(text[offset:])] + [len(text)]
-    parser, env = _load_parser(), dict[str, object]()
+    parser, env, end = _load_parser(), dict[str, object](), 0
     tokens = parser.parse(text[offset:], env)
     if all(token.type.replace("close", "open") in PROSE for token in tokens):  # Indented prose is no code.
-        parser.disable("code")
-        tokens = parser.parse(text[offset:], env)
-        parser.enable("code")
-    end = 0
+        tokens = _load_parser("code").parse(text[offset:], env)
     for before, token in itertools.pairwise(tokens):
         if token.type != "inline" or not token.map:
             continue
@@ -142,57 +133,48 @@ def _find_prose(text: str) -> Iterator[tuple[int, int, list[Span]]]:
         if before.tag in ("td", "th"):
             block = block.replace("|", "\\|")  # as it is written
         parser.inline.parse(block, parser, env | {"spans": spans}, [])
-        place, merged = 0, list[Span]()
-        for a, b in sorted(spans + [match.span() for match in ADDRESS.finditer(block)]):
-            if merged and a < merged[-1][1]:
-                a, b = merged[-1][0], max(b, merged.pop()[1])
-            merged.append((a, b))
+        masked, place = list(block), 0
+        for a, b in spans + [match.span() for match in ADDRESS.finditer(block)]:
+            masked[a:b] = MASK * (b - a)
         for number, line in enumerate(block.split("\n"), start=token.map[0]):
             content = LEAD.sub("", line.strip())
             start = text.find(content, max(starts[number], end), starts[number + 1]) if content else -1
             if start >= 0:
                 end, at = start + len(content), place + line.index(content)
-                inside = ((max(a - at, 0), min(b - at, len(content))) for a, b in merged)
-                yield start, end, [(a, b) for a, b in inside if a < b]
+                yield start, "".join(masked[at : at + len(content)])
             place += len(line) + 1
 
 
 @cache
-def _load_parser() -> "MarkdownIt":
-    """Return a parser that notes in `env` which places of a line must not be translated."""
+def _load_parser(*disabled: str) -> "MarkdownIt":
+    """Return a parser without some rules that notes in `env` which places of a line must not be translated."""
     from markdown_it import MarkdownIt, rules_inline
-
-    def note(state: "StateInline", start: int, end: int) -> None:
-        state.env.get("spans", []).append((start, end))
 
     def verbatim(state: "StateInline", silent: bool) -> bool:
         match = VERBATIM.match(state.src, state.pos, state.posMax)
-        if match and not silent:
-            note(state, *match.span())
         state.pos = match.end() if match else state.pos
         return match is not None
 
     def noting(rule: Callable[["StateInline", bool], bool]) -> Callable[["StateInline", bool], bool]:
         def run(state: "StateInline", silent: bool) -> bool:
-            start, label_end = state.pos, -1
-            if rule is rules_inline.link and state.src[start] == "[":
-                label_end = state.md.helpers.parseLinkLabel(state, start, True)
+            start, spans = state.pos, state.env.get("spans", [])
+            known = len(spans)
             if not rule(state, silent):
                 return False
             if silent or not state.src[start : state.pos].strip("`"):
                 return True
-            if label_end < 0 or state.src[label_end : state.pos] in ("]", "][]"):
-                note(state, start, state.pos)  # The text of such a link is its name.
+            label_end = state.md.helpers.parseLinkLabel(state, start, True) if rule is rules_inline.link else start
+            if label_end == start or state.src[label_end : state.pos] in ("]", "][]"):
+                spans[known:] = [(start, state.pos)]  # The text of such a link is its name.
             else:
-                note(state, start, start + 1)
-                note(state, label_end, state.pos)
+                spans += (start, start + 1), (label_end, state.pos)
             return True
 
         return run
 
-    parser = MarkdownIt("commonmark", {"html": True}).enable("table").disable(["html_block", "inline"], True)
-    parser.inline.ruler.before("escape", "verbatim", verbatim)
-    names = {"backticks": "backtick", "link": "link", "image": "image", "autolink": "autolink"}
-    for name, function in {**names, "html_inline": "html_inline", "entity": "entity"}.items():
-        parser.inline.ruler.at(name, noting(getattr(rules_inline, function)))
+    parser = MarkdownIt("commonmark", {"html": True}).enable("table")
+    parser.disable(["html_block", "inline", *disabled])
+    parser.inline.ruler.before("escape", "verbatim", noting(verbatim))
+    for name in ("backtick", "link", "image", "autolink", "html_inline", "entity"):
+        parser.inline.ruler.at("backticks" if name == "backtick" else name, noting(getattr(rules_inline, name)))
     return parser

@@ -3,6 +3,7 @@
 import fcntl
 import math
 import os
+import resource
 import socketserver
 import threading
 import time
@@ -39,8 +40,6 @@ class JobCancelledError(BaseException):
 
 def serve(keep_alive_s: float | None) -> None:
     """Run jobs until a signal, `llmcli stop`, or that many seconds without a job and without a loaded model."""
-    import resource
-
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # Idle connections must not keep others out.
         resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if limit == resource.RLIM_INFINITY else limit, limit))
