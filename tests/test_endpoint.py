@@ -594,6 +594,3 @@ def test_translate_reports_parts_that_came_back(served, server):
     ran = served("translate", "--from", "en", "--to", "fr", "--lines", stdin=lines("The fox.", "The dog.", "`x`", "7"))
     assert ran.stdout.splitlines() == ["The fox.", "THE DOG.", "`x`", "7"]
     assert ran.stderr == "warning: 1 of 2 parts came back untranslated\n"
-    server.mangle = lambda text: "" if "fox" in text else text.upper()
-    ran = served("translate", "--from", "en", "--to", "fr", "--lines", stdin=lines("The fox.", "The dog."))
-    assert (ran.stdout, ran.stderr) == ("\nTHE DOG.\n", "warning: 1 of 2 parts came back untranslated\n")

@@ -47,7 +47,7 @@ def translate(llmcli):
 )
 def test_languages_are_written_in_many_ways(translate, model, said, tags):
     ran = translate("The fox sleeps.", "-m", model, "--from", said[0], "--to", said[1], "--json")
-    assert (ran.stderr.replace("warning: 1 of 1 parts came back untranslated\n", ""), ran.exit_status) == ("", 0)
+    assert (ran.stderr, ran.exit_status) == ("", 0)
     assert (ran.records[0]["from"], ran.records[0]["to"].split("-")[0]) == (tags[0], tags[1].split("-")[0])
 
 

@@ -160,7 +160,7 @@ def _parse_object(text: str) -> JsonObject:
     except ValueError as exc:  # The end of the message of a long integer is advice for programmers.
         raise RecordError("invalid_json", f"not JSON: {str(exc).partition(';')[0]}") from None
     except RecursionError:
-        raise RecordError("invalid_json", TOO_DEEP) from None
+        raise RecordError("invalid_json", f"not JSON: {TOO_DEEP}") from None
     if not isinstance(value, dict):
         names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
         raise RecordError("invalid_json", f"expected a JSON object, got {names.get(type(value), 'a number')}")

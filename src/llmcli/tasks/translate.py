@@ -111,7 +111,7 @@ def _translate(
 
 def _count_untranslated(texts: Sequence[str], outputs: Sequence[GeneratedOutput]) -> JsonObject:
     translations = [output["generated_text"].strip() for output in outputs]
-    equal = sum(after in ("", before.strip()) for before, after in zip(texts, translations, strict=True))
+    equal = sum(after == before.strip() for before, after in zip(texts, translations, strict=True))
     return {"untranslated": [equal, len(texts)]}
 
 
