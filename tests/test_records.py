@@ -105,7 +105,7 @@ def test_a_byte_order_mark_is_no_text(form, tmp_path):
         (b'{"x": NaN}', "invalid_json", "not JSON: NaN is not a valid number"),
         (b'{"x": 1e999}', "invalid_json", "not JSON: 1e999 is not a valid number"),
         (b'{"text": "a\xff"}', "invalid_utf8", f"not UTF-8: byte 0xff at offset 11{ICONV}"),
-        (b'{"a":' * 100_000, "invalid_json", "nested more than 500 levels deep"),
+        (b'{"a":' * 100_000, "invalid_json", "not JSON: nested more than 500 levels deep"),
         (b'{"a": ' + b"9" * 5000 + b"}", "invalid_json", f"not JSON: {LONG_INTEGER}"),
     ],
 )
