@@ -319,7 +319,7 @@ def test_traceback_shows_no_sequence(screen, monkeypatch, tiny):
         raise RuntimeError("\x1b]0;x\x07 \x9b31m \r")
 
     monkeypatch.setattr(loading, "load", fail)
-    assert run("generate", "-m", tiny, "-v", "x") == 1
+    assert run("generate", "-m", tiny, "-v", "x") == 4
     shown = terminal.text()
     assert "Traceback" in shown
     assert is_safe(COLORS.sub("", shown))

@@ -100,11 +100,11 @@ def test_worker_resolves_relative_model_path(warm, process, chatty):
     assert json.loads(ran.stdout)["model"] == chatty.name
 
 
-def test_worker_reports_unexpected_error_as_locally(warm, process, encoder, tmp_path):
+def test_worker_reports_damaged_settings_as_locally(warm, process, encoder, tmp_path):
     folder = shutil.copytree(encoder, tmp_path / "odd")
     (folder / "modules.json").write_text("no JSON")
     here, there = (process("embed", "dog", "-m", folder, "--keep-alive", each) for each in (0, "5m"))
-    assert here.stderr.startswith(b"error: unexpected JSONDecodeError: Expecting value")
+    assert here.stderr.startswith(f"error: failed to load {folder}: Expecting value".encode())
     assert (there.stdout, there.stderr, there.returncode) == (here.stdout, here.stderr, here.returncode)
     told = process("embed", "dog", "-m", folder, "-v").stderr
     assert b"in the worker:" in told
