@@ -66,6 +66,11 @@ class TerminatedError(BaseException):
     """SIGTERM arrived. Like KeyboardInterrupt, it is not an Exception, so that nothing swallows it."""
 
 
+def first_line(exc: Exception) -> str:
+    """Return the first line of the message of an exception, or its type if it has no message."""
+    return (str(exc).strip() or type(exc).__name__).splitlines()[0]
+
+
 def reason(exc: OSError) -> str:
     """Return the message of the system for the end of a sentence, e.g. `no such file or directory`."""
     return (exc.strerror or str(exc)).lower()

@@ -16,11 +16,11 @@ def has_fast_bfloat16() -> bool:
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def free_gpu_memory(index: int) -> int:
+def free_gpu_memory(gpu: torch.device | int) -> int:
     """Return the bytes of a GPU that new tensors may take: free ones, and those that PyTorch holds but does not use."""
     # transformers' get_max_memory adds up the same two, but initializes every GPU of the machine to do so.
-    unused = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
-    return int(torch.cuda.mem_get_info(index)[0] + unused)
+    unused = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+    return int(torch.cuda.mem_get_info(gpu)[0] + unused)
 
 
 def can_pack_bfloat16() -> bool:

@@ -69,17 +69,17 @@ def probe_memory(model: "PreTrainedModel") -> MemoryUsage:
     import psutil
     import torch
 
+    from llmcli.compat.torch import free_gpu_memory
+
     places = (getattr(model, "hf_device_map", None) or {"": model.device}).values()
     devices = {torch.device(place) for place in places if place != "disk"}
     gpus = [device for device in devices if device.type == "cuda"]
     used = peak = free = 0
     for gpu in gpus:
-        allocated = torch.cuda.memory_allocated(gpu)
-        used += allocated
+        used += torch.cuda.memory_allocated(gpu)
         peak += torch.cuda.max_memory_allocated(gpu)
         torch.cuda.reset_peak_memory_stats(gpu)
-        # The allocator's reserve is not free to others, but free to the next batch.
-        free += torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) - allocated
+        free += free_gpu_memory(gpu)
     if gpus:
         return MemoryUsage(used, peak, free)
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from llmcli.errors import LlmcliError, RecordError
+from llmcli.errors import LlmcliError, RecordError, first_line
 from llmcli.job import Failure
 
 OnText = Callable[[str], None]
@@ -60,7 +60,7 @@ def capture_errors(request: Request) -> Iterator[None]:
         if is_out_of_memory(exc):
             request.failure = Failure("out_of_memory", "out of memory")
         elif type(exc).__name__ == "AcceleratorError" or any(text in str(exc) for text in ("CUDA error", "HIP error")):
-            raise DeviceError(f"device failed: {str(exc).splitlines()[0]}", "run again, or use --device cpu") from exc
+            raise DeviceError(f"device failed: {first_line(exc)}", "run again, or use --device cpu") from exc
         else:
             reason = str(exc).strip() or "no reason given"
             request.failure = Failure("internal_error", f"{type(exc).__name__}: {reason}")

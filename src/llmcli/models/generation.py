@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from llmcli import config
-from llmcli.errors import UsageError
+from llmcli.errors import UsageError, first_line
 from llmcli.job import JsonObject
 
 if TYPE_CHECKING:
@@ -101,4 +101,4 @@ def _refusing_invalid_values() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as exc:
-        raise UsageError(str(exc).strip().splitlines()[0]) from exc
+        raise UsageError(first_line(exc)) from exc

@@ -46,9 +46,8 @@ class TokenDecoder:
             return "".join(self._decode(run) if mark is None else mark * len(run) for mark, run in runs)
         return self._decode(self._before + ids).removeprefix(self._known)
 
-    def find_stop(self, ids: list[int], stops: Sequence[str]) -> int | None:
-        """Return where the first stop text begins in the text of all new tokens, except in a thought."""
-        text = self(ids)
+    def find_stop(self, text: str, stops: Sequence[str]) -> int | None:
+        """Return where the first stop text begins in the decoded text of all new tokens, except in a thought."""
         begin = 0 if self.can_think else find_answer(text)
         return None if begin is None else first_stop(text, stops, begin)
 
@@ -123,12 +122,13 @@ def _finish(ids: list[int], decode: TokenDecoder, config: "GenerationConfig") ->
     """Return text, finish reason and number of tokens of one sequence."""
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     end = next((i + 1 for i, token in enumerate(ids) if token in eos), None)
-    stops, reason, count = config.stop_strings or (), "stop" if end else "length", end or len(ids)
-    if (cut := decode.find_stop(ids[:end], stops)) is not None:
+    text, stops = decode(ids[:end]), config.stop_strings or ()
+    reason, count = "stop" if end else "length", end or len(ids)
+    if (cut := decode.find_stop(text, stops)) is not None:
         # Once a stop text is complete, it stays: bisect for the token that completes it.
-        reason, is_cut = "stop", lambda i: decode.find_stop(ids[:i], stops) == cut
+        reason, is_cut = "stop", lambda i: decode.find_stop(decode(ids[:i]), stops) == cut
         count = bisect.bisect_left(range(len(ids)), True, key=is_cut)
-    text = decode(ids[:end])[:cut]
+    text = text[:cut]
     return text if decode.can_think else cut_thought(text, reason), reason, count
 
 
@@ -150,7 +150,8 @@ class NewTextStopCriteria(StoppingCriteria):  # type: ignore[misc]
         is_done = [first_stop(decode(row), self.stops) is not None for decode, row in zip(decoders, rows, strict=True)]
         for i, decode in enumerate(decoders):  # A thought has no stop texts.
             if is_done[i] and not decode.can_think:
-                is_done[i] = decode.find_stop(input_ids[i, self.start :].tolist(), self.stops) is not None
+                text = decode(input_ids[i, self.start :].tolist())
+                is_done[i] = decode.find_stop(text, self.stops) is not None
         return torch.tensor(is_done, device=input_ids.device)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 
 from llmcli import console
-from llmcli.errors import ModelUnavailableError
+from llmcli.errors import ModelUnavailableError, first_line
 from llmcli.models import loading
 
 DAMAGED = "the file is damaged, or its architecture is not supported"
@@ -178,8 +178,7 @@ def _convert(file: Path, folder: Path) -> None:
     except MemoryError:
         raise
     except Exception as exc:
-        reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
-        raise ModelUnavailableError(f"cannot read {file.name}: {reason}", hint=DAMAGED) from exc
+        raise ModelUnavailableError(f"cannot read {file.name}: {first_line(exc)}", hint=DAMAGED) from exc
     if missing := sorted(report["missing_keys"]):
         raise ModelUnavailableError(f"{file.name} is incomplete: missing {missing[0]}", hint="the file is damaged")
     model.save_pretrained(folder)

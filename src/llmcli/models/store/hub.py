@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from llmcli import console
-from llmcli.errors import ModelUnavailableError
+from llmcli.errors import ModelUnavailableError, first_line
 from llmcli.models.registry import HubSource, ModelSpec
 
 CONFIGURATION = ["*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.py"]
@@ -120,7 +120,7 @@ def _translated(exc: Exception, source: HubSource) -> Exception:
         exc = exc.__cause__  # The outer one only adds that the file is not cached either.
     repo, page, token = source.repo, f"{constants.ENDPOINT}/{source.repo}", "set HF_TOKEN or run `hf auth login`"
     status = getattr(getattr(exc, "response", None), "status_code", None)
-    reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
+    reason = first_line(exc)
     refusal = getattr(exc, "server_message", None) or status
     not_found = f"{repo} is not on the Hub, or is private"
     check_name = f"check the name at {page}; for a private one {token}"
