@@ -281,6 +281,13 @@ def test_search_rejects_a_query_that_is_not_utf8(search):
     assert (ran.exit_status, "not UTF-8" in ran.stderr) == (2, True)
 
 
+def test_special_token_names_in_passages_count_as_text(search, tmp_path):
+    (tmp_path / "notes.txt").write_text("<s> </s> " * 100 + "the fox\n")
+    ran = search("fox", tmp_path / "notes.txt", "--json")
+    assert (ran.exit_status, ran.stderr) == (0, "")
+    assert all(record["text"] for record in ran.records)
+
+
 def test_search_with_vocabulary_file_alone_works(llmcli, tmp_path):
     import torch
     from transformers import AutoTokenizer, BertConfig, BertModel

@@ -54,7 +54,7 @@ def _split_passages(documents: Sequence[JsonObject], folder: Path) -> Iterator[J
     for number, document in enumerate(documents):
         text, file, line, counted = document["text"], document.get("file"), document.get("line") or 1, 0
         is_markdown = (file or "").endswith((".md", ".markdown"))
-        for start, piece in split(text, tokenizer, max_tokens, markdown=is_markdown):
+        for start, piece in split(text, _choose_counter(tokenizer, text), max_tokens, markdown=is_markdown):
             line += text.count("\n", counted, start)
             counted = start
             if not piece.strip():
@@ -75,7 +75,21 @@ def _load_tokenizer(folder: Path) -> "tuple[Tokenizer | Callable[[str], int], in
         tokenizer = loaded.backend_tokenizer
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # The names of special tokens are text, as in the pipeline.
     return tokenizer, tokenizer.num_special_tokens_to_add(is_pair=False)
+
+
+def _choose_counter(tokenizer: "Tokenizer | Callable[[str], int]", text: str) -> "Tokenizer | Callable[[str], int]":
+    """Return the tokenizer or, for a text with the name of a special token, a slower function that reads it as text.
+
+    The splitter's own copy of a tokenizer does not keep `encode_special_tokens`.
+    """
+    if callable(tokenizer):
+        return tokenizer
+    names = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    if not any(name in text for name in names):
+        return tokenizer
+    return lambda piece: len(tokenizer.encode(piece, add_special_tokens=False).ids)
 
 
 # The command writes each match as a result of its own, which has a score.
