@@ -1,5 +1,6 @@
 """Texts, or pairs of texts -> logits of the labels of a sequence-classification head. A transformers.Pipeline."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import TYPE_CHECKING
@@ -32,7 +33,7 @@ class SequenceClassificationPipeline(HeadPipeline):
     def __init__(self, *args: object, **settings: object) -> None:
         super().__init__(*args, **settings)
         self._config = self.model.config.get_text_config()
-        self._names_padding = self._config.pad_token_id in range(self._config.vocab_size)
+        self._names_padding = self._config.pad_token_id in range(getattr(self._config, "vocab_size", sys.maxsize))
 
     def _sanitize_parameters(self, long: str = "truncate") -> Parameters:
         return {"long": long}, {}, {}
