@@ -25,6 +25,8 @@ CLASSES = {  # kind: module of this package, and class
     "next_token": ("causal", "NextTokenPipeline"),
     "scoring": ("scoring", "ScoringPipeline"),
     "seq2seq": ("seq2seq", "Seq2SeqPipeline"),
+    "sequence_classification": ("classification", "SequenceClassificationPipeline"),
+    "token_classification": ("token_classification", "TokenClassificationPipeline"),
 }
 
 
