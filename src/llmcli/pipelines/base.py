@@ -39,6 +39,7 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
     ignorable_weight_prefix: str | None = None  # of weights that a checkpoint may lack: a head for another task
     family = "encoders"  # the table of architectures.toml that applies
     pads_left = False
+    max_shared_tokens: int | None = 0  # of rows that may begin with the keys and values of a common prefix
 
     def __init__(self, *args: object, **settings: object) -> None:
         super().__init__(*args, **settings)
