@@ -59,7 +59,7 @@ def classify(
         "calibrate": calibrate, "hypothesis": hypothesis, "long": long,
     }  # fmt: skip
     spec = output.spec(input.format(), texts, input.files)
-    job = model.job("classify", parameters | build_prompt_parameters(prompt), truncate=truncate)
+    job = model.job("classify", {**parameters, **build_prompt_parameters(prompt)}, truncate=truncate)
     return run(job, input.read(texts), replace(spec, finish=_add_labels) if multi_label else spec)
 
 
@@ -78,8 +78,8 @@ def _read_labels(value: str) -> dict[str, str]:
         rows = [(label.strip(), description.strip()) for label, _, description in parts]
     else:
         try:
-            row, *others = csv.reader([value], skipinitialspace=True, strict=True)
-        except (csv.Error, ValueError) as exc:
+            (row,) = csv.reader([value], skipinitialspace=True, strict=True)
+        except csv.Error as exc:
             raise UsageError(f"--labels: {exc}", hint="quote a label that has a comma: '\"a, b\",c'") from exc
         rows = [(label.strip(), "") for label in row]
     labels = dict(rows)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from llmcli.tasks import Prompt
 
+    Prefix = tuple[list[int], DynamicCache]  # tokens, and their keys and values
+
 PREFILL_TOKENS = 4096  # read by a CPU at once: more would not stay in its caches
 DECODED_TOKENS = 4  # of the prompt's end, decoded together with what follows
 
@@ -47,7 +49,7 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         return has_fixed_rotary_positions(self.model)
 
     @functools.cached_property
-    def max_shared_tokens(self) -> int | None:
+    def max_shared_tokens(self) -> int | None:  # type: ignore[override]
         """Maximum length of rows, answers included, that may begin with the keys and values of a common prefix.
 
         Padding then is between the prefix and the rest. It counts in models that read positions off the sequence, and
@@ -128,7 +130,7 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         return self._generate(inputs, ids, mask, config, start=ids.shape[1], cache=cache, **settings)
 
     def _begin(
-        self, inputs: Inputs, config: "GenerationConfig", prefix: "tuple[list[int], DynamicCache] | None" = None
+        self, inputs: Inputs, config: "GenerationConfig", prefix: "Prefix | None" = None
     ) -> "tuple[torch.Tensor, torch.Tensor, DynamicCache | None]":
         """Return input_ids and attention_mask (B, P) of a batch, and a cache: that of their prefix, or an empty one."""
         known = len(prefix[0]) if prefix else 0
@@ -145,7 +147,7 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
     def _read_next(
         self, ids: torch.Tensor, mask: torch.Tensor, config: "GenerationConfig", cache: "DynamicCache | None" = None
     ) -> Any:
-        """Return what `generate` returns for one new token: logits and scores (B, V) of it, in tuples, and the cache."""
+        """Return what `generate` returns for one new token: its logits and scores (B, V), in tuples, and the cache."""
         config.max_new_tokens, config.max_length, config.num_beams = 1, None, 1
         config.return_dict_in_generate = config.output_logits = config.output_scores = True
         return self.model.generate(

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os.path
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,7 @@ from llmcli.pipelines.causal import CausalPipeline
 from llmcli.tasks.fields import FilledTemplate
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache
-
+    from llmcli.pipelines.causal import Prefix
     from llmcli.tasks import Prompt
 
 Tokens = tuple[int, ...]
@@ -45,7 +43,7 @@ class LabelPipeline(CausalPipeline):
 
     _tokens: tuple[object, int, list[Tokens]] = None, 0, []  # of the last labels: see `_encode_labels`
 
-    def _sanitize_parameters(self, **_: object) -> Parameters:
+    def _sanitize_parameters(self, **_: Any) -> Parameters:
         return {}, {}, {}
 
     def preprocess(self, inputs: Mapping[str, Any], truncate: bool = False, **_: object) -> Inputs:  # type: ignore[override]
@@ -97,7 +95,7 @@ class LabelPipeline(CausalPipeline):
         )  # SentencePiece puts a space before the beginning of a text, but not after a newline.
         return tuple(line[len(newline) :] if line[: len(newline)] == newline else alone)
 
-    def _forward(self, inputs: Inputs, prefix: "tuple[list[int], DynamicCache] | None" = None) -> Inputs:
+    def _forward(self, inputs: Inputs, *_: Any, prefix: "Prefix | None" = None, **__: Any) -> Inputs:
         rows = base.as_batch(inputs)["labels"]
         children = defaultdict[Tokens, set[int]](set)
         for label in {label for labels in rows for label in labels}:
@@ -110,7 +108,7 @@ class LabelPipeline(CausalPipeline):
         return {"logprobs": logprobs, **inputs}
 
     def _read_tree(
-        self, inputs: Inputs, children: Mapping[Tokens, list[int]], prefix: "tuple[list[int], DynamicCache] | None"
+        self, inputs: Inputs, children: Mapping[Tokens, list[int]], prefix: "Prefix | None"
     ) -> dict[Tokens, list[float]]:
         """Return the log probability of the last token of each path, after the others, for each row of the batch."""
         config = copy.copy(self.model.generation_config)
@@ -118,7 +116,7 @@ class LabelPipeline(CausalPipeline):
         ids, mask, cache = self._begin(inputs, config, prefix)
         start, depth, maximum = ids.shape[1], max(map(len, children)), self.max_shared_tokens
         can_walk = maximum is None or start + depth < maximum
-        known = {}
+        known = dict[Tokens, list[float]]()
         for path in sorted(children):  # depth first
             if path and cache is not None and (surplus := cache.get_seq_length() - start - len(path) + 1):
                 cache.crop(-surplus)
@@ -149,11 +147,10 @@ class LabelPipeline(CausalPipeline):
 def _join(prompt: str, label: str) -> str:
     """Return a prompt that goes on with a label, after a space if the script has spaces."""
     is_apart = prompt[-1:].isspace() or label[:1].isspace() or east_asian_width(prompt[-1:] or " ") in "FW"
-    space = "" if is_apart else " "
-    return (
-        FilledTemplate([*prompt.pieces, space, label]) if isinstance(prompt, FilledTemplate) else prompt + space + label
-    )
+    pieces = ["" if is_apart else " ", label]
+    return FilledTemplate([*prompt.pieces, *pieces]) if isinstance(prompt, FilledTemplate) else prompt + "".join(pieces)
 
 
 def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    return len(os.path.commonprefix([first, second]))  # noqa: RUF071  # of tokens
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

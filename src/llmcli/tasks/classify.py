@@ -1,4 +1,4 @@
-"""classify: label a text, by a classification head, by a head for natural language inference, or by a language model."""
+"""classify: label a text, by a classification head, by natural language inference, or by a language model."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from llmcli.errors import UsageError
 from llmcli.job import Job, JsonObject
-from llmcli.tasks import LocalModel, ModelCall, Strategy, Task, TaskGenerator, TaskResult, prompting
+from llmcli.tasks import LocalModel, ModelCall, Strategy, Task, TaskGenerator, TaskResult, prompting, select_parameters
 from llmcli.tasks.fields import field_name, read_prompt
 
 if TYPE_CHECKING:
@@ -44,16 +44,14 @@ def list_labels(labels: Mapping[str, str]) -> str:
     """Return the labels as a prompt lists them: on one line, or on several if some have descriptions."""
     if not any(labels.values()):
         return ", ".join(labels)
-    return "\n".join(
-        f"- {label}: {description}" if description else f"- {label}" for label, description in labels.items()
-    )
+    return "\n".join(f"- {label}{description and f': {description}'}" for label, description in labels.items())
 
 
 def run_head(job: Job, item: Item, model: LocalModel) -> TaskGenerator:
     """Label with a classification head: with its own labels or, if the job has labels, by inference."""
-    labels, config = job.parameters.get("labels"), model.config
     if job.parameters.get("calibrate"):
         raise UsageError(f"--calibrate cannot be used with {job.model}, a model with a classification head")
+    labels, config = job.parameters.get("labels"), model.config
     if labels:
         return (yield from _run_inference(job, item, labels, config))
     (output,) = yield ModelCall([{"text": item.text}])
@@ -72,9 +70,7 @@ def _run_inference(job: Job, item: Item, labels: Mapping[str, str], config: "Pre
     entailment = next((id for name, id in ids.items() if name.startswith("entail")), None)
     if entailment is None:
         names = ", ".join(map(str, config.id2label.values()))
-        raise UsageError(
-            f"--labels cannot be used with {job.model}, which has labels of its own", hint=f"labels: {names}"
-        )
+        raise UsageError(f"--labels cannot be used with {job.model}, which has its own", hint=f"its labels: {names}")
     contradiction = -1 if entailment == 0 else 0
     hypothesis = job.parameters.get("hypothesis") or HYPOTHESIS
     outputs = yield ModelCall([{"text": item.text, "pair": hypothesis.format(label)} for label in labels])
@@ -137,7 +133,8 @@ def softmax(values: Sequence[float]) -> list[float]:
 
 
 def sigmoid(value: float) -> float:
-    return 1 / (1 + math.exp(-value)) if value > 0 else 1 - 1 / (1 + math.exp(value))
+    power = math.exp(-abs(value))
+    return (1 if value > 0 else power) / (1 + power)
 
 
 def _activation(config: "PreTrainedConfig") -> str:
@@ -160,5 +157,8 @@ def _round(score: float) -> float:  # to the digits that float32 is good for
 
 OUTPUTS = ("label", "score", "scores", "truncated")
 EMPTY = {"label": None, "score": None, "scores": []}
-STRATEGIES = {"label": Strategy(run_language_model, can_think=False)}
+STRATEGIES = {
+    "sequence_classification": Strategy(run_head, parameters=select_parameters("long")),
+    "label": Strategy(run_language_model, can_think=False),
+}
 TASK = Task(prepare, OUTPUTS, EMPTY, STRATEGIES)
