@@ -54,7 +54,7 @@ def classify(
             raise UsageError(f"{option} requires --labels")
     if hypothesis is not None:
         _check_hypothesis(hypothesis)
-    parameters = {
+    parameters: dict[str, object] = {
         "fields": input.roles("text"), "labels": known, "multi_label": multi_label, "min_score": min_score,
         "calibrate": calibrate, "hypothesis": hypothesis, "long": long,
     }  # fmt: skip
@@ -89,8 +89,8 @@ def _read_labels(value: str) -> dict[str, str]:
     if len(labels) < len(rows):
         raise UsageError(f"--labels: duplicate label {max(names, key=names.count)!r}")
     if not 2 <= len(labels) <= MAX_LABELS:
-        hint = "each record is compared with every label" if labels else None
-        raise UsageError(f"--labels: expected 2 to {MAX_LABELS} labels, got {len(labels)}", hint)
+        why = "each record is compared with every label"
+        raise UsageError(f"--labels: expected 2 to {MAX_LABELS} labels, got {len(labels)}", hint=why)
     return labels
 
 

@@ -108,9 +108,9 @@ class ChatTemplate:
     @functools.cached_property
     def _example(self) -> str:
         """A conversation with all roles that the template takes, or none if it refuses that."""
-        return self._try(**({"system": "x"} if self._takes_system else {}), user="x", assistant=PROBE)
+        return self._try(False, **({"system": "x"} if self._takes_system else {}), user="x", assistant=PROBE)
 
-    def _try(self, begins_answer: bool = False, **messages: str) -> str:
+    def _try(self, begins_answer: bool = False, /, **messages: str) -> str:
         conversation = [{"role": role, "content": content} for role, content in messages.items()]
         try:
             return self._apply(conversation, add_generation_prompt=begins_answer)

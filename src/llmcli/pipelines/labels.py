@@ -43,7 +43,7 @@ class LabelPipeline(CausalPipeline):
 
     _tokens: tuple[object, int, list[Tokens]] = None, 0, []  # of the last labels: see `_encode_labels`
 
-    def _sanitize_parameters(self, **_: Any) -> Parameters:
+    def _sanitize_parameters(self, *_: Any, **__: Any) -> Parameters:
         return {}, {}, {}
 
     def preprocess(self, inputs: Mapping[str, Any], truncate: bool = False, **_: object) -> Inputs:  # type: ignore[override]

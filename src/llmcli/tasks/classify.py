@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HYPOTHESIS = "This example is {}."
 THRESHOLD = 0.5  # of --multi-label
-POOLS = {"mean": fmean, "max": max}
+POOLS: dict[str | None, Callable[[Sequence[float]], float]] = {"mean": fmean, "max": max}
 HEAD_OPTIONS = {"hypothesis": "--hypothesis", "long": "--long", "multi_label": "--multi-label"}
 
 
@@ -56,11 +56,11 @@ def run_head(job: Job, item: Item, model: LocalModel) -> TaskGenerator:
         return (yield from _run_inference(job, item, labels, config))
     (output,) = yield ModelCall([{"text": item.text}])
     logits = _pool(job, output["logits"])
-    function = _activation(config)
-    if function == "none" and (job.parameters.get("multi_label") or job.parameters.get("min_score") is not None):
+    scale = _activation(config)
+    if scale is list and (job.parameters.get("multi_label") or job.parameters.get("min_score") is not None):
         option = "--multi-label" if job.parameters.get("multi_label") else "--min-score"
         raise UsageError(f"{option} cannot be used with {job.model}, whose scores are not probabilities")
-    scores = {"softmax": softmax, "sigmoid": lambda row: [*map(sigmoid, row)], "none": list}[function](logits)
+    scores = scale(logits)
     return make_result(job, [config.id2label[i] for i in range(len(scores))], scores, output.get("truncated", 0))
 
 
@@ -109,8 +109,8 @@ def make_result(job: Job, labels: Sequence[str], scores: Sequence[float], trunca
     """Return the result of a record from the score of each label."""
     ranked = sorted(zip(labels, scores, strict=True), key=itemgetter(1), reverse=True)
     minimum, is_multiple = job.parameters.get("min_score"), job.parameters.get("multi_label")
-    label, score = ranked[0]
-    label = None if minimum is not None and score < minimum else label
+    score = ranked[0][1]
+    label = ranked[0][0] if minimum is None or score >= minimum else None
     output: JsonObject = {
         "label": label,
         "score": _round(score),
@@ -137,12 +137,12 @@ def sigmoid(value: float) -> float:
     return (1 if value > 0 else power) / (1 + power)
 
 
-def _activation(config: "PreTrainedConfig") -> str:
+def _activation(config: "PreTrainedConfig") -> Callable[[list[float]], list[float]]:
     """Return what makes scores of logits, as the text-classification pipeline of Transformers chooses it."""
     if config.problem_type == "regression":
-        return "none"
+        return list
     is_multiple = config.problem_type == "multi_label_classification"
-    return "sigmoid" if is_multiple or config.num_labels == 1 else "softmax"
+    return (lambda row: [*map(sigmoid, row)]) if is_multiple or config.num_labels == 1 else softmax
 
 
 def _pool(job: Job, windows: Sequence[Sequence[float]]) -> list[float]:
@@ -156,7 +156,7 @@ def _round(score: float) -> float:  # to the digits that float32 is good for
 
 
 OUTPUTS = ("label", "score", "scores", "truncated")
-EMPTY = {"label": None, "score": None, "scores": []}
+EMPTY: JsonObject = {"label": None, "score": None, "scores": []}
 STRATEGIES = {
     "sequence_classification": Strategy(run_head, parameters=select_parameters("long")),
     "label": Strategy(run_language_model, can_think=False),
