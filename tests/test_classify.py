@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 
 import pytest
-from conftest import WORDS, make_tiny
 
 PROMPT = "the quick {text} of {labels}\nfox:"
 TEXTS = ["brown fox", "a lazy dog and then sleeps in the warm sun", "once", "the the the quick"]
@@ -103,7 +102,9 @@ def test_labels_equal_computation_by_hand(llmcli, request, model, labels):
         assert record["score"] == pytest.approx(max(expected.values()), abs=1e-3)
 
 
-SHARED = "once upon a time the lazy dog sleeps in the warm sun and then the quick brown fox: {labels}\nText: {text}\nLabel:"
+SHARED = (
+    "once upon a time the lazy dog sleeps in the warm sun and then the quick brown fox: {labels}\nText: {text}\nLabel:"
+)
 SIZES = {"vocab_size": 400, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 LLAMA = SIZES | {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
