@@ -342,7 +342,7 @@ def test_labels_of_the_same_tokens_are_a_usage_error(classify, base, tmp_path):
 
 def test_truncated_prompt_keeps_instruction_and_end(llmcli, tiny):
     """A context of 64 tokens: what is too long loses the end of its text."""
-    words = "the quick brown fox and then a lazy dog sleeps in the warm sun".split() * 10
+    words = [*WORDS] * 10
     prompt, labels = "{labels} once: {text} upon", ["fox", "warm sun"]
     options = "-m", tiny, "--dtype", "float32", "--labels", ",".join(labels), "--prompt", prompt, "--json"
     ran = llmcli("classify", *options, " ".join(words))
