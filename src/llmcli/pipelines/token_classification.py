@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import transformers
 
-from llmcli.pipelines.base import HeadPipeline, Inputs, Parameters, check_finite, cut_windows
+from llmcli.pipelines.base import HeadPipeline, Inputs, Parameters, check_finite, check_tokens, cut_windows
 
 
 class TokenClassificationPipeline(HeadPipeline, transformers.TokenClassificationPipeline):  # type: ignore[misc]
@@ -30,6 +30,7 @@ class TokenClassificationPipeline(HeadPipeline, transformers.TokenClassification
 
     def preprocess(self, text: str, stride: int | None = None, **_: object) -> Iterator[Inputs]:
         encoding = self.tokenizer(text, return_special_tokens_mask=True, return_offsets_mapping=True)
+        check_tokens(encoding["input_ids"])
         rows = {name: encoding[name] for name in [*self.input_names, "special_tokens_mask", "offset_mapping"]}
         parts = encoding.sequence_ids(0)
         size = self.context_length or len(parts)
