@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from statistics import fmean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from llmcli.errors import UsageError
 from llmcli.job import Job, JsonObject
@@ -16,28 +16,22 @@ from llmcli.tasks.fields import field_name, read_prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+Item = tuple[str, JsonObject]  # what is labeled, and the fields for prompts
 HYPOTHESIS = "This example is {}."
 THRESHOLD = 0.5  # of --multi-label
 POOLS: dict[str | None, Callable[[Sequence[float]], float]] = {"mean": fmean, "max": max}
 HEAD_OPTIONS = {"hypothesis": "--hypothesis", "long": "--long", "multi_label": "--multi-label"}
 
 
-class Item(NamedTuple):
-    """A text to label, and the fields of its record, with `labels` as prompts list them."""
-
-    text: str
-    fields: JsonObject
-
-
 def prepare(job: Job, fields: JsonObject) -> Item | None:
-    """Return the text of a record, or the job's template filled with its fields; None if the text is blank."""
+    """Return the text of a record or the job's template filled, and the fields for prompts; None if that is blank."""
     if labels := job.parameters.get("labels"):
         fields = {**fields, "labels": list_labels(labels)}
     text = read_prompt(job, fields)
     if text is None:
         return None
     own = {**fields, "text": text} if "prompt" not in job.parameters else fields
-    return Item(text, {"text": fields.get(field_name(job, "text")), **own})
+    return text, {"text": fields.get(field_name(job, "text")), **own}
 
 
 def list_labels(labels: Mapping[str, str]) -> str:
@@ -51,11 +45,13 @@ def run_head(job: Job, item: Item, model: LocalModel) -> TaskGenerator:
     """Label with a classification head: with its own labels or, if the job has labels, by inference."""
     if job.parameters.get("calibrate"):
         raise UsageError(f"--calibrate cannot be used with {job.model}, a model with a classification head")
-    labels, config = job.parameters.get("labels"), model.config
-    if labels:
-        return (yield from _run_inference(job, item, labels, config))
-    (output,) = yield ModelCall([{"text": item.text}])
-    scale = _activation(config)
+    config = model.config
+    if labels := job.parameters.get("labels"):
+        return (yield from _run_inference(job, item[0], labels, config))
+    (output,) = yield ModelCall([{"text": item[0]}])
+    # The pipeline text-classification of Transformers chooses alike.
+    is_multiple = config.problem_type == "multi_label_classification" or config.num_labels == 1
+    scale = list if config.problem_type == "regression" else sigmoid if is_multiple else softmax
     if scale is list and (job.parameters.get("multi_label") or job.parameters.get("min_score") is not None):
         option = "--multi-label" if job.parameters.get("multi_label") else "--min-score"
         raise UsageError(f"{option} cannot be used with {job.model}, whose scores are not probabilities")
@@ -63,7 +59,7 @@ def run_head(job: Job, item: Item, model: LocalModel) -> TaskGenerator:
     return make_result(job, [config.id2label[i] for i in range(len(scores))], scores, output.get("truncated", 0))
 
 
-def _run_inference(job: Job, item: Item, labels: Mapping[str, str], config: "PreTrainedConfig") -> TaskGenerator:
+def _run_inference(job: Job, text: str, labels: Mapping[str, str], config: "PreTrainedConfig") -> TaskGenerator:
     """Label by what a text entails (zero-shot classification): W. Yin et al., arXiv 1909.00161."""
     ids = {name.lower(): id for id, name in config.id2label.items()}
     entailment = next((id for name, id in ids.items() if name.startswith("entail")), None)
@@ -72,10 +68,10 @@ def _run_inference(job: Job, item: Item, labels: Mapping[str, str], config: "Pre
         raise UsageError(f"--labels cannot be used with {job.model}, which has its own", hint=f"its labels: {names}")
     contradiction = -1 if entailment == 0 else 0
     hypothesis = job.parameters.get("hypothesis") or HYPOTHESIS
-    outputs = yield ModelCall([{"text": item.text, "pair": hypothesis.replace("{}", label)} for label in labels])
+    outputs = yield ModelCall([{"text": text, "pair": hypothesis.replace("{}", label)} for label in labels])
     if job.parameters.get("multi_label"):
         margins = [[[row[entailment] - row[contradiction]] for row in output["logits"]] for output in outputs]
-        scores = [sigmoid(_pool(job, rows)[0]) for rows in margins]
+        scores = sigmoid([_pool(job, rows)[0] for rows in margins])
     else:
         scores = softmax([_pool(job, [[row[entailment]] for row in output["logits"]])[0] for output in outputs])
     return make_result(job, [*labels], scores, max(output.get("truncated", 0) for output in outputs))
@@ -91,11 +87,12 @@ def run_language_model(job: Job, item: Item, model: LocalModel) -> TaskGenerator
     if labels is None:
         raise UsageError(f"{job.model} has no labels of its own", hint="pass --labels a,b,c or --labels @FILE")
     if given := next((option for name, option in HEAD_OPTIONS.items() if job.parameters.get(name)), None):
-        raise UsageError(f"{given} cannot be used with {job.model}, a language model")
-    template = prompting.prompt_for(job, model)
-    inputs: list[JsonObject] = [{"prompt": template.render(item.fields), "labels": [*labels]}]
+        hint = "a language model chooses one label; use a classification head, such as -m bart-large-mnli"
+        raise UsageError(f"{given} cannot be used with {job.model}, a language model", hint=hint)
+    template, fields = prompting.prompt_for(job, model), item[1]
+    inputs: list[JsonObject] = [{"prompt": template.render(fields), "labels": [*labels]}]
     if job.truncate or job.parameters.get("calibrate"):
-        empty = template.render({**dict.fromkeys(item.fields, ""), "labels": item.fields["labels"]})
+        empty = template.render({**dict.fromkeys(fields, ""), "labels": fields["labels"]})
         inputs = [{**inputs[0], "empty": empty}, {"prompt": empty, "labels": [*labels]}]
     output, *baseline = yield ModelCall(inputs if job.parameters.get("calibrate") else inputs[:1])
     logprobs = output["logprobs"]
@@ -131,17 +128,8 @@ def softmax(values: Sequence[float]) -> list[float]:
     return [power / total for power in powers]
 
 
-def sigmoid(value: float) -> float:
-    power = math.exp(-abs(value))
-    return (1 if value > 0 else power) / (1 + power)
-
-
-def _activation(config: "PreTrainedConfig") -> Callable[[list[float]], list[float]]:
-    """Return what makes scores of logits, as the text-classification pipeline of Transformers chooses it."""
-    if config.problem_type == "regression":
-        return list
-    is_multiple = config.problem_type == "multi_label_classification"
-    return (lambda row: [*map(sigmoid, row)]) if is_multiple or config.num_labels == 1 else softmax
+def sigmoid(values: Sequence[float]) -> list[float]:
+    return [(1 + math.tanh(value / 2)) / 2 for value in values]
 
 
 def _pool(job: Job, windows: Sequence[Sequence[float]]) -> list[float]:
