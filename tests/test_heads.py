@@ -44,7 +44,7 @@ TEXTS = [
     "cafe\u0301 \u1e9b\u0323 \ufb01ne \u200d\u00a0x",
     "نص عربي and Ελληνικά",
 ]
-LONG = [*TEXTS, " ".join(TEXTS) * 3, "One more sentence about the old town hall. " * 30]
+LONG = [*TEXTS, " ".join(TEXTS), "One more sentence about the old town hall. " * 12]
 CPU = LoadOptions(device="cpu", dtype="float32")
 Scores = list[tuple[Any, float]]  # what was found, and its score, in order
 
