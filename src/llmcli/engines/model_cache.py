@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from llmcli import console
 from llmcli.errors import ModelTooLargeError
 from llmcli.job import JsonObject
-from llmcli.models import malloc
+from llmcli.models.memory import return_freed_memory
 
 if TYPE_CHECKING:
     from transformers import Pipeline
@@ -133,7 +133,7 @@ class ModelCache:
         gc.unfreeze()  # Models are frozen when they are loaded.
         gc.collect()
         gc.freeze()
-        malloc.trim()
+        return_freed_memory()
         return True
 
 

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 from llmcli import console
 from llmcli.errors import LlmcliError, ModelTooLargeError, ModelUnavailableError, UsageError
 from llmcli.job import LoadOptions
-from llmcli.models import malloc
 from llmcli.models.folder_check import check_folder
-from llmcli.models.memory import available_memory
+from llmcli.models.memory import available_memory, keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +42,7 @@ def load(
 
     device = choose_device(load_options.device)
     if device == "cpu":
-        malloc.keep_memory()
+        keep_freed_memory()
         share_key_value_heads()
     dtype = choose_dtype(load_options.dtype, device)
     size = _size(weights, torch.finfo(dtype).bits // 8)

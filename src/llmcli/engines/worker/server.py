@@ -25,7 +25,7 @@ from llmcli.engines.worker.device_lock import DeviceLock, FairLock
 from llmcli.engines.worker.protocol import Connection, ConnectionClosedError, MessageTooLargeError
 from llmcli.errors import ExitStatus, LlmcliError
 from llmcli.job import Failure, Job, JsonObject, Record
-from llmcli.models import malloc
+from llmcli.models.memory import use_one_arena
 from llmcli.tasks import Strategy
 
 HANDSHAKE_TIMEOUT_S = 5.0  # for a call to say what it wants
@@ -43,7 +43,7 @@ def serve(keep_alive_s: float | None) -> None:
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # Idle connections must not keep others out.
         resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if limit == resource.RLIM_INFINITY else limit, limit))
-    malloc.use_one_arena()  # One thread computes at a time.
+    use_one_arena()  # One thread computes at a time.
     with Worker(math.inf if keep_alive_s is None else keep_alive_s) as worker:
         while not worker.is_finished:
             worker.handle_request()
