@@ -97,14 +97,9 @@ def draw_tokens(models: Mapping[str, Sequence[JsonObject]], width: int | None) -
 def draw_next_tokens(record: JsonObject, width: int | None) -> RenderableType:
     """Draw the most likely next tokens, with the probability of the model and the one after sampling options."""
     tokens, sampling = record["next"], ", ".join(f"{name} {value:g}" for name, value in record["sampling"].items())
-    figure = sampling_table(tokens, sampling, width or FILE_COLUMNS)
-    return figure if width else _with_title(f"{record['model']}, after {record['text']!r}", figure)
-
-
-def sampling_table(tokens: Sequence[JsonObject], sampling: str, width: int) -> Group:
-    """Draw one line per token with its two probabilities; `sampling` describes the second."""
-    free = width - 2 * len("0.1234") - 4 * 2  # between the columns of numbers
-    texts = [show_whitespace(token["token"], min(width // 4, free - 2 * len("SAMPLED"))) for token in tokens]
+    columns = width or FILE_COLUMNS
+    free = columns - 2 * len("0.1234") - 4 * 2  # between the columns of numbers
+    texts = [show_whitespace(token["token"], min(columns // 4, free - 2 * len("SAMPLED"))) for token in tokens]
     bar_columns = max(1, (free - max(map(cell_len, [*texts, "NEXT"]))) // 2)
     table = _table("<NEXT", "<MODEL", ">", "<SAMPLED", ">")
     for text, token in zip(texts, tokens, strict=True):
@@ -113,7 +108,8 @@ def sampling_table(tokens: Sequence[JsonObject], sampling: str, width: int) -> G
             text, Bar(1, 0, before, width=bar_columns, color=GREEN), format_probability(before),
             Bar(1, 0, after, width=bar_columns, color=VIOLET), format_probability(after),
         )  # fmt: skip
-    return Group(table, Text(f"Sampled with {sampling}", DIM))
+    figure = Group(table, Text(f"Sampled with {sampling}", DIM))
+    return figure if width else _with_title(f"{record['model']}, after {record['text']!r}", figure)
 
 
 def draw_attention(record: JsonObject, source: str, width: int | None, has_colors: bool) -> RenderableType:
