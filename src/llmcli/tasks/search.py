@@ -1,15 +1,17 @@
 """search: rank passages by the cosine similarity of their vectors to the query's. Each passage is embedded once."""
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmcli import console
+from llmcli import config, console
 from llmcli.job import Job, JsonObject, LoadOptions
 from llmcli.models import loading
 from llmcli.tasks import LocalModel, ModelCall, Strategy, Task, TaskGenerator, TaskResult
 from llmcli.text.splitting import split
-from llmcli.text.vector_cache import VectorCache
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 PASSAGE_TOKENS = 128  # maximum length of a passage, about a paragraph
 SAVE_INTERVAL = 64  # passages embedded before their vectors are saved
 DEFAULT_LIMIT = 5
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS vectors (model TEXT, digest BLOB, vector BLOB, PRIMARY KEY (model, digest)) WITHOUT ROWID
+"""
 
 
 def run(job: Job, fields: JsonObject, model: LocalModel) -> TaskGenerator:
@@ -90,6 +95,50 @@ def _choose_counter(tokenizer: "Tokenizer | Callable[[str], int]", text: str) ->
     if not any(name in text for name in names):
         return tokenizer
     return lambda piece: len(tokenizer.encode(piece, add_special_tokens=False).ids)
+
+
+class VectorCache(AbstractContextManager["VectorCache"]):
+    """The vectors of one model, as bytes of little-endian float32. If the file fails, they are kept in memory."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.path = config.cache_dir() / "vectors.sqlite"
+        with self._fall_back():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(self.path, timeout=30)
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute(SCHEMA)
+
+    def get_many(self, texts: Iterable[str]) -> dict[str, bytes]:
+        """Return the vectors of the texts that have one."""
+        query = "SELECT vector FROM vectors WHERE model = ? AND digest = ?"
+        with self._fall_back(), self._database:
+            self._database.execute("BEGIN")  # One lock for all queries is faster.
+            rows = {text: self._database.execute(query, (self.model, _digest(text))).fetchone() for text in texts}
+            return {text: row[0] for text, row in rows.items() if row}
+        return {}
+
+    def put_many(self, vectors: Mapping[str, bytes]) -> None:
+        """Save the vectors of texts."""
+        rows = [(self.model, _digest(text), vector) for text, vector in vectors.items()]
+        with self._fall_back(), self._database:
+            self._database.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
+
+    def __exit__(self, *_: object) -> None:
+        self._database.close()
+
+    @contextmanager
+    def _fall_back(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as exc:
+            console.warning(f"embeddings are not saved: {self.path}: {exc}")
+            self._database = sqlite3.connect(":memory:")
+            self._database.execute(SCHEMA)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 # The command writes each match as a result of its own, which has a score.
