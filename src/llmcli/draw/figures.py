@@ -9,6 +9,7 @@ from rich.bar import Bar
 from rich.cells import cell_len, set_cell_size
 from rich.color import Color
 from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -82,16 +83,16 @@ def probability_table(tokens: Sequence[JsonObject], width: int) -> Table:
 
 def draw_tokens(models: Mapping[str, Sequence[JsonObject]], width: int | None) -> Group:
     """Draw the tokens of one text and their ids for each model, side by side as far as they fit."""
-    models = {_escape_controls(name): tokens for name, tokens in models.items()}
-    width = width or len(models) * FILE_COLUMNS
-    number_columns = len(str(max((len(tokens) for tokens in models.values()), default=0)))
-    groups: list[list[str]] = [[]]
-    for name in models:
-        group = [*groups[-1], name]
-        if groups[-1] and number_columns + sum(_columns_of(model, models[model]) for model in group) > width:
-            groups.append([])
-        groups[-1].append(name)
-    return Group(*(_draw_side_by_side({name: models[name] for name in group}) for group in groups))
+    screen = Console(width=10_000, markup=False, emoji=False)
+    groups: list[dict[str, Sequence[JsonObject]]] = [{}]
+    for name, tokens in models.items():
+        added = {_escape_controls(name): tokens}
+        table = _draw_side_by_side(groups[-1] | added)
+        if width and groups[-1] and Measurement.get(screen, screen.options, table).maximum > width:
+            groups.append(added)
+        else:
+            groups[-1] |= added
+    return Group(*map(_draw_side_by_side, groups))
 
 
 def draw_next_tokens(record: JsonObject, width: int | None) -> RenderableType:
@@ -178,12 +179,6 @@ def _draw_side_by_side(models: Mapping[str, Sequence[JsonObject]]) -> Table:
                 cells += ["", ""]
         table.add_row(*cells)
     return table
-
-
-def _columns_of(name: str, tokens: Sequence[JsonObject]) -> int:
-    """Return the columns that a model needs beside others."""
-    widest = max((cell_len(show_whitespace(token["token"])) for token in tokens), default=0)
-    return 2 + max(widest, len(name)) + 2 + max((len(str(token["id"])) for token in tokens), default=0)
 
 
 def _table(*headings: str) -> Table:
