@@ -1,12 +1,10 @@
 """Batching policies: which rows run together, how many, and whether they fit in memory."""
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from llmcli.models.memory import available_memory, peak_memory
+from llmcli.models.memory import available_memory, take_peak_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,14 +82,9 @@ def probe_memory(model: "PreTrainedModel") -> MemoryUsage:
         return MemoryUsage(used, peak, free)
 
     info = psutil.Process().memory_info()
-    peak = peak_memory()
-    with suppress(OSError):  # Linux; elsewhere the peak is that of the whole process
-        status = Path("/proc/self/status").read_text()
-        peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-        Path("/proc/self/clear_refs").write_text("5")
     shared = getattr(info, "shared", 0)  # mapped files, such as weights, which are read during the first batch
     # The process keeps what its largest batch took, and the next batch uses it again.
-    return MemoryUsage(info.rss - shared, peak - shared, available_memory())
+    return MemoryUsage(info.rss - shared, take_peak_memory() - shared, available_memory())
 
 
 class BatchPolicy:

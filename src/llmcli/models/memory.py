@@ -10,10 +10,28 @@ PROCESS_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 VERSION_1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 VERSION_2 = ("", "memory.max", "memory.current", "")
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # options of mallopt, in malloc.h
+_highest_peak = 0  # of those that have been reset
 
 
 def peak_memory() -> int:
     """Return the most bytes of main memory that this process has had."""
+    return max(_highest_peak, _read_peak())
+
+
+def take_peak_memory() -> int:
+    """Return the peak since the last call, and reset it. Where the system cannot, it is that of the whole process."""
+    global _highest_peak
+    peak = _read_peak()
+    _highest_peak = max(_highest_peak, peak)
+    with suppress(OSError):  # not on Linux
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak
+
+
+def _read_peak() -> int:
+    # On Linux, getrusage may return the peak of the process that started this one.
+    with suppress(OSError, IndexError):
+        return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
