@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from llmcli.errors import UsageError
 
@@ -63,8 +63,7 @@ def settings() -> Settings:
     path = config_file()
     if not path.exists() and "LLMCLI_CONFIG" in os.environ:
         raise UsageError(f"{path}: no such file", hint="LLMCLI_CONFIG names it")
-    table = read_toml(path) if path.exists() else {}
-    check_table(table, SETTINGS, str(path))
+    table = check_table(read_toml(path) if path.exists() else {}, SETTINGS, str(path))
     table |= {key: os.environ[variable] for variable, key in VARIABLES.items() if os.environ.get(variable)}
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         table["offline"] = True
@@ -102,14 +101,17 @@ def check_keys(table: Mapping[str, object], allowed: Iterable[str], where: str) 
             raise UsageError(message, hint=f"known keys: {', '.join(allowed)}")
 
 
-def check_table(table: Mapping[str, object], types: Mapping[str, type], where: str) -> None:
-    """Raise UsageError for an unknown key, or a value that is not of its key's type. Lists hold strings."""
+def check_table(table: object, types: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a table. Raises UsageError for an unknown key, or a value that is not of its key's type."""
+    if not isinstance(table, dict):
+        raise UsageError(f"{where} is not a table")
     check_keys(table, types, where)
     for key, value in table.items():
-        if type(value) is not types[key]:
+        if type(value) is not (get_origin(types[key]) or types[key]):
             raise UsageError(f"{where}: {key!r} must be of type {types[key].__name__}")
-        if isinstance(value, list) and not all(isinstance(item, str) for item in value):
+        if types[key] == list[str] and not all(isinstance(item, str) for item in value):
             raise UsageError(f"{where}: {key!r} must be a list of strings")
+    return table
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
