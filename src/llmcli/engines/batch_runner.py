@@ -140,7 +140,8 @@ class BatchRunner:
             }
 
     def _generation_settings(self, rows: list[Row], on_text: OnText | None) -> dict[str, Any]:
-        from llmcli.pipelines.answers import DeltaStreamer, TokenTimer
+        from llmcli.pipelines.answers import DeltaStreamer
+        from llmcli.pipelines.stopping import TokenTimer
 
         assert self._config
         settings: dict[str, Any] = {"generation_config": self._config, "criteria": [TokenTimer(self.on_token)]}

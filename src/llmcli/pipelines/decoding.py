@@ -23,7 +23,7 @@ SEED_STRIDE = 0x9E3779B9  # between the seeds of a prompt's sequences: a CPU loo
 
 
 class RowSampler(LogitsProcessor):  # type: ignore[misc]  # transformers has no types
-    """As the last processor, draw the next token of each row by a random state of its own, and exclude all others.
+    """As the last of the list, draw the next token of each row by a random state of its own, and exclude all others.
 
     Rows without a seed draw by the common random state. `rows` are those whose scores it gets, all if None.
     """
@@ -124,7 +124,7 @@ class _ForcedBatch:
         return self.ids
 
     def _choose_columns(self) -> int:
-        """Return the number of columns with which a pass reads the most tokens in its time."""
+        """Return the number of columns with which passes read the maximum number of tokens per second."""
         counts = [len(self.tokens[i]) - self.read_counts[i] for i in self.unfinished]
         if not all(counts):  # Some rows begin without forced tokens: their prompts have to be at the right end.
             return 0
