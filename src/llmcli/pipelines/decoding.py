@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # What a forward pass costs whatever it reads, measured in tokens. A GPU reads all that a batch may have in that time.
 PASS_TOKENS = {"cpu": 64}
 PASS_TOKENS_ACCELERATOR = 4096
+STRIDE = 0x9E3779B9  # between the seeds of sequences: CPUs look at 32 bits of a seed alone
 
 
 class RowSampler(LogitsProcessor):  # type: ignore[misc]  # transformers has no types
@@ -30,7 +31,7 @@ class RowSampler(LogitsProcessor):  # type: ignore[misc]  # transformers has no 
     def __init__(self, seeds: Sequence[int | None], rows: int, device: torch.device) -> None:
         count = rows // len(seeds)  # sequences of one prompt
         self._generators = [
-            None if seed is None else torch.Generator(device).manual_seed((seed + (i << 32)) % 2**64)
+            None if seed is None else torch.Generator(device).manual_seed((seed + i * STRIDE) % 2**64)
             for seed in seeds
             for i in range(count)
         ]
@@ -139,6 +140,8 @@ class _ForcedBatch:
     def _choose_columns(self, maximum: int | None) -> int:
         """Return the number of columns with which a pass reads the most tokens in its time."""
         counts = [len(self.tokens[i]) - self.read_counts[i] for i in self.unfinished]
+        if not all(counts):  # Some rows begin with no forced token: the prompt's last one has to be at the right end.
+            return 0
         most = max(counts)
         if maximum:  # The tokens that may still come need a column each.
             later = self.config.max_length - self.start - min(map(len, self.tokens))
@@ -147,7 +150,7 @@ class _ForcedBatch:
         def speed(columns: int) -> float:
             return sum(min(count, columns) for count in counts) / (self.pass_tokens + columns * len(self.ids))
 
-        return max(range(1, most + 1), key=speed, default=0)
+        return max(range(1, most + 1), key=speed)
 
     def _read(self, columns: int) -> torch.Tensor:
         """Read at most that many tokens of each row, and return the logits (B, V) after the last one."""
