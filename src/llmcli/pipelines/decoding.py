@@ -113,7 +113,8 @@ class _ForcedBatch:
         """Return prompts and new tokens, padded at the right end, as `generate` does."""
         self._append({i: constraint.read_forced_tokens(i, []) for i in self.unfinished}, streamer)
         while self.unfinished:
-            logits = self._read(self._choose_columns(max_columns))
+            # A row without new tokens needs the logits at the end of its prompt.
+            logits = self._read(self._choose_columns(max_columns) if all(self.tokens) else 0)
             rows = [i for i in sorted(self.unfinished) if self.read_counts[i] == len(self.tokens[i])]
             if not rows:
                 continue
