@@ -16,6 +16,7 @@ from llmcli.engines.requests import OnText, Request, RequestSettings, capture_er
 from llmcli.engines.structured import check_answer, constraint_options, read_logprobs
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
 from llmcli.job import Job, JsonObject
+from llmcli.models import generation
 from llmcli.tasks import Prompt, Strategy
 from llmcli.text.splitting import first_stop
 from llmcli.text.thoughts import cut_thought
@@ -109,9 +110,9 @@ class EndpointRunner:
         """Return a runner that sends a request with settings of its own."""
         if not own:
             return self
-        runner, job = copy.copy(self), self._job
-        seed, generation = job.seed if own.seed is None else own.seed, {**job.generation, **own.generation}
-        runner._use(replace(job, generation=generation, seed=seed, constraint=own.constraint))
+        runner, seed = copy.copy(self), self._job.seed if own.seed is None else own.seed
+        given = generation.override(self._job.generation, own.generation)
+        runner._use(replace(self._job, generation=given, seed=seed, constraint=own.constraint))
         return runner
 
     def add(self, requests: Sequence[Request]) -> None:

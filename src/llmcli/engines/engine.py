@@ -14,6 +14,7 @@ from llmcli.engines.record_settings import read_settings
 from llmcli.engines.requests import OnText, Request, RequestSettings, Runner, failure_from
 from llmcli.errors import RecordError, UsageError
 from llmcli.job import Job, Record, Result
+from llmcli.models import generation
 from llmcli.tasks import ModelCall, Strategy, TaskGenerator, TaskModel, TaskResult
 from llmcli.tasks.fields import reads_error
 from llmcli.text.constraints import parse_json, to_compact_json
@@ -186,7 +187,8 @@ class JobRun:
                 for pending, inputs in unfinished:
                     job = self._job
                     if own := pending.settings:
-                        job = replace(job, generation={**job.generation, **own.generation}, constraint=own.constraint)
+                        given = generation.override(job.generation, own.generation)
+                        job = replace(job, generation=given, constraint=own.constraint)
                     pending.generator = strategy.run(job, inputs, self._model)
                     pending.resume(None)
                     self._dispatch(pending)

@@ -57,7 +57,7 @@ class LocalEngine(TaskEngine):
 
         @lru_cache(maxsize=1024)
         def merge(options: str, is_constrained: bool) -> "GenerationConfig":
-            own, given = pipeline.model.generation_config, {**job.generation, **json.loads(options)}
+            own, given = pipeline.model.generation_config, generation.override(job.generation, json.loads(options))
             with translated_errors(model.folder):
                 config = generation.merge(own, given, defaults, parameters, counts_prompt=not is_seq2seq)
                 if is_constrained:
