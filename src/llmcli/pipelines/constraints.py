@@ -131,7 +131,7 @@ class ConstraintProcessor(LogitsProcessor):  # type: ignore[misc]  # transformer
     def completion(self, sequences: Sequence[list[int]]) -> np.ndarray:
         """Return for each sequence of new tokens 0 if it is incomplete, 1 if complete, 2 if nothing can follow it."""
         count = len(sequences) * self.copies // len(self.matchers)  # returned for each prompt
-        states = np.full(len(sequences), 2, np.uint8)
+        states = np.ones(len(sequences), np.uint8)
         for place, tokens in enumerate(sequences):
             i = place // count * self.copies + place % count
             self.advance(i, tokens)
