@@ -112,6 +112,8 @@ def texts(outputs):
 def test_rows_with_different_grammars_share_a_batch(load_kind, kind, monkeypatch):
     pipeline = load_kind(kind)
     together = generate(pipeline, PROMPTS, SHORT, constraints=GRAMMARS)
+    free = generate(pipeline, PROMPTS[2:3], SHORT)[0]  # the row without a constraint, in transformers' own loop
+    assert {name: together[2][name] for name in free} == free
     alone = [
         generate(pipeline, [prompt], SHORT, constraints=[grammar])[0]
         for prompt, grammar in zip(PROMPTS, GRAMMARS, strict=True)
