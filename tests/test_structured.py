@@ -157,6 +157,15 @@ def test_answer_that_may_end_at_the_limit_is_no_failure(llama):
     assert whole["finish_reason"] == "stop"
 
 
+def test_padding_after_a_row_limit_is_not_read(llama, monkeypatch):
+    options, grammar = {"max_new_tokens": 9, "min_new_tokens": 9}, to_grammar({"regex": "[0-9]+"})
+    for columns in (None, 0):
+        monkeypatch.setattr(type(llama), "max_forced_columns", lambda *_, columns=columns: columns)
+        outputs = generate(llama, PROMPTS[:2], options, constraints=[grammar] * 2, max_new_tokens=[3, 9])
+        assert [output["finish_reason"] for output in outputs] == ["length", "length"]
+        assert [output["usage"]["completion_tokens"] for output in outputs] == [3, 9]
+
+
 @pytest.mark.parametrize(
     "options",
     [

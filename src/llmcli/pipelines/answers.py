@@ -247,7 +247,7 @@ class GeneratingPipeline(TextPipeline):
         sequences = getattr(sequences, "sequences", sequences)[:, start:]
         outputs = {} if recorder is None else recorder.outputs(len(ids))
         if constraint:
-            outputs["completion"] = constraint.completion(sequences.tolist()).reshape(len(ids), -1)
+            outputs["completion"] = constraint.completion(sequences.tolist(), max_new_tokens).reshape(len(ids), -1)
         if max_new_tokens:
             outputs["max_new_tokens"] = max_new_tokens
         sequences = sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True)

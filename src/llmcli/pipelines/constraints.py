@@ -128,13 +128,16 @@ class ConstraintProcessor(LogitsProcessor):  # type: ignore[misc]  # transformer
         self.advance(i, [*tokens, *forced])
         return [*forced, self.ends[0]] if matcher.is_stopped() else forced
 
-    def completion(self, sequences: Sequence[list[int]]) -> np.ndarray:
-        """Return for each sequence of new tokens 0 if it is incomplete, 1 if complete, 2 if nothing can follow it."""
+    def completion(self, sequences: Sequence[list[int]], limits: Sequence[int] | None) -> np.ndarray:
+        """Return for each sequence of new tokens 0 if it is incomplete, 1 if complete, 2 if nothing can follow it.
+
+        Padding follows the limit of a prompt, if it has one.
+        """
         count = len(sequences) * self.copies // len(self.matchers)  # returned for each prompt
         states = np.ones(len(sequences), np.uint8)
         for place, tokens in enumerate(sequences):
             i = place // count * self.copies + place % count
-            self.advance(i, tokens)
+            self.advance(i, tokens[: limits[place // count]] if limits else tokens)
             if matcher := self.matchers[i]:
                 states[place] = matcher.is_accepting() and 1 + matcher.is_stopped()
         return states
