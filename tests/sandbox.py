@@ -40,6 +40,10 @@ RECORDS = {
     "news": [{"article": STORY}],
     "questions": [{"question": "Who repaired the clock?", "context": STORY}],
     "pairs": [{"question": "What is the capital of France?", "answer": " Paris"}],
+    "requests": [
+        {"text": "Is it late?", "schema": {"type": "boolean"}},
+        {"text": "Pick a number", "settings": {"choice": ["one", "two"], "seed": 7}, "schema": None},
+    ],
     "conversations": [{"messages": [{"role": "user", "content": "Hello"}]}, {"text": "Hello"}],
 }
 FUNCTIONS = """
