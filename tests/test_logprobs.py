@@ -147,7 +147,7 @@ def test_logprobs_add_up_to_the_score_of_the_answer(folders, llmcli):
     (output,) = generate(load(folder), PROMPTS[:1], LETTERS, logprobs=0)
     text = output["generated_text"]
     line = json.dumps({"text": text, "condition": PROMPTS[0]}).encode()
-    options = "--condition", "{condition}", "-m", folder, "--dtype", "float32"
+    options = "--condition", "condition", "-m", folder, "--dtype", "float32"
     ran = llmcli("score", "--jsonl", *options, stdin=line)
     assert ran.exit_status == 0, ran.stderr
     (record,) = ran.records

@@ -112,6 +112,8 @@ def texts(outputs):
 def test_rows_with_different_grammars_share_a_batch(load_kind, kind, monkeypatch):
     pipeline = load_kind(kind)
     together = generate(pipeline, PROMPTS, SHORT, constraints=GRAMMARS)
+    free = generate(pipeline, PROMPTS[2:3], SHORT)[0]  # the row without a constraint, in transformers' own loop
+    assert {name: together[2][name] for name in free} == free
     alone = [
         generate(pipeline, [prompt], SHORT, constraints=[grammar])[0]
         for prompt, grammar in zip(PROMPTS, GRAMMARS, strict=True)
@@ -250,3 +252,41 @@ def test_end_tokens_are_required(llama, monkeypatch):
     monkeypatch.setattr(llama, "find_end_tokens", lambda _: None)
     with pytest.raises(UsageError, match="no token that ends an answer"):
         generate(llama, PROMPTS[:1], SHORT, constraints=GRAMMARS[:1])
+
+
+def test_sentencepiece_with_byte_fallback(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [*"▁abcdefghijklmnopqrstuvwxyz{}[]:,.", '"', *"0123456789-"]
+    names = ["<unk>", "</s>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, "▁th", "▁the", '{"', '":']
+    vocab = {name: id for id, name in enumerate(names)}
+    merges = [("▁t", "h"), ("▁th", "e"), ("{", '"'), ('"', ":")]
+    vocab["▁t"] = len(vocab)
+    merges = [("▁", "t"), *merges]
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    spaces = decoders.Replace("▁", " ")
+    backend.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    pipeline = load(make_model("llama", tmp_path / "tokenizer", tmp_path / "model"))
+    outputs = generate(pipeline, PROMPTS, SHORT, constraints=GRAMMARS)
+    for constraint, output in zip(CONSTRAINTS, outputs, strict=True):
+        assert is_valid(constraint, output["generated_text"])
+    alone = [generate(pipeline, PROMPTS[i : i + 1], SHORT, constraints=GRAMMARS[i : i + 1])[0] for i in range(7)]
+    assert texts(alone) == texts(outputs)
+
+
+def test_tokenizers_that_change_or_hide_the_text_are_refused():
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+    from llmcli.pipelines.constraints import GrammarCompiler
+
+    backend = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1, "##s": 2}, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece()
+    for tokenizer in (PreTrainedTokenizerFast(tokenizer_object=backend), ByT5Tokenizer()):
+        with pytest.raises(UsageError, match="model cannot have constrained answers"):
+            GrammarCompiler(tokenizer, 400)("start: /a/", [1])
