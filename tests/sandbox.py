@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import heads
+
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 STORY = "The harbour clock was repaired in 1951 by an apprentice. He found a bird's nest behind the dial.\n"
@@ -26,6 +28,9 @@ TEXTS = {
     "corpus.txt": "The sky is blue.\nblue the sky is is\nShe opened the door and went in.\n",
     "history.txt": "ls -l\nsudo systemctl restart NetworkManager\ngit log\n",
     "reviews.csv": 'id,review\n1,"I loved it, all of it."\n2,Never again.\n',
+    "topics.txt": "sport: games and their results\npolitics\nscience: studies and discoveries\n",
+    "headlines.txt": "The home team won again.\nParliament meets on Monday.\n",
+    "news.csv": "id,text\n1,The home team won again.\n2,Parliament meets on Monday.\n",
     "notes/monday.txt": STORY,
     "notes/a b.txt": "The pump was stopped.\nIt was started again.\n",
     "docs/adding-a-task.md": (ROOT / "docs" / "adding-a-task.md").read_text(encoding="utf-8"),
@@ -39,7 +44,12 @@ RECORDS = {
     "articles": [{"id": 1, "text": STORY}, {"id": 2, "text": STORY * 2}],
     "news": [{"article": STORY}],
     "questions": [{"question": "Who repaired the clock?", "context": STORY}],
+    "letters": [{"id": 1, "text": "Ada Lovelace lived in London."}, {"id": 2, "text": "She never went to Rome."}],
     "pairs": [{"question": "What is the capital of France?", "answer": " Paris"}],
+    "requests": [
+        {"text": "Is it late?", "schema": {"type": "boolean"}},
+        {"text": "Pick a number", "settings": {"choice": ["one", "two"], "seed": 7}, "schema": None},
+    ],
     "conversations": [{"messages": [{"role": "user", "content": "Hello"}]}, {"text": "Hello"}],
 }
 FUNCTIONS = """
@@ -54,6 +64,9 @@ TINY = {
     "encoder": ["minilm"],
     "roberta-qa": ["roberta-squad2", "deepset/roberta-base-squad2", "distilbert-squad"],
     "bart": ["bart-large-cnn", "facebook/bart-large-cnn", "distilbart"],
+    "tagger": ["bert-ner", "dslim/bert-base-NER"],
+    "classifier": ["distilbert-sst2", "distilbert/distilbert-base-uncased-finetuned-sst-2-english"],
+    "nli": ["bart-large-mnli", "facebook/bart-large-mnli"],
     "nllb": ["nllb-600m", "facebook/nllb-200-distilled-600M"],
     "marian": ["opus-mt-en-fr", "Helsinki-NLP/opus-mt-en-fr"],
     "t5": ["t5-small"],
@@ -90,7 +103,13 @@ def real(scratch: Path) -> Iterator[tuple[Path, dict[str, str]]]:
 @contextmanager
 def tiny(scratch: Path, chat: Path, encoder: Path, server: str) -> Iterator[tuple[Path, dict[str, str]]]:
     """With models that answer at once, and a server of the OpenAI protocol."""
-    made = {"chat": chat, "encoder": encoder}
+    made = {
+        "chat": chat,
+        "encoder": encoder,
+        "tagger": heads.save_head(scratch / "tagger", "bert", "TokenClassification", heads.ENTITIES),
+        "classifier": heads.save_head(scratch / "classifier", "distilbert", "SequenceClassification", heads.SENTIMENTS),
+        "nli": heads.save_head(scratch / "nli", "bart", "SequenceClassification", heads.NLI),
+    }
     tables = [
         f'["{name}"]\npath = "{made.get(kind, GOLDEN / kind)}"\n' for kind, names in TINY.items() for name in names
     ]

@@ -35,6 +35,14 @@ def test_dynamic_layer_has_the_members_that_growing_layer_replaces():
     assert layer.keys.shape == layer.values.shape == (1, 1, 2, 4)
 
 
+def test_byte_alphabet_is_the_one_of_the_tokenizers():
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    alphabet = tokenizers.byte_alphabet()
+    assert sorted(alphabet) == sorted(ByteLevel.alphabet())
+    assert (alphabet["a"], alphabet["Ġ"], sorted(alphabet.values())) == (ord("a"), 32, [*range(256)])
+
+
 def test_model_supports_default_dynamic_cache(model):
     assert model._supports_default_dynamic_cache() is True
     assert type(cache.growing_cache(model, model.generation_config)) is DynamicCache
@@ -46,6 +54,15 @@ def test_repeated_cache_has_a_row_for_each_prompt(model):
         filled = cache.filled_cache(model(torch.tensor([[2, 3]]), use_cache=True))
     assert cache.repeat_cache(filled, 3).layers[0].keys.shape[0] == 3
     assert filled.layers[0].keys.shape[0] == 1
+
+
+def test_token_classification_pipeline_has_the_steps_that_llmcli_calls():
+    from transformers import TokenClassificationPipeline
+
+    parameters = inspect.signature(TokenClassificationPipeline.postprocess).parameters
+    assert [*parameters] == ["self", "all_outputs", "aggregation_strategy", "ignore_labels"]
+    assert "aggregation_strategy" in inspect.signature(TokenClassificationPipeline._sanitize_parameters).parameters
+    assert callable(TokenClassificationPipeline.check_model_type)
 
 
 def test_generate_uses_the_cache_that_it_is_given(model):

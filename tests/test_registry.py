@@ -86,6 +86,7 @@ def test_the_users_models_are_laid_over_ours(own):
         ('[mine]\nwheels = ["a==1"]\nfiles = ["a"]', "'sha256' is required by 'wheels'"),
         ('[mine]\nhub = "a/b"\nsha256 = "0"', "'sha256' cannot be used with 'hub'"),
         ('[mine]\nhub = "a/b"\nsize = "big"', "'size' must be of type int"),
+        ('[mine]\nhub = "a/b"\nsize = true', "'size' must be of type int"),
         ('[mine]\nhub = "nonsense"', "is not a Hub ID"),
         ('mine = "a/b"', "is not a table"),
         ("[mine", "models.toml"),
@@ -110,6 +111,14 @@ def test_configuration_environment_and_option_in_rising_order(configured, monkey
     config.settings.cache_clear()
     with pytest.raises(UsageError, match="unknown dtype"):
         config.settings()
+
+
+def test_task_without_a_default_has_the_configured_one(configured):
+    with pytest.raises(UsageError, match="tag has no default model"):
+        registry.default_names("tag")
+    configured('[defaults]\ntag = "bert-ner"\n')
+    config.settings.cache_clear()
+    assert registry.default_names("tag") == ["bert-ner"]
 
 
 @pytest.mark.parametrize(

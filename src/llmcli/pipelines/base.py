@@ -1,18 +1,19 @@
 """What the pipelines have in common: rows of token IDs, padded batches, and limits of length."""
 
 import functools
+import re
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers.pipelines.base import Pipeline
+from transformers.pipelines.base import ChunkPipeline, Pipeline
 
 from llmcli.compat.tokenizers import read_as_text
-from llmcli.compat.transformers import TextPipelineMixin, is_causal_lm, rope_limit
-from llmcli.errors import RecordError
+from llmcli.compat.transformers import TextPipelineMixin, is_causal_lm, rope_limit, takes
+from llmcli.errors import ModelUnavailableError, RecordError
 from llmcli.models import loading
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
     ignorable_weight_prefix: str | None = None  # of weights that a checkpoint may lack: a head for another task
     family = "encoders"  # the table of architectures.toml that applies
     pads_left = False
+    max_shared_tokens: int | None = 0  # of rows that may begin with the keys and values of a common prefix
 
     def __init__(self, *args: object, **settings: object) -> None:
         super().__init__(*args, **settings)
@@ -94,7 +96,8 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
                     else:
                         results.append(self.model(**inputs)[0][0, : len(rows[0])].float())
             alone, together = results
-            tolerance = (1e-3 if self.model.dtype == torch.float32 else 0.1) * alone.std()
+            scale = alone.std() if alone.numel() > 1 else alone.abs()  # A regression has a single logit.
+            tolerance = (1e-3 if self.model.dtype == torch.float32 else 0.1) * scale
             return bool((alone - together[: len(alone)]).abs().max() <= tolerance)
         except Exception:  # A model may raise anything at input that it cannot read.
             return False
@@ -112,6 +115,39 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
             # Tokenize again, so that the token that ends every text stays.
             ids = self.tokenizer(text, truncation=True, max_length=maximum)["input_ids"]
         return {"input_ids": make_row(ids), "cut": length - len(ids)}
+
+
+class HeadPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  # transformers has no types
+    """A pipeline for a head that reads texts, in windows if they are long, on an encoder or a decoder."""
+
+    needs_offsets = False  # from tokens to characters
+
+    def __init__(self, *args: object, **settings: object) -> None:
+        super().__init__(*args, **settings)
+        if self.needs_offsets and not self.tokenizer.is_fast:
+            raise ModelUnavailableError(
+                f"{self.model.name_or_path}: the tokenizer does not return the positions of its tokens",
+                hint="use a model that has a tokenizer.json",
+            )
+        self.model.config.use_cache = False  # a decoder's cache would serve later tokens, and there are none
+        self.context_length = position_limit(self.model.config, self.tokenizer)
+        self.input_names = [name for name in self.tokenizer.model_input_names if name != "attention_mask"]
+
+    @classmethod
+    def find_incompatibility(cls, config: "PreTrainedConfig") -> str | None:
+        head = cls.auto_class.removeprefix("AutoModelFor")
+        usable = any(name.endswith(f"For{head}") for name in config.architectures or ())
+        return None if usable else f"of this kind have no {re.sub('(?<!^)(?=[A-Z])', '-', head).lower()} head"
+
+    def run_model(self, inputs: Inputs) -> Any:
+        """Return the output of the model for B rows of at most P tokens."""
+        batch = as_batch(inputs)
+        known = {name: self.pad(batch[name], fill=0)[0] for name in self.input_names}
+        known["input_ids"], known["attention_mask"] = self.pad(batch["input_ids"])  # on the right: no token moves
+        return self.model(**{name: value for name, value in known.items() if takes(self.model, name)})
+
+    def _forward(self, inputs: Inputs) -> Inputs:
+        return {"logits": self.run_model(inputs).logits.float().cpu(), **inputs}
 
 
 class CausalTextPipeline(TextPipeline):
@@ -148,6 +184,22 @@ def position_limit(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBa
     return positions if stated >= UNLIMITED_TOKENS else min(stated, positions or stated)
 
 
+def cut_windows(
+    rows: Inputs, parts: list[int | None], size: int, overlap: int, part: int = 0, is_full: bool = False
+) -> Iterator[Inputs]:
+    """Yield windows of `size` tokens that overlap in one part; if `is_full`, the last one is no shorter."""
+    begin = parts.index(part) if part in parts else len(parts)
+    end = begin + parts.count(part)
+    room = size - len(parts) + end - begin
+    if parts[begin:end].count(part) < end - begin:
+        raise RuntimeError(f"windows of {room} tokens do not cover tokens {begin} to {end}")
+    for start in range(begin, max(end - overlap, begin + 1), max(room - overlap, 1)):
+        start = max(begin, min(start, end - room)) if is_full else start
+        tokens = range(start, min(start + room, end))
+        window = {name: row[:begin] + row[start : tokens.stop] + row[end:] for name, row in rows.items()}
+        yield {**window, "tokens": tokens, "shift": start - begin, "is_last": tokens.stop == end}
+
+
 def make_row(ids: Sequence[int]) -> "array[int]":
     """Return one row. A tensor would take longer to make than all else, and a list five times the memory."""
     return array("q", ids)
@@ -155,7 +207,7 @@ def make_row(ids: Sequence[int]) -> "array[int]":
 
 def as_batch(inputs: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Return a list for each field of what `preprocess` gave, for one row (transformers' own way) or for a batch."""
-    is_batch = isinstance(inputs["input_ids"], list)
+    is_batch = not isinstance(inputs["input_ids"][0], int)
     return {name: value if is_batch else [value] for name, value in inputs.items()}
 
 
