@@ -46,6 +46,10 @@ RECORDS = {
     "questions": [{"question": "Who repaired the clock?", "context": STORY}],
     "letters": [{"id": 1, "text": "Ada Lovelace lived in London."}, {"id": 2, "text": "She never went to Rome."}],
     "pairs": [{"question": "What is the capital of France?", "answer": " Paris"}],
+    "requests": [
+        {"text": "Is it late?", "schema": {"type": "boolean"}},
+        {"text": "Pick a number", "settings": {"choice": ["one", "two"], "seed": 7}, "schema": None},
+    ],
     "conversations": [{"messages": [{"role": "user", "content": "Hello"}]}, {"text": "Hello"}],
 }
 FUNCTIONS = """

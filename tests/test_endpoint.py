@@ -596,3 +596,82 @@ def test_translate_reports_parts_that_came_back(served, server):
     ran = served("translate", "--from", "en", "--to", "fr", "--lines", stdin=lines("The fox.", "The dog.", "`x`", "7"))
     assert ran.stdout.splitlines() == ["The fox.", "THE DOG.", "`x`", "7"]
     assert ran.stderr == "warning: 1 of 2 parts came back untranslated\n"
+
+
+DAY = {"type": "object", "properties": {"day": {"type": "integer"}}, "required": ["day"]}
+
+
+def as_choice(text, reason="stop", command="chat", **more):
+    answer = {"text": text} if command == "generate" else {"message": {"role": "assistant", "content": text}}
+    return {"index": 0, "finish_reason": reason, **answer, **more}
+
+
+@pytest.mark.parametrize(
+    ("owner", "args", "expected"),
+    [
+        ("vllm", ["--regex", "a|b"], {"structured_outputs": {"regex": "a|b"}}),
+        ("x", ["--choice", "a", "--choice", "c"], {"structured_outputs": {"choice": ["a", "c"]}}),
+        ("sglang", ["--choice", "a", "--choice", "c.d"], {"regex": r"a|c\.d"}),
+        ("llamacpp", ["--choice", "a", "--choice", "c"], {"grammar": 'root ::= "a" | "c"'}),
+    ],
+)
+def test_endpoint_constraint_has_the_name_of_the_server(served, server, owner, args, expected):
+    server.owner, server.choice = owner, as_choice("a")
+    ran = served("chat", *args, "hello")
+    assert (ran.stdout, ran.exit_status) == ("a\n", 0)
+    assert expected.items() <= server.bodies[0].items()
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_endpoint_schema_gives_data(served, server, command):
+    server.choice = as_choice('\n{"day": 12}\n', command=command)
+    ran = served(command, "--schema", json.dumps(DAY), "--jsonl", stdin=b'{"text": "hello"}\n')
+    assert ran.records[0]["data"] == {"day": 12}
+    sent = server.bodies[0]["response_format"]
+    assert sent == {"type": "json_schema", "json_schema": {"name": "answer", "schema": DAY, "strict": True}}
+    assert served(command, "--schema", json.dumps(DAY), "hello").stdout == '{"day":12}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "error"),
+    [
+        ('{"day": "x"}', "stop", "invalid_response"),
+        ("Sure! Here it is.", "stop", "invalid_response"),
+        ('{"day": 1', "length", "incomplete"),
+        ('{"day": 1, "day": 2}', "stop", "invalid_response"),
+    ],
+)
+def test_endpoint_answer_is_checked(served, server, text, reason, error):
+    server.choice = as_choice(text, reason)
+    ran = served("chat", "--schema", json.dumps(DAY), "--json", "hello")
+    assert ran.records[0]["error"]["type"] == error
+    assert ran.exit_status == 1
+
+
+def test_endpoint_records_have_their_own_settings(served, server):
+    records = [
+        {"text": "a", "o": {"max_tokens": 3, "temperature": 0, "seed": 5}},
+        {"text": "b", "o": {"stop": ["x"], "top_k": 4}, "s": None},
+        {"text": "c", "o": {"max_tokens": 0}},
+        {"text": "d"},
+    ]
+    stdin = "".join(json.dumps(record) + "\n" for record in records).encode()
+    ran = served("chat", "--jsonl", "--settings-field", "o", "--schema-field", "s", "--temperature", 0.5, stdin=stdin)
+    assert [record.get("error", {}).get("type") for record in ran.records] == [None, None, "invalid_settings", None]
+    a, b, d = sorted(server.bodies, key=lambda body: body["messages"][-1]["content"])
+    assert (a["max_tokens"], a["temperature"], a["seed"]) == (3, 0, 5)
+    assert (b["stop"], b["top_k"], b["temperature"]) == (["x"], 4, 0.5)
+    assert (d["temperature"], "seed" in d, "stop" in d) == (0.5, False, False)
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_endpoint_logprobs_have_one_shape(served, server, command):
+    token = {"token": "hé", "logprob": -0.5, "bytes": [104, 195, 169]}
+    old = {"tokens": ["hé"], "token_logprobs": [-0.5], "top_logprobs": [{"hé": -0.5}], "text_offset": [0]}
+    logprobs = old if command == "generate" else {"content": [{**token, "top_logprobs": [token]}]}
+    server.choice = as_choice("hé", command=command, logprobs=logprobs)
+    (record,) = served(command, "--json", "--logprobs", 1, "hello").records
+    assert record["logprobs"] == {"content": [{**token, "top_logprobs": [token]}]}
+    assert record["mean_logprob"] == -0.5
+    expected = {"logprobs": 1} if command == "generate" else {"logprobs": True, "top_logprobs": 1}
+    assert expected.items() <= server.bodies[0].items()

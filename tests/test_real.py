@@ -76,6 +76,39 @@ def test_the_batch_does_not_change_the_text(real):
     assert apart == together
 
 
+def test_logprobs_of_the_default_model_equal_float64(real, smollm2):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    prompts = ["The capital of France is", "Once upon a time, there was"]
+    lines = "".join(f"{prompt}\n" for prompt in prompts).encode()
+    args = ("generate", "--lines", "--json", *GREEDY, "--max-new-tokens", 6, "--logprobs", 2)
+    records = real(*args, stdin=lines).records
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float64)
+    for prompt, record in zip(prompts, records, strict=True):
+        content = record["logprobs"]["content"]
+        assert "".join(token["token"] for token in content) == record["generated_text"]
+        ids = tokenizer(prompt)["input_ids"]
+        new = tokenizer(prompt + record["generated_text"])["input_ids"][len(ids) :]
+        with torch.no_grad():
+            steps = model(torch.tensor([ids + new])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+        for step, token in zip(steps, content, strict=True):
+            tops = [other["logprob"] for other in token["top_logprobs"]]
+            assert tops == pytest.approx(step.topk(2).values.tolist(), abs=1e-3)
+            assert token["logprob"] == tops[0]
+
+
+def test_schema_gives_the_same_json_at_any_batch_size(real):
+    schema = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}}}
+    schema |= {"required": ["city", "age"], "additionalProperties": False}
+    lines = b"Ann, 34, lives in Rome.\nBob is 50 years old and lives in Paris.\nTom\n"
+    args = ("chat", "--lines", "--json", *GREEDY, "--schema", json.dumps(schema), "--max-new-tokens", 60)
+    together, apart = (real(*args, "--batch-size", size, stdin=lines).records for size in (3, 1))
+    assert [record["generated_text"] for record in together] == [record["generated_text"] for record in apart]
+    assert all(isinstance(record["data"]["age"], int) and len(record["data"]["city"]) <= 12 for record in together)
+
+
 def test_a_prompt_longer_than_the_context_names_both_lengths(real):
     ran = real("generate", stdin=b"dog " * 8200)
     assert ran.exit_status == 1

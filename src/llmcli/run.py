@@ -84,6 +84,8 @@ def _output_names(job: Job, format: OutputFormat) -> list[str]:
     outputs = tasks.load_task(job.task).outputs
     extra = ["token_logprobs"] * bool(job.parameters.get("token_logprobs"))
     extra += ["labels"] * bool(job.parameters.get("multi_label"))
+    has_schema = "schema" in (job.constraint or {}) or job.schema_field or job.settings_field
+    extra += ["data"] * bool(has_schema) + ["logprobs", "mean_logprob"] * (job.logprobs is not None)
     return [*dict.fromkeys([*outputs, *[f"{outputs[0]}s"] * is_plural, *["truncated"] * job.truncate, *extra])]
 
 

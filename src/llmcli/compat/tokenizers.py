@@ -1,6 +1,7 @@
 """What fast tokenizers tell of themselves: their decoder, and how to decode a stream of tokens."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ def byte_alphabet() -> dict[str, int]:
 def read_as_text(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Let a tokenizer read the names of special tokens, such as `</s>`, in a text as text."""
     tokenizer.split_special_tokens = True
-    names = [token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
+    names = special_names(tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not names:
         return
@@ -41,6 +42,18 @@ def read_as_text(tokenizer: "PreTrainedTokenizerBase") -> None:
         usual = [backend.normalizer] if backend.normalizer else []
         changes = [normalizers.Replace(name, f"‹{name[1:]}") for name in known]
         backend.normalizer = normalizers.Sequence([*usual, *changes])
+
+
+def special_names(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    return [token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
+
+
+def hide_names(tokenizer: "PreTrainedTokenizerBase", names: Iterable[str]) -> str:
+    """Return a fast tokenizer as JSON in which special tokens have other names, so that no text is read as one."""
+    text: str = tokenizer.backend_tokenizer.to_str()
+    for name in names:
+        text = text.replace(json.dumps(name, ensure_ascii=False), json.dumps(f"\0{name}", ensure_ascii=False))
+    return text
 
 
 def decode_stream(tokenizer: "PreTrainedTokenizerBase", before: Sequence[int]) -> Callable[[int], str | None] | None:

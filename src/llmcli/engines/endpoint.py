@@ -1,18 +1,22 @@
 """The engine of an OpenAI-compatible server: vLLM, TGI, llama.cpp, `transformers serve`."""
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from llmcli.engines.engine import TaskEngine
-from llmcli.engines.requests import OnText, Request, capture_errors
+from llmcli.engines.requests import OnText, Request, RequestSettings, capture_errors
+from llmcli.engines.structured import check_answer, constraint_options, read_logprobs
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
 from llmcli.job import Job, JsonObject
+from llmcli.models import generation
 from llmcli.tasks import Prompt, Strategy
 from llmcli.text.splitting import first_stop
 from llmcli.text.thoughts import cut_thought
@@ -89,15 +93,27 @@ class EndpointRunner:
 
     def __init__(self, job: Job, strategy: Strategy, model: RemoteModel) -> None:
         self.queue: set[Request] = set()
-        self._model = model
-        self._options, self._can_think = protocol_options(job, strategy, model), strategy.can_think
-        self._stop = self._options.get("stop", ())
-        if not self._can_think and "stop_strings" not in job.generation:
-            self._options.pop("stop", None)  # A thought must not end there.
+        self._model, self._strategy, self._can_think = model, strategy, strategy.can_think
+        self._use(job)
         self._unsent: list[Request] = []
         self._sent: dict[Future[JsonObject], Request] = {}
         self._finished: SimpleQueue[Future[JsonObject]] = SimpleQueue()
         self._threads = ThreadPoolExecutor(job.concurrency)
+
+    def _use(self, job: Job) -> None:
+        self._job, self._options = job, protocol_options(job, self._strategy, self._model)
+        self._stop = self._options.get("stop", ())
+        if not self._can_think and "stop_strings" not in job.generation:
+            self._options.pop("stop", None)  # A thought must not end there.
+
+    def _with(self, own: RequestSettings | None) -> "EndpointRunner":
+        """Return a runner that sends a request with settings of its own."""
+        if not own:
+            return self
+        runner, seed = copy.copy(self), self._job.seed if own.seed is None else own.seed
+        given = generation.override(self._job.generation, own.generation)
+        runner._use(replace(self._job, generation=given, seed=seed, constraint=own.constraint))
+        return runner
 
     def add(self, requests: Sequence[Request]) -> None:
         self.queue.update(requests)
@@ -107,16 +123,19 @@ class EndpointRunner:
         """Send the requests that are queued, and take in the answers that have arrived, if any soon do."""
         requests, self._unsent = self._unsent, []
         # The beginning of a text does not tell whether it is a thought.
-        can_stream = self._can_think and self._options.keys().isdisjoint({"n", "stop"})
-        if on_text and len(requests) == 1 and can_stream:
+        can_stream = self._can_think and self._options.keys().isdisjoint({"n", "stop"}) and self._job.logprobs is None
+        if on_text and len(requests) == 1 and can_stream and not requests[0].settings:
             with capture_errors(requests[0]):
                 requests[0].output = self._stream(requests[0].input, on_text)
             self.queue.discard(requests[0])
             return
         for request in requests:
-            answer = self._threads.submit(self._complete, request.input)
-            self._sent[answer] = request
-            answer.add_done_callback(self._finished.put)
+            with capture_errors(request):
+                answer = self._threads.submit(self._with(request.settings)._complete, request.input)
+                self._sent[answer] = request
+                answer.add_done_callback(self._finished.put)
+            if request.failure:
+                self.queue.discard(request)
         with suppress(Empty):
             answer = self._finished.get(timeout=POLL_S)
             while True:
@@ -135,7 +154,9 @@ class EndpointRunner:
                 raise RecordError("invalid_response", message)
             texts = [self._read_answer(choice) for choice in choices]
             several = {"generated_texts": texts} if len(texts) > 1 else {}
-            return {"generated_text": texts[0], **several, **_end_fields(choices[0].finish_reason, response.usage)}
+            logprobs = {} if self._job.logprobs is None else read_logprobs(choices[0])
+            end = _end_fields(choices[0].finish_reason, response.usage)
+            return {"generated_text": texts[0], **several, **logprobs, **end}
 
     def _stream(self, prompt: Prompt, on_text: OnText) -> JsonObject:
         pieces, reason, usage = list[str](), None, None
@@ -160,11 +181,15 @@ class EndpointRunner:
         text = _check_text(_read_text(choice), choice.finish_reason)
         if not self._can_think:
             text = cut_thought(text, choice.finish_reason).lstrip()
+        if self._job.constraint:
+            check_answer(self._job.constraint, text, choice.finish_reason)
         return text[: first_stop(text, self._stop)]  # Some servers leave it at the end.
 
     def _send(self, prompt: Prompt, **options: object) -> Any:
         field = "prompt" if isinstance(prompt, str) else "messages"
         settings: dict[str, Any] = {"model": self._model.name, field: prompt, **self._options, **options}
+        if (number := self._job.logprobs) is not None:
+            settings |= {"logprobs": number} if field == "prompt" else {"logprobs": True, "top_logprobs": number}
         client = self._model.client
         return (client if field == "prompt" else client.chat).completions.create(**settings)
 
@@ -202,13 +227,18 @@ def protocol_options(job: Job, strategy: Strategy, model: RemoteModel) -> dict[s
     task = {**(strategy.defaults or {}), **strategy.parameters(job, model)}
     if task.get("do_sample"):  # The server decides how.
         task = {"max_new_tokens": task["max_new_tokens"]}
+    if job.constraint:
+        task.pop("stop_strings", None)  # It may be a part of the answer.
     options = {**task, **job.generation, **({} if job.seed is None else {"seed": job.seed})}
     if isinstance(options.get("stop_strings"), str):
         options["stop_strings"] = [options["stop_strings"]]
     if options.pop("do_sample", None) is False and job.generation.keys().isdisjoint(SAMPLING_OPTIONS):
         options["temperature"] = 0
     named = {PROTOCOL_NAMES.get(name, name): value for name, value in options.items() if value is not None}
-    if not strategy.can_think and any(item.id == model.name and item.owned_by in SWITCHABLE for item in model.models):
+    owner = next((item.owned_by for item in model.models if item.id == model.name), "")
+    if job.constraint:
+        named |= constraint_options(job.constraint, owner)
+    if owner in SWITCHABLE and (job.constraint or not strategy.can_think):
         named["chat_template_kwargs"] = {"enable_thinking": False, "thinking": False}
     standard = {name: named.pop(name) for name in STANDARD_OPTIONS if name in named}
     return {**standard, **({"extra_body": named} if named else {})}

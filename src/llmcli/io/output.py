@@ -207,7 +207,7 @@ class Output(AbstractContextManager["Output"]):
             hint = "run files with other columns alone, or use --json"
             raise UsageError(f"the first row has no column {unknown[0]!r}", hint)
         cells = [fields.get(column) for column in self._columns]
-        return _format_row([to_json(cell) if isinstance(cell, dict | list) else cell for cell in cells])
+        return _format_row([to_json(cell) if isinstance(cell, dict | list | bool) else cell for cell in cells])
 
 
 def to_json(value: object) -> str:

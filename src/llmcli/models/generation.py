@@ -27,6 +27,12 @@ def greedy(options: JsonObject) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in SAMPLING} | {"do_sample": False}
 
 
+def override(options: JsonObject, own: JsonObject) -> dict[str, Any]:
+    """Return the options of a job with those of a record over them."""
+    is_greedy = own.get("do_sample") is False
+    return {name: value for name, value in options.items() if not (is_greedy and name in SAMPLING)} | dict(own)
+
+
 def check_known(names: Iterable[str], source: str = "") -> None:
     """Raise UsageError for a name that GenerationConfig does not have; `source` says who wrote it."""
     from transformers import GenerationConfig

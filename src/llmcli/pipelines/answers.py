@@ -1,28 +1,32 @@
 """New tokens -> text: where an answer ends, why, and what of it may be shown before it has ended."""
 
 import bisect
-import statistics
-import time
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from llmcli.compat.cache import cache_argument
 from llmcli.compat.tokenizers import decode_stream
+from llmcli.errors import RecordError, UsageError
 from llmcli.pipelines.base import Inputs, Parameters, TextPipeline, as_batch
+from llmcli.pipelines.decoding import Decoder
+from llmcli.pipelines.logprobs import TokenLogprobs, describe_logprobs
 from llmcli.pipelines.spelling import PENDING
+from llmcli.pipelines.stopping import NewTextStopCriteria, RowLimitCriteria
 from llmcli.text.splitting import first_stop, stop_prefix
 from llmcli.text.thoughts import cut_thought, find_answer
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
-BYTES_OF_SPECIALS = 8  # what a stop text's last tokens may have beside it
+    from llmcli.pipelines.constraints import ConstraintProcessor, GrammarCompiler
 
 
 class TokenDecoder:
@@ -107,6 +111,8 @@ def make_result(output: Mapping[str, Any], decode: TokenDecoder, config: "Genera
     """Return the fields of one input's result, from `sequences` (1, N, T) of new tokens."""
     limit = output.get("max_new_tokens")
     answers = [_finish(sequence.tolist()[:limit], decode, config) for sequence in output["sequences"][0]]
+    for i, state in enumerate(output["completion"][0] if "completion" in output else ()):
+        answers[i] = _check_completion(*answers[i], state)
     text, reason, _ = answers[0]
     result: Inputs = {"generated_text": text}
     if len(answers) > 1:
@@ -120,8 +126,7 @@ def make_result(output: Mapping[str, Any], decode: TokenDecoder, config: "Genera
 
 def _finish(ids: list[int], decode: TokenDecoder, config: "GenerationConfig") -> tuple[str, str, int]:
     """Return text, finish reason and number of tokens of one sequence."""
-    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    end = next((i + 1 for i, token in enumerate(ids) if token in eos), None)
+    end = _find_end(ids, config)
     text, stops = decode(ids[:end]), config.stop_strings or ()
     reason, count = "stop" if end else "length", end or len(ids)
     if (cut := decode.find_stop(text, stops)) is not None:
@@ -132,57 +137,36 @@ def _finish(ids: list[int], decode: TokenDecoder, config: "GenerationConfig") ->
     return text if decode.can_think else cut_thought(text, reason), reason, count
 
 
-class NewTextStopCriteria(StoppingCriteria):  # type: ignore[misc]
-    """End each row of a batch once its new text contains a stop text.
-
-    transformers' own stop strings are found in the prompt's end and in special tokens too. `start` is the padded length
-    of the prompts. Several rows, sequences or beams, may share a decoder.
-    """
-
-    def __init__(self, decoders: Sequence[TokenDecoder], stops: Sequence[str], start: int) -> None:
-        self.decoders, self.stops, self.start = decoders, stops, start
-        # A token is at least a byte: no stop text reaches further back, from the newest token, than this.
-        self.reach = max(len(stop.encode()) for stop in stops) + BYTES_OF_SPECIALS
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        rows = input_ids[:, max(self.start, input_ids.shape[1] - self.reach) :].tolist()
-        decoders = [self.decoders[i * len(self.decoders) // len(rows)] for i in range(len(rows))]
-        is_done = [first_stop(decode(row), self.stops) is not None for decode, row in zip(decoders, rows, strict=True)]
-        for i, decode in enumerate(decoders):  # A thought has no stop texts.
-            if is_done[i] and not decode.can_think:
-                text = decode(input_ids[i, self.start :].tolist())
-                is_done[i] = decode.find_stop(text, self.stops) is not None
-        return torch.tensor(is_done, device=input_ids.device)
+def _check_completion(text: str, reason: str, count: int, state: int) -> tuple[str, str, int]:
+    """Return a constrained answer, or raise RecordError if its grammar does not let it end (0). 2: it has to end."""
+    if not state and reason == "length":
+        message = f"answer ends before it is complete: {count} tokens"
+        raise RecordError("incomplete", message, hint="increase --max-new-tokens")
+    if not state:
+        raise RecordError("invalid_constraint", "constraint is too complex for this answer", hint="simplify it")
+    return text, "stop" if state == 2 else reason, count
 
 
-class RowLimitCriteria(StoppingCriteria):  # type: ignore[misc]
-    """End each row of a batch after its own number of new tokens. Several rows may share a limit."""
+def _text_tokens(output: Mapping[str, Any], decode: TokenDecoder, config: "GenerationConfig") -> list[int]:
+    """Return the tokens of the first answer's text: not the one that ends it, and not those of a stop text."""
+    ids: list[int] = output["sequences"][0, 0].tolist()[: output.get("max_new_tokens")]
+    if end := _find_end(ids, config):
+        ids = ids[: end - 1]
+    cut = decode.find_stop(decode(ids), config.stop_strings or ())
+    if cut is None:
+        return ids
+    return ids[: bisect.bisect_right(range(len(ids) + 1), cut, key=lambda i: len(decode(ids[:i]))) - 1]
 
-    def __init__(self, limits: Sequence[int], start: int) -> None:
-        self.limits, self.start = torch.tensor(limits), start
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        self.limits = self.limits.to(input_ids.device)
-        limits = self.limits.repeat_interleave(len(input_ids) // len(self.limits))
-        return limits <= input_ids.shape[1] - self.start
+def _find_end(ids: Sequence[int], config: "GenerationConfig") -> int | None:
+    """Return how many tokens an answer has with the one that ends it, None if none does."""
+    ends = end_tokens(config)
+    return next((i + 1 for i, token in enumerate(ids) if token in ends), None)
 
 
-class TokenTimer(StoppingCriteria):  # type: ignore[misc]
-    """Note when each token came, and call `on_token` then, which may raise. Ends nothing."""
-
-    def __init__(self, on_token: Callable[[], None] | None = None) -> None:
-        self.times, self.on_token = list[float](), on_token
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        self.times.append(time.perf_counter())
-        if self.on_token:
-            self.on_token()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-    @property
-    def speed(self) -> float:
-        """Tokens per second of each row, after its first; 0 if there was only one."""
-        return 1 / statistics.median(b - a for a, b in pairwise(self.times)) if len(self.times) > 1 else 0.0
+def end_tokens(config: "GenerationConfig") -> list[int]:
+    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return [token for token in eos if token is not None]
 
 
 class GeneratingPipeline(TextPipeline):
@@ -201,8 +185,7 @@ class GeneratingPipeline(TextPipeline):
 
         A model whose configuration names several knows better than its template.
         """
-        eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        ends = [token for token in eos if token is not None]
+        ends = end_tokens(config)
         if len(ends) < 2 and self.end_of_turn is not None:
             ends.append(self.end_of_turn)
         if config.stop_strings:
@@ -218,8 +201,13 @@ class GeneratingPipeline(TextPipeline):
         self, inputs: Inputs, ids: torch.Tensor, mask: torch.Tensor, config: "GenerationConfig", *, start: int,
         max_new_tokens: Sequence[int] | None = None, criteria: Sequence[StoppingCriteria] = (),
         streamer: BaseStreamer | None = None, cache: "DynamicCache | None" = None,
+        constraints: Sequence[str | None] | None = None, seeds: Sequence[int | None] | None = None,
+        logprobs: int | None = None,
     ) -> Inputs:  # fmt: skip
-        """Return the new sequences: what the model puts after `start` tokens, padding included."""
+        """Return the new sequences: what the model puts after `start` tokens, padding included.
+
+        Rows may have grammars and seeds of their own. `logprobs` is the number of alternatives to each token.
+        """
         ends = [*criteria]
         if config.stop_strings:
             batch = as_batch(inputs)
@@ -232,17 +220,66 @@ class GeneratingPipeline(TextPipeline):
             config.max_new_tokens, config.max_length = max(limits), None
             if min(limits) < max(limits):
                 ends.append(RowLimitCriteria(limits, start))
-        sequences = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=config,
-            stopping_criteria=StoppingCriteriaList(ends),
-            streamer=streamer,
-            **cache_argument(self.model, cache),
-        )
+        is_plain = config.get_generation_mode() in ("greedy_search", "sample")
+        recorder = None
+        if logprobs is not None:
+            if not is_plain:
+                raise UsageError("--logprobs cannot be used with --num-beams")
+            ends.append(recorder := TokenLogprobs(self.model, logprobs))
+        constraint = self._constrain(constraints, config, start)
+        settings: dict[str, Any] = {"logits_processor": LogitsProcessorList([constraint])} if constraint else {}
+        if (constraint or seeds) and is_plain:
+            length = config.max_length or start + config.max_new_tokens
+            columns = 0 if recorder else self.max_forced_columns(len(mask) * (config.num_return_sequences or 1), length)
+            settings["custom_generate"] = Decoder(constraint, seeds, streamer, columns)
+        elif (constraint or seeds) and config.do_sample:
+            raise UsageError("sampled beams cannot be used with a constraint or with seeds of records")
+        with recorder or nullcontext():
+            sequences = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList(ends),
+                streamer=streamer,
+                **cache_argument(self.model, cache),
+                **settings,
+            )
         sequences = getattr(sequences, "sequences", sequences)[:, start:]
+        outputs = {} if recorder is None else recorder.outputs(len(ids))
+        if constraint:
+            outputs["completion"] = constraint.completion(sequences.tolist(), max_new_tokens).reshape(len(ids), -1)
+        if max_new_tokens:
+            outputs["max_new_tokens"] = max_new_tokens
         sequences = sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True)
-        return {"sequences": sequences, **({"max_new_tokens": max_new_tokens} if max_new_tokens else {}), **inputs}
+        return {"sequences": sequences, **outputs, **inputs}
+
+    def max_forced_columns(self, rows: int, length: int) -> int | None:
+        """Return how many columns a batch of that many rows may have if its grammars' forced tokens are read together.
+
+        `length` is what the rows have without. None: no maximum; 0: the model cannot do it.
+        """
+        return 0
+
+    @functools.cached_property
+    def compile_grammar(self) -> "GrammarCompiler":
+        """Compiles grammars of constraints, to be used with `end_tokens` of a generation config."""
+        from llmcli.pipelines.constraints import GrammarCompiler
+
+        return GrammarCompiler(self.tokenizer, self.model.config.get_text_config().vocab_size)
+
+    def _constrain(
+        self, grammars: Sequence[str | None] | None, config: "GenerationConfig", start: int
+    ) -> "ConstraintProcessor | None":
+        if not grammars or not any(grammars):
+            return None
+        from llmcli.pipelines.constraints import ConstraintProcessor
+
+        copies = max(config.num_beams or 1, config.num_return_sequences or 1)
+        return ConstraintProcessor(self.compile_grammar, grammars, end_tokens(config), start, copies)
 
     def postprocess(self, output: Inputs, generation_config: "GenerationConfig | None" = None) -> Inputs:
-        return make_result(output, self.decoder(output), generation_config or self.model.generation_config)
+        decode, config = self.decoder(output), generation_config or self.model.generation_config
+        result = make_result(output, decode, config)
+        if "token_logprobs" in output:
+            result |= describe_logprobs(output, _text_tokens(output, decode, config), self.tokenizer)
+        return result

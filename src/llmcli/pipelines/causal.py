@@ -61,6 +61,12 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         limits = [value for value in (*windows, rope_limit(config)) if isinstance(value, int) and value > 0]
         return min(limits, default=None) if is_safe else 0
 
+    def max_forced_columns(self, rows: int, length: int) -> int | None:
+        limit = self.max_shared_tokens  # Padding is between the tokens of a row, as after a common prefix.
+        if rows == 1:
+            return None if self.can_read_in_parts(length) else 0
+        return 0 if limit is not None and limit < length else limit
+
     @property
     def is_chat(self) -> bool:
         """Whether prompts are messages, for the model's chat template."""
