@@ -97,14 +97,16 @@ def _find_error(constraint: str, timeout_s: float) -> str:
         process = _checker()
         timer = Timer(timeout_s, process.kill)
         timer.start()
-        answer = _exchange(process, constraint)
-        timer.cancel()
-        if answer:
-            return str(json.loads(answer))
-        process.kill()
-        process.wait()
-        _checker.cache_clear()
-        return f"requires more than {timeout_s:g} s to compile"
+        answer = ""
+        try:
+            answer = _exchange(process, constraint)
+        finally:
+            timer.cancel()
+            if not answer:  # It has taken too long, or the user is interrupting this.
+                process.kill()
+                process.wait()
+                _checker.cache_clear()
+    return str(json.loads(answer)) if answer else f"requires more than {timeout_s:g} s to compile"
 
 
 def _compile(constraint: JsonObject) -> str:
