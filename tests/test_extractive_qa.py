@@ -135,7 +135,7 @@ def test_windows_are_cut_as_the_tokenizer_cuts(qa, size, stride):
         is_broken = tokenizers.__version__ in {"0.23.1", "0.23.2"}  # They return two windows, the second cut.
         for window, encoding in zip(mine, known[:1] if is_broken else known, strict=not is_broken):
             assert list(window["input_ids"]) == encoding.ids
-            assert list(window["types"]) == encoding.type_ids
+            assert list(window["token_type_ids"]) == encoding.type_ids
             inside = [i for i, part in enumerate(encoding.sequence_ids) if part == 1]
             assert [window["encoding"].token_to_chars(i) for i in window["tokens"]] == [
                 encoding.offsets[i] for i in inside

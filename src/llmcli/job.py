@@ -35,6 +35,12 @@ class Job:
     batch_size: int | None = None  # rows per batch; None: the engine chooses
     seed: int | None = None
     truncate: bool = False  # cut inputs that are too long
+    constraint: JsonObject | None = None  # of answers: a schema, regex, choice or grammar
+    schema_field: str | None = None  # of records with a schema of their own
+    settings_field: str | None = None  # of records with generation settings of their own
+    logprobs: int | None = None  # number of alternatives to each token; None: no log-probabilities
+    think: bool | None = None  # before an answer; None: as the task and the chat template say
+    template_options: JsonObject = field(default_factory=dict)  # variables of the chat template
     endpoint: str | None = None  # URL of a server that runs the model instead of this machine
     concurrency: int = 16  # maximum number of requests to the server at a time
     keep_alive: float | None = None  # seconds in a worker; 0: no worker; None: a worker that is already running

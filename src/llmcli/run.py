@@ -83,6 +83,7 @@ def _output_names(job: Job, format: OutputFormat) -> list[str]:
     is_plural = is_plural or (job.parameters.get("top_k") or 1) > 1
     outputs = tasks.load_task(job.task).outputs
     extra = ["token_logprobs"] * bool(job.parameters.get("token_logprobs"))
+    extra += ["labels"] * bool(job.parameters.get("multi_label"))
     return [*dict.fromkeys([*outputs, *[f"{outputs[0]}s"] * is_plural, *["truncated"] * job.truncate, *extra])]
 
 

@@ -49,14 +49,15 @@ class BatchRunner:
         self._is_repeatable = True  # equal inputs have equal outputs
         self._config: GenerationConfig | None = None
         self._max_new_tokens = 0
+        self._can_share_prefix = pipeline.max_shared_tokens != 0
+        self._prefix: tuple[list[int], Cache | None] = [], None
         if config := parameters.get("generation_config"):
             self._config = config
             self._preprocess_parameters["truncate"] = (config.max_new_tokens or 0) if truncate else None
             self._is_repeatable = not config.do_sample
             self._max_new_tokens = config.max_new_tokens or config.max_length or 0
             self._is_single = (config.num_beams or 1) == 1 and (config.num_return_sequences or 1) == 1
-            self._can_share_prefix = self._is_single and pipeline.max_shared_tokens != 0
-            self._prefix: tuple[list[int], Cache | None] = [], None
+            self._can_share_prefix &= self._is_single
 
     def add(self, requests: Sequence[Request]) -> None:
         """Queue the rows of requests. A request that cannot be preprocessed fails at once."""
@@ -70,7 +71,8 @@ class BatchRunner:
                 for i, inputs in enumerate(made if self._takes_rows else [made]):
                     remaining = self.pipeline.remaining_context(inputs) if self._config else None
                     limit = self._max_new_tokens if remaining is None else min(remaining, self._max_new_tokens)
-                    rows.append(Row(request, i, inputs, len(inputs["input_ids"]), limit))
+                    length = inputs.get("length") or len(inputs["input_ids"])
+                    rows.append(Row(request, i, inputs, length, limit))
                 request.row_count = len(rows)
                 self._unfinished[request.key] = request
                 self.queue += rows
@@ -127,12 +129,14 @@ class BatchRunner:
             self.policy.memory.start_batch()
         inputs = {name: [row.inputs[name] for row in rows] for name in rows[0].inputs}
         settings = self._generation_settings(rows, on_text) if self._config else {}
+        if self._can_share_prefix and len(rows) > 1 and (prefix := self._find_prefix(rows)):
+            settings["prefix"] = prefix
         start = time.perf_counter()
         outputs = self.pipeline.forward(inputs, **settings)
         if is_measured:
             lengths = [row.length for row in rows]
             # Only the time of decoding steps tells whether a batch has a good size: prefill depends on the prompts.
-            speed = len(rows) * settings["criteria"][0].speed if settings else 0.0
+            speed = len(rows) * settings["criteria"][0].speed if self._config else 0.0
             self.policy.observe(lengths, speed or len(rows) * max(lengths) / (time.perf_counter() - start))
         for i, row in enumerate(rows):
             row.request.row_outputs[row.index] = {
@@ -150,8 +154,6 @@ class BatchRunner:
         if on_text and self._is_single:
             decode = self.pipeline.decoder(rows[0].inputs)
             settings["streamer"] = DeltaStreamer(decode, self._config.stop_strings or (), on_text)
-        if self._can_share_prefix and len(rows) > 1 and (prefix := self._find_prefix(rows)):
-            settings["prefix"] = prefix
         return settings
 
     def _find_prefix(self, rows: list[Row]) -> "tuple[list[int], Cache | None] | None":

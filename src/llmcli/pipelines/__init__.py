@@ -21,9 +21,12 @@ CLASSES = {  # kind: module of this package, and class
     "causal_attention": ("attention", "CausalAttentionPipeline"),
     "embedding": ("embedding", "EmbeddingPipeline"),
     "extractive_qa": ("extractive_qa", "ExtractiveQaPipeline"),
+    "label": ("labels", "LabelPipeline"),
     "next_token": ("causal", "NextTokenPipeline"),
     "scoring": ("scoring", "ScoringPipeline"),
     "seq2seq": ("seq2seq", "Seq2SeqPipeline"),
+    "sequence_classification": ("classification", "SequenceClassificationPipeline"),
+    "token_classification": ("token_classification", "TokenClassificationPipeline"),
 }
 
 

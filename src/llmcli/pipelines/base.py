@@ -11,8 +11,8 @@ import torch
 from transformers.pipelines.base import Pipeline
 
 from llmcli.compat.tokenizers import read_as_text
-from llmcli.compat.transformers import TextPipelineMixin, is_causal_lm, rope_limit
-from llmcli.errors import RecordError
+from llmcli.compat.transformers import TextPipelineMixin, is_causal_lm, rope_limit, takes
+from llmcli.errors import ModelUnavailableError, RecordError
 from llmcli.models import loading
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
     ignorable_weight_prefix: str | None = None  # of weights that a checkpoint may lack: a head for another task
     family = "encoders"  # the table of architectures.toml that applies
     pads_left = False
+    max_shared_tokens: int | None = 0  # of rows that may begin with the keys and values of a common prefix
 
     def __init__(self, *args: object, **settings: object) -> None:
         super().__init__(*args, **settings)
@@ -94,7 +95,8 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
                     else:
                         results.append(self.model(**inputs)[0][0, : len(rows[0])].float())
             alone, together = results
-            tolerance = (1e-3 if self.model.dtype == torch.float32 else 0.1) * alone.std()
+            scale = alone.std() if alone.numel() > 1 else alone.abs()  # A regression has a single logit.
+            tolerance = (1e-3 if self.model.dtype == torch.float32 else 0.1) * scale
             return bool((alone - together[: len(alone)]).abs().max() <= tolerance)
         except Exception:  # A model may raise anything at input that it cannot read.
             return False
@@ -112,6 +114,39 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
             # Tokenize again, so that the token that ends every text stays.
             ids = self.tokenizer(text, truncation=True, max_length=maximum)["input_ids"]
         return {"input_ids": make_row(ids), "cut": length - len(ids)}
+
+
+class HeadPipeline(TextPipeline):
+    """A pipeline for a head that reads texts, in windows if they are long, on an encoder or a decoder."""
+
+    head: str  # in the name of the class of its models, BertFor{head}
+    head_name: str  # in messages
+    needs_offsets = False  # from tokens to characters
+
+    def __init__(self, *args: object, **settings: object) -> None:
+        super().__init__(*args, **settings)
+        if self.needs_offsets and not self.tokenizer.is_fast:
+            raise ModelUnavailableError(
+                f"{self.model.name_or_path}: the tokenizer does not return the positions of its tokens",
+                hint="use a model that has a tokenizer.json",
+            )
+        self.model.config.use_cache = False  # a decoder's cache would serve later tokens, and there are none
+        given = [name for name in self.tokenizer.model_input_names if name not in ("input_ids", "attention_mask")]
+        self.input_names = [name for name in given if takes(self.model, name)]  # such as token_type_ids
+
+    @classmethod
+    def find_incompatibility(cls, config: "PreTrainedConfig") -> str | None:
+        usable = any(name.endswith(f"For{cls.head}") for name in config.architectures or ())
+        return None if usable else f"of this kind have no {cls.head_name} head"
+
+    def run_model(self, inputs: Inputs) -> Any:
+        """Return the output of the model for B rows of at most P tokens."""
+        batch = as_batch(inputs)
+        ids, mask = self.pad(batch["input_ids"])  # on the right: all tokens stay in their places
+        others = {name: self.pad(batch[name], fill=0)[0] for name in self.input_names}
+        if takes(self.model, "attention_mask"):
+            others["attention_mask"] = mask
+        return self.model(input_ids=ids, **others)
 
 
 class CausalTextPipeline(TextPipeline):
@@ -146,6 +181,11 @@ def position_limit(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBa
     positions = loading.max_positions(lambda name: getattr(text_config, name, None))
     stated = tokenizer.model_max_length if tokenizer else UNLIMITED_TOKENS
     return positions if stated >= UNLIMITED_TOKENS else min(stated, positions or stated)
+
+
+def window_starts(begin: int, end: int, room: int, overlap: int) -> range:
+    """Return where windows of `room` tokens that overlap by `overlap` start, to cover the tokens begin to end."""
+    return range(begin, max(end - overlap, begin + 1), max(room - overlap, 1))
 
 
 def make_row(ids: Sequence[int]) -> "array[int]":

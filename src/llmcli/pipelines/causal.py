@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from llmcli.tasks import Prompt
 
+    Prefix = tuple[list[int], DynamicCache]  # tokens, and their keys and values
+
 PREFILL_TOKENS = 4096  # read by a CPU at once: more would not stay in its caches
 DECODED_TOKENS = 4  # of the prompt's end, decoded together with what follows
 
@@ -47,7 +49,7 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         return has_fixed_rotary_positions(self.model)
 
     @functools.cached_property
-    def max_shared_tokens(self) -> int | None:
+    def max_shared_tokens(self) -> int | None:  # type: ignore[override]
         """Maximum length of rows, answers included, that may begin with the keys and values of a common prefix.
 
         Padding then is between the prefix and the rest. It counts in models that read positions off the sequence, and
@@ -89,23 +91,29 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         its end stays, and a token that begins every text.
         """
         context, is_chat = self.context_length, not isinstance(prompt, str)
-        if is_chat and not self.is_chat:
-            raise UsageError("model has no chat template", hint="use `llmcli generate`, or a chat model: -m NAME")
-        text = prompt if isinstance(prompt, str) else self.chat_template.render(prompt, can_think=can_think)
-        if context and truncate is None:
-            base.check_length(text, context, self.count_tokens)
-        ids = self.chat_template.encode(text) if is_chat else self.chat_template.encode_text(text)
-        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        ids = ids or [token for token in (first, last) if token is not None][:1]
-        base.check_tokens(ids)
+        ids = self.encode_prompt(prompt, None if truncate is not None else context, can_think=can_think)
         length = len(ids)
         if context and length >= context:
             if truncate is None:
                 raise base.too_long("prompt", length, context)
-            head = ids[:1] if ids[0] == first else []
+            head = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
             keep = context - min(truncate, context // 2) - len(head)
             ids = head + ids[-keep:]
         return {"input_ids": base.make_row(ids), "is_chat": is_chat, "can_think": can_think, "cut": length - len(ids)}
+
+    def encode_prompt(self, prompt: "Prompt", maximum: int | None, *, can_think: bool) -> list[int]:
+        """Return the tokens of a prompt, whose text is not read if it is far longer than a maximum of tokens."""
+        is_chat = not isinstance(prompt, str)
+        if is_chat and not self.is_chat:
+            raise UsageError("model has no chat template", hint="use `llmcli generate`, or a chat model: -m NAME")
+        text = prompt if isinstance(prompt, str) else self.chat_template.render(prompt, can_think=can_think)
+        if maximum:
+            base.check_length(text, maximum, self.count_tokens)
+        ids = self.chat_template.encode(text) if is_chat else self.chat_template.encode_text(text)
+        special = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        ids = ids or [token for token in special if token is not None][:1]
+        base.check_tokens(ids)
+        return ids
 
     def prefill(self, ids: list[int]) -> "DynamicCache | None":
         """Return the keys and values of a shared prefix, as a cache of one row; None if the model keeps more."""
@@ -118,18 +126,33 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
 
     def _forward(self, inputs: Inputs, generation_config: "GenerationConfig | None" = None, **settings: Any) -> Inputs:
         config = copy.copy(generation_config or self.model.generation_config)
-        prefix: tuple[list[int], DynamicCache] | None = settings.pop("prefix", None)
+        ids, mask, cache = self._begin(inputs, config, settings.pop("prefix", None))
+        return self._generate(inputs, ids, mask, config, start=ids.shape[1], cache=cache, **settings)
+
+    def _begin(
+        self, inputs: Inputs, config: "GenerationConfig", prefix: "Prefix | None" = None
+    ) -> "tuple[torch.Tensor, torch.Tensor, DynamicCache | None]":
+        """Return input_ids and attention_mask (B, P) of a batch, and a cache: that of their prefix, or an empty one."""
         known = len(prefix[0]) if prefix else 0
         ids, mask = self.pad([row[known:] for row in base.as_batch(inputs)["input_ids"]], left=True)
         if prefix:  # at the very start; padding comes after it
             begin = torch.tensor(prefix[0], device=ids.device).expand(len(ids), -1)
             ids, mask = torch.cat([begin, ids], 1), torch.cat([torch.ones_like(begin), mask], 1)
-            settings["cache"] = repeat_cache(prefix[1], len(ids))
-        elif cache := growing_cache(self.model, config):
-            if self.can_read_in_parts(ids.shape[1]):
-                config.prefill_chunk_size = config.prefill_chunk_size or max(16, PREFILL_TOKENS // len(ids))
-            settings["cache"] = cache
-        return self._generate(inputs, ids, mask, config, start=ids.shape[1], **settings)
+            return ids, mask, repeat_cache(prefix[1], len(ids))
+        cache = growing_cache(self.model, config)
+        if cache and self.can_read_in_parts(ids.shape[1]):
+            config.prefill_chunk_size = config.prefill_chunk_size or max(16, PREFILL_TOKENS // len(ids))
+        return ids, mask, cache
+
+    def _read_next(
+        self, ids: torch.Tensor, mask: torch.Tensor, config: "GenerationConfig", cache: "DynamicCache | None" = None
+    ) -> Any:
+        """Return what `generate` returns for one new token: its logits and scores (B, V), in tuples, and the cache."""
+        config.max_new_tokens, config.max_length, config.num_beams = 1, None, 1
+        config.return_dict_in_generate = config.output_logits = config.output_scores = True
+        return self.model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, **cache_argument(self.model, cache)
+        )
 
     def decoder(self, inputs: Mapping[str, Any]) -> TokenDecoder:
         if not inputs["is_chat"]:
@@ -154,11 +177,9 @@ class NextTokenPipeline(CausalPipeline):
 
     def _forward(self, inputs: Inputs, generation_config: "GenerationConfig | None" = None, **settings: Any) -> Inputs:
         config = copy.copy(generation_config or self.model.generation_config)
-        config.max_new_tokens, config.max_length, config.num_beams = 1, None, 1
-        config.return_dict_in_generate = config.output_logits = config.output_scores = True
         config.remove_invalid_values = True  # NaN would end `multinomial`, and the whole batch; postprocess reports it
         ids, mask = self.pad(base.as_batch(inputs)["input_ids"], left=True)
-        output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        output = self._read_next(ids, mask, config)
         (logits,), (scores,) = output.logits, output.scores
         sampling = scores.float().softmax(-1)
         if not config.do_sample:

@@ -60,6 +60,13 @@ class ChatTemplate:
         return ids
 
     @functools.cached_property
+    def answer_space(self) -> str:
+        """The white space that the template writes between the beginning of an answer's turn and the answer."""
+        before, beginning = self._try(user="x", assistant=PROBE).partition(PROBE)[0], self._try(True, user="x")
+        space = before.removeprefix(beginning)
+        return space if before.startswith(beginning) and space.isspace() else ""
+
+    @functools.cached_property
     def end_of_turn(self) -> int | None:
         """The special token that the template writes after an answer, or None."""
         token = self._control.match(self._example.partition(PROBE)[2].lstrip())
@@ -101,11 +108,12 @@ class ChatTemplate:
     @functools.cached_property
     def _example(self) -> str:
         """A conversation with all roles that the template takes, or none if it refuses that."""
-        return self._try(**({"system": "x"} if self._takes_system else {}), user="x", assistant=PROBE)
+        return self._try(False, **({"system": "x"} if self._takes_system else {}), user="x", assistant=PROBE)
 
-    def _try(self, **messages: str) -> str:
+    def _try(self, begins_answer: bool = False, /, **messages: str) -> str:
+        conversation = [{"role": role, "content": content} for role, content in messages.items()]
         try:
-            return self._apply([{"role": role, "content": content} for role, content in messages.items()])
+            return self._apply(conversation, add_generation_prompt=begins_answer)
         except RecordError:
             return ""
 

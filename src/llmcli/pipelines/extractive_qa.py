@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers.pipelines.base import ChunkPipeline
 
-from llmcli.errors import ModelUnavailableError, RecordError, UsageError
-from llmcli.pipelines.base import Inputs, Parameters, TextPipeline, as_batch, check_finite, make_row, position_limit
+from llmcli.errors import RecordError, UsageError
+from llmcli.pipelines import base
+from llmcli.pipelines.base import HeadPipeline, Inputs, Parameters, make_row
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
-    from transformers import PreTrainedConfig
 
     Floats = np.ndarray[tuple[int], np.dtype[np.float32]]
     Bools = np.ndarray[tuple[int], np.dtype[np.bool_]]
@@ -21,12 +21,12 @@ DEFAULT_WINDOW_TOKENS = 384
 DEFAULT_STRIDE_TOKENS = 128
 
 
-class ExtractiveQaPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  # transformers has no types
+class ExtractiveQaPipeline(HeadPipeline, ChunkPipeline):  # type: ignore[misc]  # transformers has no types
     """Answer questions with passages of a context, which is read through overlapping windows if it is long.
 
     For a batch of B windows, of one question or of several, the longest of P tokens:
 
-    preprocess   for each window input_ids, P of them, and their types; p_mask: whether each token is barred from
+    preprocess   for each window input_ids, P of them, and token_type_ids; p_mask: whether each token is barred from
                  answers; encoding, of question and whole context; tokens, those of the context that the window holds;
                  shift, from their place in the window to that in the encoding; context; is_last
     _forward     start, end: logits, float32 (B, P); what preprocess gave, in lists of B
@@ -37,22 +37,13 @@ class ExtractiveQaPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  
     """
 
     auto_class = "AutoModelForQuestionAnswering"
+    head, head_name = "QuestionAnswering", "question-answering"
+    needs_offsets = True
 
     def __init__(self, *args: object, **settings: object) -> None:
         super().__init__(*args, **settings)
-        if not self.tokenizer.is_fast:
-            raise ModelUnavailableError(
-                f"{self.model.name_or_path}: the tokenizer does not return the positions of its tokens",
-                hint="use a model that has a tokenizer.json",
-            )
         # As they were trained: models that are padded on the left have the question after the context.
         self.is_question_first = self.tokenizer.padding_side == "right"
-        self.model.config.use_cache = False  # a decoder's cache would serve later tokens, and there are none
-
-    @staticmethod
-    def find_incompatibility(config: "PreTrainedConfig") -> str | None:
-        usable = any(name.endswith("ForQuestionAnswering") for name in config.architectures or ())
-        return None if usable else "of this kind have no question-answering head"
 
     def _sanitize_parameters(self, **settings: object) -> Parameters:
         windows: Inputs = {name: settings.pop(name) for name in ("doc_stride", "max_seq_len") if name in settings}
@@ -80,12 +71,13 @@ class ExtractiveQaPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  
                 f" in windows of {size} that overlap by {stride}",
                 hint="shorten it, or use longer windows or less overlap",
             )
-        starts = range(begin, max(end - stride, begin + 1), max(room - stride, 1))
+        starts = base.window_starts(begin, end, room, stride)
         if starts[-1] + room < end or parts[begin:end].count(part) < length:
             raise RuntimeError(f"windows of {room} tokens at {starts} do not cover tokens {begin} to {end}")
         # The [CLS] token takes the probability of there being no answer: it has its share of the softmax.
         barred = [own != part and token != cls for own, token in zip(parts, encoding.ids, strict=True)]
-        rows = {"input_ids": make_row(encoding.ids), "types": make_row(encoding.type_ids), "p_mask": make_row(barred)}
+        values = {"input_ids": encoding.ids, "token_type_ids": encoding.type_ids, "p_mask": barred}
+        rows = {name: make_row(row) for name, row in values.items()}
         for start in starts:
             tokens = range(start, min(start + room, end))
             window = {name: row[:begin] + row[start : tokens.stop] + row[end:] for name, row in rows.items()}
@@ -94,7 +86,7 @@ class ExtractiveQaPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  
 
     def _window(self, doc_stride: int | None, max_seq_len: int | None) -> tuple[int, int]:
         """Return size and overlap."""
-        maximum = position_limit(self.model.config, self.tokenizer) or sys.maxsize
+        maximum = base.position_limit(self.model.config, self.tokenizer) or sys.maxsize
         size = min(maximum, DEFAULT_WINDOW_TOKENS) if max_seq_len is None else max_seq_len
         stride = min(size // 2, DEFAULT_STRIDE_TOKENS) if doc_stride is None else doc_stride
         if size > maximum:
@@ -104,11 +96,7 @@ class ExtractiveQaPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  
         return size, stride
 
     def _forward(self, inputs: Inputs) -> Inputs:
-        batch = as_batch(inputs)
-        ids, mask = self.pad(batch["input_ids"])  # on the right: all tokens stay in their places
-        types, _ = self.pad(batch["types"], fill=0)
-        known = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
-        output = self.model(**{name: known[name] for name in self.tokenizer.model_input_names})
+        output = self.run_model(inputs)
         start, end = (logits.float().numpy(force=True) for logits in (output.start_logits, output.end_logits))
         return {"start": start, "end": end, **inputs}
 
@@ -130,7 +118,7 @@ class ExtractiveQaPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  
             start, end = window["start"][0, :length], window["end"][0, :length]  # without padding
             barred = np.array(window["p_mask"], bool)
             start, end = _probabilities(start, barred), _probabilities(end, barred)
-            check_finite([start, end])
+            base.check_finite([start, end])
             nulls.append((start[0] * end[0]).item())
             start[0] = end[0] = 0  # [CLS]
             for first, last, score in _best_spans(start, end, barred, count, max_answer_len):

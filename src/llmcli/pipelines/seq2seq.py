@@ -29,7 +29,6 @@ class Seq2SeqPipeline(GeneratingPipeline):
 
     auto_class = "AutoModelForSeq2SeqLM"
     family = "seq2seq"
-    max_shared_tokens = 0
     can_mix_limits = True  # all rows have the same
 
     @staticmethod

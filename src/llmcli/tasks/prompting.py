@@ -63,7 +63,7 @@ def prompt_for(job: Job, model: TaskModel) -> TaskPrompt:
     """Return the prompt of the job's task for its model. The job's parameter `prompt` is a template in its place."""
     is_chat, styles, own = model.is_chat, load_prompts()[job.task], job.parameters.get("prompt")
     table = styles["chat" if is_chat else "base"] | styles.get(job.model, {})
-    settings = {"max_new_tokens": table["max_new_tokens"], **table.get("options", {})}
+    settings = {"max_new_tokens": table.get("max_new_tokens"), **table.get("options", {})}
     if (stop := table.get("stop")) and not (own and is_chat):
         settings["stop_strings"] = stop
     return TaskPrompt(

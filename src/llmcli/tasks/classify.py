@@ -1,0 +1,164 @@
+"""classify: label a text, by a classification head, by natural language inference, or by a language model."""
+
+import csv
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from statistics import fmean
+from typing import TYPE_CHECKING, NamedTuple
+
+from llmcli.errors import UsageError
+from llmcli.job import Job, JsonObject
+from llmcli.tasks import LocalModel, ModelCall, Strategy, Task, TaskGenerator, TaskResult, prompting, select_parameters
+from llmcli.tasks.fields import field_name, read_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+HYPOTHESIS = "This example is {}."
+THRESHOLD = 0.5  # of --multi-label
+POOLS: dict[str | None, Callable[[Sequence[float]], float]] = {"mean": fmean, "max": max}
+HEAD_OPTIONS = {"hypothesis": "--hypothesis", "long": "--long", "multi_label": "--multi-label"}
+
+
+class Item(NamedTuple):
+    """A text to label, and the fields of its record, with `labels` as prompts list them."""
+
+    text: str
+    fields: JsonObject
+
+
+def prepare(job: Job, fields: JsonObject) -> Item | None:
+    """Return the text of a record, or the job's template filled with its fields; None if the text is blank."""
+    if labels := job.parameters.get("labels"):
+        fields = {**fields, "labels": list_labels(labels)}
+    text = read_prompt(job, fields)
+    if text is None:
+        return None
+    own = {**fields, "text": text} if "prompt" not in job.parameters else fields
+    return Item(text, {"text": fields.get(field_name(job, "text")), **own})
+
+
+def list_labels(labels: Mapping[str, str]) -> str:
+    """Return the labels as a prompt lists them: on one line, or on several if some have descriptions."""
+    if not any(labels.values()):
+        return ", ".join(labels)
+    return "\n".join(f"- {label}{description and f': {description}'}" for label, description in labels.items())
+
+
+def run_head(job: Job, item: Item, model: LocalModel) -> TaskGenerator:
+    """Label with a classification head: with its own labels or, if the job has labels, by inference."""
+    if job.parameters.get("calibrate"):
+        raise UsageError(f"--calibrate cannot be used with {job.model}, a model with a classification head")
+    labels, config = job.parameters.get("labels"), model.config
+    if labels:
+        return (yield from _run_inference(job, item, labels, config))
+    (output,) = yield ModelCall([{"text": item.text}])
+    logits = _pool(job, output["logits"])
+    scale = _activation(config)
+    if scale is list and (job.parameters.get("multi_label") or job.parameters.get("min_score") is not None):
+        option = "--multi-label" if job.parameters.get("multi_label") else "--min-score"
+        raise UsageError(f"{option} cannot be used with {job.model}, whose scores are not probabilities")
+    scores = scale(logits)
+    return make_result(job, [config.id2label[i] for i in range(len(scores))], scores, output.get("truncated", 0))
+
+
+def _run_inference(job: Job, item: Item, labels: Mapping[str, str], config: "PreTrainedConfig") -> TaskGenerator:
+    """Label by what a text entails (zero-shot classification): W. Yin et al., arXiv 1909.00161."""
+    ids = {name.lower(): id for id, name in config.id2label.items()}
+    entailment = next((id for name, id in ids.items() if name.startswith("entail")), None)
+    if entailment is None:
+        names = ", ".join(map(str, config.id2label.values()))
+        raise UsageError(f"--labels cannot be used with {job.model}, which has its own", hint=f"its labels: {names}")
+    contradiction = -1 if entailment == 0 else 0
+    hypothesis = job.parameters.get("hypothesis") or HYPOTHESIS
+    outputs = yield ModelCall([{"text": item.text, "pair": hypothesis.format(label)} for label in labels])
+    if job.parameters.get("multi_label"):
+        margins = [[[row[entailment] - row[contradiction]] for row in output["logits"]] for output in outputs]
+        scores = [sigmoid(_pool(job, rows)[0]) for rows in margins]
+    else:
+        scores = softmax([_pool(job, [[row[entailment]] for row in output["logits"]])[0] for output in outputs])
+    return make_result(job, [*labels], scores, max(output.get("truncated", 0) for output in outputs))
+
+
+def run_language_model(job: Job, item: Item, model: LocalModel) -> TaskGenerator:
+    """Label with a language model: by the probability of each label as the answer.
+
+    With `calibrate`, each probability is divided by that for an empty record (contextual calibration): T. Zhao et al.,
+    Calibrate Before Use, arXiv 2102.09690.
+    """
+    labels = job.parameters.get("labels")
+    if labels is None:
+        raise UsageError(f"{job.model} has no labels of its own", hint="pass --labels a,b,c or --labels @FILE")
+    if given := next((option for name, option in HEAD_OPTIONS.items() if job.parameters.get(name)), None):
+        raise UsageError(f"{given} cannot be used with {job.model}, a language model")
+    template = prompting.prompt_for(job, model)
+    inputs: list[JsonObject] = [{"prompt": template.render(item.fields), "labels": [*labels]}]
+    if job.truncate or job.parameters.get("calibrate"):
+        empty = template.render({**dict.fromkeys(item.fields, ""), "labels": item.fields["labels"]})
+        inputs = [{**inputs[0], "empty": empty}, {"prompt": empty, "labels": [*labels]}]
+    output, *baseline = yield ModelCall(inputs if job.parameters.get("calibrate") else inputs[:1])
+    logprobs = output["logprobs"]
+    if baseline:
+        logprobs = [own - known for own, known in zip(logprobs, baseline[0]["logprobs"], strict=True)]
+    return make_result(job, [*labels], softmax(logprobs), output.get("truncated", 0))
+
+
+def make_result(job: Job, labels: Sequence[str], scores: Sequence[float], truncated: int) -> TaskResult:
+    """Return the result of a record from the score of each label."""
+    ranked = sorted(zip(labels, scores, strict=True), key=itemgetter(1), reverse=True)
+    minimum, is_multiple = job.parameters.get("min_score"), job.parameters.get("multi_label")
+    score = ranked[0][1]
+    label = ranked[0][0] if minimum is None or score >= minimum else None
+    output: JsonObject = {
+        "label": label,
+        "score": _round(score),
+        "scores": [{"label": name, "score": _round(value)} for name, value in ranked],
+        **({"truncated": truncated} if truncated else {}),
+    }
+    if not is_multiple:
+        return TaskResult(output, label or "")
+    chosen = [name for name, value in ranked if value >= (THRESHOLD if minimum is None else minimum)]
+    row = io.StringIO()  # a label with a comma is quoted, as --labels takes it
+    csv.writer(row, lineterminator="").writerow(chosen)
+    return TaskResult({**output, "labels": chosen}, row.getvalue())
+
+
+def softmax(values: Sequence[float]) -> list[float]:
+    highest = max(values)
+    powers = [math.exp(value - highest) for value in values]
+    total = math.fsum(powers)
+    return [power / total for power in powers]
+
+
+def sigmoid(value: float) -> float:
+    power = math.exp(-abs(value))
+    return (1 if value > 0 else power) / (1 + power)
+
+
+def _activation(config: "PreTrainedConfig") -> Callable[[list[float]], list[float]]:
+    """Return what makes scores of logits, as the text-classification pipeline of Transformers chooses it."""
+    if config.problem_type == "regression":
+        return list
+    is_multiple = config.problem_type == "multi_label_classification"
+    return (lambda row: [*map(sigmoid, row)]) if is_multiple or config.num_labels == 1 else softmax
+
+
+def _pool(job: Job, windows: Sequence[Sequence[float]]) -> list[float]:
+    """Return the mean or the maximum of each logit over the windows of a text."""
+    pool = POOLS.get(job.parameters.get("long"), fmean)
+    return [pool(values) for values in zip(*windows, strict=True)]
+
+
+def _round(score: float) -> float:  # to the digits that float32 is good for
+    return float(f"{score:.6g}")
+
+
+OUTPUTS = ("label", "score", "scores", "truncated")
+EMPTY: JsonObject = {"label": None, "score": None, "scores": []}
+STRATEGIES = {
+    "sequence_classification": Strategy(run_head, parameters=select_parameters("long")),
+    "label": Strategy(run_language_model, can_think=False),
+}
+TASK = Task(prepare, OUTPUTS, EMPTY, STRATEGIES)
