@@ -84,8 +84,9 @@ def default_names(task: str, source: str | None = None, target: str | None = Non
     defaults, own = config.read_toml(HERE / "defaults.toml"), config.settings().defaults
     config.check_keys(own, defaults, f"{config.config_file()}: [defaults]")
     chosen = {**defaults, **own}.get(task)
-    if chosen is None:
-        raise UsageError(f"{task} has no default model", hint=f"pass -m NAME, or add one to {HERE / 'defaults.toml'}")
+    if not chosen:
+        example = next((alias for alias, spec in models().items() if task in spec.tasks), "NAME")
+        raise UsageError(f"{task} has no default model", hint=f"pass one: -m {example}")
     languages = {key: tag.split("-")[0] for key, tag in (("{from}", source), ("{to}", target)) if tag}
     names = []
     for name in [chosen] if isinstance(chosen, str) else chosen:

@@ -1,14 +1,15 @@
 """What the pipelines have in common: rows of token IDs, padded batches, and limits of length."""
 
 import functools
+import re
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers.pipelines.base import Pipeline
+from transformers.pipelines.base import ChunkPipeline, Pipeline
 
 from llmcli.compat.tokenizers import read_as_text
 from llmcli.compat.transformers import TextPipelineMixin, is_causal_lm, rope_limit, takes
@@ -116,11 +117,9 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
         return {"input_ids": make_row(ids), "cut": length - len(ids)}
 
 
-class HeadPipeline(TextPipeline):
+class HeadPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  # transformers has no types
     """A pipeline for a head that reads texts, in windows if they are long, on an encoder or a decoder."""
 
-    head: str  # in the name of the class of its models, BertFor{head}
-    head_name: str  # in messages
     needs_offsets = False  # from tokens to characters
 
     def __init__(self, *args: object, **settings: object) -> None:
@@ -131,22 +130,35 @@ class HeadPipeline(TextPipeline):
                 hint="use a model that has a tokenizer.json",
             )
         self.model.config.use_cache = False  # a decoder's cache would serve later tokens, and there are none
-        given = [name for name in self.tokenizer.model_input_names if name not in ("input_ids", "attention_mask")]
-        self.input_names = [name for name in given if takes(self.model, name)]  # such as token_type_ids
+        self.context_length = position_limit(self.model.config, self.tokenizer)
+        self.input_names = [name for name in self.tokenizer.model_input_names if name != "attention_mask"]
 
     @classmethod
     def find_incompatibility(cls, config: "PreTrainedConfig") -> str | None:
-        usable = any(name.endswith(f"For{cls.head}") for name in config.architectures or ())
-        return None if usable else f"of this kind have no {cls.head_name} head"
+        head = cls.auto_class.removeprefix("AutoModelFor")
+        usable = any(name.endswith(f"For{head}") for name in config.architectures or ())
+        return None if usable else f"of this kind have no {re.sub('(?<!^)(?=[A-Z])', '-', head).lower()} head"
+
+    def windows(self, encoding: Any, names: Sequence[str], overlap: int, *, is_full: bool = False) -> Iterator[Inputs]:
+        """Yield windows of the first text that fit in the model; is_full: all of one length, if there are several."""
+        parts = encoding.sequence_ids(0)
+        begin = parts.index(0) if 0 in parts else len(parts)
+        end = begin + parts.count(0)
+        room = (self.context_length or len(parts)) - len(parts) + end - begin
+        for start in window_starts(begin, end, room, overlap):
+            own = slice(max(begin, min(start, end - room)) if is_full else start, min(start + room, end))
+            window = {name: (row := encoding[name])[:begin] + row[own] + row[end:] for name in names}
+            yield {**window, "is_last": own.stop == end}
 
     def run_model(self, inputs: Inputs) -> Any:
         """Return the output of the model for B rows of at most P tokens."""
         batch = as_batch(inputs)
-        ids, mask = self.pad(batch["input_ids"])  # on the right: all tokens stay in their places
-        others = {name: self.pad(batch[name], fill=0)[0] for name in self.input_names}
-        if takes(self.model, "attention_mask"):
-            others["attention_mask"] = mask
-        return self.model(input_ids=ids, **others)
+        known = {name: self.pad(batch[name], fill=0)[0] for name in self.input_names}
+        known["input_ids"], known["attention_mask"] = self.pad(batch["input_ids"])  # on the right: no token moves
+        return self.model(**{name: value for name, value in known.items() if takes(self.model, name)})
+
+    def _forward(self, inputs: Inputs) -> Inputs:
+        return {"logits": self.run_model(inputs).logits.float().cpu(), **inputs}
 
 
 class CausalTextPipeline(TextPipeline):
@@ -195,7 +207,7 @@ def make_row(ids: Sequence[int]) -> "array[int]":
 
 def as_batch(inputs: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Return a list for each field of what `preprocess` gave, for one row (transformers' own way) or for a batch."""
-    is_batch = isinstance(inputs["input_ids"], list)
+    is_batch = not isinstance(inputs["input_ids"][0], int)
     return {name: value if is_batch else [value] for name, value in inputs.items()}
 
 

@@ -1,17 +1,13 @@
 """Texts, or pairs of texts -> logits of the labels of a sequence-classification head. A transformers.Pipeline."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import Any
 
 from llmcli.errors import RecordError, UsageError
 from llmcli.pipelines import base
-from llmcli.pipelines.base import HeadPipeline, Inputs, Parameters, make_row
-
-if TYPE_CHECKING:
-    import torch
-
-OVERLAP = 8  # An eighth of a window is at least in the next one too.
+from llmcli.pipelines.base import HeadPipeline, Inputs, Parameters
 
 
 class SequenceClassificationPipeline(HeadPipeline):
@@ -27,12 +23,11 @@ class SequenceClassificationPipeline(HeadPipeline):
     """
 
     auto_class = "AutoModelForSequenceClassification"
-    head, head_name = "SequenceClassification", "sequence-classification"
 
     def __init__(self, *args: object, **settings: object) -> None:
         super().__init__(*args, **settings)
         self._config = self.model.config.get_text_config()
-        self._names_padding = self._config.pad_token_id in range(self._config.vocab_size)
+        self._names_padding = self._config.pad_token_id in range(getattr(self._config, "vocab_size", sys.maxsize))
 
     def _sanitize_parameters(self, long: str = "truncate") -> Parameters:
         return {"long": long}, {}, {}
@@ -40,47 +35,33 @@ class SequenceClassificationPipeline(HeadPipeline):
     def preprocess(self, inputs: Mapping[str, str], long: str = "truncate", **_: object) -> Iterator[Inputs]:
         """Yield one row or, if `long` is not "truncate", the windows of a text that is too long."""
         pair = [inputs["pair"]] if "pair" in inputs else []
-        encoding = self.tokenizer(inputs["text"], *pair)
-        names, length = ("input_ids", *self.input_names), len(encoding["input_ids"])
+        encoding, limit = self.tokenizer(inputs["text"], *pair), self.context_length
+        length = len(encoding["input_ids"])
         base.check_tokens(encoding["input_ids"])
-        maximum = base.position_limit(self.model.config, self.tokenizer) or length
-        if length > maximum and (others := len(self.tokenizer("", *pair)["input_ids"])) >= maximum:
-            raise RecordError(
-                "context_length_exceeded", f"the hypothesis has {others} tokens, the model reads at most {maximum}"
-            )
-        if length > maximum and long == "truncate":
-            encoding = self.tokenizer(inputs["text"], *pair, truncation="only_first", max_length=maximum)
-        rows = {name: make_row(encoding[name]) for name in names}
-        cut = length - len(rows["input_ids"])
-        if length - cut <= maximum:
-            yield {**rows, "cut": cut}
-            return
-        if not self.tokenizer.is_fast:
-            raise UsageError(f"--long {long} requires a tokenizer that returns the positions of its tokens")
-        parts = encoding.sequence_ids(0)
-        begin, own = parts.index(0), parts.count(0)
-        room = maximum - (length - own)
-        overlap = room // OVERLAP
-        steps = -(-(own - room) // (room - overlap))  # between windows, all of one length: each counts the same
-        for start in (begin + step * (own - room) // steps for step in range(steps + 1)):
-            end = begin + own
-            yield {name: row[:begin] + row[start : start + room] + row[end:] for name, row in rows.items()} | {"cut": 0}
+        if limit and length > limit:
+            others = len(self.tokenizer("", *pair)["input_ids"])
+            if others >= limit:
+                message = f"hypothesis has {others} tokens, which leaves no room for the text: the maximum is {limit}"
+                raise RecordError("context_length_exceeded", message)
+            if long != "truncate":
+                if not self.tokenizer.is_fast:
+                    raise UsageError(f"--long {long} requires a tokenizer that returns the positions of its tokens")
+                windows = self.windows(encoding, self.input_names, (limit - others) // 8, is_full=True)
+                yield from ({**window, "cut": 0} for window in windows)
+                return
+            encoding = self.tokenizer(inputs["text"], *pair, truncation="only_first", max_length=limit)
+        row = {name: encoding[name] for name in self.input_names}
+        yield {**row, "cut": length - len(row["input_ids"]), "is_last": True}
 
-    def pad(
-        self, rows: Sequence[Sequence[int]], *, left: bool = False, fill: int | None = None
-    ) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Return input_ids and attention_mask, int64 (B, P), with padding that the model recognizes.
+    def pad(self, rows: Sequence[Sequence[int]], *, fill: int | None = None, **settings: Any) -> Any:
+        """Pad rows so that the model finds the last token of each, if it reads that.
 
-        A causal model reads the last token that is not its configuration's `pad_token_id`. If that is not given, it
-        reads the last token, whatever it is.
+        It is the last one that is not the configuration's `pad_token_id` or, if there is none, the last of all.
         """
         if fill is None and not self._names_padding:
             last = {row[-1] for row in rows}
             self._config.pad_token_id = next(token for token in count() if token not in last)
-        return super().pad(rows, left=left, fill=self._config.pad_token_id if fill is None else fill)
-
-    def _forward(self, inputs: Inputs) -> Inputs:
-        return {"logits": self.run_model(inputs).logits.float().numpy(force=True), **inputs}
+        return super().pad(rows, fill=self._config.pad_token_id if fill is None else fill, **settings)
 
     def postprocess(self, rows: Sequence[Inputs]) -> Inputs:
         logits = [row["logits"][0].tolist() for row in rows]

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers.pipelines.base import ChunkPipeline
 
 from llmcli.errors import RecordError, UsageError
 from llmcli.pipelines import base
@@ -21,7 +20,7 @@ DEFAULT_WINDOW_TOKENS = 384
 DEFAULT_STRIDE_TOKENS = 128
 
 
-class ExtractiveQaPipeline(HeadPipeline, ChunkPipeline):  # type: ignore[misc]  # transformers has no types
+class ExtractiveQaPipeline(HeadPipeline):
     """Answer questions with passages of a context, which is read through overlapping windows if it is long.
 
     For a batch of B windows, of one question or of several, the longest of P tokens:
@@ -37,7 +36,6 @@ class ExtractiveQaPipeline(HeadPipeline, ChunkPipeline):  # type: ignore[misc]  
     """
 
     auto_class = "AutoModelForQuestionAnswering"
-    head, head_name = "QuestionAnswering", "question-answering"
     needs_offsets = True
 
     def __init__(self, *args: object, **settings: object) -> None:

@@ -5,11 +5,9 @@ from collections.abc import Iterator, Sequence
 import torch
 import transformers
 
-from llmcli.pipelines import base
-from llmcli.pipelines.base import HeadPipeline, Inputs, Parameters, make_row
+from llmcli.pipelines.base import HeadPipeline, Inputs, Parameters, check_finite
 
 MAX_OVERLAP_TOKENS = 128
-FIELDS = ("entity_group", "entity", "score", "word", "start", "end")
 
 
 class TokenClassificationPipeline(HeadPipeline, transformers.TokenClassificationPipeline):  # type: ignore[misc]
@@ -23,7 +21,6 @@ class TokenClassificationPipeline(HeadPipeline, transformers.TokenClassification
     """
 
     auto_class = "AutoModelForTokenClassification"
-    head, head_name = "TokenClassification", "token-classification"
     needs_offsets = True
 
     def check_model_type(self, supported: object) -> None:
@@ -34,32 +31,19 @@ class TokenClassificationPipeline(HeadPipeline, transformers.TokenClassification
         return {"stride": stride}, {}, postprocess
 
     def preprocess(self, text: str, stride: int | None = None, **_: object) -> Iterator[Inputs]:
-        # Windows are cut here: tokenizers 0.23.1 and 0.23.2 return only the first two.
         encoding = self.tokenizer(text, return_special_tokens_mask=True, return_offsets_mapping=True)
-        rows = {name: make_row(encoding[name]) for name in ("input_ids", "special_tokens_mask", *self.input_names)}
-        rows["offset_mapping"] = encoding["offset_mapping"]
-        parts = encoding.sequence_ids(0)
-        begin = parts.index(0) if 0 in parts else len(parts)
-        end = begin + parts.count(0)
-        size = base.position_limit(self.model.config, self.tokenizer) or len(parts)
-        overlap = min(size // 4, MAX_OVERLAP_TOKENS) if stride is None else stride
-        room = size - len(parts) + end - begin
-        for start in base.window_starts(begin, end, room, overlap):
-            stop = min(start + room, end)
-            window = {name: row[:begin] + row[start:stop] + row[end:] for name, row in rows.items()}
-            yield {**window, "sentence": text, "is_last": stop == end}
-
-    def _forward(self, inputs: Inputs) -> Inputs:
-        return {"logits": self.run_model(inputs).logits.float().cpu(), **inputs}
+        usual = min((self.context_length or 0) // 4, MAX_OVERLAP_TOKENS)
+        names = [*self.input_names, "special_tokens_mask", "offset_mapping"]
+        for window in self.windows(encoding, names, usual if stride is None else stride):
+            yield {**window, "sentence": text}
 
     def postprocess(self, windows: Sequence[Inputs], **settings: object) -> list[Inputs]:
         outputs = []
         for window in windows:
             logits = window["logits"][:, : len(window["input_ids"])]  # without padding
-            base.check_finite(logits)
-            rows = {name: [window[name]] for name in ("input_ids", "offset_mapping")}
+            check_finite(logits)
             mask = torch.tensor([window["special_tokens_mask"]])
+            rows = {name: [window[name]] for name in ("input_ids", "offset_mapping")}
             outputs.append({**rows, "logits": logits, "special_tokens_mask": mask, "sentence": window["sentence"]})
-        entities = super().postprocess(outputs, **settings)
-        fields = [{name: entity[name] for name in FIELDS if name in entity} for entity in entities]
-        return [{**entity, "score": float(entity["score"])} for entity in fields]
+        entities = [{**entity, "score": float(entity["score"])} for entity in super().postprocess(outputs, **settings)]
+        return [{name: value for name, value in entity.items() if name != "index"} for entity in entities]

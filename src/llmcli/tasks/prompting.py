@@ -61,8 +61,10 @@ class TaskPrompt:
 
 def prompt_for(job: Job, model: TaskModel) -> TaskPrompt:
     """Return the prompt of the job's task for its model. The job's parameter `prompt` is a template in its place."""
-    is_chat, styles, own = model.is_chat, load_prompts()[job.task], job.parameters.get("prompt")
-    table = styles["chat" if is_chat else "base"] | styles.get(job.model, {})
+    styles, own = load_prompts()[job.task], job.parameters.get("prompt")
+    style = styles.get(job.model, {})
+    is_chat = model.is_chat and (own is not None or "prompt" not in style)
+    table = styles["chat" if is_chat else "base"] | style
     settings = {"max_new_tokens": table.get("max_new_tokens"), **table.get("options", {})}
     if (stop := table.get("stop")) and not (own and is_chat):
         settings["stop_strings"] = stop

@@ -10,8 +10,10 @@ def run(job: Job, text: str, model: TaskModel) -> TaskGenerator:
     (entities,) = yield ModelCall([text])
     lines = []
     for entity in entities:
-        start, end, label = entity["start"], entity["end"], entity.get("entity_group") or entity["entity"]
-        lines.append(f"{' '.join(text[start:end].split())}\t{label}\t{start}-{end}")
+        span = text[entity["start"] : entity["end"]]  # Some tokenizers count the space before a word as a part of it.
+        start = entity["end"] - len(span.lstrip())
+        label = entity.get("entity_group") or entity["entity"]
+        lines.append(f"{' '.join(span.split())}\t{label}\t{start}-{start + len(span.strip())}")
     return TaskResult({"entities": entities}, "\n".join(lines))
 
 
