@@ -25,6 +25,10 @@ TEXTS = {
     "sentences.txt": "The clock was repaired.\nThe sky is blue.\n",
     "corpus.txt": "The sky is blue.\nblue the sky is is\nShe opened the door and went in.\n",
     "history.txt": "ls -l\nsudo systemctl restart NetworkManager\ngit log\n",
+    "headlines.txt": "Team wins the cup\nParliament votes on the budget\n",
+    "topics.txt": "sports: games, teams and players\npolitics: governments, elections and laws\nscience\n",
+    "news.csv": "id,text\n1,Team wins the cup\n2,Parliament votes on the budget\n",
+    "reviews.txt": "I loved it, all of it.\nNever again.\nThe best soup in town!\n",
     "reviews.csv": 'id,review\n1,"I loved it, all of it."\n2,Never again.\n',
     "notes/monday.txt": STORY,
     "notes/a b.txt": "The pump was stopped.\nIt was started again.\n",
@@ -36,6 +40,7 @@ TEXTS = {
 RECORDS = {
     "in": [{"text": "The sky is"}, {"text": "Once upon a time"}],
     "reviews": [{"id": 1, "text": "I loved it."}, {"id": 2, "text": "Never again."}],
+    "letters": [{"id": 1, "text": "Ada Lovelace lived in London."}],
     "articles": [{"id": 1, "text": STORY}, {"id": 2, "text": STORY * 2}],
     "news": [{"article": STORY}],
     "questions": [{"question": "Who repaired the clock?", "context": STORY}],
@@ -57,6 +62,9 @@ TINY = {
     "nllb": ["nllb-600m", "facebook/nllb-200-distilled-600M"],
     "marian": ["opus-mt-en-fr", "Helsinki-NLP/opus-mt-en-fr"],
     "t5": ["t5-small"],
+    "emotions": ["distilbert-sst2", "distilbert/distilbert-base-uncased-finetuned-sst-2-english"],
+    "nli": ["bart-large-mnli", "facebook/bart-large-mnli"],
+    "entities": ["bert-ner", "dslim/bert-base-NER"],
 }
 
 
@@ -90,7 +98,15 @@ def real(scratch: Path) -> Iterator[tuple[Path, dict[str, str]]]:
 @contextmanager
 def tiny(scratch: Path, chat: Path, encoder: Path, server: str) -> Iterator[tuple[Path, dict[str, str]]]:
     """With models that answer at once, and a server of the OpenAI protocol."""
-    made = {"chat": chat, "encoder": encoder}
+    import heads
+
+    made = {
+        "chat": chat,
+        "encoder": encoder,
+        "emotions": heads.save_head(scratch / "emotions", "distilbert", "SequenceClassification", heads.EMOTIONS),
+        "nli": heads.save_head(scratch / "nli", "bart", "SequenceClassification", heads.NLI),
+        "entities": heads.save_head(scratch / "entities", "bert", "TokenClassification", heads.ENTITIES),
+    }
     tables = [
         f'["{name}"]\npath = "{made.get(kind, GOLDEN / kind)}"\n' for kind, names in TINY.items() for name in names
     ]
