@@ -15,6 +15,7 @@ TOKENIZERS = {  # word pieces, bytes, SentencePiece
 NO_PADDING = ("gpt2", "llama")  # no pad_token_id, as most causal models are published
 WINDOW = 64  # tokens that fit
 EMOTIONS = {0: "anger", 1: "joy", 2: "fear", 3: "love"}
+SENTIMENTS = {0: "NEGATIVE", 1: "POSITIVE"}
 ENTITIES = {0: "O", 1: "B-PER", 2: "I-PER", 3: "B-LOC", 4: "I-LOC"}
 NLI = {0: "contradiction", 1: "neutral", 2: "entailment"}
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import heads
+
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 STORY = "The harbour clock was repaired in 1951 by an apprentice. He found a bird's nest behind the dial.\n"
@@ -25,8 +27,8 @@ TEXTS = {
     "sentences.txt": "The clock was repaired.\nThe sky is blue.\n",
     "corpus.txt": "The sky is blue.\nblue the sky is is\nShe opened the door and went in.\n",
     "history.txt": "ls -l\nsudo systemctl restart NetworkManager\ngit log\n",
-    "headlines.txt": "Team wins the cup\nParliament votes on the budget\n",
     "topics.txt": "sports: games, teams and players\npolitics: governments, elections and laws\nscience\n",
+    "headlines.txt": "Team wins the cup\nParliament votes on the budget\n",
     "news.csv": "id,text\n1,Team wins the cup\n2,Parliament votes on the budget\n",
     "reviews.txt": "I loved it, all of it.\nNever again.\nThe best soup in town!\n",
     "reviews.csv": 'id,review\n1,"I loved it, all of it."\n2,Never again.\n',
@@ -40,10 +42,10 @@ TEXTS = {
 RECORDS = {
     "in": [{"text": "The sky is"}, {"text": "Once upon a time"}],
     "reviews": [{"id": 1, "text": "I loved it."}, {"id": 2, "text": "Never again."}],
-    "letters": [{"id": 1, "text": "Ada Lovelace lived in London."}],
     "articles": [{"id": 1, "text": STORY}, {"id": 2, "text": STORY * 2}],
     "news": [{"article": STORY}],
     "questions": [{"question": "Who repaired the clock?", "context": STORY}],
+    "letters": [{"id": 1, "text": "Ada Lovelace lived in London."}, {"id": 2, "text": "She never went to Rome."}],
     "pairs": [{"question": "What is the capital of France?", "answer": " Paris"}],
     "conversations": [{"messages": [{"role": "user", "content": "Hello"}]}, {"text": "Hello"}],
 }
@@ -59,12 +61,12 @@ TINY = {
     "encoder": ["minilm"],
     "roberta-qa": ["roberta-squad2", "deepset/roberta-base-squad2", "distilbert-squad"],
     "bart": ["bart-large-cnn", "facebook/bart-large-cnn", "distilbart"],
+    "tagger": ["bert-ner", "dslim/bert-base-NER"],
+    "classifier": ["distilbert-sst2", "distilbert/distilbert-base-uncased-finetuned-sst-2-english"],
+    "nli": ["bart-large-mnli", "facebook/bart-large-mnli"],
     "nllb": ["nllb-600m", "facebook/nllb-200-distilled-600M"],
     "marian": ["opus-mt-en-fr", "Helsinki-NLP/opus-mt-en-fr"],
     "t5": ["t5-small"],
-    "emotions": ["distilbert-sst2", "distilbert/distilbert-base-uncased-finetuned-sst-2-english"],
-    "nli": ["bart-large-mnli", "facebook/bart-large-mnli"],
-    "entities": ["bert-ner", "dslim/bert-base-NER"],
 }
 
 
@@ -98,14 +100,12 @@ def real(scratch: Path) -> Iterator[tuple[Path, dict[str, str]]]:
 @contextmanager
 def tiny(scratch: Path, chat: Path, encoder: Path, server: str) -> Iterator[tuple[Path, dict[str, str]]]:
     """With models that answer at once, and a server of the OpenAI protocol."""
-    import heads
-
     made = {
         "chat": chat,
         "encoder": encoder,
-        "emotions": heads.save_head(scratch / "emotions", "distilbert", "SequenceClassification", heads.EMOTIONS),
+        "tagger": heads.save_head(scratch / "tagger", "bert", "TokenClassification", heads.ENTITIES),
+        "classifier": heads.save_head(scratch / "classifier", "distilbert", "SequenceClassification", heads.SENTIMENTS),
         "nli": heads.save_head(scratch / "nli", "bart", "SequenceClassification", heads.NLI),
-        "entities": heads.save_head(scratch / "entities", "bert", "TokenClassification", heads.ENTITIES),
     }
     tables = [
         f'["{name}"]\npath = "{made.get(kind, GOLDEN / kind)}"\n' for kind, names in TINY.items() for name in names

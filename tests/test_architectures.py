@@ -37,6 +37,9 @@ CAUSAL = sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - RANDOM 
 SEQ2SEQ = sorted(LISTED["seq2seq"] & modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.keys())
 ENCODERS = sorted((LISTED["encoders"] - RANDOM) & modeling_auto.MODEL_MAPPING_NAMES.keys())
 QA_HEADS = sorted((LISTED["encoders"] - RANDOM) & modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.keys())
+NO_TINY_HEAD = {"bros", "layoutlmv3", "lilt", "mistral4"}  # parts of other sizes than their configurations say
+SEQUENCE_HEADS = sorted(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.keys() - RANDOM - NO_TINY_HEAD)
+TOKEN_HEADS = sorted(modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.keys() - RANDOM - NO_TINY_HEAD)
 
 pytestmark = pytest.mark.slow
 
@@ -216,6 +219,32 @@ def test_answers_are_the_same_in_every_batch(model_type):
     together = run(pipeline, inputs, 8, max_seq_len=80, doc_stride=20)
     assert [i for i in range(8) if together[i]["answer"] != alone[i]["answer"]] == []
     assert [output["score"] for output in together] == pytest.approx([output["score"] for output in alone], abs=1e-4)
+
+
+@pytest.mark.parametrize("model_type", SEQUENCE_HEADS)
+def test_labels_are_the_same_in_every_batch(model_type):
+    from tokenizers.processors import TemplateProcessing
+
+    pipeline = make_pipeline(
+        "sequence_classification", make(transformers.AutoModelForSequenceClassification, model_type)
+    )
+    if pipeline.model.config.is_encoder_decoder:  # The head reads the end of a text.
+        pipeline.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            "$A <eos>", special_tokens=[("<eos>", 2)]
+        )
+    inputs = [{"text": text} for text in [*TEXTS.different[:-1], *TEXTS.far[-1:]]]
+    alone = [run(pipeline, [value], 1)[0]["logits"][0] for value in inputs]
+    together = [output["logits"][0] for output in run(pipeline, inputs, 8)]
+    assert [i for i in range(8) if together[i] != pytest.approx(alone[i], abs=1e-4)] == []
+
+
+@pytest.mark.parametrize("model_type", TOKEN_HEADS)
+def test_entities_are_the_same_in_every_batch(model_type):
+    pipeline = make_pipeline("token_classification", make(transformers.AutoModelForTokenClassification, model_type))
+    texts = [*TEXTS.different[:-1], *TEXTS.far[-1:]]
+    alone = [run(pipeline, [text], 1, aggregation="none")[0] for text in texts]
+    for own, other in zip(alone, run(pipeline, texts, 8, aggregation="none"), strict=True):
+        assert [entity["score"] for entity in own] == pytest.approx([entity["score"] for entity in other], abs=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert", "mamba"])

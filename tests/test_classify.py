@@ -311,7 +311,7 @@ def test_label_below_the_minimum_score_is_empty(classify):
         (("--labels", "fox,dog", "--hypothesis", "It is."), "--hypothesis requires one {}"),
         (("--labels", "fox,dog", "--hypothesis", "It is {x}."), "--hypothesis requires one {}"),
         (("--labels", "fox,dog", "--hypothesis", "{} is {}."), "--hypothesis requires one {}"),
-        (("--labels", "fox,dog", "--hypothesis", "It is {."), "--hypothesis"),
+        (("--labels", "fox,dog", "--hypothesis", "It is {."), "--hypothesis requires one {}"),
         (("--hypothesis", "It is {}."), "--hypothesis requires --labels"),
         (("--calibrate",), "--calibrate requires --labels"),
     ],
@@ -337,12 +337,12 @@ def test_labels_of_the_same_tokens_are_a_usage_error(classify, base, tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     ran = classify("--labels", "fox,Fox", "once", model=tmp_path / "model")
     assert ran.exit_status == 2
-    assert "labels 'fox' and 'Fox' have the same tokens" in ran.stderr
+    assert "label 'Fox' has the tokens of 'fox'" in ran.stderr
 
 
 def test_truncated_prompt_keeps_instruction_and_end(llmcli, tiny):
     """A context of 64 tokens: what is too long loses the end of its text."""
-    words = "the quick brown fox and then a lazy dog sleeps in the warm sun".split() * 10
+    words = [*WORDS] * 10
     prompt, labels = "{labels} once: {text} upon", ["fox", "warm sun"]
     options = "-m", tiny, "--dtype", "float32", "--labels", ",".join(labels), "--prompt", prompt, "--json"
     ran = llmcli("classify", *options, " ".join(words))
@@ -469,3 +469,30 @@ def test_many_labels_of_several_tokens_are_read(classify, base):
     labels = [f"{first} {second}" for first in WORDS for second in WORDS]
     (record,) = classify("--labels", ",".join(labels), "--prompt", "the {text}:", "--json", "fox").records
     assert scores(record) == pytest.approx(by_hand(base, "fox", labels, "the {text}:"), abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("real_cache")
+@pytest.mark.parametrize("prompt", [None, "Is this text about sports or food?\n\n{text}"])
+def test_real_labels_equal_computation_by_hand(llmcli, smollm2, prompt):
+    """Labels after the base prompt of SmolLM2, and after its chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    labels = ["sports", "sports and politics", "food", "<|im_end|>", "Food", "l'économie 🎉"]
+    texts = ["The goalkeeper saved two penalties.", "Simmer the onions in butter until they are golden."]
+    options = ("--prompt", prompt) if prompt else ()
+    ran = llmcli("classify", "--dtype", "float32", "--labels", as_list(labels), *options, "--json", *texts)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float64)
+    for text, record in zip(texts, ran.records, strict=True):
+        if prompt:  # a chat
+            messages = [{"role": "user", "content": prompt.format(text=text)}]
+            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+            rows = [plain(tokenizer, label) for label in labels]
+        else:
+            ids = plain(tokenizer, f"Categories: {', '.join(labels)}\n\nText: {text}\nCategory:")
+            rows = [plain(tokenizer, f" {label}") for label in labels]
+        expected = dict(zip(labels, probabilities(model, ids, rows), strict=True))
+        assert scores(record) == pytest.approx(expected, abs=1e-3)

@@ -48,6 +48,15 @@ def test_repeated_cache_has_a_row_for_each_prompt(model):
     assert filled.layers[0].keys.shape[0] == 1
 
 
+def test_token_classification_pipeline_has_the_steps_that_llmcli_calls():
+    from transformers import TokenClassificationPipeline
+
+    parameters = inspect.signature(TokenClassificationPipeline.postprocess).parameters
+    assert [*parameters] == ["self", "all_outputs", "aggregation_strategy", "ignore_labels"]
+    assert "aggregation_strategy" in inspect.signature(TokenClassificationPipeline._sanitize_parameters).parameters
+    assert callable(TokenClassificationPipeline.check_model_type)
+
+
 def test_generate_uses_the_cache_that_it_is_given(model):
     given = cache.growing_cache(model, model.generation_config)
     model.generate(torch.tensor([[2, 3]]), max_new_tokens=2, do_sample=False, **cache.cache_argument(model, given))

@@ -312,6 +312,24 @@ def test_tag_reads_records_and_names_of_special_tokens(llmcli, tagger):
     assert len("".join(slices)) > 10
 
 
+def test_tokens_of_long_texts_are_tagged_once(head):
+    for model_type in ("bert", "deberta-v2"):
+        folder = head(model_type, "TokenClassification", {0: "A", 1: "B"})
+        (output,) = run("tag", folder, [LONG[-1]], 8, aggregation="none")
+        tokens = pipelines.load("token_classification", folder, CPU).tokenizer(LONG[-1], return_offsets_mapping=True)
+        spans = [(entity["start"], entity["end"]) for entity in output["entities"]]
+        assert spans == sorted({span for span in tokens["offset_mapping"] if span[0] < span[1]})
+
+
+def test_text_without_tokens_fails(llmcli, tmp_path):
+    letters = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate("abcd")}, []))
+    for head, command in (("TokenClassification", "tag"), ("SequenceClassification", "classify")):
+        folder = save_head(tmp_path / command, "electra", head, ENTITIES)
+        transformers.PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="a").save_pretrained(folder)
+        ran = llmcli(command, "-m", folder, "--json", "x")
+        assert ran.records[0]["error"]["type"] == "no_tokens"
+
+
 def test_tag_without_a_model_names_one(llmcli):
     ran = llmcli("tag", "Ada in London")
     assert (ran.stdout, ran.exit_status) == ("", 2)

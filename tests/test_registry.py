@@ -112,6 +112,14 @@ def test_configuration_environment_and_option_in_rising_order(configured, monkey
         config.settings()
 
 
+def test_task_without_a_default_has_the_configured_one(configured):
+    with pytest.raises(UsageError, match="tag has no default model"):
+        registry.default_names("tag")
+    configured('[defaults]\ntag = "bert-ner"\n')
+    config.settings.cache_clear()
+    assert registry.default_names("tag") == ["bert-ner"]
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -1,7 +1,6 @@
 """llmcli classify: label each text."""
 
 import csv
-import string
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -52,8 +51,8 @@ def classify(
     for option, is_given in (("--calibrate", calibrate), ("--hypothesis", hypothesis is not None)):
         if is_given and known is None:
             raise UsageError(f"{option} requires --labels")
-    if hypothesis is not None:
-        _check_hypothesis(hypothesis)
+    if hypothesis is not None and hypothesis.count("{}") != 1:
+        raise UsageError("--hypothesis requires one {} for the label", hint='e.g. "This text is about {}."')
     parameters: dict[str, object] = {
         "fields": input.roles("text"), "labels": known, "multi_label": multi_label, "min_score": min_score,
         "calibrate": calibrate, "hypothesis": hypothesis, "long": long,
@@ -92,16 +91,6 @@ def _read_labels(value: str) -> dict[str, str]:
         why = "each record is compared with every label"
         raise UsageError(f"--labels: expected 2 to {MAX_LABELS} labels, got {len(labels)}", hint=why)
     return labels
-
-
-def _check_hypothesis(template: str) -> None:
-    """Raise UsageError unless a template has one {} for the label."""
-    try:
-        fields = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
-    except ValueError as exc:
-        raise UsageError(f"--hypothesis: {str(exc).lower()}") from exc
-    if fields != [("", "", None)]:
-        raise UsageError("--hypothesis requires one {} for the label", hint='e.g. "This text is about {}."')
 
 
 def _add_labels(result: Result) -> list[Result]:

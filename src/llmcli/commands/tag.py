@@ -1,6 +1,7 @@
 """llmcli tag: find names, places and other entities."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Literal
 
 from typer import Option
@@ -28,13 +29,13 @@ def tag(
     llmcli tag -m dslim/bert-base-NER "Ada Lovelace lived in London."
     llmcli tag -m dslim/bert-base-NER --jsonl < letters.jsonl > entities.jsonl
     """
-    format = input.format()
-    spec = output.spec(format, texts, input.files)
-
-    def finish(result: Result) -> list[Result]:
-        if spec.format is OutputFormat.LINES:
-            return [replace(result, text=result.text.replace("\n", "\t"))]
-        return [result] if result.text or result.failure or spec.format is not OutputFormat.TEXT else []
-
+    spec = output.spec(input.format(), texts, input.files)
     job = model.job("tag", {"fields": input.roles("text"), "aggregation": aggregation})
-    return run(job, input.read(texts), replace(spec, finish=finish))
+    return run(job, input.read(texts), replace(spec, finish=partial(_finish, spec.format)))
+
+
+def _finish(format: OutputFormat, result: Result) -> list[Result]:
+    """Return the result with all entities on one line for --lines; nothing if text mode has nothing to print."""
+    if format is OutputFormat.TEXT and not (result.text or result.failure):
+        return []
+    return [replace(result, text=result.text.replace("\n", "\t")) if format is OutputFormat.LINES else result]

@@ -139,17 +139,6 @@ class HeadPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  # transf
         usable = any(name.endswith(f"For{head}") for name in config.architectures or ())
         return None if usable else f"of this kind have no {re.sub('(?<!^)(?=[A-Z])', '-', head).lower()} head"
 
-    def windows(self, encoding: Any, names: Sequence[str], overlap: int, *, is_full: bool = False) -> Iterator[Inputs]:
-        """Yield windows of the first text that fit in the model; is_full: all of one length, if there are several."""
-        parts = encoding.sequence_ids(0)
-        begin = parts.index(0) if 0 in parts else len(parts)
-        end = begin + parts.count(0)
-        room = (self.context_length or len(parts)) - len(parts) + end - begin
-        for start in window_starts(begin, end, room, overlap):
-            own = slice(max(begin, min(start, end - room)) if is_full else start, min(start + room, end))
-            window = {name: (row := encoding[name])[:begin] + row[own] + row[end:] for name in names}
-            yield {**window, "is_last": own.stop == end}
-
     def run_model(self, inputs: Inputs) -> Any:
         """Return the output of the model for B rows of at most P tokens."""
         batch = as_batch(inputs)
@@ -195,9 +184,20 @@ def position_limit(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBa
     return positions if stated >= UNLIMITED_TOKENS else min(stated, positions or stated)
 
 
-def window_starts(begin: int, end: int, room: int, overlap: int) -> range:
-    """Return where windows of `room` tokens that overlap by `overlap` start, to cover the tokens begin to end."""
-    return range(begin, max(end - overlap, begin + 1), max(room - overlap, 1))
+def cut_windows(
+    rows: Inputs, parts: list[int | None], size: int, overlap: int, part: int = 0, is_full: bool = False
+) -> Iterator[Inputs]:
+    """Yield windows of `size` tokens that overlap in one part; if `is_full`, the last one is no shorter."""
+    begin = parts.index(part) if part in parts else len(parts)
+    end = begin + parts.count(part)
+    room = size - len(parts) + end - begin
+    if parts[begin:end].count(part) < end - begin:
+        raise RuntimeError(f"windows of {room} tokens do not cover tokens {begin} to {end}")
+    for start in range(begin, max(end - overlap, begin + 1), max(room - overlap, 1)):
+        start = max(begin, min(start, end - room)) if is_full else start
+        tokens = range(start, min(start + room, end))
+        window = {name: row[:begin] + row[start : tokens.stop] + row[end:] for name, row in rows.items()}
+        yield {**window, "tokens": tokens, "shift": start - begin, "is_last": tokens.stop == end}
 
 
 def make_row(ids: Sequence[int]) -> "array[int]":

@@ -35,29 +35,28 @@ class SequenceClassificationPipeline(HeadPipeline):
     def preprocess(self, inputs: Mapping[str, str], long: str = "truncate", **_: object) -> Iterator[Inputs]:
         """Yield one row or, if `long` is not "truncate", the windows of a text that is too long."""
         pair = [inputs["pair"]] if "pair" in inputs else []
-        encoding, limit = self.tokenizer(inputs["text"], *pair), self.context_length
-        length = len(encoding["input_ids"])
+        encoding = self.tokenizer(inputs["text"], *pair)
+        length, is_fast = len(encoding["input_ids"]), self.tokenizer.is_fast
         base.check_tokens(encoding["input_ids"])
-        if limit and length > limit:
+        limit, overlap = self.context_length or length, 0
+        if length > limit:
             others = len(self.tokenizer("", *pair)["input_ids"])
             if others >= limit:
                 message = f"hypothesis has {others} tokens, which leaves no room for the text: the maximum is {limit}"
                 raise RecordError("context_length_exceeded", message)
-            if long != "truncate":
-                if not self.tokenizer.is_fast:
-                    raise UsageError(f"--long {long} requires a tokenizer that returns the positions of its tokens")
-                windows = self.windows(encoding, self.input_names, (limit - others) // 8, is_full=True)
-                yield from ({**window, "cut": 0} for window in windows)
-                return
-            encoding = self.tokenizer(inputs["text"], *pair, truncation="only_first", max_length=limit)
-        row = {name: encoding[name] for name in self.input_names}
-        yield {**row, "cut": length - len(row["input_ids"]), "is_last": True}
+            overlap = (limit - others) // 8
+            if long == "truncate":
+                encoding = self.tokenizer(inputs["text"], *pair, truncation="only_first", max_length=limit)
+            elif not is_fast:
+                raise UsageError(f"--long {long} requires a tokenizer that returns the positions of its tokens")
+        rows = {name: encoding[name] for name in self.input_names}
+        cut = length - len(rows["input_ids"])
+        parts = encoding.sequence_ids(0) if is_fast else [0] * (length - cut)
+        for window in base.cut_windows(rows, parts, limit, overlap, is_full=True):
+            yield {**window, "cut": cut}
 
     def pad(self, rows: Sequence[Sequence[int]], *, fill: int | None = None, **settings: Any) -> Any:
-        """Pad rows so that the model finds the last token of each, if it reads that.
-
-        It is the last one that is not the configuration's `pad_token_id` or, if there is none, the last of all.
-        """
+        """Pad rows. A causal model reads the last token that is not `pad_token_id`; without one, the last of all."""
         if fill is None and not self._names_padding:
             last = {row[-1] for row in rows}
             self._config.pad_token_id = next(token for token in count() if token not in last)

@@ -8,7 +8,7 @@ import numpy as np
 
 from llmcli.errors import RecordError, UsageError
 from llmcli.pipelines import base
-from llmcli.pipelines.base import HeadPipeline, Inputs, Parameters, make_row
+from llmcli.pipelines.base import HeadPipeline, Inputs, Parameters
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -60,8 +60,7 @@ class ExtractiveQaPipeline(HeadPipeline):
         encoding = self.tokenizer(*(inputs[name] for name in names)).encodings[0]
         parts, part, cls = encoding.sequence_ids, names.index("context"), self.tokenizer.cls_token_id
         length = parts.count(part)
-        begin = parts.index(part) if length else len(parts)
-        end, room = begin + length, size - (len(parts) - length)
+        room = size - (len(parts) - length)
         if room <= stride and room < length:
             raise RecordError(
                 "context_length_exceeded",
@@ -69,18 +68,11 @@ class ExtractiveQaPipeline(HeadPipeline):
                 f" in windows of {size} that overlap by {stride}",
                 hint="shorten it, or use longer windows or less overlap",
             )
-        starts = base.window_starts(begin, end, room, stride)
-        if starts[-1] + room < end or parts[begin:end].count(part) < length:
-            raise RuntimeError(f"windows of {room} tokens at {starts} do not cover tokens {begin} to {end}")
         # The [CLS] token takes the probability of there being no answer: it has its share of the softmax.
         barred = [own != part and token != cls for own, token in zip(parts, encoding.ids, strict=True)]
-        values = {"input_ids": encoding.ids, "token_type_ids": encoding.type_ids, "p_mask": barred}
-        rows = {name: make_row(row) for name, row in values.items()}
-        for start in starts:
-            tokens = range(start, min(start + room, end))
-            window = {name: row[:begin] + row[start : tokens.stop] + row[end:] for name, row in rows.items()}
-            place = {"encoding": encoding, "tokens": tokens, "shift": start - begin}
-            yield {**window, **place, "context": inputs["context"], "is_last": start == starts[-1]}
+        rows = {"input_ids": encoding.ids, "token_type_ids": encoding.type_ids, "p_mask": barred}
+        for window in base.cut_windows(rows, parts, size, stride, part):
+            yield {**window, "encoding": encoding, "context": inputs["context"]}
 
     def _window(self, doc_stride: int | None, max_seq_len: int | None) -> tuple[int, int]:
         """Return size and overlap."""

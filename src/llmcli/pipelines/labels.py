@@ -2,8 +2,9 @@
 
 import copy
 import math
+import os.path
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from unicodedata import east_asian_width
 
@@ -36,9 +37,8 @@ class LabelPipeline(CausalPipeline):
     _forward     logprobs, natural logarithms, float64 (B, L); what preprocess gave, in lists of B
     postprocess  {"logprobs"} of one prompt: of an answer that begins with a label, and with no longer one
 
-    The labels of all rows form a tree of tokens. The batch reads the prompts once, and then each token from which the
-    tree goes on: one pass if each label is a token. Keys and values are kept on the way down the tree if the model
-    has nothing else to keep.
+    The labels form a tree of tokens. The batch reads the prompts, and then each token from which the tree goes on: one
+    pass if each label is a token. Keys and values are kept on the way down if the model has nothing else to keep.
     """
 
     _tokens: tuple[object, int, list[Tokens]] = None, 0, []  # of the last labels: see `_encode_labels`
@@ -59,10 +59,10 @@ class LabelPipeline(CausalPipeline):
         cut = max(0, length - context) if context else 0
         if cut and truncate:
             empty = self.encode_prompt(inputs["empty"], None, can_think=False)
-            head, tail = (_common_length(ids[::step], empty[: len(empty) - dropped][::step]) for step in (1, -1))
+            pairs = [ids, empty[: len(empty) - dropped]], [ids[::-1], empty[: len(empty) - dropped][::-1]]
+            head, tail = (len(os.path.commonprefix(pair)) for pair in pairs)  # noqa: RUF071  # of tokens
             if cut <= len(ids) - tail - head:
-                ids = ids[: len(ids) - tail - cut] + ids[len(ids) - tail :]
-                length -= cut
+                ids, length = ids[: len(ids) - tail - cut] + ids[len(ids) - tail :], length - cut
         if context and length > context:
             raise base.too_long("prompt with its labels", length, context)
         return {"input_ids": base.make_row(ids), "labels": labels, "length": length, "cut": cut}
@@ -70,64 +70,54 @@ class LabelPipeline(CausalPipeline):
     def _encode_labels(self, labels: tuple[str, ...], prompt: "Prompt", ids: list[int]) -> tuple[int, list[Tokens]]:
         """Return how many tokens of a prompt's end change where a label follows, and what follows instead for each."""
         key = labels, isinstance(prompt, str) and ids[-TAIL_TOKENS:]
-        if key != self._tokens[0]:
-            self._tokens = key, *self._continue(labels, prompt, ids)
-            for label, tokens in zip(labels, self._tokens[2], strict=True):
-                same = labels[self._tokens[2].index(tokens)]
-                if not tokens:
-                    raise UsageError(f"label {label!r} has no tokens in this model")
-                if same != label:
-                    raise UsageError(f"labels {same!r} and {label!r} have the same tokens in this model")
-        return self._tokens[1:]
+        if key == self._tokens[0]:
+            return self._tokens[1:]
+        if isinstance(prompt, str):
+            rows = [tuple(self.chat_template.encode_text(_join(prompt, label))) for label in labels]
+            dropped = len(ids) - len(os.path.commonprefix([tuple(ids), *rows]))  # noqa: RUF071  # of tokens
+            rows = [row[len(ids) - dropped :] for row in rows]
+        else:
+            dropped, rows = 0, [self._encode_answer(label) for label in labels]
+        for i, tokens in enumerate(rows):
+            if not tokens or tokens in rows[:i]:
+                same = f"the tokens of {labels[rows.index(tokens)]!r}" if tokens else "no tokens"
+                raise UsageError(f"label {labels[i]!r} has {same} in this model")
+        self._tokens = key, dropped, rows
+        return dropped, rows
 
-    def _continue(self, labels: tuple[str, ...], prompt: "Prompt", ids: list[int]) -> tuple[int, list[Tokens]]:
-        if not isinstance(prompt, str):
-            space = self.chat_template.answer_space
-            return 0, [self._encode_answer(space + label) for label in labels]
-        rows = [self.chat_template.encode_text(_join(prompt, label)) for label in labels]
-        kept = min(_common_length(ids, row) for row in rows)
-        return len(ids) - kept, [tuple(row[kept:]) for row in rows]
-
-    def _encode_answer(self, text: str) -> Tokens:
-        """Return the tokens of a text that follows a turn's beginning. Names of special tokens in it are text."""
+    def _encode_answer(self, label: str) -> Tokens:
+        """Return the tokens of a label that begins an answer. Names of special tokens in it are text."""
+        label = self.chat_template.answer_space + label
         newline, line, alone = (
-            self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in ("\n", f"\n{text}", text)
+            self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("\n", f"\n{label}", label)
         )  # SentencePiece puts a space before the beginning of a text, but not after a newline.
         return tuple(line[len(newline) :] if line[: len(newline)] == newline else alone)
 
     def _forward(self, inputs: Inputs, *_: Any, prefix: "Prefix | None" = None, **__: Any) -> Inputs:
-        rows = base.as_batch(inputs)["labels"]
+        rows, config = base.as_batch(inputs)["labels"], copy.copy(self.model.generation_config)
         children = defaultdict[Tokens, set[int]](set)
         for label in {label for labels in rows for label in labels}:
             for i, token in enumerate(label):
                 children[label[:i]].add(token)
-        known = self._read_tree(inputs, {path: sorted(tokens) for path, tokens in children.items()}, prefix)
-        logprobs = np.full((len(rows), max(map(len, rows))), np.nan)
-        for i, labels in enumerate(rows):
-            logprobs[i, : len(labels)] = [sum(known[label[: k + 1]][i] for k in range(len(label))) for label in labels]
-        return {"logprobs": logprobs, **inputs}
-
-    def _read_tree(
-        self, inputs: Inputs, children: Mapping[Tokens, list[int]], prefix: "Prefix | None"
-    ) -> dict[Tokens, list[float]]:
-        """Return the log probability of the last token of each path, after the others, for each row of the batch."""
-        config = copy.copy(self.model.generation_config)
         config.do_sample = False
         ids, mask, cache = self._begin(inputs, config, prefix)
-        start, depth, maximum = ids.shape[1], max(map(len, children)), self.max_shared_tokens
-        can_walk = maximum is None or start + depth < maximum
-        known = dict[Tokens, list[float]]()
+        start, length, maximum = ids.shape[1], ids.shape[1] + max(map(len, children)), self.max_shared_tokens
+        known = dict[Tokens, list[float]]()  # of the last token of a path: its log probabilities in all rows
         for path in sorted(children):  # depth first
             if path and cache is not None and (surplus := cache.get_seq_length() - start - len(path) + 1):
                 cache.crop(-surplus)
             end = torch.tensor(path, dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
-            read = torch.cat([ids, end], 1), torch.cat([mask, torch.ones_like(end)], 1)
-            output = self._read_next(*read, config, cache)
-            cache, config.prefill_chunk_size = filled_cache(output) if can_walk else None, None
-            logits = output.logits[0].float()
-            logprobs = logits[:, children[path]] - logits.logsumexp(-1, keepdim=True)
-            known |= {(*path, token): column for token, column in zip(children[path], logprobs.T.tolist(), strict=True)}
-        return known
+            output = self._read_next(
+                torch.cat([ids, end], 1), torch.cat([mask, torch.ones_like(end)], 1), config, cache
+            )
+            cache = filled_cache(output) if maximum is None or length < maximum else None
+            config.prefill_chunk_size, tokens, logits = None, list(children[path]), output.logits[0].float()
+            logprobs = logits[:, tokens] - logits.logsumexp(-1, keepdim=True)
+            known |= zip([(*path, token) for token in tokens], logprobs.T.tolist(), strict=True)
+        logprobs = np.full((len(rows), max(map(len, rows))), np.nan)
+        for i, labels in enumerate(rows):
+            logprobs[i, : len(labels)] = [sum(known[label[: k + 1]][i] for k in range(len(label))) for label in labels]
+        return {"logprobs": logprobs, **inputs}
 
     def postprocess(self, output: Inputs, **_: object) -> Inputs:  # type: ignore[override]
         labels = output["labels"]
@@ -149,8 +139,3 @@ def _join(prompt: str, label: str) -> str:
     is_apart = prompt[-1:].isspace() or label[:1].isspace() or east_asian_width(prompt[-1:] or " ") in "FW"
     pieces = ["" if is_apart else " ", label]
     return FilledTemplate([*prompt.pieces, *pieces]) if isinstance(prompt, FilledTemplate) else prompt + "".join(pieces)
-
-
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

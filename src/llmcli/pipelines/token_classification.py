@@ -5,9 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import transformers
 
-from llmcli.pipelines.base import HeadPipeline, Inputs, Parameters, check_finite
-
-MAX_OVERLAP_TOKENS = 128
+from llmcli.pipelines.base import HeadPipeline, Inputs, Parameters, check_finite, check_tokens, cut_windows
 
 
 class TokenClassificationPipeline(HeadPipeline, transformers.TokenClassificationPipeline):  # type: ignore[misc]
@@ -32,9 +30,12 @@ class TokenClassificationPipeline(HeadPipeline, transformers.TokenClassification
 
     def preprocess(self, text: str, stride: int | None = None, **_: object) -> Iterator[Inputs]:
         encoding = self.tokenizer(text, return_special_tokens_mask=True, return_offsets_mapping=True)
-        usual = min((self.context_length or 0) // 4, MAX_OVERLAP_TOKENS)
-        names = [*self.input_names, "special_tokens_mask", "offset_mapping"]
-        for window in self.windows(encoding, names, usual if stride is None else stride):
+        check_tokens(encoding["input_ids"])
+        rows = {name: encoding[name] for name in [*self.input_names, "special_tokens_mask", "offset_mapping"]}
+        parts = encoding.sequence_ids(0)
+        size = self.context_length or len(parts)
+        overlap = min(size // 4, 128) if stride is None else stride
+        for window in cut_windows(rows, parts, size, overlap):
             yield {**window, "sentence": text}
 
     def postprocess(self, windows: Sequence[Inputs], **settings: object) -> list[Inputs]:

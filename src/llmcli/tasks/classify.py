@@ -55,12 +55,11 @@ def run_head(job: Job, item: Item, model: LocalModel) -> TaskGenerator:
     if labels:
         return (yield from _run_inference(job, item, labels, config))
     (output,) = yield ModelCall([{"text": item.text}])
-    logits = _pool(job, output["logits"])
     scale = _activation(config)
     if scale is list and (job.parameters.get("multi_label") or job.parameters.get("min_score") is not None):
         option = "--multi-label" if job.parameters.get("multi_label") else "--min-score"
         raise UsageError(f"{option} cannot be used with {job.model}, whose scores are not probabilities")
-    scores = scale(logits)
+    scores = scale(_pool(job, output["logits"]))
     return make_result(job, [config.id2label[i] for i in range(len(scores))], scores, output.get("truncated", 0))
 
 
@@ -73,7 +72,7 @@ def _run_inference(job: Job, item: Item, labels: Mapping[str, str], config: "Pre
         raise UsageError(f"--labels cannot be used with {job.model}, which has its own", hint=f"its labels: {names}")
     contradiction = -1 if entailment == 0 else 0
     hypothesis = job.parameters.get("hypothesis") or HYPOTHESIS
-    outputs = yield ModelCall([{"text": item.text, "pair": hypothesis.format(label)} for label in labels])
+    outputs = yield ModelCall([{"text": item.text, "pair": hypothesis.replace("{}", label)} for label in labels])
     if job.parameters.get("multi_label"):
         margins = [[[row[entailment] - row[contradiction]] for row in output["logits"]] for output in outputs]
         scores = [sigmoid(_pool(job, rows)[0]) for rows in margins]
@@ -107,18 +106,18 @@ def run_language_model(job: Job, item: Item, model: LocalModel) -> TaskGenerator
 
 def make_result(job: Job, labels: Sequence[str], scores: Sequence[float], truncated: int) -> TaskResult:
     """Return the result of a record from the score of each label."""
-    ranked = sorted(zip(labels, scores, strict=True), key=itemgetter(1), reverse=True)
-    minimum, is_multiple = job.parameters.get("min_score"), job.parameters.get("multi_label")
-    score = ranked[0][1]
-    label = ranked[0][0] if minimum is None or score >= minimum else None
+    rounded = [float(f"{score:.6g}") for score in scores]  # float32 is good for no more digits
+    ranked = sorted(zip(labels, rounded, strict=True), key=itemgetter(1), reverse=True)
+    (label, score), minimum = ranked[0], job.parameters.get("min_score")
+    shown = None if minimum is not None and score < minimum else label
     output: JsonObject = {
-        "label": label,
-        "score": _round(score),
-        "scores": [{"label": name, "score": _round(value)} for name, value in ranked],
+        "label": shown,
+        "score": score,
+        "scores": [{"label": name, "score": value} for name, value in ranked],
         **({"truncated": truncated} if truncated else {}),
     }
-    if not is_multiple:
-        return TaskResult(output, label or "")
+    if not job.parameters.get("multi_label"):
+        return TaskResult(output, shown or "")
     chosen = [name for name, value in ranked if value >= (THRESHOLD if minimum is None else minimum)]
     row = io.StringIO()  # a label with a comma is quoted, as --labels takes it
     csv.writer(row, lineterminator="").writerow(chosen)
@@ -149,10 +148,6 @@ def _pool(job: Job, windows: Sequence[Sequence[float]]) -> list[float]:
     """Return the mean or the maximum of each logit over the windows of a text."""
     pool = POOLS.get(job.parameters.get("long"), fmean)
     return [pool(values) for values in zip(*windows, strict=True)]
-
-
-def _round(score: float) -> float:  # to the digits that float32 is good for
-    return float(f"{score:.6g}")
 
 
 OUTPUTS = ("label", "score", "scores", "truncated")
