@@ -25,7 +25,8 @@ CHAT_MODELS = ["smollm2"]
 BINS = [0.0, 0.5, 0.7, 0.9, 0.99, 1.0]  # of the score of the best label
 CALIBRATION_BINS = [number / 10 for number in range(11)]  # of the calibration error
 RECORDS, PART, RUNS = 1000, 200, 3  # PART of the records go one at a time
-NEW_TOKENS = 4  # of a free answer that should be one word
+NEW_TOKENS = 4  # of a free answer that should be one word, where speed counts
+ANSWER_TOKENS = 16  # where accuracy counts
 QUESTION = "Which {field} does the text have: {choices}?\n\nText: {{text}}\n{title}:"  # for generate
 MESSAGE = "Which {field} does the text have: {choices}? Answer with one word.\n\nText: {{text}}"  # for chat
 LOAD = """
@@ -101,7 +102,7 @@ def accuracy(every: int = 1) -> list[str]:
                         continue
                     answers = run(
                         command, *common, "--prompt", write_question(template, field), "-m", model,
-                        "--temperature", "0", "--max-new-tokens", str(NEW_TOKENS),
+                        "--temperature", "0", "--max-new-tokens", str(ANSWER_TOKENS),
                     )  # fmt: skip
                     labeled = [find_label(answer["generated_text"], labels) for answer in answers]
                     right = statistics.mean(mine == truth for mine, truth in zip(labeled, truths, strict=True))
