@@ -12,22 +12,10 @@ from llmcli.engines.batching import (
     MemoryEstimator,
     MemoryUsage,
     TokenBatchPolicy,
-    bucket_by_length,
-    bucket_by_tokens,
 )
 from llmcli.engines.requests import DeviceError
 from llmcli.job import Job, Record
 from llmcli.models import memory as main_memory
-
-
-def test_the_oldest_row_and_those_nearest_to_it_in_length():
-    assert sorted(bucket_by_length([10, 50, 11, 9, 200, 12], 3)) == [0, 2, 3]
-    assert sorted(bucket_by_length([5, 1], 8)) == [0, 1]
-
-
-def test_rows_are_dealt_into_equal_batches():
-    lengths = [40, 300, 10, 41, 9, 290, 42, 11, 310, 8]  # alone, the nearest four to 40 would leave 8..11 with 300
-    assert sorted(lengths[i] for i in bucket_by_length(lengths, 4)) == [11, 40, 41]
 
 
 def plenty() -> MemoryUsage:
@@ -38,6 +26,16 @@ def plenty() -> MemoryUsage:
 def memory() -> MemoryEstimator:
     """Memory of which there is always enough."""
     return MemoryEstimator(plenty)
+
+
+def test_the_oldest_row_and_those_nearest_to_it_in_length(memory):
+    assert sorted(BatchPolicy(3, "cpu", memory).choose([10, 50, 11, 9, 200, 12])) == [0, 2, 3]
+    assert sorted(BatchPolicy(8, "cpu", memory).choose([5, 1])) == [0, 1]
+
+
+def test_rows_are_dealt_into_equal_batches(memory):
+    lengths = [40, 300, 10, 41, 9, 290, 42, 11, 310, 8]  # alone, the nearest four to 40 would leave 8..11 with 300
+    assert sorted(lengths[i] for i in BatchPolicy(4, "cpu", memory).choose(lengths)) == [11, 40, 41]
 
 
 @pytest.mark.parametrize(("speeds", "sizes"), [([100, 190, 300], [32, 64, 64]), ([100, 20, 500], [32, 16, 16])])
@@ -164,11 +162,11 @@ def test_batches_are_as_great_as_memory_allows(llmcli, tiny, monkeypatch, size):
         assert max(sizes) > size // 2
 
 
-def test_batches_of_so_many_tokens_are_of_like_length():
+def test_batches_of_so_many_tokens_are_of_like_length(memory):
     lengths = [10, 50, 11, 9, 200, 12, 10]
-    assert sorted(bucket_by_tokens(lengths, 44)) == [0, 2, 3, 6]
-    assert bucket_by_tokens([200, 10, 11], 100) == [0]  # one goes, however long
-    assert sorted(bucket_by_tokens([1] * 5, 3)) == [0, 1, 2]
+    assert sorted(TokenBatchPolicy(3, "cpu", memory).choose(lengths)) == [0, 2, 3, 6]  # 48 tokens
+    assert TokenBatchPolicy(6, "cpu", memory).choose([200, 10, 11]) == [0]  # one goes, however long
+    assert sorted(TokenBatchPolicy(1, "cpu", memory).choose([5] * 5)) == [0, 1, 2]
 
 
 @pytest.fixture

@@ -35,6 +35,14 @@ def test_dynamic_layer_has_the_members_that_growing_layer_replaces():
     assert layer.keys.shape == layer.values.shape == (1, 1, 2, 4)
 
 
+def test_byte_alphabet_is_the_one_of_the_tokenizers():
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    alphabet = tokenizers.byte_alphabet()
+    assert sorted(alphabet) == sorted(ByteLevel.alphabet())
+    assert (alphabet["a"], alphabet["Ġ"], sorted(alphabet.values())) == (ord("a"), 32, [*range(256)])
+
+
 def test_model_supports_default_dynamic_cache(model):
     assert model._supports_default_dynamic_cache() is True
     assert type(cache.growing_cache(model, model.generation_config)) is DynamicCache

@@ -75,7 +75,7 @@ def test_a_failed_line_is_an_empty_line(generate):
     assert last.startswith("dog")
     assert (
         ran.stderr
-        == "error: line 2: not UTF-8: byte 0xff at offset 4; convert it with iconv\nerror: 1 of 3 records failed\n"
+        == "error: line 2: not UTF-8: byte 0xff at offset 4: convert it with iconv\nerror: 1 of 3 records failed\n"
     )
     assert ran.exit_status == 3
 
@@ -122,7 +122,7 @@ def test_stop_on_error_keeps_what_is_done(generate):
 def test_a_single_failed_input_exits_1(generate):
     ran = generate(stdin=b"\xff")
     assert (ran.stdout, ran.exit_status) == ("", 1)
-    assert ran.stderr == "error: not UTF-8: byte 0xff at offset 0; convert it with iconv\n"
+    assert ran.stderr == "error: not UTF-8: byte 0xff at offset 0: convert it with iconv\n"
 
 
 def test_no_model_is_touched_without_work(llmcli):

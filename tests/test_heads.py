@@ -3,6 +3,7 @@
 `python tests/test_heads.py` prints the largest difference for each pipeline, architecture and kind of problem.
 """
 
+import itertools
 import json
 import tempfile
 import warnings
@@ -44,7 +45,7 @@ TEXTS = [
     "cafe\u0301 \u1e9b\u0323 \ufb01ne \u200d\u00a0x",
     "نص عربي and Ελληνικά",
 ]
-LONG = [*TEXTS, " ".join(TEXTS) * 3, "One more sentence about the old town hall. " * 30]
+LONG = [*TEXTS, " ".join(TEXTS), "One more sentence about the old town hall. " * 12]
 CPU = LoadOptions(device="cpu", dtype="float32")
 Scores = list[tuple[Any, float]]  # what was found, and its score, in order
 
@@ -181,6 +182,21 @@ def test_entities_are_those_of_token_classification(head, model_type, aggregatio
 def test_entities_of_long_texts_are_those_with_stride(head, model_type, aggregation):
     folder = head(model_type, "TokenClassification", ENTITIES)
     assert max(compare_tags(folder, aggregation, LONG, stride=OVERLAP)) < TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", architectures())
+def test_pairs_have_the_logits_of_text_classification(head, model_type):
+    folder = head(model_type, "SequenceClassification", EMOTIONS)
+    pipeline, theirs = pipelines.load("sequence_classification", folder, CPU), reference("text-classification", folder)
+    inputs = [{"text": text, "pair": pair} for text, pair in zip(LONG, itertools.cycle(TEXTS[3:]), strict=False)]
+    rows = [row for item in inputs for row in pipeline.preprocess(item)]
+    together = pipeline.forward({name: [row[name] for row in rows] for name in rows[0]})["logits"]
+    for item, logits in zip(inputs, together, strict=True):
+        pair = {"text": item["text"], "text_pair": item["pair"]}
+        scores = theirs(pair, top_k=None, truncation="only_first", function_to_apply="none")
+        expected = {score["label"]: score["score"] for score in scores}
+        for own in (pipeline(item)["logits"][0], *[logits.tolist()] * (pipeline.max_batched_tokens is None)):
+            assert dict(zip(EMOTIONS.values(), own, strict=True)) == pytest.approx(expected, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("pad_token_id", [None, -1, 2])

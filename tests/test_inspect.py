@@ -333,7 +333,7 @@ def test_numbers_are_never_cut(width, token):
 
     tokens = [{"token": token, "logprob": -2.0, "probability": 0.1234, "sampling_probability": 4e-06}]
     screen = figures.Console(width=width)
-    shown = figures.render(figures.sampling_table(tokens, "x", width), screen)
+    shown = figures.render(figures.draw_next_tokens({"next": tokens, "sampling": {}}, width), screen)
     assert ("0.1234" in shown, "4e-06" in shown) == (True, True)
     shown = figures.render(figures.probability_table(tokens, width), screen)
     assert ("0.1353" in shown, "PROBABILITY" in shown) == (True, True)
@@ -353,7 +353,10 @@ def test_tokens_are_no_markup(inspect, coloured, tmp_path, monkeypatch):
 
     tokens = [{"token": "[/INST]", "logprob": -1.0, "probability": 0.5, "sampling_probability": 0.5}]
     screen = figures.terminal()
-    for picture in (figures.probability_table(tokens, 80), figures.sampling_table(tokens, "x", 80)):
+    for picture in (
+        figures.probability_table(tokens, 80),
+        figures.draw_next_tokens({"next": tokens, "sampling": {}}, 80),
+    ):
         assert "[/INST]" in figures.render(picture, screen)
 
 

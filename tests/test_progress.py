@@ -16,6 +16,7 @@ from llmcli import console
 from llmcli.io import progress as progress_module
 from llmcli.io.progress import Progress, RunCounts
 from llmcli.job import Failure, Record, Result
+from llmcli.models import memory
 
 GREEDY = ("--temperature", 0, "--batch-size", 1, "--max-new-tokens", 8)
 LONG_NAME = "a field with a name that is longer than many a terminal is wide, which is no reason to break it"
@@ -156,6 +157,11 @@ def test_stats(run):
     assert about["records_per_second"] == pytest.approx(40 / about["seconds"], rel=0.01)
     assert about["tokens_per_second"] == pytest.approx(39 * 8 / about["seconds"], rel=0.01)
     assert about["peak_memory_bytes"] > 10**8
+
+
+def test_stats_have_the_peak_before_the_batches(run):
+    peak = len(bytearray(b"x") * (memory.peak_memory() + 10**8))
+    assert summary(run("--stats", "-q", "--batch-size", 8).stderr)["peak_memory_bytes"] >= peak
 
 
 def test_stats_of_what_went_before(run, llmcli, tiny, tmp_path):

@@ -15,7 +15,7 @@ from llmcli.io.formats import READERS, InputFormat
 from llmcli.io.records import open_inputs, read_prompts, read_records
 from llmcli.job import Failure
 
-ICONV = "; convert it with iconv"
+ICONV = ": convert it with iconv"
 LONG_INTEGER = "Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits"
 DATA = {
     InputFormat.WHOLE: (b"one\ntwo\n", [{"text": "one\ntwo"}]),
@@ -247,7 +247,7 @@ FOREIGN = [
 def test_foreign_file_is_named_with_its_converter(form, data, kind, command, tmp_path):
     if form is InputFormat.WHOLE:
         (record,) = records(data, form, tmp_path)
-        assert record.failure == Failure("invalid_utf8", f"expected UTF-8, got {kind}; convert it with {command}")
+        assert record.failure == Failure("invalid_utf8", f"expected UTF-8, got {kind}: convert it with {command}")
     elif form is not InputFormat.NULL or b"\0" not in data[:6]:
         with pytest.raises(UsageError, match=f"input: expected UTF-8, got {kind}") as caught:
             records(data, form, tmp_path)

@@ -86,6 +86,7 @@ def test_the_users_models_are_laid_over_ours(own):
         ('[mine]\nwheels = ["a==1"]\nfiles = ["a"]', "'sha256' is required by 'wheels'"),
         ('[mine]\nhub = "a/b"\nsha256 = "0"', "'sha256' cannot be used with 'hub'"),
         ('[mine]\nhub = "a/b"\nsize = "big"', "'size' must be of type int"),
+        ('[mine]\nhub = "a/b"\nsize = true', "'size' must be of type int"),
         ('[mine]\nhub = "nonsense"', "is not a Hub ID"),
         ('mine = "a/b"', "is not a table"),
         ("[mine", "models.toml"),

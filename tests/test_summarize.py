@@ -118,7 +118,7 @@ def test_a_file_that_is_no_text_harms_no_other(llmcli, tmp_path):
     ran = llmcli("summarize", "-m", GOLDEN / "bart", *files, "--json", "--max-new-tokens", 4)
     failed, done = ran.records
     assert failed == {
-        "error": {"type": "invalid_utf8", "message": "not UTF-8: byte 0xff at offset 0; convert it with iconv"},
+        "error": {"type": "invalid_utf8", "message": "not UTF-8: byte 0xff at offset 0: convert it with iconv"},
         "file": str(files[1]),
     }  # fmt: skip
     assert (done["file"], bool(done["summary_text"]), ran.exit_status) == (str(files[3]), True, 3)

@@ -5,15 +5,16 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from llmcli.errors import UsageError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES: tuple[str, ...] = get_args(DType)
+SETTINGS = {"device": str, "dtype": str, "offline": bool, "keep_alive": str, "defaults": dict}  # and their types
 VARIABLES = {"LLMCLI_DEVICE": "device", "LLMCLI_DTYPE": "dtype", "LLMCLI_KEEP_ALIVE": "keep_alive"}
 
 
@@ -62,15 +63,11 @@ def settings() -> Settings:
     path = config_file()
     if not path.exists() and "LLMCLI_CONFIG" in os.environ:
         raise UsageError(f"{path}: no such file", hint="LLMCLI_CONFIG names it")
-    table = read_toml(path) if path.exists() else {}
-    check_keys(table, (f.name for f in fields(Settings)), str(path))
+    table = check_table(read_toml(path) if path.exists() else {}, SETTINGS, str(path))
     table |= {key: os.environ[variable] for variable, key in VARIABLES.items() if os.environ.get(variable)}
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         table["offline"] = True
     settings = Settings(**table)
-    for key, kind in (("device", str), ("dtype", str), ("offline", bool), ("keep_alive", str), ("defaults", dict)):
-        if not isinstance(getattr(settings, key), kind):
-            raise UsageError(f"{path}: {key} must be of type {kind.__name__}")
     for task, model in settings.defaults.items():
         names = model if isinstance(model, list) else [model]
         if not names or not all(isinstance(name, str) for name in names):
@@ -104,14 +101,17 @@ def check_keys(table: Mapping[str, object], allowed: Iterable[str], where: str) 
             raise UsageError(message, hint=f"known keys: {', '.join(allowed)}")
 
 
-def check_table(table: Mapping[str, object], types: Mapping[str, type], where: str) -> None:
-    """Raise UsageError for an unknown key, or a value that is not of its key's type. Lists hold strings."""
+def check_table(table: object, types: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a table. Raises UsageError for an unknown key, or a value that is not of its key's type."""
+    if not isinstance(table, dict):
+        raise UsageError(f"{where} is not a table")
     check_keys(table, types, where)
     for key, value in table.items():
-        if not isinstance(value, types[key]):
+        if type(value) is not (get_origin(types[key]) or types[key]):
             raise UsageError(f"{where}: {key!r} must be of type {types[key].__name__}")
-        if isinstance(value, list) and not all(isinstance(item, str) for item in value):
+        if types[key] == list[str] and not all(isinstance(item, str) for item in value):
             raise UsageError(f"{where}: {key!r} must be a list of strings")
+    return table
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """What fast tokenizers tell of themselves: their decoder, and how to decode a stream of tokens."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,6 +11,14 @@ if TYPE_CHECKING:
 def is_byte_level(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Return whether the vocabulary is written in GPT-2's alphabet for bytes."""
     return "ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
+
+
+@cache
+def byte_alphabet() -> dict[str, int]:
+    """Return the byte that each letter of GPT-2's alphabet stands for."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 def read_as_text(tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -3,6 +3,10 @@
 import torch
 
 aten = torch.ops.aten
+# Rows (M, K), int8 weights (N, K), scales (N,) -> (M, N).
+int8_matmul = aten._weight_int8pack_mm
+# Rows (M, K), packed int4 weights of (N, K), group size, scale and middle of each group (K / group, N, 2) -> (M, N).
+int4_matmul = aten._weight_int4pack_mm_for_cpu
 
 
 def cpu_capability() -> str:
@@ -38,16 +42,6 @@ def packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
 
-def int8_matmul(rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Multiply (M, K) by int8 weights (N, K) with scales (N,)."""
-    return aten._weight_int8pack_mm(rows, weight, scales)
-
-
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     """Return int32 codes (N, K), each 0 to 15, as uint8 (N, K / 2) in the order of this CPU's kernel."""
     return aten._convert_weight_to_int4pack_for_cpu(codes, 1)  # The CPU's kernel ignores the second argument.
-
-
-def int4_matmul(rows: torch.Tensor, weight: torch.Tensor, group: int, scales: torch.Tensor) -> torch.Tensor:
-    """Multiply (M, K) by packed int4 weights of (N, K), with a scale and a middle for each group, (K / group, N, 2)."""
-    return aten._weight_int4pack_mm_for_cpu(rows, weight, group, scales)

@@ -9,6 +9,7 @@ from rich.bar import Bar
 from rich.cells import cell_len, set_cell_size
 from rich.color import Color
 from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -82,29 +83,24 @@ def probability_table(tokens: Sequence[JsonObject], width: int) -> Table:
 
 def draw_tokens(models: Mapping[str, Sequence[JsonObject]], width: int | None) -> Group:
     """Draw the tokens of one text and their ids for each model, side by side as far as they fit."""
-    models = {_escape_controls(name): tokens for name, tokens in models.items()}
-    width = width or len(models) * FILE_COLUMNS
-    number_columns = len(str(max((len(tokens) for tokens in models.values()), default=0)))
-    groups: list[list[str]] = [[]]
-    for name in models:
-        group = [*groups[-1], name]
-        if groups[-1] and number_columns + sum(_columns_of(model, models[model]) for model in group) > width:
-            groups.append([])
-        groups[-1].append(name)
-    return Group(*(_draw_side_by_side({name: models[name] for name in group}) for group in groups))
+    screen = Console(width=10_000, markup=False, emoji=False)
+    groups: list[dict[str, Sequence[JsonObject]]] = [{}]
+    for name, tokens in models.items():
+        added = {_escape_controls(name): tokens}
+        table = _draw_side_by_side(groups[-1] | added)
+        if width and groups[-1] and Measurement.get(screen, screen.options, table).maximum > width:
+            groups.append(added)
+        else:
+            groups[-1] |= added
+    return Group(*map(_draw_side_by_side, groups))
 
 
 def draw_next_tokens(record: JsonObject, width: int | None) -> RenderableType:
     """Draw the most likely next tokens, with the probability of the model and the one after sampling options."""
     tokens, sampling = record["next"], ", ".join(f"{name} {value:g}" for name, value in record["sampling"].items())
-    figure = sampling_table(tokens, sampling, width or FILE_COLUMNS)
-    return figure if width else _with_title(f"{record['model']}, after {record['text']!r}", figure)
-
-
-def sampling_table(tokens: Sequence[JsonObject], sampling: str, width: int) -> Group:
-    """Draw one line per token with its two probabilities; `sampling` describes the second."""
-    free = width - 2 * len("0.1234") - 4 * 2  # between the columns of numbers
-    texts = [show_whitespace(token["token"], min(width // 4, free - 2 * len("SAMPLED"))) for token in tokens]
+    columns = width or FILE_COLUMNS
+    free = columns - 2 * len("0.1234") - 4 * 2  # between the columns of numbers
+    texts = [show_whitespace(token["token"], min(columns // 4, free - 2 * len("SAMPLED"))) for token in tokens]
     bar_columns = max(1, (free - max(map(cell_len, [*texts, "NEXT"]))) // 2)
     table = _table("<NEXT", "<MODEL", ">", "<SAMPLED", ">")
     for text, token in zip(texts, tokens, strict=True):
@@ -113,7 +109,8 @@ def sampling_table(tokens: Sequence[JsonObject], sampling: str, width: int) -> G
             text, Bar(1, 0, before, width=bar_columns, color=GREEN), format_probability(before),
             Bar(1, 0, after, width=bar_columns, color=VIOLET), format_probability(after),
         )  # fmt: skip
-    return Group(table, Text(f"Sampled with {sampling}", DIM))
+    figure = Group(table, Text(f"Sampled with {sampling}", DIM))
+    return figure if width else _with_title(f"{record['model']}, after {record['text']!r}", figure)
 
 
 def draw_attention(record: JsonObject, source: str, width: int | None, has_colors: bool) -> RenderableType:
@@ -182,12 +179,6 @@ def _draw_side_by_side(models: Mapping[str, Sequence[JsonObject]]) -> Table:
                 cells += ["", ""]
         table.add_row(*cells)
     return table
-
-
-def _columns_of(name: str, tokens: Sequence[JsonObject]) -> int:
-    """Return the columns that a model needs beside others."""
-    widest = max((cell_len(show_whitespace(token["token"])) for token in tokens), default=0)
-    return 2 + max(widest, len(name)) + 2 + max((len(str(token["id"])) for token in tokens), default=0)
 
 
 def _table(*headings: str) -> Table:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from html import escape
 from itertools import groupby
 
-from rich.cells import cell_len
+from rich.cells import cell_len, split_graphemes
 from rich.color import Color
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
@@ -85,15 +85,10 @@ def _rectangle(x: float, y: float, width: float, height: float, color: str) -> s
 
 def _split_by_width(text: str) -> Iterator[tuple[str, bool]]:
     """Yield parts whose characters have the same width, and whether they are a bar."""
-    width = 1
-
-    def kind(character: str) -> tuple[int, bool]:
-        nonlocal width
-        width = cell_len(character) or width  # A combining character has no width.
-        return width, character in EIGHTHS[1:]
-
-    for (_, is_bar), run in groupby(text, kind):
-        yield "".join(run), is_bar
+    graphemes, _ = split_graphemes(text)
+    # A combining character at the beginning has no width.
+    for (_, is_bar), run in groupby(graphemes, lambda span: (span[2] or 1, text[span[0] : span[1]] in EIGHTHS[1:])):
+        yield "".join(text[start:end] for start, end, _ in run), is_bar
 
 
 def _css(style: Style | None) -> str:

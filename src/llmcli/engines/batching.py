@@ -1,12 +1,10 @@
 """Batching policies: which rows run together, how many, and whether they fit in memory."""
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from llmcli.models.memory import available_memory, peak_memory
+from llmcli.models.memory import available_memory, take_peak_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,14 +82,9 @@ def probe_memory(model: "PreTrainedModel") -> MemoryUsage:
         return MemoryUsage(used, peak, free)
 
     info = psutil.Process().memory_info()
-    peak = peak_memory()
-    with suppress(OSError):  # Linux; elsewhere the peak is that of the whole process
-        status = Path("/proc/self/status").read_text()
-        peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-        Path("/proc/self/clear_refs").write_text("5")
     shared = getattr(info, "shared", 0)  # mapped files, such as weights, which are read during the first batch
     # The process keeps what its largest batch took, and the next batch uses it again.
-    return MemoryUsage(info.rss - shared, peak - shared, available_memory())
+    return MemoryUsage(info.rss - shared, take_peak_memory() - shared, available_memory())
 
 
 class BatchPolicy:
@@ -147,7 +140,17 @@ class BatchPolicy:
         return len(lengths) * (max(lengths) + self._answer_tokens)
 
     def _select(self, lengths: Sequence[int], size: int) -> list[int]:
-        return bucket_by_length(lengths, size)
+        """Return the indices of the first row and of rows of similar length, at most `size`.
+
+        Sorted by length, all rows are divided into as few equal batches as possible, so that no batch mixes what is
+        left.
+        """
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        count = -(-len(order) // size)
+        ends = [i * len(order) // count for i in range(count + 1)]
+        position = order.index(0)
+        start, end = next((start, end) for start, end in pairwise(ends) if start <= position < end)
+        return order[start:end]
 
     def _measure(self, lengths: Sequence[int]) -> int:
         return len(lengths)
@@ -157,33 +160,16 @@ class TokenBatchPolicy(BatchPolicy):
     """Measures a batch in tokens: where one forward pass reads all of them. `size` counts rows of a fixed length."""
 
     def _select(self, lengths: Sequence[int], size: int) -> list[int]:
-        return bucket_by_tokens(lengths, size * self._tokens_per_row)
+        """Return the indices of the first row and of similar ones: with padding at most `size`, at least one row."""
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        batch: list[int] = []
+        for i in order:
+            if batch and (len(batch) + 1) * lengths[i] > size * self._tokens_per_row:
+                if 0 in batch:
+                    break
+                batch = []
+            batch.append(i)
+        return batch
 
     def _measure(self, lengths: Sequence[int]) -> int:
         return self._count_tokens(lengths) // self._tokens_per_row
-
-
-def bucket_by_length(lengths: Sequence[int], size: int) -> list[int]:
-    """Return the indices of the first row and of rows of similar length, at most `size`.
-
-    Sorted by length, all rows are divided into as few equal batches as possible, so that no batch mixes what is left.
-    """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    count = -(-len(order) // size)
-    ends = [i * len(order) // count for i in range(count + 1)]
-    position = order.index(0)
-    start, end = next((start, end) for start, end in pairwise(ends) if start <= position < end)
-    return order[start:end]
-
-
-def bucket_by_tokens(lengths: Sequence[int], tokens: int) -> list[int]:
-    """Return the indices of the first row and of similar ones: at most `tokens` with padding, at least one row."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    batch: list[int] = []
-    for i in order:
-        if batch and (len(batch) + 1) * lengths[i] > tokens:
-            if 0 in batch:
-                break
-            batch = []
-        batch.append(i)
-    return batch

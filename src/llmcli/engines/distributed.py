@@ -56,16 +56,11 @@ class _RemoteRank:
 
     def __init__(self, rank: int, job: Job) -> None:
         self._rank = rank
+        self.to_send: SimpleQueue[Record | None] = SimpleQueue()  # None: there is no more
         self._sent: SimpleQueue[Record] = SimpleQueue()
-        self._to_send: SimpleQueue[Record | None] = SimpleQueue()
         _send(job, rank)
         threading.Thread(target=self._send_records, daemon=True).start()
         self.results = ReadAhead(self._receive_results(), MAX_IN_FLIGHT)
-
-    def send(self, record: Record | None) -> None:
-        if record:
-            self._sent.put(record)
-        self._to_send.put(record)
 
     def _receive_results(self) -> Iterator[Result]:
         for outcome in _receive(self._rank):
@@ -73,7 +68,8 @@ class _RemoteRank:
 
     def _send_records(self) -> None:
         with suppress(RankExitedError):  # _receive_results raises it too
-            while record := self._to_send.get():
+            while record := self.to_send.get():
+                self._sent.put(record)
                 _send(record, self._rank)
             _send(None, self._rank)
 
@@ -100,11 +96,11 @@ def _deal(records: Iterable[Record], remotes: list[_RemoteRank]) -> Iterator[Rec
     """Give each rank a record in turn, and at last None; yield those of this process."""
     for number, record in enumerate(records):
         if rank := number % (len(remotes) + 1):
-            remotes[rank - 1].send(record)
+            remotes[rank - 1].to_send.put(record)
         else:
             yield record
     for remote in remotes:
-        remote.send(None)
+        remote.to_send.put(None)
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from llmcli import console
 from llmcli.errors import ModelTooLargeError
 from llmcli.job import JsonObject
-from llmcli.models import malloc
+from llmcli.models.memory import return_freed_memory
 
 if TYPE_CHECKING:
     from transformers import Pipeline
@@ -36,12 +36,11 @@ class CachedModel:
     def status(self) -> JsonObject:
         """Return the row of `llmcli ps`. The times are None while a job uses the model, or if it never expires."""
         model, now, is_idle = self.loading.result().model, time.monotonic(), not self.users
-        tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         return {
             "model": self.name,
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+            "bytes": model.get_memory_footprint(),
             "jobs": self.users,
             "idle_seconds": round(now - self.last_used, 1) if is_idle else None,
             "expires_in_seconds": round(self.expires - now, 1) if is_idle and self.expires < math.inf else None,
@@ -133,7 +132,7 @@ class ModelCache:
         gc.unfreeze()  # Models are frozen when they are loaded.
         gc.collect()
         gc.freeze()
-        malloc.trim()
+        return_freed_memory()
         return True
 
 

@@ -82,7 +82,7 @@ def _lines(stream: Stream) -> Iterator[bytes]:
 
 
 def _failed(fields: JsonObject, name: str | None, number: int | None, exc: RecordError) -> Record:
-    hint = f"; {exc.hint}" if exc.hint else ""
+    hint = f": {exc.hint}" if exc.hint else ""
     return Record(fields, name, number, Failure(exc.kind, exc.message + hint))
 
 
@@ -224,7 +224,7 @@ def _read_csv(stream: Stream, name: str | None) -> Iterator[Record]:
                     decode_utf8(cell.encode("utf-8", "surrogateescape"))
                 except RecordError as exc:
                     fields[column] = None
-                    failure = failure or Failure(exc.kind, f"column {column!r}: {exc.message}; {exc.hint}")
+                    failure = failure or Failure(exc.kind, f"column {column!r}: {exc.message}: {exc.hint}")
         if not failure and row and len(row) != len(header):
             extra = f"; extra fields: {printable(', '.join(row[len(header) :]))}" if len(row) > len(header) else ""
             failure = Failure("invalid_csv", f"expected {len(header)} fields, got {len(row)}{extra}")

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 from llmcli import console
 from llmcli.errors import LlmcliError, ModelTooLargeError, ModelUnavailableError, UsageError
 from llmcli.job import LoadOptions
-from llmcli.models import malloc
 from llmcli.models.folder_check import check_folder
-from llmcli.models.memory import available_memory
+from llmcli.models.memory import available_memory, keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from llmcli.pipelines.base import TextPipeline
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # what dtype applies to; other tensors stay as they are
-UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}
 EMBEDDING_TOKENS = 512  # of a text, for a sentence encoder that states no limit
 HEADROOM = 0.9  # of a GPU's free memory for weights; the rest is for activations and the KV cache
 
@@ -43,7 +41,7 @@ def load(
 
     device = choose_device(load_options.device)
     if device == "cpu":
-        malloc.keep_memory()
+        keep_freed_memory()
         share_key_value_heads()
     dtype = choose_dtype(load_options.dtype, device)
     size = _size(weights, torch.finfo(dtype).bits // 8)
@@ -231,10 +229,12 @@ def _device_map(
         return "auto", limits
     available = sum(gpus.values()) + (0 if gpus and not spread else memory)
     if size > available:
+        from rich.filesize import decimal
+
         # A worker can unload other models to make room, but that does not help against --max-memory.
         error = ModelUnavailableError if load_options.max_memory else ModelTooLargeError
         raise error(
-            f"model requires {_readable(size)} of memory, but only {_readable(available)} is available",
+            f"model requires {decimal(size)} of memory, but only {decimal(available)} is available",
             hint="use a smaller model or --dtype bfloat16, or run it from disk, slowly: --offload-folder PATH",
         )
     if not spread or size <= HEADROOM * gpus[0]:
@@ -249,10 +249,6 @@ def _damaged(path: Path, reason: str) -> ModelUnavailableError:
         f"weights in {path} are damaged: {reason}",
         hint="fetch them again: `llmcli models rm NAME`, then `llmcli models pull NAME`; or save your own model again",
     )
-
-
-def _readable(size: int) -> str:
-    return next(f"{size / unit:.1f} {name}" for name, unit in UNITS.items() if size >= unit or unit == 1)
 
 
 @cache

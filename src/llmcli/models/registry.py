@@ -10,8 +10,8 @@ from llmcli import config
 from llmcli.errors import ModelUnavailableError, UsageError
 
 HERE = Path(__file__).parent
-ABOUT = {"description": str, "license": str, "size": int, "tasks": list}  # keys of a model, and their types
-SOURCES = {"hub": str, "wheels": list, "files": list, "folder": str, "sha256": str, "path": str}
+ABOUT = {"description": str, "license": str, "size": int, "tasks": list[str]}  # keys of a model, and their types
+SOURCES = {"hub": str, "wheels": list[str], "files": list[str], "folder": str, "sha256": str, "path": str}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,13 @@
 """Texts -> how much each token attends to each. Two transformers.Pipelines."""
 
-from typing import TYPE_CHECKING
-
 import torch
+from transformers import PreTrainedConfig
 
 from llmcli.compat.transformers import eager_attention
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
 from llmcli.pipelines import base
 from llmcli.pipelines.base import CausalTextPipeline, Inputs, Parameters, TextPipeline, as_batch, check_finite, make_row
 from llmcli.pipelines.spelling import token_texts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 MAX_TOKENS = 512  # The weights of all heads grow with the square of the length.
 
@@ -31,7 +27,7 @@ class AttentionPipeline(TextPipeline):
     ignorable_weight_prefix = "pooler."
 
     @staticmethod
-    def find_incompatibility(config: "PreTrainedConfig") -> str | None:
+    def find_incompatibility(config: PreTrainedConfig) -> str | None:
         return "have an encoder and a decoder" if getattr(config, "is_encoder_decoder", False) else None
 
     def _sanitize_parameters(self, layer: int | None = None, head: int | None = None) -> Parameters:

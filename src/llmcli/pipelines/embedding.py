@@ -1,16 +1,13 @@
 """Texts -> vectors, by an encoder: mean or first-token pooling, of length one. A transformers.Pipeline."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedConfig
 
 from llmcli.models import loading
 from llmcli.pipelines import base
 from llmcli.pipelines.base import Inputs, Parameters, TextPipeline
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 
 class EmbeddingPipeline(TextPipeline):
@@ -33,7 +30,7 @@ class EmbeddingPipeline(TextPipeline):
         self.context_length = loading.embedding_context_length(folder)
 
     @staticmethod
-    def find_incompatibility(config: "PreTrainedConfig") -> str | None:
+    def find_incompatibility(config: PreTrainedConfig) -> str | None:
         return "are not encoders" if getattr(config, "is_encoder_decoder", False) else None
 
     def _sanitize_parameters(self, truncate: bool = False) -> Parameters:

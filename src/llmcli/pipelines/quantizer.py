@@ -6,10 +6,10 @@ import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -20,12 +20,8 @@ from llmcli.errors import ModelUnavailableError, UsageError
 from llmcli.job import LoadOptions
 from llmcli.models import loading
 from llmcli.models.store import quantized as copies
+from llmcli.pipelines.base import TextPipeline
 from llmcli.pipelines.linears import Int4Linear, Int8Linear, PackedLinear, QuantizedLinear
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from llmcli.pipelines.base import TextPipeline
 
 METHOD = "llmcli-weight-only"
 get_source = cache(inspect.getsource)
@@ -42,20 +38,20 @@ class WeightOnlyConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transf
 
 @register_quantizer(METHOD)
 class WeightOnlyQuantizer(WeightQuantizer):
-    def before_loading(self, model: "PreTrainedModel") -> None:
+    def before_loading(self, model: PreTrainedModel) -> None:
         config = self.quantization_config
         if config.processor != cpu_capability():
             raise ModelUnavailableError(f"weights are quantized for {config.processor}, this CPU is {cpu_capability()}")
         for name, scheme in config.layers.items():
             replace_module(model, name, LAYERS[scheme](model.get_submodule(name)))
 
-    def after_loading(self, model: "PreTrainedModel") -> None:
+    def after_loading(self, model: PreTrainedModel) -> None:
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
                 module.align()
 
 
-def quantized(folder: Path, load_options: LoadOptions, pipeline_type: type["TextPipeline"]) -> Path:
+def quantized(folder: Path, load_options: LoadOptions, pipeline_type: type[TextPipeline]) -> Path:
     """Return a directory with the same model, quantized as the options say; it is made if it does not exist."""
     scheme, device = load_options.quantize, loading.choose_device(load_options.device)
     if device != "cpu":
@@ -83,7 +79,7 @@ def quantized(folder: Path, load_options: LoadOptions, pipeline_type: type["Text
     return copies.get_or_create(folder, f"{scheme}-{pipeline_type.auto_class}-{cpu_capability()}", make)
 
 
-def quantize(model: "PreTrainedModel", scheme: str) -> bool:
+def quantize(model: PreTrainedModel, scheme: str) -> bool:
     """Replace the layers of a loaded model that the kernels can multiply; False if there are none."""
     head, layers = model.get_output_embeddings(), dict[str, str]()
     skipped = float32_modules(model)
@@ -100,7 +96,7 @@ def quantize(model: "PreTrainedModel", scheme: str) -> bool:
     return bool(layers)
 
 
-def pack(model: "PreTrainedModel") -> None:
+def pack(model: PreTrainedModel) -> None:
     """Pack the bfloat16 layers if oneDNN has kernels for it. Weights that an embedding shares then exist twice."""
     if not can_pack_bfloat16():
         return
@@ -111,7 +107,7 @@ def pack(model: "PreTrainedModel") -> None:
                 model.set_submodule(name, PackedLinear(module.weight, module.bias))
 
 
-def _reads_weight(model: "PreTrainedModel", name: str) -> bool:
+def _reads_weight(model: PreTrainedModel, name: str) -> bool:
     """Return whether the model's own code multiplies by the weights of that layer itself, as Mamba's does."""
     parent, _, child = name.rpartition(".")
     try:

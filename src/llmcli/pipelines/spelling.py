@@ -2,10 +2,9 @@
 
 import re
 from collections.abc import Sequence
-from functools import cache
 from typing import TYPE_CHECKING
 
-from llmcli.compat.tokenizers import is_byte_level
+from llmcli.compat.tokenizers import byte_alphabet, is_byte_level
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,16 +56,5 @@ def _to_bytes(piece: str, has_bytes: bool) -> bytes:
     """Return the bytes of a token that is one, `<0xE4>`, or that is written in GPT-2's alphabet; else none."""
     if match := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
         return bytes.fromhex(match[1])
-    alphabet = _alphabet()
+    alphabet = byte_alphabet()
     return bytes(map(alphabet.__getitem__, piece)) if has_bytes and alphabet.keys() >= set(piece) else b""
-
-
-@cache
-def _alphabet() -> dict[str, int]:
-    """Return GPT-2's alphabet: a printable byte is its own character, the others have those from 256 on, in order."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    letters = sorted(ByteLevel.alphabet())
-    printable = {letter: ord(letter) for letter in letters if ord(letter) < 256}
-    others = [letter for letter in letters if ord(letter) >= 256]
-    return printable | dict(zip(others, sorted(set(range(256)) - set(printable.values())), strict=True))

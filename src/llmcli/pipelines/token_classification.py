@@ -46,5 +46,6 @@ class TokenClassificationPipeline(HeadPipeline, transformers.TokenClassification
             mask = torch.tensor([window["special_tokens_mask"]])
             rows = {name: [window[name]] for name in ("input_ids", "offset_mapping")}
             outputs.append({**rows, "logits": logits, "special_tokens_mask": mask, "sentence": window["sentence"]})
-        entities = [{**entity, "score": float(entity["score"])} for entity in super().postprocess(outputs, **settings)]
+        entities = super().postprocess(outputs, **settings)
+        entities = [{**entity, "score": float(f"{entity['score']:.6g}")} for entity in entities]
         return [{name: value for name, value in entity.items() if name != "index"} for entity in entities]

@@ -1,22 +1,23 @@
 """search: rank passages by the cosine similarity of their vectors to the query's. Each passage is embedded once."""
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from llmcli import console
+from llmcli import config, console
 from llmcli.job import Job, JsonObject, LoadOptions
 from llmcli.models import loading
 from llmcli.tasks import LocalModel, ModelCall, Strategy, Task, TaskGenerator, TaskResult
 from llmcli.text.splitting import split
-from llmcli.text.vector_cache import VectorCache
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 PASSAGE_TOKENS = 128  # maximum length of a passage, about a paragraph
 SAVE_INTERVAL = 64  # passages embedded before their vectors are saved
 DEFAULT_LIMIT = 5
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS vectors (model TEXT, digest BLOB, vector BLOB, PRIMARY KEY (model, digest)) WITHOUT ROWID
+"""
 
 
 def run(job: Job, fields: JsonObject, model: LocalModel) -> TaskGenerator:
@@ -49,12 +50,12 @@ def run(job: Job, fields: JsonObject, model: LocalModel) -> TaskGenerator:
 
 def _split_passages(documents: Sequence[JsonObject], folder: Path) -> Iterator[JsonObject]:
     """Yield passages with their text, file and line, and their characters, `start` to `end` of document number `of`."""
-    tokenizer, special_tokens = _load_tokenizer(folder)
+    count_tokens, special_tokens = _load_counter(folder)
     max_tokens = min(PASSAGE_TOKENS, loading.embedding_context_length(folder) - special_tokens)
     for number, document in enumerate(documents):
         text, file, line, counted = document["text"], document.get("file"), document.get("line") or 1, 0
         is_markdown = (file or "").endswith((".md", ".markdown"))
-        for start, piece in split(text, _choose_counter(tokenizer, text), max_tokens, markdown=is_markdown):
+        for start, piece in split(text, count_tokens, max_tokens, markdown=is_markdown):
             line += text.count("\n", counted, start)
             counted = start
             if not piece.strip():
@@ -62,7 +63,7 @@ def _split_passages(documents: Sequence[JsonObject], folder: Path) -> Iterator[J
             yield {"text": piece, "file": file, "line": line, "of": number, "start": start, "end": start + len(piece)}
 
 
-def _load_tokenizer(folder: Path) -> "tuple[Tokenizer | Callable[[str], int], int]":
+def _load_counter(folder: Path) -> tuple[Callable[[str], int], int]:
     """Return what counts the tokens of a text, and how many special ones are added to each."""
     from tokenizers import Tokenizer
 
@@ -76,20 +77,56 @@ def _load_tokenizer(folder: Path) -> "tuple[Tokenizer | Callable[[str], int], in
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # The names of special tokens are text, as in the pipeline.
-    return tokenizer, tokenizer.num_special_tokens_to_add(is_pair=False)
+
+    def count_tokens(text: str) -> int:
+        # This method alone leaves out the offsets, and is as fast as the splitter's own copy of the tokenizer.
+        return len(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])
+
+    return count_tokens, tokenizer.num_special_tokens_to_add(is_pair=False)
 
 
-def _choose_counter(tokenizer: "Tokenizer | Callable[[str], int]", text: str) -> "Tokenizer | Callable[[str], int]":
-    """Return the tokenizer or, for a text with the name of a special token, a slower function that reads it as text.
+class VectorCache(AbstractContextManager["VectorCache"]):
+    """The vectors of one model, as bytes of little-endian float32. If the file fails, they are kept in memory."""
 
-    The splitter's own copy of a tokenizer does not keep `encode_special_tokens`.
-    """
-    if callable(tokenizer):
-        return tokenizer
-    names = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-    if not any(name in text for name in names):
-        return tokenizer
-    return lambda piece: len(tokenizer.encode(piece, add_special_tokens=False).ids)
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.path = config.cache_dir() / "vectors.sqlite"
+        with self._fall_back():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(self.path, timeout=30)
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute(SCHEMA)
+
+    def get_many(self, texts: Iterable[str]) -> dict[str, bytes]:
+        """Return the vectors of the texts that have one."""
+        query = "SELECT vector FROM vectors WHERE model = ? AND digest = ?"
+        with self._fall_back(), self._database:
+            self._database.execute("BEGIN")  # One lock for all queries is faster.
+            rows = {text: self._database.execute(query, (self.model, _digest(text))).fetchone() for text in texts}
+            return {text: row[0] for text, row in rows.items() if row}
+        return {}
+
+    def put_many(self, vectors: Mapping[str, bytes]) -> None:
+        """Save the vectors of texts."""
+        rows = [(self.model, _digest(text), vector) for text, vector in vectors.items()]
+        with self._fall_back(), self._database:
+            self._database.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
+
+    def __exit__(self, *_: object) -> None:
+        self._database.close()
+
+    @contextmanager
+    def _fall_back(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as exc:
+            console.warning(f"embeddings are not saved: {self.path}: {exc}")
+            self._database = sqlite3.connect(":memory:")
+            self._database.execute(SCHEMA)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 # The command writes each match as a result of its own, which has a score.

@@ -1,23 +1,16 @@
 """Splits texts into pieces of a limited number of tokens, and finds stop sequences."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 
 def split(
-    text: str, tokens: "Callable[[str], int] | Tokenizer", max_tokens: int, *, markdown: bool = False
+    text: str, count_tokens: Callable[[str], int], max_tokens: int, *, markdown: bool = False
 ) -> Iterator[tuple[int, str]]:
     """Yield the start and the text of pieces as long as possible, split between paragraphs, sentences or words."""
     from semantic_text_splitter import MarkdownSplitter, TextSplitter
 
     kind = MarkdownSplitter if markdown else TextSplitter
-    if callable(tokens):
-        yield from kind.from_callback(tokens, max_tokens).chunk_indices(text)
-    else:
-        yield from kind.from_huggingface_tokenizer(tokens, max_tokens).chunk_indices(text)
+    yield from kind.from_callback(count_tokens, max_tokens).chunk_indices(text)
 
 
 def first_stop(text: str, stops: Sequence[str], start: int = 0) -> int | None:

@@ -107,10 +107,8 @@ class ConnectedEngine:
                     case "text":
                         assert on_text
                         on_text(value)
-                    case "note":
-                        console.notice(value)
-                    case "warning":
-                        console.warning(value)
+                    case "note" | "warning":
+                        console.notice(value, kind)
                     case "working":
                         shown.close()
                         if value:

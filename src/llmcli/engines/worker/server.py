@@ -1,6 +1,5 @@
 """The worker's side: a thread for each call, models that stay loaded between calls, and exit after an idle time."""
 
-import fcntl
 import math
 import os
 import resource
@@ -10,10 +9,10 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 
 from llmcli import console
 from llmcli.engines.batch_runner import BatchRunner
@@ -25,7 +24,7 @@ from llmcli.engines.worker.device_lock import DeviceLock, FairLock
 from llmcli.engines.worker.protocol import Connection, ConnectionClosedError, MessageTooLargeError
 from llmcli.errors import ExitStatus, LlmcliError
 from llmcli.job import Failure, Job, JsonObject, Record
-from llmcli.models import malloc
+from llmcli.models.memory import use_one_arena
 from llmcli.tasks import Strategy
 
 HANDSHAKE_TIMEOUT_S = 5.0  # for a call to say what it wants
@@ -43,7 +42,7 @@ def serve(keep_alive_s: float | None) -> None:
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # Idle connections must not keep others out.
         resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if limit == resource.RLIM_INFINITY else limit, limit))
-    malloc.use_one_arena()  # One thread computes at a time.
+    use_one_arena()  # One thread computes at a time.
     with Worker(math.inf if keep_alive_s is None else keep_alive_s) as worker:
         while not worker.is_finished:
             worker.handle_request()
@@ -67,7 +66,12 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self._state_lock = threading.RLock()
         self._is_stopped = False
         directory = protocol.runtime_dir()
-        self._lock_file: int | None = _lock(directory / "worker.lock")
+        # Any thread may release the lock: the one that drains this worker.
+        self._lock = FileLock(directory / "worker.lock", LOCK_TIMEOUT_S, mode=0o600, thread_local=False)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise LlmcliError("a worker is already running", hint="run `llmcli stop` to stop it") from None
         self._path = directory / protocol.SOCKET_NAME
         self._path.unlink(missing_ok=True)  # A worker that was killed leaves it.
         super().__init__(str(self._path), ClientHandler)
@@ -84,7 +88,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
     def handle_request(self) -> None:
         """Accept at most one call, and unload models that have expired."""
-        if self._lock_file is None:
+        if not self._lock.is_locked:
             self.socket.close()  # Calls that wait to be accepted go to another worker.
             time.sleep(POLL_S)
         else:
@@ -94,7 +98,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     @property
     def is_finished(self) -> bool:
         with self._state_lock:
-            if self._is_stopped or (self._lock_file is None and not self.jobs):
+            if self._is_stopped or not (self._lock.is_locked or self.jobs):
                 return True
             is_idle = not self.jobs and not len(self.models)
             if is_idle and time.monotonic() - self._last_used > self._keep_alive_s:
@@ -104,9 +108,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
     def begin_job(self) -> bool:
         with self._state_lock:
-            is_accepting = self._lock_file is not None
-            self.jobs += is_accepting
-            return is_accepting
+            self.jobs += self._lock.is_locked
+            return self._lock.is_locked
 
     def end_job(self) -> None:
         with self._state_lock:
@@ -116,10 +119,9 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     def drain(self) -> None:
         """Make way for another worker: accept no more calls, and finish the jobs that run."""
         with self._state_lock:
-            if self._lock_file is not None:
+            if self._lock.is_locked:
                 self._path.unlink(missing_ok=True)
-                os.close(self._lock_file)
-                self._lock_file = None
+                self._lock.release()
 
     def stop(self) -> None:
         self._is_stopped = True
@@ -250,17 +252,3 @@ def _records(connection: Connection) -> Iterator[Record]:
             return
         fields, failure, is_row = message["record"]
         yield Record(fields, failure=Failure(**failure) if failure else None, is_row=is_row)
-
-
-def _lock(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except OSError:
-            if time.monotonic() > deadline:
-                os.close(descriptor)
-                raise LlmcliError("a worker is already running", hint="run `llmcli stop` to stop it") from None
-            time.sleep(POLL_S / 10)
