@@ -11,6 +11,7 @@ from pathlib import Path
 
 import batch
 import decode
+import labels
 import overhead
 import prefix
 import score
@@ -58,6 +59,23 @@ of these lines. The time for a single line is subtracted from the time of a whol
 alternating runs.""",
         "| variant | lines/s | speedup of llmcli |\n|---|---|---|",
         score.main,
+    ),
+    "labels": (
+        "Labeling",
+        f"""{labels.RECORDS:,} records of one to three sentences, five labels of one word each, SmolLM2, bfloat16. The
+`decision` pipeline of Transformers takes one prompt at a time, and answers with a letter. It and the loop run
+{labels.PART} of the records. `generate` stops after {labels.NEW_TOKENS} tokens. The time for a single record is
+subtracted from the time of a whole process. Medians of {labels.RUNS} alternating runs.""",
+        "| variant | records/s | speedup of llmcli |\n|---|---|---|",
+        labels.speed,
+    ),
+    "accuracy": (
+        "Accuracy of labels",
+        f"""The share of right labels on the 200 sentences of `tests/data`, float32. The score is that of the best
+label. The calibration error is the expected calibration error with 10 bins. The second table has the share of right
+labels by score. The free answers are greedy, with at most {labels.ANSWER_TOKENS} tokens.""",
+        "| labels | model | method | right | mean score | calibration error |\n|---|---|---|---|---|---|",
+        labels.accuracy,
     ),
     "prefix": (
         "Prefix caching",

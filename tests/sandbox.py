@@ -27,6 +27,7 @@ TEXTS = {
     "sentences.txt": "The clock was repaired.\nThe sky is blue.\n",
     "corpus.txt": "The sky is blue.\nblue the sky is is\nShe opened the door and went in.\n",
     "history.txt": "ls -l\nsudo systemctl restart NetworkManager\ngit log\n",
+    "reviews.txt": "I loved it, all of it.\nNever again.\nThe best soup in town!\n",
     "reviews.csv": 'id,review\n1,"I loved it, all of it."\n2,Never again.\n',
     "topics.txt": "sport: games and their results\npolitics\nscience: studies and discoveries\n",
     "headlines.txt": "The home team won again.\nParliament meets on Monday.\n",
