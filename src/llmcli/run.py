@@ -20,6 +20,7 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
 
         return serve(engines.engine_for(job))
     names = spec.name_fields(_output_names(job, spec.format))
+    names.setdefault("reasoning", None)
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(spec, job)) if spec.fingerprint else None
         counts = journal.counts() if journal else RunCounts()
@@ -83,6 +84,8 @@ def _output_names(job: Job, format: OutputFormat) -> list[str]:
     is_plural = is_plural or (job.parameters.get("top_k") or 1) > 1
     outputs = tasks.load_task(job.task).outputs
     extra = ["token_logprobs"] * bool(job.parameters.get("token_logprobs"))
+    # All rows of a CSV file would have a column that few models fill.
+    extra += ["reasoning"] * ("finish_reason" in outputs and (format is not OutputFormat.CSV or bool(job.think)))
     return [*dict.fromkeys([*outputs, *[f"{outputs[0]}s"] * is_plural, *["truncated"] * job.truncate, *extra])]
 
 

@@ -9,7 +9,7 @@ from typer import Option
 from llmcli import console
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.job import Job, Result
-from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, Texts, completion
+from llmcli.options import ChatModelOptions, GenerationOptions, InputOptions, OutputOptions, Prompt, Texts, completion
 from llmcli.options.expand import expand_options
 from llmcli.run import run
 from llmcli.tasks.fields import build_prompt_parameters
@@ -24,7 +24,7 @@ def translate(
     from_: Annotated[str | None, Option("--from", metavar="LANG", autocompletion=completion.languages,
         help="Source language (default: detected).")] = None,
     prompt: Prompt = None,
-    *, input: InputOptions, generation: GenerationOptions, model: ServedModelOptions, output: OutputOptions,
+    *, input: InputOptions, generation: GenerationOptions, model: ChatModelOptions, output: OutputOptions,
 ) -> ExitStatus:  # fmt: skip
     """Translate texts, preserving line structure.
 

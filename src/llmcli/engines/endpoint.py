@@ -9,13 +9,14 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from llmcli import console
 from llmcli.engines.engine import TaskEngine
 from llmcli.engines.requests import OnText, Request, capture_errors
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
 from llmcli.job import Job, JsonObject
 from llmcli.tasks import Prompt, Strategy
 from llmcli.text.splitting import first_stop
-from llmcli.text.thoughts import cut_thought
+from llmcli.text.thoughts import ALL_MARKS, ThoughtFilter, Thoughts
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -92,6 +93,7 @@ class EndpointRunner:
         self._model = model
         self._options, self._can_think = protocol_options(job, strategy, model), strategy.can_think
         self._stop = self._options.get("stop", ())
+        self._thoughts = Thoughts(ALL_MARKS, is_sure=not self._can_think, can_think=self._can_think)
         if not self._can_think and "stop_strings" not in job.generation:
             self._options.pop("stop", None)  # A thought must not end there.
         self._unsent: list[Request] = []
@@ -106,7 +108,6 @@ class EndpointRunner:
     def step(self, on_text: OnText | None = None) -> None:
         """Send the requests that are queued, and take in the answers that have arrived, if any soon do."""
         requests, self._unsent = self._unsent, []
-        # The beginning of a text does not tell whether it is a thought.
         can_stream = self._can_think and self._options.keys().isdisjoint({"n", "stop"})
         if on_text and len(requests) == 1 and can_stream:
             with capture_errors(requests[0]):
@@ -133,34 +134,43 @@ class EndpointRunner:
             if len(choices) < self._options.get("n", 1):
                 message = f"server returned {len(choices)} answers: {_error_text(response.to_dict())}"
                 raise RecordError("invalid_response", message)
-            texts = [self._read_answer(choice) for choice in choices]
-            several = {"generated_texts": texts} if len(texts) > 1 else {}
-            return {"generated_text": texts[0], **several, **_end_fields(choices[0].finish_reason, response.usage)}
+            answers = [self._read_answer(choice, prompt) for choice in choices]
+            several = {"generated_texts": [text for text, *_ in answers]} if len(answers) > 1 else {}
+            return {**_make_output(*answers[0], response.usage), **several}
 
     def _stream(self, prompt: Prompt, on_text: OnText) -> JsonObject:
-        pieces, reason, usage = list[str](), None, None
+        pieces, thoughts, reason, usage = list[str](), "", None, None
+        answer = ThoughtFilter(None if isinstance(prompt, str) else self._thoughts)
         with self._translated_errors():
             for chunk in self._send(prompt, stream=True, stream_options={"include_usage": True}):
                 usage = chunk.usage or usage
                 for choice in (chunk.choices or [])[:1]:
                     reason = choice.finish_reason or reason
+                    if thought := _read_thought(choice):
+                        thoughts, answer = thoughts + thought, ThoughtFilter(None)
+                        console.show_thought(thought)
                     if (piece := _read_text(choice)) is not None:
                         pieces.append(piece)
-                        on_text(piece)
+                        if shown := answer.feed(piece):
+                            on_text(shown)
         if reason is None:
             raise RecordError("server_unreachable", "server stopped in the middle of an answer")
-        return {
-            "generated_text": _check_text("".join(pieces) if pieces else None, reason),
-            **_end_fields(reason, usage),
-        }
+        return _make_output(*self._split("".join(pieces) if pieces else None, thoughts, reason, prompt), usage)
 
-    def _read_answer(self, choice: Any) -> str:
+    def _read_answer(self, choice: Any, prompt: Prompt) -> tuple[str, str, str]:
         if refusal := getattr(getattr(choice, "message", None), "refusal", None):
             raise RecordError("missing_answer", f"server refused to answer: {refusal}")
-        text = _check_text(_read_text(choice), choice.finish_reason)
-        if not self._can_think:
-            text = cut_thought(text, choice.finish_reason).lstrip()
-        return text[: first_stop(text, self._stop)]  # Some servers leave it at the end.
+        text, thoughts, reason = self._split(_read_text(choice), _read_thought(choice), choice.finish_reason, prompt)
+        return text[: first_stop(text, self._stop)], thoughts, reason  # Some servers leave it at the end.
+
+    def _split(self, text: str | None, thoughts: str, reason: str | None, prompt: Prompt) -> tuple[str, str, str]:
+        """Return answer, thoughts and finish reason, of which the server may have split off the thoughts."""
+        if thoughts and not text and self._can_think and reason in ("stop", "length"):
+            return "", thoughts, "length"
+        text = _check_text(text, reason)
+        if thoughts or isinstance(prompt, str):
+            return text, thoughts, reason or ""
+        return self._thoughts.split(text if self._can_think else text.lstrip(), reason or "")
 
     def _send(self, prompt: Prompt, **options: object) -> Any:
         field = "prompt" if isinstance(prompt, str) else "messages"
@@ -208,8 +218,11 @@ def protocol_options(job: Job, strategy: Strategy, model: RemoteModel) -> dict[s
     if options.pop("do_sample", None) is False and job.generation.keys().isdisjoint(SAMPLING_OPTIONS):
         options["temperature"] = 0
     named = {PROTOCOL_NAMES.get(name, name): value for name, value in options.items() if value is not None}
-    if not strategy.can_think and any(item.id == model.name and item.owned_by in SWITCHABLE for item in model.models):
-        named["chat_template_kwargs"] = {"enable_thinking": False, "thinking": False}
+    is_switchable = any(item.id == model.name and item.owned_by in SWITCHABLE for item in model.models)
+    is_switched = job.think is not None or (is_switchable and not strategy.can_think)
+    variables = dict.fromkeys(("enable_thinking", "thinking"), bool(job.think)) if is_switched else {}
+    if variables := {**variables, **job.template_options}:
+        named["chat_template_kwargs"] = variables
     standard = {name: named.pop(name) for name in STANDARD_OPTIONS if name in named}
     return {**standard, **({"extra_body": named} if named else {})}
 
@@ -262,6 +275,13 @@ def _read_text(choice: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
+def _read_thought(choice: Any) -> str:
+    """Return what the model thought in a choice, or in a piece of one, by either name that servers use."""
+    message = getattr(choice, "message", None) or getattr(choice, "delta", None)
+    thoughts = [getattr(message, name, None) for name in ("reasoning_content", "reasoning")]
+    return next((thought for thought in thoughts if thought and isinstance(thought, str)), "")
+
+
 def _check_text(text: str | None, finish_reason: str | None) -> str:
     if text is None or finish_reason == "content_filter" or (not text and finish_reason == "length"):
         hint = "increase --max-new-tokens" if finish_reason == "length" else None
@@ -269,9 +289,11 @@ def _check_text(text: str | None, finish_reason: str | None) -> str:
     return text
 
 
-def _end_fields(reason: str | None, usage: "CompletionUsage | None") -> JsonObject:
+def _make_output(text: str, thoughts: str, reason: str, usage: "CompletionUsage | None") -> JsonObject:
     tokens = {name: getattr(usage, name, 0) for name in ("prompt_tokens", "completion_tokens")}
-    return {"finish_reason": "length" if reason == "length" else "stop", "usage": tokens}
+    reasoning = {"reasoning": thoughts.strip()} if thoughts.strip() else {}
+    end = {"finish_reason": "length" if reason == "length" else "stop", "usage": tokens}
+    return {"generated_text": text, **reasoning, **end}
 
 
 def _error_text(body: object) -> str:

@@ -31,7 +31,7 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
 
     For a batch of B prompts, the longest of P tokens, with N sequences of at most T new tokens each:
 
-    preprocess   input_ids, P of them; is_chat; can_think; cut: tokens that --truncate took away
+    preprocess   input_ids, P of them; is_chat; thoughts; cut: tokens that --truncate took away
     _forward     sequences, int64 (B, N, T); what preprocess gave, and max_new_tokens if rows have their own, in lists
                  of B
     postprocess  {"generated_text", "finish_reason", "usage"} of one prompt
@@ -82,16 +82,20 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
     def count_tokens(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def preprocess(self, prompt: "Prompt", truncate: int | None = None, can_think: bool = True) -> Inputs:
-        """Return the token IDs of one prompt. Without `can_think`, an answer has no thought before it.
+    def preprocess(
+        self, prompt: "Prompt", truncate: int | None = None, can_think: bool = True, **template: Any
+    ) -> Inputs:
+        """Return the token IDs of one prompt, for which `template` has settings of the chat template.
 
+        Without `can_think`, thinking is off by default, and an answer that ends in its thought is none.
         One that is too long raises RecordError or, if `truncate` says how many tokens to leave for the answer, is cut:
         its end stays, and a token that begins every text.
         """
         context, is_chat = self.context_length, not isinstance(prompt, str)
         if is_chat and not self.is_chat:
             raise UsageError("model has no chat template", hint="use `llmcli generate`, or a chat model: -m NAME")
-        text = prompt if isinstance(prompt, str) else self.chat_template.render(prompt, can_think=can_think)
+        text = prompt if isinstance(prompt, str) else self.chat_template.render(prompt, can_think, **template)
+        thoughts = self.chat_template.find_thoughts(text, can_think) if is_chat else None
         if context and truncate is None:
             base.check_length(text, context, self.count_tokens)
         ids = self.chat_template.encode(text) if is_chat else self.chat_template.encode_text(text)
@@ -105,7 +109,7 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
             head = ids[:1] if ids[0] == first else []
             keep = context - min(truncate, context // 2) - len(head)
             ids = head + ids[-keep:]
-        return {"input_ids": base.make_row(ids), "is_chat": is_chat, "can_think": can_think, "cut": length - len(ids)}
+        return {"input_ids": base.make_row(ids), "is_chat": is_chat, "thoughts": thoughts, "cut": length - len(ids)}
 
     def prefill(self, ids: list[int]) -> "DynamicCache | None":
         """Return the keys and values of a shared prefix, as a cache of one row; None if the model keeps more."""
@@ -134,7 +138,8 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
     def decoder(self, inputs: Mapping[str, Any]) -> TokenDecoder:
         if not inputs["is_chat"]:
             return TokenDecoder(self.tokenizer, inputs["input_ids"][-DECODED_TOKENS:])
-        return TokenDecoder(self.tokenizer, marks=None if inputs["can_think"] else self.chat_template.thought_marks)
+        marks = self.chat_template.thought_marks if inputs["thoughts"] else None
+        return TokenDecoder(self.tokenizer, marks=marks, thoughts=inputs["thoughts"])
 
 
 class NextTokenPipeline(CausalPipeline):

@@ -109,6 +109,8 @@ class ConnectedEngine:
                         on_text(value)
                     case "note":
                         console.notice(value)
+                    case "thought":
+                        console.show_thought(value)
                     case "warning":
                         console.warning(value)
                     case "working":
