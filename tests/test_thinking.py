@@ -354,3 +354,20 @@ def test_dimmed_thought_cannot_control_terminal(llmcli, speaker):
     ran = llmcli("chat", "Where?", "-m", speaker(says), *GREEDY, is_terminal=True)
     assert "\x1b[31m" not in ran.stderr
     assert "red" in ran.stderr
+
+
+def test_constrained_answer_is_exact_and_without_thought(llmcli, speaker, prompts):
+    folder = speaker(PARTS, OPENS)
+    ran = llmcli("chat", "Where?", "-m", folder, "--choice", "<think>a</think>", "--choice", "b", "--json")
+    assert ran.records[0]["generated_text"] in ("<think>a</think>", "b")
+    assert "reasoning" not in ran.records[0]
+    assert "</think>" in prompts[-1]
+    ran = llmcli("chat", "Where?", "-m", folder, "--choice", "b", "--choice", "c", "--think")
+    assert (ran.exit_status, "--think cannot be used with --choice" in ran.stderr) == (2, True)
+
+
+def test_logprobs_are_those_of_the_answer(llmcli, speaker):
+    for says, text in ((PARTS, "Rome.\n"), (["Rome.", "\n"], "Rome.\n"), (PARTS[:2], "")):
+        record = llmcli("chat", "Where?", "-m", speaker(says), *GREEDY, "--logprobs", 0, "--json").records[0]
+        tokens = [token["token"] for token in record["logprobs"]["content"]]
+        assert (record["generated_text"], "".join(tokens)) == (text, text)

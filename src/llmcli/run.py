@@ -84,6 +84,8 @@ def _output_names(job: Job, format: OutputFormat) -> list[str]:
     is_plural = is_plural or (job.parameters.get("top_k") or 1) > 1
     outputs = tasks.load_task(job.task).outputs
     extra = ["token_logprobs"] * bool(job.parameters.get("token_logprobs"))
+    has_schema = "schema" in (job.constraint or {}) or job.schema_field or job.settings_field
+    extra += ["data"] * bool(has_schema) + ["logprobs", "mean_logprob"] * (job.logprobs is not None)
     # All rows of a CSV file would have a column that few models fill.
     extra += ["reasoning"] * ("finish_reason" in outputs and (format is not OutputFormat.CSV or bool(job.think)))
     return [*dict.fromkeys([*outputs, *[f"{outputs[0]}s"] * is_plural, *["truncated"] * job.truncate, *extra])]

@@ -9,6 +9,7 @@ from llmcli.errors import ExitStatus
 from llmcli.io.output import OutputSpec
 from llmcli.io.records import read_prompts
 from llmcli.options import ChatModelOptions, GenerationOptions, InputOptions, OutputOptions, Prompt, expand_options
+from llmcli.options.structure import AnswerOptions
 from llmcli.run import run
 from llmcli.tasks.fields import build_prompt_parameters
 
@@ -18,7 +19,8 @@ def chat(
     text: Annotated[str | None, Argument(metavar="TEXT", show_default=False)] = None,
     prompt: Prompt = None,
     system: Annotated[str | None, Option("--system", "-s", metavar="TEXT", help="System message.")] = None,
-    *, input: InputOptions, generation: GenerationOptions, model: ChatModelOptions, output: OutputOptions,
+    *, input: InputOptions, generation: GenerationOptions, structure: AnswerOptions, model: ChatModelOptions,
+    output: OutputOptions,
 ) -> ExitStatus:  # fmt: skip
     """Chat with a model.
 
@@ -33,7 +35,7 @@ def chat(
     format, texts = input.format(), [] if text is None else [text]
     spec = output.spec(format, texts, input.files)
     parameters = {"fields": input.roles("text", "messages"), "system": system} | build_prompt_parameters(prompt)
-    job = model.job("chat", parameters, generation)
+    job = model.job("chat", parameters, generation, fields=structure.job_fields(input, generation))
     has_input = texts or input.files or prompt or spec != OutputSpec()
     if not has_input and sys.stdin and sys.stdin.isatty():
         from llmcli.repl import converse

@@ -9,6 +9,7 @@ from llmcli.io.records import read_prompts
 from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, Texts, completion
 from llmcli.options.expand import expand_options
 from llmcli.options.model import ServedModelOptions
+from llmcli.options.structure import AnswerOptions
 from llmcli.run import run
 from llmcli.tasks.fields import build_prompt_parameters
 from llmcli.tasks.prompting import load_preset
@@ -21,7 +22,8 @@ def generate(
     preset: Annotated[str | None, Option(metavar="NAME", autocompletion=completion.presets,
         help="Writing preset: story, screenplay, poem or dialogue.")] = None,
     full_text: Annotated[bool, Option(help="Include the prompt in text output.")] = True,
-    *, input: InputOptions, generation: GenerationOptions, model: ServedModelOptions, output: OutputOptions,
+    *, input: InputOptions, generation: GenerationOptions, structure: AnswerOptions, model: ServedModelOptions,
+    output: OutputOptions,
 ) -> ExitStatus:  # fmt: skip
     """Generate text from a prompt.
 
@@ -36,7 +38,8 @@ def generate(
     format = input.format()
     if prompt is not None and preset is not None:
         raise UsageError("--prompt cannot be used with --preset")
+    fields = structure.job_fields(input, generation)
     chosen, defaults = load_preset(preset)
     parameters = {"fields": input.roles("text"), "full_text": full_text, **build_prompt_parameters(prompt), **chosen}
-    job = model.job("generate", parameters, generation, defaults=defaults)
+    job = model.job("generate", parameters, generation, defaults=defaults, fields=fields)
     return run(job, read_prompts(texts, input.files, format), output.spec(format, texts, input.files))

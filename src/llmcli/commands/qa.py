@@ -12,6 +12,7 @@ from llmcli.io.records import add_fields, read_documents, rename_text
 from llmcli.job import JsonObject, Record
 from llmcli.options import ChatModelOptions, CommonGenerationOptions, InputOptions, OutputOptions, Prompt
 from llmcli.options.expand import expand_options
+from llmcli.options.structure import StructureOptions
 from llmcli.run import run
 from llmcli.tasks.fields import build_prompt_parameters, reads_error
 
@@ -37,7 +38,7 @@ def qa(
         help="Text that contains the answer.")] = None,
     prompt: Prompt = None,
     *, input: InputOptions, extractive: ExtractiveOptions, generation: CommonGenerationOptions,
-    model: ChatModelOptions, output: OutputOptions,
+    structure: StructureOptions, model: ChatModelOptions, output: OutputOptions,
 ) -> ExitStatus:  # fmt: skip
     """Answer a question from a text.
 
@@ -49,6 +50,7 @@ def qa(
     llmcli qa "How do I undo a commit?" -f manual.txt -f faq.md
     llmcli qa --jsonl -m deepset/roberta-base-squad2 < questions.jsonl
     """
+    constraint = structure.job_fields(input, generation)
     format = input.format()
     spec = output.spec(format, [text for text in (question, context) if text is not None], input.files)
     roles = input.roles("question", "context")
@@ -63,7 +65,7 @@ def qa(
         records = _read_questions(input, fields, roles, retry=retry)
     parameters = {"fields": roles, "documents": documents or None, **asdict(extractive)}
     parameters["handle_impossible_answer"] = parameters.pop("allow_no_answer") or None
-    job = model.job("qa", parameters | build_prompt_parameters(prompt), generation)
+    job = model.job("qa", parameters | build_prompt_parameters(prompt), generation, fields=constraint)
     return run(job, records, spec)
 
 

@@ -3,6 +3,7 @@
 from llmcli.errors import ExitStatus
 from llmcli.options import ChatModelOptions, GenerationOptions, InputOptions, OutputOptions, Prompt, Texts
 from llmcli.options.expand import expand_options
+from llmcli.options.structure import StructureOptions
 from llmcli.run import run
 from llmcli.tasks.fields import build_prompt_parameters
 
@@ -11,7 +12,8 @@ from llmcli.tasks.fields import build_prompt_parameters
 def summarize(
     texts: Texts,
     prompt: Prompt = None,
-    *, input: InputOptions, generation: GenerationOptions, model: ChatModelOptions, output: OutputOptions,
+    *, input: InputOptions, generation: GenerationOptions, structure: StructureOptions, model: ChatModelOptions,
+    output: OutputOptions,
 ) -> ExitStatus:  # fmt: skip
     """Summarize texts of any length.
 
@@ -22,5 +24,6 @@ def summarize(
     man rsync | llmcli summarize --max-new-tokens 80
     llmcli summarize -m facebook/bart-large-cnn --jsonl --field article < news.jsonl
     """
-    job = model.job("summarize", {"fields": input.roles("text")} | build_prompt_parameters(prompt), generation)
+    parameters = {"fields": input.roles("text")} | build_prompt_parameters(prompt)
+    job = model.job("summarize", parameters, generation, fields=structure.job_fields(input, generation))
     return run(job, input.read(texts), output.spec(input.format(), texts, input.files))

@@ -11,6 +11,7 @@ from llmcli.errors import ExitStatus, UsageError
 from llmcli.job import Job, Result
 from llmcli.options import ChatModelOptions, GenerationOptions, InputOptions, OutputOptions, Prompt, Texts, completion
 from llmcli.options.expand import expand_options
+from llmcli.options.structure import StructureOptions
 from llmcli.run import run
 from llmcli.tasks.fields import build_prompt_parameters
 from llmcli.text import languages
@@ -24,7 +25,8 @@ def translate(
     from_: Annotated[str | None, Option("--from", metavar="LANG", autocompletion=completion.languages,
         help="Source language (default: detected).")] = None,
     prompt: Prompt = None,
-    *, input: InputOptions, generation: GenerationOptions, model: ChatModelOptions, output: OutputOptions,
+    *, input: InputOptions, generation: GenerationOptions, structure: StructureOptions, model: ChatModelOptions,
+    output: OutputOptions,
 ) -> ExitStatus:  # fmt: skip
     """Translate texts, preserving line structure.
 
@@ -45,7 +47,7 @@ def translate(
         return [replace(result, output={name: result.output[name] for name in result.output if name != "untranslated"})]
 
     spec = replace(output.spec(input.format(), texts, input.files), finish=count)
-    roles = input.roles("text")
+    roles, fields = input.roles("text"), structure.job_fields(input, generation)
     records = input.read(texts)
     likely_source = source
     if model.model is None and not model.endpoint:  # The default model depends on the language of the first text.
@@ -59,7 +61,7 @@ def translate(
             name = languages.english_name(target)
             raise UsageError(f"no default model translates to {name} ({target})", hint="choose one with -m NAME")
     parameters = {"fields": roles, "from": source, "to": target} | build_prompt_parameters(prompt)
-    job = model.job("translate", parameters, generation, source=likely_source, target=target)
+    job = model.job("translate", parameters, generation, source=likely_source, target=target, fields=fields)
     status = run(job, records, spec)
     if untranslated:
         console.warning(f"{untranslated} of {parts} parts came back untranslated")

@@ -1,6 +1,7 @@
 """transformers' cache of keys and values: how to recognize it, and a layer of it that grows in place."""
 
 import copy
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -87,8 +88,9 @@ def _cache_name(model: "PreTrainedModel") -> str | None:
 
 
 def filled_cache(output: object) -> DynamicCache | None:
-    """Return the cache that a forward pass returned if `repeat_cache` can copy it."""
-    cache = next((value for name in CACHE_NAMES if (value := getattr(output, name, None)) is not None), None)
+    """Return the cache that a forward pass returned, or took as an argument, if `repeat_cache` can copy it."""
+    fields = output if isinstance(output, Mapping) else {}
+    cache = next((value for name in CACHE_NAMES if (value := fields.get(name)) is not None), None)
     return cache if type(cache) is DynamicCache else None
 
 

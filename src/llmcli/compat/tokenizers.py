@@ -1,5 +1,6 @@
 """What fast tokenizers tell of themselves: their decoder, and how to decode a stream of tokens."""
 
+import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,21 @@ def read_as_text(tokenizer: "PreTrainedTokenizerBase") -> None:
         usual = [backend.normalizer] if backend.normalizer else []
         changes = [normalizers.Replace(name, f"‹{name[1:]}") for name in known]
         backend.normalizer = normalizers.Sequence([*usual, *changes])
+
+
+def hide_special_names(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return a fast tokenizer as JSON in which special tokens have other names, so that no text is read as one."""
+    fields = json.loads(tokenizer.backend_tokenizer.to_str())
+    names = {token["content"]: f"\0{token['content']}" for token in fields["added_tokens"] if token["special"]}
+    for token in fields["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    vocab, model = fields["model"]["vocab"], fields["model"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(piece, piece): id for piece, id in vocab.items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
+    model["unk_token"] = names.get(model.get("unk_token"), model.get("unk_token"))
+    return json.dumps(fields | dict.fromkeys(("normalizer", "post_processor", "padding", "truncation")))
 
 
 def decode_stream(tokenizer: "PreTrainedTokenizerBase", before: Sequence[int]) -> Callable[[int], str | None] | None:

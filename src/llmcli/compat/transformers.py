@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
+# transformers' loop for greedy decoding and sampling, with what `generate` passes to a `custom_generate`.
+sample_tokens = transformers.GenerationMixin._sample
 FIXED_ROPE_TYPES = {None, "default", "linear", "llama3", "yarn"}
 
 

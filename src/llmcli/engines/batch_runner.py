@@ -1,44 +1,55 @@
 """Runs requests through a loaded pipeline in batches. What happens to one request does not affect the others."""
 
 import inspect
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from llmcli import console
 from llmcli.engines.batching import BatchPolicy
-from llmcli.engines.requests import OnText, Request, capture_errors, is_out_of_memory
-from llmcli.errors import LlmcliError
+from llmcli.engines.requests import OnText, Request, RequestSettings, capture_errors, is_out_of_memory
+from llmcli.errors import LlmcliError, RecordError, UsageError
 from llmcli.job import JsonObject
+from llmcli.text.constraints import to_grammar
 
 if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig, Pipeline
 
 MIN_PREFIX_TOKENS = 16  # a shorter prefix costs more to copy than to compute again
 
+MergeConfig = Callable[[str, bool], "GenerationConfig"]
+
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """A row of a batch: row `index` of its request. `max_new_tokens` is its own limit, if it generates."""
+    """A row of a batch: row `index` of its request. If it generates, `max_new_tokens` and `config` are its own."""
 
     request: Request
     index: int
     inputs: dict[str, Any]
     length: int
     max_new_tokens: int
+    config: "GenerationConfig | None"
+    constraint: str | None  # as a grammar
 
 
 class BatchRunner:
     """Runs requests on a pipeline: `add` them, then `step` until the queue is empty.
 
-    `parameters` are the pipeline's; it generates if they have a merged `generation_config`. `on_token`, if set, is
-    called after each token that a batch generates; it may raise.
+    `parameters` are the pipeline's; it generates if they have a merged `generation_config`. `merge(options,
+    is_constrained)` returns that of a request with options of its own, as JSON. `settings` are more of the pipeline's
+    for each batch. `on_token`, if set, is called after each token that a batch generates; it may raise.
     """
 
-    def __init__(self, pipeline: "Pipeline", policy: BatchPolicy, parameters: JsonObject, *, truncate: bool) -> None:
+    def __init__(
+        self, pipeline: "Pipeline", policy: BatchPolicy, parameters: JsonObject, *, truncate: bool,
+        merge: MergeConfig | None = None, settings: JsonObject = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         self.pipeline, self.policy = pipeline, policy
         self.on_token: Callable[[], None] | None = None
         self.queue: list[Row] = []
@@ -46,13 +57,12 @@ class BatchRunner:
         self._preprocess_parameters = {**before, "truncate": truncate}
         self._takes_rows = inspect.isgeneratorfunction(pipeline.preprocess)
         self._unfinished: dict[str, Request] = {}  # by key, to find duplicates, which run once
-        self._is_repeatable = True  # equal inputs have equal outputs
         self._config: GenerationConfig | None = None
+        self._merge, self._settings = merge, settings
         self._max_new_tokens = 0
         if config := parameters.get("generation_config"):
             self._config = config
             self._preprocess_parameters["truncate"] = (config.max_new_tokens or 0) if truncate else None
-            self._is_repeatable = not config.do_sample
             self._max_new_tokens = config.max_new_tokens or config.max_length or 0
             self._is_single = (config.num_beams or 1) == 1 and (config.num_return_sequences or 1) == 1
             self._can_share_prefix = self._is_single and pipeline.max_shared_tokens != 0
@@ -61,16 +71,25 @@ class BatchRunner:
     def add(self, requests: Sequence[Request]) -> None:
         """Queue the rows of requests. A request that cannot be preprocessed fails at once."""
         for request in requests:
-            if self._is_repeatable and (original := self._unfinished.get(request.key)):
-                original.duplicates.append(request)
-                continue
             with capture_errors(request):
-                made = self.pipeline.preprocess(request.input, **self._preprocess_parameters)
+                own, maximum, grammar = request.settings, self._max_new_tokens, None
+                config, parameters = self._find_config(own), self._preprocess_parameters
+                is_repeatable = not (config and config.do_sample) or (own and own.seed is not None)
+                if is_repeatable and (original := self._unfinished.get(request.key)):
+                    original.duplicates.append(request)
+                    continue
+                if own:
+                    maximum = own.generation.get("max_new_tokens", maximum)
+                    if parameters["truncate"] is not None:
+                        parameters = {**parameters, "truncate": maximum}
+                    if own.constraint:
+                        parameters, grammar = {**parameters, "is_constrained": True}, to_grammar(own.constraint)
+                made = self.pipeline.preprocess(request.input, **parameters)
                 rows = []
                 for i, inputs in enumerate(made if self._takes_rows else [made]):
-                    remaining = self.pipeline.remaining_context(inputs) if self._config else None
-                    limit = self._max_new_tokens if remaining is None else min(remaining, self._max_new_tokens)
-                    rows.append(Row(request, i, inputs, len(inputs["input_ids"]), limit))
+                    remaining = self.pipeline.remaining_context(inputs) if config else None
+                    limit = maximum if remaining is None else min(remaining, maximum)
+                    rows.append(Row(request, i, inputs, len(inputs["input_ids"]), limit, config, grammar))
                 request.row_count = len(rows)
                 self._unfinished[request.key] = request
                 self.queue += rows
@@ -79,8 +98,10 @@ class BatchRunner:
         """Run one batch: the row that has waited longest, and similar ones. `on_text` receives the text of one row."""
         batch = self._find_candidates()
         if len(batch) > 1:
+            first = batch[0]
+            batch = [row for row in batch if row.config is first.config]
             if self._config and not self.pipeline.can_mix_limits:
-                batch = [row for row in batch if row.max_new_tokens == batch[0].max_new_tokens]
+                batch = [row for row in batch if row.max_new_tokens == first.max_new_tokens]
             batch = [batch[i] for i in self.policy.choose([row.length for row in batch])]
         chosen = set(map(id, batch))
         self.queue = [row for row in self.queue if id(row) not in chosen]
@@ -88,6 +109,21 @@ class BatchRunner:
         for request in {id(row.request): row.request for row in batch}.values():
             if request.failure or len(request.row_outputs) == request.row_count:
                 self._finish(request)
+
+    def _find_config(self, own: RequestSettings | None) -> "GenerationConfig | None":
+        """Return the config of a request, the same object for all to which the same options apply."""
+        if not (own and self._config and self._merge):
+            return self._config
+        options = dict(own.generation)
+        if self._config.max_new_tokens:  # else it has a limit of another kind
+            options.pop("max_new_tokens", None)
+        has_stops = bool(self._config.stop_strings or "stop_strings" in options)
+        if not (options or (own.constraint and has_stops)):
+            return self._config
+        try:
+            return self._merge(json.dumps(options, sort_keys=True), bool(own.constraint))
+        except UsageError as exc:
+            raise RecordError("invalid_settings", exc.message, exc.hint) from exc
 
     def _find_candidates(self) -> list[Row]:
         """Return the row that has waited longest, and all rows that the model computes alike beside it and alone."""
@@ -106,9 +142,9 @@ class BatchRunner:
         try:
             self._run_forward(rows)
             return
-        except LlmcliError:
-            raise
         except Exception as exc:  # one record must not fail the others
+            if isinstance(exc, LlmcliError) and not isinstance(exc, RecordError):
+                raise
             is_oom = is_out_of_memory(exc)
         # Out here, the exception no longer holds the memory of the failed batch.
         if is_oom:
@@ -142,14 +178,20 @@ class BatchRunner:
     def _generation_settings(self, rows: list[Row], on_text: OnText | None) -> dict[str, Any]:
         from llmcli.pipelines.answers import DeltaStreamer, TokenTimer
 
-        assert self._config
-        settings: dict[str, Any] = {"generation_config": self._config, "criteria": [TokenTimer(self.on_token)]}
+        config = rows[0].config
+        assert config
+        settings = {**self._settings, "generation_config": config, "criteria": [TokenTimer(self.on_token)]}
         limits = [row.max_new_tokens for row in rows]
-        if min(limits) < self._max_new_tokens:
+        if {*limits} != {config.max_new_tokens or config.max_length}:
             settings["max_new_tokens"] = limits
+        if any(row.constraint for row in rows):
+            settings["constraints"] = [row.constraint for row in rows]
+        seeds = [row.request.settings and row.request.settings.seed for row in rows]
+        if any(seed is not None for seed in seeds):
+            settings["seeds"] = seeds
         if on_text and self._is_single:
             decode = self.pipeline.decoder(rows[0].inputs)
-            settings["streamer"] = DeltaStreamer(decode, self._config.stop_strings or (), on_text)
+            settings["streamer"] = DeltaStreamer(decode, config.stop_strings or (), on_text)
         if self._can_share_prefix and len(rows) > 1 and (prefix := self._find_prefix(rows)):
             settings["prefix"] = prefix
         return settings
@@ -175,7 +217,10 @@ class BatchRunner:
             with capture_errors(request):
                 rows = [request.row_outputs[i] for i in range(request.row_count)]
                 made = rows if self._takes_rows else rows[0]
-                request.output = self.pipeline.postprocess(made, **self._postprocess_parameters)
+                parameters = self._postprocess_parameters
+                if request.settings and self._config:
+                    parameters = {**parameters, "generation_config": self._find_config(request.settings)}
+                request.output = self.pipeline.postprocess(made, **parameters)
         request.row_outputs = {}
         self._unfinished.pop(request.key, None)
         for duplicate in request.duplicates:

@@ -1,9 +1,11 @@
 """The engine of an OpenAI-compatible server: vLLM, TGI, llama.cpp, `transformers serve`."""
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,8 @@ from urllib.parse import urlsplit
 
 from llmcli import console
 from llmcli.engines.engine import TaskEngine
-from llmcli.engines.requests import OnText, Request, capture_errors
+from llmcli.engines.requests import OnText, Request, RequestSettings, capture_errors
+from llmcli.engines.structured import check_answer, constraint_options, read_logprobs
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
 from llmcli.job import Job, JsonObject
 from llmcli.tasks import Prompt, Strategy
@@ -90,16 +93,28 @@ class EndpointRunner:
 
     def __init__(self, job: Job, strategy: Strategy, model: RemoteModel) -> None:
         self.queue: set[Request] = set()
-        self._model = model
-        self._options, self._can_think = protocol_options(job, strategy, model), strategy.can_think
-        self._stop = self._options.get("stop", ())
+        self._model, self._strategy, self._can_think = model, strategy, strategy.can_think
         self._thoughts = Thoughts(ALL_MARKS, is_sure=not self._can_think, can_think=self._can_think)
-        if not self._can_think and "stop_strings" not in job.generation:
-            self._options.pop("stop", None)  # A thought must not end there.
+        self._use(job)
         self._unsent: list[Request] = []
         self._sent: dict[Future[JsonObject], Request] = {}
         self._finished: SimpleQueue[Future[JsonObject]] = SimpleQueue()
         self._threads = ThreadPoolExecutor(job.concurrency)
+
+    def _use(self, job: Job) -> None:
+        self._job, self._options = job, protocol_options(job, self._strategy, self._model)
+        self._stop = self._options.get("stop", ())
+        if not self._can_think and "stop_strings" not in job.generation:
+            self._options.pop("stop", None)  # A thought must not end there.
+
+    def _with(self, own: RequestSettings | None) -> "EndpointRunner":
+        """Return a runner that sends a request with settings of its own."""
+        if not own:
+            return self
+        runner, job = copy.copy(self), self._job
+        seed, generation = job.seed if own.seed is None else own.seed, {**job.generation, **own.generation}
+        runner._use(replace(job, generation=generation, seed=seed, constraint=own.constraint))
+        return runner
 
     def add(self, requests: Sequence[Request]) -> None:
         self.queue.update(requests)
@@ -108,16 +123,19 @@ class EndpointRunner:
     def step(self, on_text: OnText | None = None) -> None:
         """Send the requests that are queued, and take in the answers that have arrived, if any soon do."""
         requests, self._unsent = self._unsent, []
-        can_stream = self._can_think and self._options.keys().isdisjoint({"n", "stop"})
-        if on_text and len(requests) == 1 and can_stream:
+        can_stream = self._can_think and self._options.keys().isdisjoint({"n", "stop"}) and self._job.logprobs is None
+        if on_text and len(requests) == 1 and can_stream and not requests[0].settings:
             with capture_errors(requests[0]):
                 requests[0].output = self._stream(requests[0].input, on_text)
             self.queue.discard(requests[0])
             return
         for request in requests:
-            answer = self._threads.submit(self._complete, request.input)
-            self._sent[answer] = request
-            answer.add_done_callback(self._finished.put)
+            with capture_errors(request):
+                answer = self._threads.submit(self._with(request.settings)._complete, request.input)
+                self._sent[answer] = request
+                answer.add_done_callback(self._finished.put)
+            if request.failure:
+                self.queue.discard(request)
         with suppress(Empty):
             answer = self._finished.get(timeout=POLL_S)
             while True:
@@ -136,7 +154,8 @@ class EndpointRunner:
                 raise RecordError("invalid_response", message)
             answers = [self._read_answer(choice, prompt) for choice in choices]
             several = {"generated_texts": [text for text, *_ in answers]} if len(answers) > 1 else {}
-            return {**_make_output(*answers[0], response.usage), **several}
+            logprobs = {} if self._job.logprobs is None else read_logprobs(choices[0])
+            return {**_make_output(*answers[0], response.usage), **several, **logprobs}
 
     def _stream(self, prompt: Prompt, on_text: OnText) -> JsonObject:
         pieces, thoughts, reason, usage = list[str](), "", None, None
@@ -161,6 +180,8 @@ class EndpointRunner:
         if refusal := getattr(getattr(choice, "message", None), "refusal", None):
             raise RecordError("missing_answer", f"server refused to answer: {refusal}")
         text, thoughts, reason = self._split(_read_text(choice), _read_thought(choice), choice.finish_reason, prompt)
+        if self._job.constraint:
+            check_answer(self._job.constraint, text, reason)
         return text[: first_stop(text, self._stop)], thoughts, reason  # Some servers leave it at the end.
 
     def _split(self, text: str | None, thoughts: str, reason: str | None, prompt: Prompt) -> tuple[str, str, str]:
@@ -175,6 +196,8 @@ class EndpointRunner:
     def _send(self, prompt: Prompt, **options: object) -> Any:
         field = "prompt" if isinstance(prompt, str) else "messages"
         settings: dict[str, Any] = {"model": self._model.name, field: prompt, **self._options, **options}
+        if (number := self._job.logprobs) is not None:
+            settings |= {"logprobs": number} if field == "prompt" else {"logprobs": True, "top_logprobs": number}
         client = self._model.client
         return (client if field == "prompt" else client.chat).completions.create(**settings)
 
@@ -212,15 +235,20 @@ def protocol_options(job: Job, strategy: Strategy, model: RemoteModel) -> dict[s
     task = {**(strategy.defaults or {}), **strategy.parameters(job, model)}
     if task.get("do_sample"):  # The server decides how.
         task = {"max_new_tokens": task["max_new_tokens"]}
+    if job.constraint:
+        task.pop("stop_strings", None)  # It may be a part of the answer.
     options = {**task, **job.generation, **({} if job.seed is None else {"seed": job.seed})}
     if isinstance(options.get("stop_strings"), str):
         options["stop_strings"] = [options["stop_strings"]]
     if options.pop("do_sample", None) is False and job.generation.keys().isdisjoint(SAMPLING_OPTIONS):
         options["temperature"] = 0
     named = {PROTOCOL_NAMES.get(name, name): value for name, value in options.items() if value is not None}
-    is_switchable = any(item.id == model.name and item.owned_by in SWITCHABLE for item in model.models)
-    is_switched = job.think is not None or (is_switchable and not strategy.can_think)
-    variables = dict.fromkeys(("enable_thinking", "thinking"), bool(job.think)) if is_switched else {}
+    owner = next((item.owned_by for item in model.models if item.id == model.name), "")
+    if job.constraint:
+        named |= constraint_options(job.constraint, owner)
+    variables: dict[str, object] = {}
+    if job.think is not None or (owner in SWITCHABLE and (job.constraint or not strategy.can_think)):
+        variables = dict.fromkeys(("enable_thinking", "thinking"), bool(job.think))
     if variables := {**variables, **job.template_options}:
         named["chat_template_kwargs"] = variables
     standard = {name: named.pop(name) for name in STANDARD_OPTIONS if name in named}

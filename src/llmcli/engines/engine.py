@@ -10,11 +10,13 @@ from typing import Any, Protocol
 
 from llmcli import console, tasks
 from llmcli.engines.read_ahead import ReadAhead
-from llmcli.engines.requests import OnText, Request, Runner, failure_from
+from llmcli.engines.record_settings import read_settings
+from llmcli.engines.requests import OnText, Request, RequestSettings, Runner, failure_from
 from llmcli.errors import RecordError, UsageError
 from llmcli.job import Job, Record, Result
-from llmcli.tasks import ModelCall, Strategy, TaskGenerator, TaskModel
+from llmcli.tasks import ModelCall, Strategy, TaskGenerator, TaskModel, TaskResult
 from llmcli.tasks.fields import reads_error
+from llmcli.text.constraints import parse_json, to_compact_json
 
 MAX_IN_FLIGHT = 512  # records among whose rows a batch is chosen
 CHARACTERS_PER_RECORD = 2**16  # a longer record counts as several: large files are not all in memory
@@ -86,6 +88,7 @@ class PendingRecord:
     """A record in flight: its task as a generator, the model call that the task waits for, and finally the result."""
 
     record: Record
+    settings: RequestSettings | None = None  # other than those of the job
     generator: TaskGenerator | None = None  # the task on its way
     call: ModelCall | None = None
     requests: list[Request] = field(default_factory=list)
@@ -102,12 +105,30 @@ class PendingRecord:
         """Run the task up to its next model call or its result. `outputs` are those of the last call."""
         assert self.generator
         try:
-            self.call = self.generator.send(outputs)  # type: ignore[arg-type]  # None starts a generator
-            self.requests = [Request(item) for item in self.call.inputs]
-        except StopIteration as stop:
-            self.result = Result(self.record, stop.value.output, stop.value.text)
+            try:
+                self.call = self.generator.send(outputs)  # type: ignore[arg-type]  # None starts a generator
+            except StopIteration as stop:
+                self.result = self._make_result(stop.value)
+                return
+            settings = self.settings if self.call.is_final or not self.settings else self.settings.without_constraint()
+            self.requests = [Request(item, settings) for item in self.call.inputs]
         except RecordError as exc:
             self.fail(exc)
+
+    def _make_result(self, result: TaskResult) -> Result:
+        """Return the result of the task; if a schema applies to its answers, their values too, which are its text."""
+        output, text, constraint = result.output, result.text, self.settings and self.settings.constraint
+        if constraint and not (self.call and self.call.is_final):
+            message = f"text is too long for an answer in one call, which {next(iter(constraint))} requires"
+            raise RecordError("context_length_exceeded", message, hint="shorten it or pass --truncate")
+        if constraint and "schema" in constraint:
+            name = next(iter(output))  # of the answer
+            try:
+                values = [parse_json(answer) for answer in output.get(f"{name}s", [output[name]]) if answer is not None]
+            except ValueError as exc:
+                raise RecordError("invalid_answer", f"answer is not JSON: {exc}") from None
+            output, text = {**output, "data": next(iter(values), None)}, "\n".join(map(to_compact_json, values))
+        return Result(self.record, output, text)
 
     def fail(self, exc: RecordError) -> None:
         """Set the failure as the result. Raises UsageError for a column that no row has."""
@@ -147,6 +168,7 @@ class JobRun:
         self._engine, self._job, self._task = engine, job, tasks.load_task(job.task)
         self._on_text, self._on_result = on_text, on_result
         self._reads_error = reads_error(job.parameters)  # a field of the input, then
+        self._settings = RequestSettings(constraint=job.constraint) if job.constraint else None
         self._model: EngineModel | None = None
         self._runner: Runner | None = None
         self._waiting: list[PendingRecord] = []  # for outputs of their model calls
@@ -161,7 +183,10 @@ class JobRun:
             with self._engine.exclusive:
                 strategy = self._task.strategies[self.find_model().kind]
                 for pending, inputs in unfinished:
-                    pending.generator = strategy.run(self._job, inputs, self._model)
+                    job = self._job
+                    if own := pending.settings:
+                        job = replace(job, generation={**job.generation, **own.generation}, constraint=own.constraint)
+                    pending.generator = strategy.run(job, inputs, self._model)
                     pending.resume(None)
                     self._dispatch(pending)
 
@@ -189,6 +214,11 @@ class JobRun:
     def find_model(self) -> EngineModel:
         if self._model is None:
             self._model = self._engine.find_model(self._job)
+            fields = {"schema-field": self._job.schema_field, "settings-field": self._job.settings_field}
+            options = [*(self._job.constraint or {}), *(name for name, field in fields.items() if field)]
+            if options and self._model.kind != "causal":
+                message = f"--{options[0]} cannot be used with {self._job.model}, which is not a causal language model"
+                raise UsageError(message, hint="choose another model: -m NAME")
         return self._model
 
     def load(self) -> Runner:
@@ -205,6 +235,8 @@ class JobRun:
             if record.failure or (record.has_error and not self._reads_error):
                 pending.result = Result(record, failure=record.failure)
             elif (inputs := self._task.prepare(self._job, record.fields)) is not None:
+                is_own = self._job.schema_field or self._job.settings_field
+                pending.settings = read_settings(self._job, record) if is_own else self._settings
                 return inputs
             else:
                 pending.result = Result(record, self._task.empty)
@@ -230,7 +262,10 @@ class JobRun:
         requests = [request for pending in self._waiting for request in pending.requests]
         on_text, call = None, self._waiting[0].call
         # Pieces may be shown only if nothing precedes them: no other record, and no other request.
-        if self._on_text and len(self.in_flight) == len(runner.queue) == 1 and call and call.shown is not None:
+        own = self._waiting[0].settings
+        is_json = own and own.constraint and "schema" in own.constraint  # A result has it in another notation.
+        is_alone = len(self.in_flight) == len(runner.queue) == 1
+        if self._on_text and is_alone and call and call.shown is not None and not is_json:
             if call.shown:
                 self._on_text(call.shown)
             on_text = _strip_stream(self._on_text) if call.strip else self._on_text

@@ -1,11 +1,12 @@
 """The engine of this process: finds and loads models, and runs them in batches."""
 
 import gc
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 from llmcli import console, pipelines, tasks
@@ -21,7 +22,7 @@ from llmcli.models.loading import quiet_libraries, translated_errors
 from llmcli.tasks import Strategy
 
 if TYPE_CHECKING:
-    from transformers import Pipeline, PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, Pipeline, PreTrainedConfig, PreTrainedTokenizerBase
 
 
 class LocalEngine(TaskEngine):
@@ -44,13 +45,13 @@ class LocalEngine(TaskEngine):
         pipeline = model.pipeline
         device = pipeline.device.type
         memory = MemoryEstimator(partial(probe_memory, pipeline.model))
-        parameters = strategy.parameters(job, model)
+        parameters, defaults = strategy.parameters(job, model), strategy.defaults
         if job.think is not None or job.template_options:
             if not getattr(pipeline, "is_chat", False):
                 message = f"--think and --template-option require a chat template, but {job.model} has none"
                 raise UsageError(message, hint="use a chat model: -m NAME")
             pipeline.chat_template.check(job.think, job.template_options)
-        if strategy.defaults is None:
+        if defaults is None:
             # A batch that is only read is measured in tokens, unless the user says how many rows it has.
             policy = BatchPolicy if job.batch_size else TokenBatchPolicy
             return BatchRunner(pipeline, policy(job.batch_size, device, memory), parameters, truncate=job.truncate)
@@ -58,23 +59,31 @@ class LocalEngine(TaskEngine):
 
         is_seq2seq = pipeline.model.config.is_encoder_decoder
         generation.check_known(parameters, f"{job.model}: task_specific_params" if is_seq2seq else "prompts.toml")
-        own = pipeline.model.generation_config
-        with translated_errors(model.folder):
-            config = generation.merge(own, job.generation, strategy.defaults, parameters, counts_prompt=not is_seq2seq)
-            if config.pad_token_id is None:
-                config.pad_token_id = pipeline.tokenizer.pad_token_id
-            config.eos_token_id = pipeline.find_end_tokens(config)
+
+        @lru_cache(maxsize=1024)
+        def merge(options: str, is_constrained: bool) -> "GenerationConfig":
+            own, given = pipeline.model.generation_config, {**job.generation, **json.loads(options)}
+            with translated_errors(model.folder):
+                config = generation.merge(own, given, defaults, parameters, counts_prompt=not is_seq2seq)
+                if is_constrained:
+                    config.stop_strings = None  # that of a prompt may be a part of the answer
+                if config.pad_token_id is None:
+                    config.pad_token_id = pipeline.tokenizer.pad_token_id
+                config.eos_token_id = pipeline.find_end_tokens(config)
+            return config
+
+        config = merge("{}", False)
         if job.seed is not None:
             set_seed(job.seed)
         # A seed repeats a run only if the batches do not depend on speed and free memory.
         is_fixed = job.seed is not None and bool(config.do_sample)
         answer_tokens = config.max_new_tokens or config.max_length or 0
         batches = BatchPolicy(job.batch_size, device, memory, answer_tokens, is_fixed)
-        parameters = {"generation_config": config}
+        settings = {} if job.logprobs is None else {"logprobs": job.logprobs}
+        options = {"generation_config": config}
         if not is_seq2seq:
-            can_think = strategy.can_think and not (job.constraint or job.schema_field)
-            parameters |= {"can_think": can_think, "think": job.think, "options": job.template_options}
-        return BatchRunner(pipeline, batches, parameters, truncate=job.truncate)
+            options |= {"can_think": strategy.can_think, "think": job.think, "options": job.template_options}
+        return BatchRunner(pipeline, batches, options, truncate=job.truncate, merge=merge, settings=settings)
 
 
 class Model:

@@ -6,9 +6,25 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from llmcli.errors import LlmcliError, RecordError, first_line
-from llmcli.job import Failure
+from llmcli.job import Failure, JsonObject
 
 OnText = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class RequestSettings:
+    """What a request asks for in place of what its job does."""
+
+    generation: JsonObject = field(default_factory=dict)  # GenerationConfig values over those of the job
+    seed: int | None = None
+    constraint: JsonObject | None = None  # of the answer
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.key = repr((self.generation, self.seed, self.constraint))
+
+    def without_constraint(self) -> "RequestSettings":
+        return RequestSettings(self.generation, self.seed)
 
 
 @dataclass(slots=True, eq=False)
@@ -16,6 +32,7 @@ class Request:
     """One input for the model, then its output or its failure."""
 
     input: Any
+    settings: RequestSettings | None = None
     output: Any = None
     failure: Failure | None = None
     row_count: int = 0  # rows of batches that it takes: a long context takes several
@@ -24,7 +41,8 @@ class Request:
 
     @property
     def key(self) -> str:
-        return self.input if isinstance(self.input, str) else repr(self.input)
+        key = self.input if isinstance(self.input, str) else repr(self.input)
+        return f"{self.settings.key}{key}" if self.settings else key
 
     @property
     def is_finished(self) -> bool:

@@ -25,6 +25,8 @@ class Command(TyperCommand):
         hint = "\nhint: quote a text of several words; name a file with -f" if has_text else ""
         ctx.fail = lambda message: fail(f"{message}{hint if 'extra argument' in message else ''}")
         texts = [word for word in args if has_text and PROBABLY_TEXT.match(word)]
+        optional = {name for param in self.get_params(ctx) if param.metavar == "[N]" for name in param.opts}
+        args = _add_optional_values(args, optional)
         try:
             rest: list[str] = super().parse_args(ctx, args)
         except Exception as exc:
@@ -62,6 +64,13 @@ class Group(TyperGroup):
                 error.message += f"\nhint: put options after the command: {ctx.command_path} COMMAND {name}"
             raise
         return rest
+
+
+def _add_optional_values(args: list[str], options: set[str]) -> list[str]:
+    """Return arguments with `=0` after those of the options, whose value is optional, that no number follows."""
+    end = args.index("--") if "--" in args else len(args)
+    pairs = zip(args[:end], [*args[1:], ""], strict=False)
+    return [f"{word}=0" if word in options and not value.isdecimal() else word for word, value in pairs] + args[end:]
 
 
 def _check_utf8(param: Any, value: object) -> None:

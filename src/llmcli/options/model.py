@@ -46,7 +46,8 @@ class ModelOptions:
 
     def job(
         self, task: str, parameters: JsonObject, generation: CommonGenerationOptions | None = None, *,
-        defaults: JsonObject = MappingProxyType({}), truncate: bool = False, **languages: str | None,
+        defaults: JsonObject = MappingProxyType({}), fields: JsonObject = MappingProxyType({}), truncate: bool = False,
+        **languages: str | None,
     ) -> Job:  # fmt: skip
         """Return the job that the options describe.
 
@@ -55,6 +56,7 @@ class ModelOptions:
             parameters: What the task understands.
             generation: Generation options of a task that generates text.
             defaults: GenerationConfig values under those that the user gave.
+            fields: More fields of the job.
             truncate: Whether to truncate long inputs, if there are no generation options.
             languages: Source and target language; the names of some default models contain them.
         """
@@ -68,6 +70,7 @@ class ModelOptions:
             seed=generation.seed if generation else None,
             truncate=generation.truncate if generation else truncate,
             keep_alive=parse_duration(keep_alive) if keep_alive else None,
+            **fields,
         )
         return self._complete(job)
 
@@ -138,4 +141,6 @@ class ChatModelOptions(ServedModelOptions):
 
     def _complete(self, job: Job) -> Job:
         options = dict(parse_key_value(item, "--template-option") for item in self.template_option)
+        if self.think and (job.constraint or job.schema_field):
+            raise UsageError(f"--think cannot be used with --{next(iter(job.constraint or ('schema-field',)))}")
         return replace(super()._complete(job), think=self.think, template_options=options)

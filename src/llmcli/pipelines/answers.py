@@ -1,26 +1,33 @@
 """New tokens -> text: where an answer ends, why, and what of it may be shown before it has ended."""
 
 import bisect
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from llmcli.compat.cache import cache_argument
 from llmcli.compat.tokenizers import decode_stream
+from llmcli.errors import RecordError, UsageError
 from llmcli.pipelines.base import Inputs, Parameters, TextPipeline, as_batch
+from llmcli.pipelines.decoding import Decoder
+from llmcli.pipelines.logprobs import TokenLogprobs, describe_logprobs
 from llmcli.pipelines.spelling import PENDING
 from llmcli.text.splitting import first_stop, stop_prefix
 from llmcli.text.thoughts import ThoughtFilter, Thoughts
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
+
+    from llmcli.pipelines.constraints import ConstraintProcessor, GrammarCompiler
 
 BYTES_OF_SPECIALS = 8  # what a stop text's last tokens may have beside it
 
@@ -108,7 +115,9 @@ def make_result(output: Mapping[str, Any], decode: TokenDecoder, config: "Genera
     """Return the fields of one input's result, from `sequences` (1, N, T) of new tokens."""
     limit = output.get("max_new_tokens")
     answers = [_finish(sequence.tolist()[:limit], decode, config) for sequence in output["sequences"][0]]
-    text, thoughts, reason, _ = answers[0]
+    for i, state in enumerate(output["completion"][0] if "completion" in output else ()):
+        answers[i] = *_check_completion(*answers[i][:3], state), ""
+    text, reason, _, thoughts = answers[0]
     result: Inputs = {"generated_text": text}
     if len(answers) > 1:
         result["generated_texts"] = [text for text, *_ in answers]
@@ -116,15 +125,14 @@ def make_result(output: Mapping[str, Any], decode: TokenDecoder, config: "Genera
         result["reasoning"] = thoughts
     if output["cut"]:
         result["truncated"] = output["cut"]
-    completion_tokens = sum(count for *_, count in answers)
+    completion_tokens = sum(count for _, _, count, _ in answers)
     usage = {"prompt_tokens": len(output["input_ids"]), "completion_tokens": completion_tokens}
     return {**result, "finish_reason": reason, "usage": usage}
 
 
-def _finish(ids: list[int], decode: TokenDecoder, config: "GenerationConfig") -> tuple[str, str, str, int]:
-    """Return answer, thoughts, finish reason and number of tokens of one sequence."""
-    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    end = next((i + 1 for i, token in enumerate(ids) if token in eos), None)
+def _finish(ids: list[int], decode: TokenDecoder, config: "GenerationConfig") -> tuple[str, str, int, str]:
+    """Return answer, finish reason, number of tokens and thoughts of one sequence."""
+    end = _find_end(ids, config)
     text, stops = decode(ids[:end]), config.stop_strings or ()
     reason, count = "stop" if end else "length", end or len(ids)
     if (cut := decode.find_stop(text, stops, "length")) is not None:
@@ -132,7 +140,40 @@ def _finish(ids: list[int], decode: TokenDecoder, config: "GenerationConfig") ->
         reason, is_cut = "stop", lambda i: decode.find_stop(decode(ids[:i]), stops, "length") == cut
         count = bisect.bisect_left(range(len(ids)), True, key=is_cut)
     text = text[:cut]
-    return (*(decode.thoughts.split(text, reason) if decode.thoughts else (text, "", reason)), count)
+    text, thoughts, reason = decode.thoughts.split(text, reason) if decode.thoughts else (text, "", reason)
+    return text, reason, count, thoughts
+
+
+def _check_completion(text: str, reason: str, count: int, state: int) -> tuple[str, str, int]:
+    """Return a constrained answer, or raise RecordError if its grammar does not let it end (0). 2: it has to end."""
+    if not state and reason == "length":
+        message = f"answer ends before it is complete: {count} tokens"
+        raise RecordError("incomplete", message, hint="increase --max-new-tokens")
+    if not state:
+        raise RecordError("invalid_constraint", "constraint is too complex for this answer", hint="simplify it")
+    return text, "stop" if state == 2 else reason, count
+
+
+def _text_tokens(output: Mapping[str, Any], decode: TokenDecoder, config: "GenerationConfig") -> list[int]:
+    """Return the tokens of the first answer's text: not the one that ends it, and not those of a stop text."""
+    ids: list[int] = output["sequences"][0, 0].tolist()[: output.get("max_new_tokens")]
+    if end := _find_end(ids, config):
+        ids = ids[: end - 1]
+    cut = decode.find_stop(decode(ids), config.stop_strings or (), "length")
+    if cut is None:
+        return ids
+    return ids[: bisect.bisect_right(range(len(ids) + 1), cut, key=lambda i: len(decode(ids[:i]))) - 1]
+
+
+def _find_end(ids: Sequence[int], config: "GenerationConfig") -> int | None:
+    """Return how many tokens an answer has with the one that ends it, None if none does."""
+    ends = end_tokens(config)
+    return next((i + 1 for i, token in enumerate(ids) if token in ends), None)
+
+
+def end_tokens(config: "GenerationConfig") -> list[int]:
+    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return [token for token in eos if token is not None]
 
 
 class NewTextStopCriteria(StoppingCriteria):  # type: ignore[misc]
@@ -171,7 +212,10 @@ class RowLimitCriteria(StoppingCriteria):  # type: ignore[misc]
 
 
 class TokenTimer(StoppingCriteria):  # type: ignore[misc]
-    """Note when each token came, and call `on_token` then, which may raise. Ends nothing."""
+    """Note when each token came, and call `on_token` then, which may raise. Ends nothing.
+
+    Several that a grammar forces come at once.
+    """
 
     def __init__(self, on_token: Callable[[], None] | None = None) -> None:
         self.times, self.on_token = list[float](), on_token
@@ -204,8 +248,7 @@ class GeneratingPipeline(TextPipeline):
 
         A model whose configuration names several knows better than its template.
         """
-        eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        ends = [token for token in eos if token is not None]
+        ends = end_tokens(config)
         if len(ends) < 2 and self.end_of_turn is not None:
             ends.append(self.end_of_turn)
         if config.stop_strings:
@@ -221,8 +264,13 @@ class GeneratingPipeline(TextPipeline):
         self, inputs: Inputs, ids: torch.Tensor, mask: torch.Tensor, config: "GenerationConfig", *, start: int,
         max_new_tokens: Sequence[int] | None = None, criteria: Sequence[StoppingCriteria] = (),
         streamer: BaseStreamer | None = None, cache: "DynamicCache | None" = None,
+        constraints: Sequence[str | None] | None = None, seeds: Sequence[int | None] | None = None,
+        logprobs: int | None = None,
     ) -> Inputs:  # fmt: skip
-        """Return the new sequences: what the model puts after `start` tokens, padding included."""
+        """Return the new sequences: what the model puts after `start` tokens, padding included.
+
+        Rows may have grammars and seeds of their own. `logprobs` is the number of alternatives to each token.
+        """
         ends = [*criteria]
         if config.stop_strings:
             batch = as_batch(inputs)
@@ -235,17 +283,69 @@ class GeneratingPipeline(TextPipeline):
             config.max_new_tokens, config.max_length = max(limits), None
             if min(limits) < max(limits):
                 ends.append(RowLimitCriteria(limits, start))
-        sequences = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=config,
-            stopping_criteria=StoppingCriteriaList(ends),
-            streamer=streamer,
-            **cache_argument(self.model, cache),
-        )
+        is_plain = config.get_generation_mode() in ("greedy_search", "sample")
+        recorder = None
+        if logprobs is not None:
+            if not is_plain:
+                raise UsageError("--logprobs cannot be used with --num-beams")
+            ends.append(recorder := TokenLogprobs(self.model, logprobs))
+        constraint = self._constrain(constraints, config, start)
+        settings: dict[str, Any] = {"logits_processor": LogitsProcessorList([constraint])} if constraint else {}
+        if (constraint or seeds) and is_plain:
+            length = config.max_length or start + config.max_new_tokens
+            columns = 0 if recorder else self.max_forced_columns(len(mask) * (config.num_return_sequences or 1), length)
+            settings["custom_generate"] = Decoder(constraint, seeds, streamer, columns)
+        elif (constraint or seeds) and config.do_sample:
+            raise UsageError("sampled beams cannot be used with a constraint or with seeds of records")
+        with recorder or nullcontext():
+            sequences = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList(ends),
+                streamer=streamer,
+                **cache_argument(self.model, cache),
+                **settings,
+            )
         sequences = getattr(sequences, "sequences", sequences)[:, start:]
+        outputs = {} if recorder is None else recorder.outputs(len(ids))
+        if constraint:
+            outputs["completion"] = constraint.completion(sequences.tolist()).reshape(len(ids), -1)
+        if max_new_tokens:
+            outputs["max_new_tokens"] = max_new_tokens
         sequences = sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True)
-        return {"sequences": sequences, **({"max_new_tokens": max_new_tokens} if max_new_tokens else {}), **inputs}
+        return {"sequences": sequences, **outputs, **inputs}
+
+    def max_forced_columns(self, rows: int, length: int) -> int | None:
+        """Return how many columns a batch of that many rows may have if its grammars' forced tokens are read together.
+
+        `length` is what the rows have without. None: no maximum; 0: the model cannot do it.
+        """
+        return 0
+
+    @functools.cached_property
+    def compile_grammar(self) -> "GrammarCompiler":
+        """Compiles grammars of constraints, to be used with `end_tokens` of a generation config."""
+        from llmcli.pipelines.constraints import GrammarCompiler
+
+        return GrammarCompiler(self.tokenizer, self.model.config.get_text_config().vocab_size)
+
+    def _constrain(
+        self, grammars: Sequence[str | None] | None, config: "GenerationConfig", start: int
+    ) -> "ConstraintProcessor | None":
+        if not grammars or not any(grammars):
+            return None
+        from llmcli.pipelines.constraints import ConstraintProcessor
+
+        copies = max(config.num_beams or 1, config.num_return_sequences or 1)
+        return ConstraintProcessor(self.compile_grammar, grammars, end_tokens(config), start, copies)
 
     def postprocess(self, output: Inputs, generation_config: "GenerationConfig | None" = None) -> Inputs:
-        return make_result(output, self.decoder(output), generation_config or self.model.generation_config)
+        decode, config = self.decoder(output), generation_config or self.model.generation_config
+        result = make_result(output, decode, config)
+        if "token_logprobs" in output:
+            ids = _text_tokens(output, decode, config)
+            begin = decode.thoughts.find(decode(ids), "length")[1] if decode.thoughts else 0
+            start = bisect.bisect_right(range(len(ids) + 1), begin, key=lambda i: len(decode(ids[:i]))) - 1
+            result |= describe_logprobs(output, ids, self.tokenizer, start if begin else 0)
+        return result

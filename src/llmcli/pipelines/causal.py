@@ -59,6 +59,12 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         limits = [value for value in (*windows, rope_limit(config)) if isinstance(value, int) and value > 0]
         return min(limits, default=None) if is_safe else 0
 
+    def max_forced_columns(self, rows: int, length: int) -> int | None:
+        limit = self.max_shared_tokens  # Padding is between the tokens of a row, as after a common prefix.
+        if rows == 1:
+            return None if self.can_read_in_parts(length) else 0
+        return 0 if limit is not None and limit < length else limit
+
     @property
     def is_chat(self) -> bool:
         """Whether prompts are messages, for the model's chat template."""
@@ -83,19 +89,23 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def preprocess(
-        self, prompt: "Prompt", truncate: int | None = None, can_think: bool = True, **template: Any
-    ) -> Inputs:
+        self, prompt: "Prompt", truncate: int | None = None, can_think: bool = True, is_constrained: bool = False,
+        **template: Any,
+    ) -> Inputs:  # fmt: skip
         """Return the token IDs of one prompt, for which `template` has settings of the chat template.
 
-        Without `can_think`, thinking is off by default, and an answer that ends in its thought is none.
+        Without `can_think`, thinking is off by default, and an answer that ends in its thought is none. A constrained
+        answer has no thoughts.
         One that is too long raises RecordError or, if `truncate` says how many tokens to leave for the answer, is cut:
         its end stays, and a token that begins every text.
         """
         context, is_chat = self.context_length, not isinstance(prompt, str)
         if is_chat and not self.is_chat:
             raise UsageError("model has no chat template", hint="use `llmcli generate`, or a chat model: -m NAME")
+        if is_constrained:
+            template = {**template, "think": False}
         text = prompt if isinstance(prompt, str) else self.chat_template.render(prompt, can_think, **template)
-        thoughts = self.chat_template.find_thoughts(text, can_think) if is_chat else None
+        thoughts = self.chat_template.find_thoughts(text, can_think) if is_chat and not is_constrained else None
         if context and truncate is None:
             base.check_length(text, context, self.count_tokens)
         ids = self.chat_template.encode(text) if is_chat else self.chat_template.encode_text(text)

@@ -1,7 +1,7 @@
 """Token IDs -> what each token stands for, as people can read it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -16,22 +16,29 @@ PENDING = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of a part of a c
 
 def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:
     """Return the text of each token: of a special one its name, of a part of a character its bytes, `\\xe4`."""
-    special, texts, begin = set(tokenizer.all_special_ids), list[str](), 0
-    has_bytes = is_byte_level(tokenizer)
-    for i, token in enumerate(ids):
-        piece = tokenizer.convert_ids_to_tokens(token)
+    spell = speller(tokenizer)
+    return [spell(ids[max(0, i - CONTEXT_TOKENS) : i], token)[0] for i, token in enumerate(ids)]
+
+
+def speller(tokenizer: "PreTrainedTokenizerBase") -> Callable[[Sequence[int], int], tuple[str, bytes]]:
+    """Return a function from a token, after the tokens before it, to its text and the bytes of the text."""
+    special, has_bytes = set(tokenizer.all_special_ids), is_byte_level(tokenizer)
+
+    def spell(before: Sequence[int], token: int) -> tuple[str, bytes]:
+        piece: str = tokenizer.convert_ids_to_tokens(token)
         if token in special:
-            begin = i + 1
-            texts.append(piece)
-            continue
-        tail = list(ids[max(begin, i - CONTEXT_TOKENS) : i])
-        before = _decode(tokenizer, tail)
-        text = _decode(tokenizer, [*tail, token]).removeprefix(before.rstrip(PENDING))
-        if PENDING in text or before.endswith(PENDING):
-            parts = _to_bytes(piece, has_bytes)
-            text = "".join(chr(byte) if 32 <= byte < 127 else f"\\x{byte:02x}" for byte in parts) or text
-        texts.append(text)
-    return texts
+            return piece, piece.encode()
+        tail = list(before[-CONTEXT_TOKENS:])
+        while special.intersection(tail):
+            del tail[0]
+        known = _decode(tokenizer, tail)
+        text = _decode(tokenizer, [*tail, token]).removeprefix(known.rstrip(PENDING))
+        data = _to_bytes(piece, has_bytes) if PENDING in text or known.endswith(PENDING) else b""
+        if not data:
+            return text, text.encode()
+        return "".join(chr(byte) if 32 <= byte < 127 else f"\\x{byte:02x}" for byte in data), data
+
+    return spell
 
 
 def tokens_of(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[dict[str, object]]:

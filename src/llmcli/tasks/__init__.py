@@ -60,12 +60,14 @@ class ModelCall:
         job: Another job whose task runs the inputs.
         shown: Text that precedes the answer. If it is not None, a terminal may show the answer while it is generated.
         strip: Whether generated texts lose the white space around them.
+        is_final: Whether the output is the record's answer, to which a schema or another constraint applies.
     """
 
     inputs: Sequence[object]
     job: Job | None = None
     shown: str | None = None
     strip: bool = False
+    is_final: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,8 @@ def _summarize(
 
     def call(parts: list[str]) -> ModelCall:
         is_single = len(parts) == 1  # Only a summary of a single part is final, so only that may be shown.
-        return ModelCall(list(map(build_input, parts)), shown="" if is_single else None, strip=not is_single)
+        shown = "" if is_single else None
+        return ModelCall(list(map(build_input, parts)), shown=shown, strip=not is_single, is_final=is_single)
 
     parts, truncated = split_parts(text), 0
     if job.truncate:

@@ -70,7 +70,7 @@ def read_settings(job: Job, model: LocalModel) -> JsonObject:
 
 def _copy_symbols(job: Job, text: str) -> TaskResult | None:
     """Return a text without letters as its translation: numbers and symbols are the same in every language."""
-    if any(map(str.isalpha, text)):
+    if job.constraint or any(map(str.isalpha, text)):
         return None
     info = {"from": job.parameters.get("from"), "to": job.parameters["to"]}
     return TaskResult({"translation_text": text, **info, **EMPTY_USAGE}, text)
@@ -81,6 +81,9 @@ def _translate(
 ) -> TaskGenerator:
     """Translate a text as a whole if it fits and keeps its markup, else in segments, and those around their spans."""
     info, fits = {"from": source, "to": job.parameters["to"]}, splitter.fits(text)
+    if job.constraint:  # The answer is not a translation alone, so that parts of it could not be joined.
+        outputs = yield ModelCall([build_input(text)], strip=strip)
+        return join_outputs("translation_text", outputs, lambda texts: texts[0], info)
     has_lines = "\n" in text.strip()
     segments = splitter.split(text, source or "en") if not fits or has_lines or has_markup(text) else []
     is_plain = not has_lines and not any(s.spans or (not s.text and s.before.strip()) for s in segments)

@@ -1,0 +1,58 @@
+"""Structured output and log-probabilities, as servers are asked for them and as they answer."""
+
+import json
+import re
+from typing import Any
+
+from llmcli.errors import RecordError
+from llmcli.job import JsonObject
+from llmcli.text.constraints import accepts
+
+
+def constraint_options(constraint: JsonObject, owner: str) -> dict[str, Any]:
+    """Return the fields of a request that constrain its answer, as the server that owns the model names them."""
+    ((kind, value),) = constraint.items()
+    if kind == "schema":
+        format = {"type": "json_schema", "json_schema": {"name": "answer", "schema": value, "strict": True}}
+        # llama-server reads response_format only in chats.
+        return {"response_format": format} | ({"json_schema": value} if owner == "llamacpp" else {})
+    if owner == "llamacpp" and kind == "choice":
+        return {"grammar": f"root ::= {' | '.join(json.dumps(text, ensure_ascii=False) for text in value)}"}
+    if owner == "llamacpp":
+        raise RecordError("request_rejected", f"llama-server does not support {kind}", hint="use a schema")
+    if owner == "sglang":
+        pattern = "|".join(map(re.escape, value)) if kind == "choice" else value
+        return {"ebnf" if kind == "grammar" else "regex": pattern}
+    return {"structured_outputs": {kind: value}}
+
+
+def check_answer(constraint: JsonObject, text: str, finish_reason: str | None) -> None:
+    """Raise RecordError if an answer is not as its constraint says: not every server obeys."""
+    if finish_reason == "length":
+        raise RecordError("incomplete", "answer was cut before it was complete", hint="increase --max-new-tokens")
+    try:
+        is_valid = accepts(constraint, text)
+    except ValueError:
+        is_valid = False
+    if not is_valid:
+        message = f"answer does not match the {next(iter(constraint))}: the server may not support it"
+        raise RecordError("invalid_response", message)
+
+
+def read_logprobs(choice: Any) -> JsonObject:
+    """Return the log-probabilities of a choice in the form of chats, and their mean; nothing if there are none."""
+    given = choice.logprobs.to_dict() if getattr(choice, "logprobs", None) else {}
+    if not (content := given.get("content")) and given.get("tokens"):
+        alternatives = given.get("top_logprobs") or [{}] * len(given["tokens"])
+        content = [
+            {**_name_token(token, logprob), "top_logprobs": [_name_token(*pair) for pair in (top or {}).items()]}
+            for token, logprob, top in zip(given["tokens"], given["token_logprobs"], alternatives, strict=True)
+        ]
+    if not content:
+        return {}
+    mean = sum(token["logprob"] for token in content) / len(content)
+    return {"logprobs": {"content": content}, "mean_logprob": mean}
+
+
+def _name_token(token: str, logprob: float) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": [*token.encode()]}

@@ -1,0 +1,137 @@
+"""Grammars that answers must match: which tokens each row of a batch may have next."""
+
+import functools
+import os.path
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from llguidance import LLExecutor, LLMatcher, LLTokenizer, hf
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
+from transformers import LogitsProcessor
+
+from llmcli.compat.tokenizers import hide_special_names
+from llmcli.errors import RecordError, UsageError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TABLES = 4
+COMPILED_GRAMMARS = 64  # kept for later batches
+
+
+class GrammarCompiler:
+    """Compiles llguidance's grammars for one tokenizer, and keeps its table of tokens and the last grammars."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
+        self.vocab_size = max(vocab_size, len(tokenizer))
+        self._tokenizer = tokenizer
+        self._table = functools.lru_cache(TABLES)(self._make_table)
+        self._matcher = functools.lru_cache(COMPILED_GRAMMARS)(self._compile)
+
+    def __call__(self, grammar: str, ends: Iterable[int]) -> LLMatcher:
+        """Return the matcher, to be copied, of a grammar for answers that end with one of these tokens."""
+        return self._matcher(grammar, tuple(ends))
+
+    def _compile(self, grammar: str, ends: tuple[int, ...]) -> LLMatcher:
+        has_names = any(name in grammar for name in self._tokenizer.all_special_tokens)
+        matcher = LLMatcher(self._table(ends, has_names), grammar, log_level=0)
+        if matcher.is_error():
+            reason = matcher.get_error().partition("\n")[0]
+            raise RecordError("invalid_constraint", f"invalid constraint: {reason}")
+        return matcher
+
+    def _make_table(self, ends: tuple[int, ...], hides_names: bool) -> LLTokenizer:
+        """Return llguidance's table of all tokens. It takes seconds if they are many."""
+        if not ends:
+            raise UsageError("model cannot have constrained answers: it has no token that ends an answer")
+        try:
+            if hides_names:
+                return LLTokenizer(hide_special_names(self._tokenizer), self.vocab_size, list(ends))
+            return hf.from_tokenizer(self._tokenizer, self.vocab_size, list(ends))
+        except ValueError as exc:  # slow tokenizers, and WordPiece, which does not keep a text as it is
+            raise UsageError(
+                f"model cannot have constrained answers: {first_line(exc)}",
+                hint="use a model with a fast BPE or SentencePiece tokenizer: -m NAME",
+            ) from exc
+
+
+class ConstraintProcessor(LogitsProcessor):  # type: ignore[misc]  # transformers has no types
+    """Allow each row only the tokens that its grammar allows. Rows without a matcher may have any.
+
+    `ends` are the tokens that end an answer, `start` is the padded length of the prompts, and each prompt has as many
+    rows as there are `copies`: sequences, or beams, which may take each other's place between calls.
+    """
+
+    def __init__(
+        self, compiler: GrammarCompiler, grammars: Sequence[str | None], ends: list[int], start: int, copies: int
+    ) -> None:
+        matchers = [compiler(grammar, ends) if grammar else None for grammar in grammars]
+        self.matchers = [matcher and matcher.deep_copy() for matcher in matchers for _ in range(copies)]
+        self.compiler, self.ends, self.start, self.copies = compiler, ends, start, copies
+        self._tokens = [list[int]() for _ in matchers for _ in range(copies)]  # which each matcher has read
+        self._executor = LLExecutor()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for i, tokens in enumerate(input_ids[:, self.start :].tolist()):
+            self.advance(i, tokens)
+        return self.mask(scores, range(len(scores)))
+
+    def advance(self, i: int, tokens: list[int]) -> None:
+        """Let the matcher of row `i` read the row's new tokens, as far as it allows them."""
+        matcher, known = self.matchers[i], self._tokens[i]
+        if matcher is None:
+            return
+        if tokens[: len(known)] != known:  # another beam, or tokens that a limit has cut off
+            kept = os.path.commonprefix([known, tokens])  # noqa: RUF071  # of tokens
+            matcher.rollback(len(known) - len(kept))
+            known = list(kept)
+        if not (known and known[-1] in self.ends):  # Padding follows an answer's end.
+            count = matcher.try_consume_tokens(tokens[len(known) :])
+            known = tokens[: len(known) + count]
+        self._tokens[i] = known
+
+    def mask(self, scores: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """Return scores (R, V) of these R rows, -inf for what must not follow the tokens that their matchers read."""
+        known = {place: matcher for place, i in enumerate(rows) if (matcher := self.matchers[i])}
+        if not known:
+            return scores
+        places = [*known]
+        bits = allocate_token_bitmask(len(places), self.compiler.vocab_size)
+        jobs = [(matcher, index) for index, matcher in enumerate(known.values())]
+        fill_next_token_bitmask_par(self._executor, jobs, bits)
+        refused = torch.from_numpy(np.unpackbits((~bits).view(np.uint8), axis=1, bitorder="little").view(np.bool_))
+        # A model may have more or fewer logits than its tokenizer has tokens.
+        refused = torch.nn.functional.pad(refused, (0, scores.shape[1] - refused.shape[1]), value=True)
+        refused = refused.to(scores.device)
+        masked = scores[places].masked_fill_(refused, -torch.inf)
+        # Where other settings, such as min_new_tokens, exclude all that a grammar allows, the grammar counts.
+        if (stuck := masked.amax(1) == -torch.inf).any():
+            masked[stuck] = torch.zeros_like(masked[stuck]).masked_fill_(refused[stuck], -torch.inf)
+        if len(places) == len(rows):
+            return masked
+        scores = scores.clone()
+        scores[places] = masked
+        return scores
+
+    def read_forced_tokens(self, i: int, tokens: list[int]) -> list[int]:
+        """Let row `i` have these new tokens; return those that must follow, which its matcher has read then too."""
+        self.advance(i, tokens)
+        matcher = self.matchers[i]
+        if matcher is None or (tokens and tokens[-1] in self.ends):
+            return []
+        forced = matcher.compute_ff_tokens()
+        self.advance(i, [*tokens, *forced])
+        return [*forced, self.ends[0]] if matcher.is_stopped() else forced
+
+    def completion(self, sequences: Sequence[list[int]]) -> np.ndarray:
+        """Return for each sequence of new tokens 0 if it is incomplete, 1 if complete, 2 if nothing can follow it."""
+        count = len(sequences) * self.copies // len(self.matchers)  # returned for each prompt
+        states = np.ones(len(sequences), np.uint8)
+        for place, tokens in enumerate(sequences):
+            i = place // count * self.copies + place % count
+            self.advance(i, tokens)
+            if matcher := self.matchers[i]:
+                states[place] = matcher.is_accepting() and 1 + matcher.is_stopped()
+        return states
