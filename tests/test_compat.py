@@ -97,6 +97,20 @@ def test_rotary_positions_are_told_by_module_and_rope_type(model):
     assert [transformers.has_fixed_rotary_positions(other) for other in (model, ntk, gpt2)] == [True, False, False]
 
 
+def test_custom_loop_gets_what_transformers_own_takes(model):
+    taken = []
+
+    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **settings):
+        taken.append(sorted(settings))
+        parts = model, input_ids, logits_processor, stopping_criteria, generation_config
+        return transformers.sample_tokens(*parts, streamer=None, **settings)
+
+    ids, options = torch.tensor([[5, 6, 7]]), {"max_new_tokens": 4, "do_sample": False}
+    usual = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, custom_generate=decode, **options), usual)
+    assert {"attention_mask", "position_ids", "use_cache"} <= set(taken[0])
+
+
 def test_eager_attention_is_set_and_reset(model):
     usual = model.config._attn_implementation
     with transformers.eager_attention(model):

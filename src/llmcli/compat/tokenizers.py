@@ -1,7 +1,7 @@
 """What fast tokenizers tell of themselves: their decoder, and how to decode a stream of tokens."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ def is_byte_level(tokenizer: "PreTrainedTokenizerBase") -> bool:
 def read_as_text(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Let a tokenizer read the names of special tokens, such as `</s>`, in a text as text."""
     tokenizer.split_special_tokens = True
-    names = [token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
+    names = special_names(tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not names:
         return
@@ -35,19 +35,16 @@ def read_as_text(tokenizer: "PreTrainedTokenizerBase") -> None:
         backend.normalizer = normalizers.Sequence([*usual, *changes])
 
 
-def hide_special_names(tokenizer: "PreTrainedTokenizerBase") -> str:
+def special_names(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    return [token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
+
+
+def hide_names(tokenizer: "PreTrainedTokenizerBase", names: Iterable[str]) -> str:
     """Return a fast tokenizer as JSON in which special tokens have other names, so that no text is read as one."""
-    fields = json.loads(tokenizer.backend_tokenizer.to_str())
-    names = {token["content"]: f"\0{token['content']}" for token in fields["added_tokens"] if token["special"]}
-    for token in fields["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
-    vocab, model = fields["model"]["vocab"], fields["model"]
-    if isinstance(vocab, dict):
-        model["vocab"] = {names.get(piece, piece): id for piece, id in vocab.items()}
-    else:
-        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
-    model["unk_token"] = names.get(model.get("unk_token"), model.get("unk_token"))
-    return json.dumps(fields | dict.fromkeys(("normalizer", "post_processor", "padding", "truncation")))
+    text: str = tokenizer.backend_tokenizer.to_str()
+    for name in names:
+        text = text.replace(json.dumps(name, ensure_ascii=False), json.dumps(f"\0{name}", ensure_ascii=False))
+    return text
 
 
 def decode_stream(tokenizer: "PreTrainedTokenizerBase", before: Sequence[int]) -> Callable[[int], str | None] | None:

@@ -176,7 +176,8 @@ class BatchRunner:
             }
 
     def _generation_settings(self, rows: list[Row], on_text: OnText | None) -> dict[str, Any]:
-        from llmcli.pipelines.answers import DeltaStreamer, TokenTimer
+        from llmcli.pipelines.answers import DeltaStreamer
+        from llmcli.pipelines.stopping import TokenTimer
 
         config = rows[0].config
         assert config

@@ -2,12 +2,10 @@
 
 import bisect
 import functools
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +19,7 @@ from llmcli.pipelines.base import Inputs, Parameters, TextPipeline, as_batch
 from llmcli.pipelines.decoding import Decoder
 from llmcli.pipelines.logprobs import TokenLogprobs, describe_logprobs
 from llmcli.pipelines.spelling import PENDING
+from llmcli.pipelines.stopping import NewTextStopCriteria, RowLimitCriteria
 from llmcli.text.splitting import first_stop, stop_prefix
 from llmcli.text.thoughts import ThoughtFilter, Thoughts
 
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
     from llmcli.pipelines.constraints import ConstraintProcessor, GrammarCompiler
-
-BYTES_OF_SPECIALS = 8  # what a stop text's last tokens may have beside it
 
 
 class TokenDecoder:
@@ -174,62 +171,6 @@ def _find_end(ids: Sequence[int], config: "GenerationConfig") -> int | None:
 def end_tokens(config: "GenerationConfig") -> list[int]:
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     return [token for token in eos if token is not None]
-
-
-class NewTextStopCriteria(StoppingCriteria):  # type: ignore[misc]
-    """End each row of a batch once its new text contains a stop text.
-
-    transformers' own stop strings are found in the prompt's end and in special tokens too. `start` is the padded length
-    of the prompts. Several rows, sequences or beams, may share a decoder.
-    """
-
-    def __init__(self, decoders: Sequence[TokenDecoder], stops: Sequence[str], start: int) -> None:
-        self.decoders, self.stops, self.start = decoders, stops, start
-        # A token is at least a byte: no stop text reaches further back, from the newest token, than this.
-        self.reach = max(len(stop.encode()) for stop in stops) + BYTES_OF_SPECIALS
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        rows = input_ids[:, max(self.start, input_ids.shape[1] - self.reach) :].tolist()
-        decoders = [self.decoders[i * len(self.decoders) // len(rows)] for i in range(len(rows))]
-        is_done = [first_stop(decode(row), self.stops) is not None for decode, row in zip(decoders, rows, strict=True)]
-        for i, decode in enumerate(decoders):  # A thought has no stop texts.
-            if is_done[i] and decode.thoughts:
-                text = decode(input_ids[i, self.start :].tolist())
-                is_done[i] = decode.find_stop(text, self.stops) is not None
-        return torch.tensor(is_done, device=input_ids.device)
-
-
-class RowLimitCriteria(StoppingCriteria):  # type: ignore[misc]
-    """End each row of a batch after its own number of new tokens. Several rows may share a limit."""
-
-    def __init__(self, limits: Sequence[int], start: int) -> None:
-        self.limits, self.start = torch.tensor(limits), start
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        self.limits = self.limits.to(input_ids.device)
-        limits = self.limits.repeat_interleave(len(input_ids) // len(self.limits))
-        return limits <= input_ids.shape[1] - self.start
-
-
-class TokenTimer(StoppingCriteria):  # type: ignore[misc]
-    """Note when each token came, and call `on_token` then, which may raise. Ends nothing.
-
-    Several that a grammar forces come at once.
-    """
-
-    def __init__(self, on_token: Callable[[], None] | None = None) -> None:
-        self.times, self.on_token = list[float](), on_token
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        self.times.append(time.perf_counter())
-        if self.on_token:
-            self.on_token()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-    @property
-    def speed(self) -> float:
-        """Tokens per second of each row, after its first; 0 if there was only one."""
-        return 1 / statistics.median(b - a for a, b in pairwise(self.times)) if len(self.times) > 1 else 0.0
 
 
 class GeneratingPipeline(TextPipeline):

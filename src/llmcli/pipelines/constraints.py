@@ -11,7 +11,7 @@ from llguidance import LLExecutor, LLMatcher, LLTokenizer, hf
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from transformers import LogitsProcessor
 
-from llmcli.compat.tokenizers import hide_special_names
+from llmcli.compat.tokenizers import hide_names, special_names
 from llmcli.errors import RecordError, UsageError, first_line
 
 if TYPE_CHECKING:
@@ -35,20 +35,20 @@ class GrammarCompiler:
         return self._matcher(grammar, tuple(ends))
 
     def _compile(self, grammar: str, ends: tuple[int, ...]) -> LLMatcher:
-        has_names = any(name in grammar for name in self._tokenizer.all_special_tokens)
-        matcher = LLMatcher(self._table(ends, has_names), grammar, log_level=0)
+        names = tuple(filter(grammar.__contains__, special_names(self._tokenizer)))
+        matcher = LLMatcher(self._table(ends, names), grammar, log_level=0)
         if matcher.is_error():
             reason = matcher.get_error().partition("\n")[0]
             raise RecordError("invalid_constraint", f"invalid constraint: {reason}")
         return matcher
 
-    def _make_table(self, ends: tuple[int, ...], hides_names: bool) -> LLTokenizer:
-        """Return llguidance's table of all tokens. It takes seconds if they are many."""
+    def _make_table(self, ends: tuple[int, ...], names: tuple[str, ...]) -> LLTokenizer:
+        """Return llguidance's table of all tokens, which may take seconds. The special names are text in it."""
         if not ends:
             raise UsageError("model cannot have constrained answers: it has no token that ends an answer")
         try:
-            if hides_names:
-                return LLTokenizer(hide_special_names(self._tokenizer), self.vocab_size, list(ends))
+            if names:
+                return LLTokenizer(hide_names(self._tokenizer, names), self.vocab_size, list(ends))
             return hf.from_tokenizer(self._tokenizer, self.vocab_size, list(ends))
         except ValueError as exc:  # slow tokenizers, and WordPiece, which does not keep a text as it is
             raise UsageError(
@@ -61,8 +61,11 @@ class ConstraintProcessor(LogitsProcessor):  # type: ignore[misc]  # transformer
     """Allow each row only the tokens that its grammar allows. Rows without a matcher may have any.
 
     `ends` are the tokens that end an answer, `start` is the padded length of the prompts, and each prompt has as many
-    rows as there are `copies`: sequences, or beams, which may take each other's place between calls.
+    rows as there are `copies`: sequences, or beams, which may take each other's place between calls. If `rows` are set,
+    it gets their scores alone, and their matchers have read all tokens.
     """
+
+    rows: Sequence[int] | None = None
 
     def __init__(
         self, compiler: GrammarCompiler, grammars: Sequence[str | None], ends: list[int], start: int, copies: int
@@ -74,27 +77,13 @@ class ConstraintProcessor(LogitsProcessor):  # type: ignore[misc]  # transformer
         self._executor = LLExecutor()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        for i, tokens in enumerate(input_ids[:, self.start :].tolist()):
-            self.advance(i, tokens)
-        return self.mask(scores, range(len(scores)))
-
-    def advance(self, i: int, tokens: list[int]) -> None:
-        """Let the matcher of row `i` read the row's new tokens, as far as it allows them."""
-        matcher, known = self.matchers[i], self._tokens[i]
-        if matcher is None:
-            return
-        if tokens[: len(known)] != known:  # another beam, or tokens that a limit has cut off
-            kept = os.path.commonprefix([known, tokens])  # noqa: RUF071  # of tokens
-            matcher.rollback(len(known) - len(kept))
-            known = list(kept)
-        if not (known and known[-1] in self.ends):  # Padding follows an answer's end.
-            count = matcher.try_consume_tokens(tokens[len(known) :])
-            known = tokens[: len(known) + count]
-        self._tokens[i] = known
-
-    def mask(self, scores: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        """Return scores (R, V) of these R rows, -inf for what must not follow the tokens that their matchers read."""
-        known = {place: matcher for place, i in enumerate(rows) if (matcher := self.matchers[i])}
+        """Return scores (R, V) of R rows, -inf for what must not follow their tokens."""
+        if self.rows is None:
+            for i, tokens in enumerate(input_ids[:, self.start :].tolist()):
+                self.advance(i, tokens)
+        known = {
+            place: matcher for place, i in enumerate(self.rows or range(len(scores))) if (matcher := self.matchers[i])
+        }
         if not known:
             return scores
         places = [*known]
@@ -109,11 +98,25 @@ class ConstraintProcessor(LogitsProcessor):  # type: ignore[misc]  # transformer
         # Where other settings, such as min_new_tokens, exclude all that a grammar allows, the grammar counts.
         if (stuck := masked.amax(1) == -torch.inf).any():
             masked[stuck] = torch.zeros_like(masked[stuck]).masked_fill_(refused[stuck], -torch.inf)
-        if len(places) == len(rows):
+        if len(places) == len(scores):
             return masked
         scores = scores.clone()
         scores[places] = masked
         return scores
+
+    def advance(self, i: int, tokens: list[int]) -> None:
+        """Let the matcher of row `i` read the row's new tokens, as far as it allows them."""
+        matcher, known = self.matchers[i], self._tokens[i]
+        if matcher is None:
+            return
+        if tokens[: len(known)] != known:  # another beam, or tokens that a limit has cut off
+            kept = os.path.commonprefix([known, tokens])  # noqa: RUF071  # of tokens
+            matcher.rollback(len(known) - len(kept))
+            known = list(kept)
+        if not (known and known[-1] in self.ends):  # Padding follows an answer's end.
+            count = matcher.try_consume_tokens(tokens[len(known) :])
+            known = tokens[: len(known) + count]
+        self._tokens[i] = known
 
     def read_forced_tokens(self, i: int, tokens: list[int]) -> list[int]:
         """Let row `i` have these new tokens; return those that must follow, which its matcher has read then too."""

@@ -49,7 +49,7 @@ class TokenLogprobs(StoppingCriteria):  # type: ignore[misc]  # transformers has
     def outputs(self, batch_size: int) -> Inputs:
         """Return for B prompts of N sequences of T tokens: token_logprobs (B, N, T, 1), best_* (B, N, T, K)."""
         steps = [torch.stack(values, 1).numpy(force=True) for values in zip(*self._steps, strict=True)]
-        shaped = [array.reshape(batch_size, -1, *array.shape[1:]) for array in steps]
+        shaped = [array.reshape(batch_size, len(array) // batch_size, *array.shape[1:]) for array in steps]
         return dict(zip(OUTPUTS, shaped, strict=True))
 
 
