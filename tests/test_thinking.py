@@ -358,8 +358,8 @@ def test_dimmed_thought_cannot_control_terminal(llmcli, speaker):
 
 def test_constrained_answer_is_exact_and_without_thought(llmcli, speaker, prompts):
     folder = speaker(PARTS, OPENS)
-    ran = llmcli("chat", "Where?", "-m", folder, "--choice", "<think>a</think>", "--choice", "b", "--json")
-    assert ran.records[0]["generated_text"] in ("<think>a</think>", "b")
+    ran = llmcli("chat", "Where?", "-m", folder, "--choice", "b", "--choice", "<answer>c</answer>", "--json")
+    assert ran.records[0]["generated_text"] in ("b", "<answer>c</answer>")
     assert "reasoning" not in ran.records[0]
     assert "</think>" in prompts[-1]
     ran = llmcli("chat", "Where?", "-m", folder, "--choice", "b", "--choice", "c", "--think")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, GenerationConfig
 
     from llmcli.tasks import Prompt
+    from llmcli.text.thoughts import Thoughts
 
 PREFILL_TOKENS = 4096  # read by a CPU at once: more would not stay in its caches
 DECODED_TOKENS = 4  # of the prompt's end, decoded together with what follows
@@ -100,26 +101,34 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         its end stays, and a token that begins every text.
         """
         context, is_chat = self.context_length, not isinstance(prompt, str)
+        maximum = None if truncate is not None else context
+        ids, thoughts = self._read_prompt(prompt, maximum, can_think, is_constrained, **template)
+        length = len(ids)
+        if context and length >= context:
+            if truncate is None:
+                raise base.too_long("prompt", length, context)
+            head = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
+            keep = context - min(truncate, context // 2) - len(head)
+            ids = head + ids[-keep:]
+        return {"input_ids": base.make_row(ids), "is_chat": is_chat, "thoughts": thoughts, "cut": length - len(ids)}
+
+    def _read_prompt(
+        self, prompt: "Prompt", maximum: int | None, can_think: bool, is_constrained: bool = False, **template: Any
+    ) -> tuple[list[int], "Thoughts | None"]:
+        """Return the tokens of a prompt, and the thoughts that may follow. One far above the maximum is not read."""
+        is_chat = not isinstance(prompt, str)
         if is_chat and not self.is_chat:
             raise UsageError("model has no chat template", hint="use `llmcli generate`, or a chat model: -m NAME")
         if is_constrained:
             template = {**template, "think": False}
         text = prompt if isinstance(prompt, str) else self.chat_template.render(prompt, can_think, **template)
-        thoughts = self.chat_template.find_thoughts(text, can_think) if is_chat and not is_constrained else None
-        if context and truncate is None:
-            base.check_length(text, context, self.count_tokens)
+        if maximum:
+            base.check_length(text, maximum, self.count_tokens)
         ids = self.chat_template.encode(text) if is_chat else self.chat_template.encode_text(text)
-        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        ids = ids or [token for token in (first, last) if token is not None][:1]
+        special = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        ids = ids or [token for token in special if token is not None][:1]
         base.check_tokens(ids)
-        length = len(ids)
-        if context and length >= context:
-            if truncate is None:
-                raise base.too_long("prompt", length, context)
-            head = ids[:1] if ids[0] == first else []
-            keep = context - min(truncate, context // 2) - len(head)
-            ids = head + ids[-keep:]
-        return {"input_ids": base.make_row(ids), "is_chat": is_chat, "thoughts": thoughts, "cut": length - len(ids)}
+        return ids, self.chat_template.find_thoughts(text, can_think) if is_chat and not is_constrained else None
 
     def prefill(self, ids: list[int]) -> "DynamicCache | None":
         """Return the keys and values of a shared prefix, as a cache of one row; None if the model keeps more."""

@@ -129,7 +129,8 @@ class ChatTemplate:
     @functools.cached_property
     def _lines(self) -> Mapping[str, str] | None:
         """The lines of a system message that turn thinking on and off, if no variable does."""
-        on, off = (self._try(self._switches(think), user="x") for think in (True, False))
+        begin = {"add_generation_prompt": True}
+        on, off = (self._try({**begin, **self._switches(think)}, user="x") for think in (True, False))
         named = (lines for lines in thoughts.FORMATS["lines"] if re.search(lines["named"], self._source))
         return next(named, None) if on == off else None
 
@@ -146,7 +147,7 @@ class ChatTemplate:
     def _try(self, settings: Mapping[str, object] | None = None, **contents: Any) -> str:
         messages = [{"role": role, "content": content} for role, content in contents.items()]
         try:
-            return self._apply(messages, add_generation_prompt=bool(settings), **(settings or {}))
+            return self._apply(messages, **(settings or {}))
         except RecordError:
             return ""
 
