@@ -39,10 +39,11 @@ def response_marks(tokenizer: Any) -> list[tuple[str, str]]:
 
     Its `parse_response` would also take marks in the middle of an answer for thoughts.
     """
-    with suppress(AttributeError, KeyError, TypeError):  # It may be anything.
+    with suppress(AttributeError, KeyError, StopIteration, TypeError):  # It may be anything.
         fields = tokenizer.init_kwargs["response_template"]["fields"]
         thoughts = next(fields[name] for name in ("reasoning_content", "thinking", "reasoning") if name in fields)
-        return [(thoughts["open"].strip(), thoughts["close"].strip())]
+        marks = thoughts["open"].strip(), thoughts["close"].strip()
+        return [marks] if all(marks) else []
     return []
 
 

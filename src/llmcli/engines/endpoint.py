@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from llmcli import console
 from llmcli.engines.engine import TaskEngine
 from llmcli.engines.requests import OnText, Request, RequestSettings, capture_errors
-from llmcli.engines.structured import check_answer, constraint_options, read_logprobs
+from llmcli.engines.structured import check_answer, constraint_options, read_logprobs, read_text, read_thought
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
 from llmcli.job import Job, JsonObject
 from llmcli.tasks import Prompt, Strategy
@@ -165,10 +165,10 @@ class EndpointRunner:
                 usage = chunk.usage or usage
                 for choice in (chunk.choices or [])[:1]:
                     reason = choice.finish_reason or reason
-                    if thought := _read_thought(choice):
+                    if thought := read_thought(choice):
                         thoughts, answer = thoughts + thought, ThoughtFilter(None)
                         console.show_thought(thought)
-                    if (piece := _read_text(choice)) is not None:
+                    if (piece := read_text(choice)) is not None:
                         pieces.append(piece)
                         if shown := answer.feed(piece):
                             on_text(shown)
@@ -179,7 +179,7 @@ class EndpointRunner:
     def _read_answer(self, choice: Any, prompt: Prompt) -> tuple[str, str, str]:
         if refusal := getattr(getattr(choice, "message", None), "refusal", None):
             raise RecordError("missing_answer", f"server refused to answer: {refusal}")
-        text, thoughts, reason = self._split(_read_text(choice), _read_thought(choice), choice.finish_reason, prompt)
+        text, thoughts, reason = self._split(read_text(choice), read_thought(choice), choice.finish_reason, prompt)
         if self._job.constraint:
             check_answer(self._job.constraint, text, reason)
         return text[: first_stop(text, self._stop)], thoughts, reason  # Some servers leave it at the end.
@@ -292,22 +292,6 @@ def only_model(endpoint: str) -> str:
         several = f"the server has {len(names)} models: {', '.join(names[:5])}"
         raise UsageError(several if names else "the server lists no model", hint="choose one with -m NAME")
     return names[0]
-
-
-def _read_text(choice: Any) -> str | None:
-    """Return the text of a choice, or of a piece of one. Some servers send the content of messages in parts."""
-    message = getattr(choice, "message", None) or getattr(choice, "delta", None)
-    content = message.content if message else choice.text
-    if isinstance(content, list):
-        content = "".join(part.get("text") or "" for part in content) or None
-    return content if isinstance(content, str) else None
-
-
-def _read_thought(choice: Any) -> str:
-    """Return what the model thought in a choice, or in a piece of one, by either name that servers use."""
-    message = getattr(choice, "message", None) or getattr(choice, "delta", None)
-    thoughts = [getattr(message, name, None) for name in ("reasoning_content", "reasoning")]
-    return next((thought for thought in thoughts if thought and isinstance(thought, str)), "")
 
 
 def _check_text(text: str | None, finish_reason: str | None) -> str:
