@@ -125,6 +125,34 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture
+def speaker(tmp_path: Path) -> Callable[..., Path]:
+    """`speaker(["Rome."])` is a chat model that says these tokens."""
+    from speakers import make_speaker
+
+    return lambda *args, **settings: make_speaker(tmp_path / "speaker", *args, **settings)
+
+
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tokens of the prompts that models get, as text with special tokens marked by «»."""
+    from llmcli.pipelines.causal import CausalPipeline
+
+    seen: list[str] = []
+    preprocess = CausalPipeline.preprocess
+
+    def spy(self: Any, *args: object, **settings: object) -> Any:
+        inputs = preprocess(self, *args, **settings)
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        texts = [(id in special, self.tokenizer.decode([id])) for id in inputs["input_ids"]]
+        prompt = "".join(f"«{text}»" if is_special else text for is_special, text in texts)
+        seen.append(prompt.replace("«assistant\n»", "assistant\n"))
+        return inputs
+
+    monkeypatch.setattr(CausalPipeline, "preprocess", spy)
+    return seen
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two layers that knows a few words, with a chat template; context of 64 tokens."""

@@ -1,6 +1,7 @@
 """Each private or version-sensitive name of a foreign library: if a new release takes one away, its test says which."""
 
 import inspect
+import json
 import subprocess
 import sys
 import threading
@@ -293,3 +294,21 @@ def test_messages_are_read_as_with_sanitized_control_tokens(tiny):
     assert tokenizer.decode(mine) == tokenizer.decode(ids)
     special = set(tokenizer.all_special_ids)
     assert [token for token in mine if token in special] == [token for token in ids if token in special]
+
+
+def test_tokenizer_keeps_response_template(tiny, tmp_path):
+    from llmcli.compat.templates import response_marks
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    assert response_marks(tokenizer) == []
+    field = {"open": "<r>\n", "close": "</r>"}
+    for template, marks in (
+        ({"fields": {"thinking": field}}, [("<r>", "</r>")]),
+        ({"fields": {"thinking": {"open": "", "close": ""}}}, []),
+        ({"fields": []}, []),
+        ("x", []),
+    ):
+        tokenizer.save_pretrained(tmp_path)
+        file = tmp_path / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"response_template": template}))
+        assert response_marks(AutoTokenizer.from_pretrained(tmp_path)) == marks

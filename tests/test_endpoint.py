@@ -294,6 +294,70 @@ def test_endpoint_switches_thinking_off_where_known(served, server, owner, is_se
     assert ["chat_template_kwargs" in body for body in server.bodies] == [is_sent, False]
 
 
+@pytest.mark.parametrize(("option", "value"), [("--think", True), ("--no-think", False)])
+def test_endpoint_sends_variables_of_chat_template(served, server, option, value):
+    for command in ("summarize", "chat"):
+        assert served(command, "It is in Rome.", option, "--template-option", "date=today").exit_status == 0
+        expected = {"enable_thinking": value, "thinking": value, "date": "today"}
+        assert server.bodies[-1]["chat_template_kwargs"] == expected
+    served("chat", "It is in Rome.", option, "--template-option", "thinking=1")
+    assert server.bodies[-1]["chat_template_kwargs"] == {"enable_thinking": value, "thinking": 1}
+
+
+THOUGHTS = [
+    {"content": "\n\nRome", "reasoning_content": "Paris?\n"},
+    {"content": "Rome", "reasoning": "Paris?", "reasoning_content": None},
+    {"content": "Rome", "reasoning": "Paris?", "reasoning_content": "Paris?"},
+    {"content": "<think>\nParis?\n</think>\n\nRome"},
+    {"content": "<|channel|>analysis<|message|>Paris?<|end|><|start|>assistant<|channel|>final<|message|>Rome"},
+]
+
+
+@pytest.mark.parametrize("message", THOUGHTS)
+def test_endpoint_reasoning_is_field_of_its_own(served, server, message):
+    server.choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": "stop"}
+    for command, name in (("chat", "generated_text"), ("summarize", "summary_text")):
+        record = served(command, "Where?", "--json").records[0]
+        assert (record[name].strip(), record["reasoning"]) == ("Rome", "Paris?")
+        assert served(command, "Where?").stdout.strip() == "Rome"
+
+
+@pytest.mark.parametrize("message", THOUGHTS)
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_endpoint_streamed_reasoning_goes_to_stderr(served, server, message, size):
+    pieces = [(name, text[i : i + size]) for name, text in message.items() if text for i in range(0, len(text), size)]
+    pieces.sort(key=lambda piece: piece[0] == "content")
+    events = [{"choices": [{"index": 0, "delta": {name: piece}, "finish_reason": None}]} for name, piece in pieces]
+    server.body = [*events, {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}, "[DONE]"]
+    ran = served("chat", "Where?", is_terminal=True)
+    assert (ran.stdout.strip(), ran.exit_status) == ("Rome", 0)
+    assert "Paris?" in re.sub(r"\x1b\[[02]m", "", ran.stderr)
+
+
+def test_endpoint_split_answer_about_marks_stays(served, server):
+    text = "<think>hi</think> is a thought."
+    for message in (
+        {"content": text, "reasoning": "Hm"},
+        {"content": "<think>hi</think>"},
+        {"content": "<think> opens"},
+    ):
+        server.choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": "stop"}
+        record = served("chat", "Where?", "--json").records[0]
+        assert (record["generated_text"], record.get("reasoning")) == (message["content"], message.get("reasoning"))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [{"content": None, "reasoning": "Hm"}, {"content": "", "reasoning_content": "Hm"}, {"content": "<think>\nHm"}],
+)
+def test_endpoint_unfinished_thought_of_chat_is_empty(served, server, message):
+    server.choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": "length"}
+    ran = served("chat", "Where?", "--json")
+    record = ran.records[0]
+    assert (record["generated_text"], record["reasoning"], record["finish_reason"]) == ("", "Hm", "length")
+    assert ran.stderr.count("warning: model did not finish its thoughts") == 1
+
+
 @pytest.mark.parametrize("count", [1, 5])
 def test_endpoint_limits_concurrency(served, server, count):
     texts = [f"slow {i}" for i in range(10)]

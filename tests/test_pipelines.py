@@ -76,7 +76,9 @@ def test_a_sentencepiece_tokenizer_keeps_the_space_after_the_prompt(causal, monk
 def stream(pieces: list[str], stops: list[str]) -> list[str]:
     """What is passed on while the pieces come, one token each."""
     sent: list[str] = []
-    decoder = types.SimpleNamespace(stream=lambda: slow_stream(lambda ids: "".join(pieces[i] for i in ids)))
+    decoder = types.SimpleNamespace(
+        stream=lambda: slow_stream(lambda ids: "".join(pieces[i] for i in ids)), thoughts=None
+    )
     deltas = DeltaStreamer(decoder, stops, sent.append)
     deltas.put(torch.tensor([[0, 1]]))  # the prompt
     for token in range(len(pieces)):
@@ -115,7 +117,7 @@ def test_stream_ends_when_a_token_changes_earlier_text():
         return "abc"[token]
 
     sent = []
-    deltas = DeltaStreamer(types.SimpleNamespace(stream=lambda: step), [], sent.append)
+    deltas = DeltaStreamer(types.SimpleNamespace(stream=lambda: step, thoughts=None), [], sent.append)
     for tokens in ([0], [0], [1], [2]):
         deltas.put(torch.tensor(tokens))
     assert sent == ["a"]

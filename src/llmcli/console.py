@@ -14,7 +14,7 @@ from llmcli.text.terminal import SanitizedStream, sanitize
 if TYPE_CHECKING:
     from rich.live import Live
 
-Relay = Callable[[Literal["note", "warning", "working"], str], None]
+Relay = Callable[[Literal["note", "warning", "working", "thought"], str], None]
 
 quiet = False
 verbose = False
@@ -23,6 +23,7 @@ SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _statuses: list[Callable[[], str]] = []  # parts of the live line, the outermost first
 _live: "Live | None" = None  # while the line is on the screen
 _terminal: TextIO | None = None  # while sys.stderr is sanitized
+_has_thought = False  # at the end of the screen
 _relay: ContextVar[Relay | None] = ContextVar("relay", default=None)
 
 
@@ -100,6 +101,17 @@ def print_line(line: str) -> None:
             _live.console.out(sanitize(line), highlight=False)
         elif sys.stderr:
             print(line, file=sys.stderr, flush=True)
+
+
+def show_thought(text: str) -> None:
+    """Show the next part of what a model thinks, dimmed, if a person watches. Without text, end the line."""
+    global _has_thought
+    if relay := _relay.get():
+        relay("thought", text)
+    elif _has_thought or (text and is_watched()):
+        _has_thought = bool(text)
+        with suppress(OSError):
+            print(f"\x1b[2m{sanitize(text)}\x1b[0m" if text else "\n", end="", file=terminal(), flush=True)
 
 
 def working(message: str) -> AbstractContextManager[None]:

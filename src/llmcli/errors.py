@@ -2,6 +2,8 @@
 
 from enum import IntEnum
 
+NO_ANSWER = "model did not finish its thoughts, so there is no answer: increase --max-new-tokens"
+
 
 class ExitStatus(IntEnum):
     """How a call ended. Scripts depend on these numbers."""

@@ -104,7 +104,7 @@ def _answer(engine: Engine, job: Job, messages: list[Message]) -> list[Message]:
             termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
     if is_stopped:  # The output has ended the line of the answer.
         console.notice("stopped; the conversation keeps this part of the answer (/clear starts over)")
-    return [*messages, {"role": "assistant", "content": "".join(parts)}] if parts else messages[:-1]
+    return [*messages, {"role": "assistant", "content": "".join(parts)}] if any(parts) else messages[:-1]
 
 
 def _new_conversation(system: str | None) -> list[Message]:

@@ -20,6 +20,7 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
 
         return serve(engines.engine_for(job))
     names = spec.name_fields(_output_names(job, spec.format))
+    names.setdefault("reasoning", None)
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(spec, job)) if spec.fingerprint else None
         counts = journal.counts() if journal else RunCounts()
@@ -86,6 +87,8 @@ def _output_names(job: Job, format: OutputFormat) -> list[str]:
     extra += ["labels"] * bool(job.parameters.get("multi_label"))
     has_schema = "schema" in (job.constraint or {}) or job.schema_field or job.settings_field
     extra += ["data"] * bool(has_schema) + ["logprobs", "mean_logprob"] * (job.logprobs is not None)
+    # All rows of a CSV file would have a column that few models fill.
+    extra += ["reasoning"] * ("finish_reason" in outputs and (format is not OutputFormat.CSV or bool(job.think)))
     return [*dict.fromkeys([*outputs, *[f"{outputs[0]}s"] * is_plural, *["truncated"] * job.truncate, *extra])]
 
 

@@ -6,8 +6,9 @@ from typer import Option
 
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.io.records import read_prompts
-from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, Texts, completion
+from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, Texts, completion
 from llmcli.options.expand import expand_options
+from llmcli.options.model import ServedModelOptions
 from llmcli.options.structure import AnswerOptions
 from llmcli.run import run
 from llmcli.tasks.fields import build_prompt_parameters

@@ -10,7 +10,7 @@ from llmcli.errors import ExitStatus, UsageError
 from llmcli.io.formats import InputFormat
 from llmcli.io.records import add_fields, read_documents, rename_text
 from llmcli.job import JsonObject, Record
-from llmcli.options import CommonGenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions
+from llmcli.options import ChatModelOptions, CommonGenerationOptions, InputOptions, OutputOptions, Prompt
 from llmcli.options.expand import expand_options
 from llmcli.options.structure import StructureOptions
 from llmcli.run import run
@@ -38,7 +38,7 @@ def qa(
         help="Text that contains the answer.")] = None,
     prompt: Prompt = None,
     *, input: InputOptions, extractive: ExtractiveOptions, generation: CommonGenerationOptions,
-    structure: StructureOptions, model: ServedModelOptions, output: OutputOptions,
+    structure: StructureOptions, model: ChatModelOptions, output: OutputOptions,
 ) -> ExitStatus:  # fmt: skip
     """Answer a question from a text.
 

@@ -1,7 +1,7 @@
 """llmcli summarize: summarize texts of any length."""
 
 from llmcli.errors import ExitStatus
-from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, Texts
+from llmcli.options import ChatModelOptions, GenerationOptions, InputOptions, OutputOptions, Prompt, Texts
 from llmcli.options.expand import expand_options
 from llmcli.options.structure import StructureOptions
 from llmcli.run import run
@@ -12,7 +12,7 @@ from llmcli.tasks.fields import build_prompt_parameters
 def summarize(
     texts: Texts,
     prompt: Prompt = None,
-    *, input: InputOptions, generation: GenerationOptions, structure: StructureOptions, model: ServedModelOptions,
+    *, input: InputOptions, generation: GenerationOptions, structure: StructureOptions, model: ChatModelOptions,
     output: OutputOptions,
 ) -> ExitStatus:  # fmt: skip
     """Summarize texts of any length.

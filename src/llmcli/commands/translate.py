@@ -9,7 +9,7 @@ from typer import Option
 from llmcli import console
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.job import Job, Result
-from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, ServedModelOptions, Texts, completion
+from llmcli.options import ChatModelOptions, GenerationOptions, InputOptions, OutputOptions, Prompt, Texts, completion
 from llmcli.options.expand import expand_options
 from llmcli.options.structure import StructureOptions
 from llmcli.run import run
@@ -25,7 +25,7 @@ def translate(
     from_: Annotated[str | None, Option("--from", metavar="LANG", autocompletion=completion.languages,
         help="Source language (default: detected).")] = None,
     prompt: Prompt = None,
-    *, input: InputOptions, generation: GenerationOptions, structure: StructureOptions, model: ServedModelOptions,
+    *, input: InputOptions, generation: GenerationOptions, structure: StructureOptions, model: ChatModelOptions,
     output: OutputOptions,
 ) -> ExitStatus:  # fmt: skip
     """Translate texts, preserving line structure.

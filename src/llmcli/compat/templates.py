@@ -4,7 +4,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
@@ -32,6 +32,19 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 chat_template_utils.ImmutableSandboxedEnvironment = BoundedEnvironment
+
+
+def response_marks(tokenizer: Any) -> list[tuple[str, str]]:
+    """Return begin and end of thoughts that a tokenizer's response template names, which transformers 5.16 introduced.
+
+    Its `parse_response` would also take marks in the middle of an answer for thoughts.
+    """
+    with suppress(AttributeError, KeyError, StopIteration, TypeError):  # It may be anything.
+        fields = tokenizer.init_kwargs["response_template"]["fields"]
+        thoughts = next(fields[name] for name in ("reasoning_content", "thinking", "reasoning") if name in fields)
+        marks = thoughts["open"].strip(), thoughts["close"].strip()
+        return [marks] if all(marks) else []
+    return []
 
 
 _lock = threading.Lock()

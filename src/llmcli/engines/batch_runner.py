@@ -84,7 +84,7 @@ class BatchRunner:
                     if parameters["truncate"] is not None:
                         parameters = {**parameters, "truncate": maximum}
                     if own.constraint:
-                        parameters, grammar = {**parameters, "can_think": False}, to_grammar(own.constraint)
+                        parameters, grammar = {**parameters, "is_constrained": True}, to_grammar(own.constraint)
                 made = self.pipeline.preprocess(request.input, **parameters)
                 rows = []
                 for i, inputs in enumerate(made if self._takes_rows else [made]):

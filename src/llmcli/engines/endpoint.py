@@ -11,15 +11,16 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from llmcli import console
 from llmcli.engines.engine import TaskEngine
 from llmcli.engines.requests import OnText, Request, RequestSettings, capture_errors
-from llmcli.engines.structured import check_answer, constraint_options, read_logprobs
+from llmcli.engines.structured import check_answer, constraint_options, read_logprobs, read_text, read_thought
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
 from llmcli.job import Job, JsonObject
 from llmcli.models import generation
 from llmcli.tasks import Prompt, Strategy
 from llmcli.text.splitting import first_stop
-from llmcli.text.thoughts import cut_thought
+from llmcli.text.thoughts import ALL_MARKS, ThoughtFilter, Thoughts
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -94,6 +95,7 @@ class EndpointRunner:
     def __init__(self, job: Job, strategy: Strategy, model: RemoteModel) -> None:
         self.queue: set[Request] = set()
         self._model, self._strategy, self._can_think = model, strategy, strategy.can_think
+        self._thoughts = Thoughts(ALL_MARKS, is_sure=not self._can_think, can_think=self._can_think)
         self._use(job)
         self._unsent: list[Request] = []
         self._sent: dict[Future[JsonObject], Request] = {}
@@ -122,7 +124,6 @@ class EndpointRunner:
     def step(self, on_text: OnText | None = None) -> None:
         """Send the requests that are queued, and take in the answers that have arrived, if any soon do."""
         requests, self._unsent = self._unsent, []
-        # The beginning of a text does not tell whether it is a thought.
         can_stream = self._can_think and self._options.keys().isdisjoint({"n", "stop"}) and self._job.logprobs is None
         if on_text and len(requests) == 1 and can_stream and not requests[0].settings:
             with capture_errors(requests[0]):
@@ -152,38 +153,46 @@ class EndpointRunner:
             if len(choices) < self._options.get("n", 1):
                 message = f"server returned {len(choices)} answers: {_error_text(response.to_dict())}"
                 raise RecordError("invalid_response", message)
-            texts = [self._read_answer(choice) for choice in choices]
-            several = {"generated_texts": texts} if len(texts) > 1 else {}
+            answers = [self._read_answer(choice, prompt) for choice in choices]
+            several = {"generated_texts": [text for text, *_ in answers]} if len(answers) > 1 else {}
             logprobs = {} if self._job.logprobs is None else read_logprobs(choices[0])
-            end = _end_fields(choices[0].finish_reason, response.usage)
-            return {"generated_text": texts[0], **several, **logprobs, **end}
+            return {**_make_output(*answers[0], response.usage), **several, **logprobs}
 
     def _stream(self, prompt: Prompt, on_text: OnText) -> JsonObject:
-        pieces, reason, usage = list[str](), None, None
+        pieces, thoughts, reason, usage = list[str](), "", None, None
+        answer = ThoughtFilter(None if isinstance(prompt, str) else self._thoughts)
         with self._translated_errors():
             for chunk in self._send(prompt, stream=True, stream_options={"include_usage": True}):
                 usage = chunk.usage or usage
                 for choice in (chunk.choices or [])[:1]:
                     reason = choice.finish_reason or reason
-                    if (piece := _read_text(choice)) is not None:
+                    if thought := read_thought(choice):
+                        thoughts, answer = thoughts + thought, ThoughtFilter(None)
+                        console.show_thought(thought)
+                    if (piece := read_text(choice)) is not None:
                         pieces.append(piece)
-                        on_text(piece)
+                        if shown := answer.feed(piece):
+                            on_text(shown)
         if reason is None:
             raise RecordError("server_unreachable", "server stopped in the middle of an answer")
-        return {
-            "generated_text": _check_text("".join(pieces) if pieces else None, reason),
-            **_end_fields(reason, usage),
-        }
+        return _make_output(*self._split("".join(pieces) if pieces else None, thoughts, reason, prompt), usage)
 
-    def _read_answer(self, choice: Any) -> str:
+    def _read_answer(self, choice: Any, prompt: Prompt) -> tuple[str, str, str]:
         if refusal := getattr(getattr(choice, "message", None), "refusal", None):
             raise RecordError("missing_answer", f"server refused to answer: {refusal}")
-        text = _check_text(_read_text(choice), choice.finish_reason)
-        if not self._can_think:
-            text = cut_thought(text, choice.finish_reason).lstrip()
+        text, thoughts, reason = self._split(read_text(choice), read_thought(choice), choice.finish_reason, prompt)
         if self._job.constraint:
-            check_answer(self._job.constraint, text, choice.finish_reason)
-        return text[: first_stop(text, self._stop)]  # Some servers leave it at the end.
+            check_answer(self._job.constraint, text, reason)
+        return text[: first_stop(text, self._stop)], thoughts, reason  # Some servers leave it at the end.
+
+    def _split(self, text: str | None, thoughts: str, reason: str | None, prompt: Prompt) -> tuple[str, str, str]:
+        """Return answer, thoughts and finish reason, of which the server may have split off the thoughts."""
+        if thoughts and not text and self._can_think and reason in ("stop", "length"):
+            return "", thoughts, "length"
+        text = _check_text(text, reason)
+        if thoughts or isinstance(prompt, str):
+            return text, thoughts, reason or ""
+        return self._thoughts.split(text if self._can_think else text.lstrip(), reason or "")
 
     def _send(self, prompt: Prompt, **options: object) -> Any:
         field = "prompt" if isinstance(prompt, str) else "messages"
@@ -238,8 +247,11 @@ def protocol_options(job: Job, strategy: Strategy, model: RemoteModel) -> dict[s
     owner = next((item.owned_by for item in model.models if item.id == model.name), "")
     if job.constraint:
         named |= constraint_options(job.constraint, owner)
-    if owner in SWITCHABLE and (job.constraint or not strategy.can_think):
-        named["chat_template_kwargs"] = {"enable_thinking": False, "thinking": False}
+    variables: dict[str, object] = {}
+    if job.think is not None or (owner in SWITCHABLE and (job.constraint or not strategy.can_think)):
+        variables = dict.fromkeys(("enable_thinking", "thinking"), bool(job.think))
+    if variables := {**variables, **job.template_options}:
+        named["chat_template_kwargs"] = variables
     standard = {name: named.pop(name) for name in STANDARD_OPTIONS if name in named}
     return {**standard, **({"extra_body": named} if named else {})}
 
@@ -283,15 +295,6 @@ def only_model(endpoint: str) -> str:
     return names[0]
 
 
-def _read_text(choice: Any) -> str | None:
-    """Return the text of a choice, or of a piece of one. Some servers send the content of messages in parts."""
-    message = getattr(choice, "message", None) or getattr(choice, "delta", None)
-    content = message.content if message else choice.text
-    if isinstance(content, list):
-        content = "".join(part.get("text") or "" for part in content) or None
-    return content if isinstance(content, str) else None
-
-
 def _check_text(text: str | None, finish_reason: str | None) -> str:
     if text is None or finish_reason == "content_filter" or (not text and finish_reason == "length"):
         hint = "increase --max-new-tokens" if finish_reason == "length" else None
@@ -299,9 +302,11 @@ def _check_text(text: str | None, finish_reason: str | None) -> str:
     return text
 
 
-def _end_fields(reason: str | None, usage: "CompletionUsage | None") -> JsonObject:
+def _make_output(text: str, thoughts: str, reason: str, usage: "CompletionUsage | None") -> JsonObject:
     tokens = {name: getattr(usage, name, 0) for name in ("prompt_tokens", "completion_tokens")}
-    return {"finish_reason": "length" if reason == "length" else "stop", "usage": tokens}
+    reasoning = {"reasoning": thoughts.strip()} if thoughts.strip() else {}
+    end = {"finish_reason": "length" if reason == "length" else "stop", "usage": tokens}
+    return {"generated_text": text, **reasoning, **end}
 
 
 def _error_text(body: object) -> str:

@@ -18,7 +18,6 @@ from llmcli.models import generation
 from llmcli.tasks import ModelCall, Strategy, TaskGenerator, TaskModel, TaskResult
 from llmcli.tasks.fields import reads_error
 from llmcli.text.constraints import parse_json, to_compact_json
-from llmcli.text.thoughts import hide_thought
 
 MAX_IN_FLIGHT = 512  # records among whose rows a batch is chosen
 CHARACTERS_PER_RECORD = 2**16  # a longer record counts as several: large files are not all in memory
@@ -272,8 +271,6 @@ class JobRun:
             if call.shown:
                 self._on_text(call.shown)
             on_text = _strip_stream(self._on_text) if call.strip else self._on_text
-            if not self._task.strategies[self.find_model().kind].can_think:
-                on_text = hide_thought(on_text)
             self._waiting[0].call = replace(call, shown=None)  # a server may take several steps
         if len(requests) <= len(self._waiting):
             runner.step(on_text)

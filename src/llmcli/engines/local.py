@@ -14,7 +14,7 @@ from llmcli.engines.batch_runner import BatchRunner
 from llmcli.engines.batching import BatchPolicy, MemoryEstimator, TokenBatchPolicy, probe_memory
 from llmcli.engines.engine import TaskEngine
 from llmcli.engines.model_cache import ModelCache, ModelLease
-from llmcli.errors import ModelTooLargeError, ModelUnavailableError
+from llmcli.errors import ModelTooLargeError, ModelUnavailableError, UsageError
 from llmcli.job import Job
 from llmcli.models import generation, registry, store
 from llmcli.models.folder_check import check_folder
@@ -46,6 +46,11 @@ class LocalEngine(TaskEngine):
         device = pipeline.device.type
         memory = MemoryEstimator(partial(probe_memory, pipeline.model))
         parameters, defaults = strategy.parameters(job, model), strategy.defaults
+        if job.think is not None or job.template_options:
+            if not getattr(pipeline, "is_chat", False):
+                message = f"--think and --template-option require a chat template, but {job.model} has none"
+                raise UsageError(message, hint="use a chat model: -m NAME")
+            pipeline.chat_template.check(job.think, job.template_options)
         if defaults is None:
             # A batch that is only read is measured in tokens, unless the user says how many rows it has.
             policy = BatchPolicy if job.batch_size else TokenBatchPolicy
@@ -75,7 +80,9 @@ class LocalEngine(TaskEngine):
         answer_tokens = config.max_new_tokens or config.max_length or 0
         batches = BatchPolicy(job.batch_size, device, memory, answer_tokens, is_fixed)
         settings = {} if job.logprobs is None else {"logprobs": job.logprobs}
-        options = {"generation_config": config, "can_think": strategy.can_think or is_seq2seq}
+        options = {"generation_config": config}
+        if not is_seq2seq:
+            options |= {"can_think": strategy.can_think, "think": job.think, "options": job.template_options}
         return BatchRunner(pipeline, batches, options, truncate=job.truncate, merge=merge, settings=settings)
 
 

@@ -1,4 +1,4 @@
-"""Structured output and log-probabilities, as servers are asked for them and as they answer."""
+"""Structured output, log-probabilities and thoughts, as servers are asked for them and as they answer."""
 
 import json
 import re
@@ -52,6 +52,22 @@ def read_logprobs(choice: Any) -> JsonObject:
         return {}
     mean = sum(token["logprob"] for token in content) / len(content)
     return {"logprobs": {"content": content}, "mean_logprob": mean}
+
+
+def read_text(choice: Any) -> str | None:
+    """Return the text of a choice, or of a piece of one. Some servers send the content of messages in parts."""
+    message = getattr(choice, "message", None) or getattr(choice, "delta", None)
+    content = message.content if message else choice.text
+    if isinstance(content, list):
+        content = "".join(part.get("text") or "" for part in content) or None
+    return content if isinstance(content, str) else None
+
+
+def read_thought(choice: Any) -> str:
+    """Return what the model thought in a choice, or in a piece of one, by either name that servers use."""
+    message = getattr(choice, "message", None) or getattr(choice, "delta", None)
+    thoughts = [getattr(message, name, None) for name in ("reasoning_content", "reasoning")]
+    return next((thought for thought in thoughts if thought and isinstance(thought, str)), "")
 
 
 def _name_token(token: str, logprob: float) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import BinaryIO
 
 from llmcli import config, console
-from llmcli.errors import LlmcliError, OutputClosedError, UsageError, reason
+from llmcli.errors import NO_ANSWER, LlmcliError, OutputClosedError, UsageError, reason
 from llmcli.job import Result
 from llmcli.text.terminal import Sanitizer, sanitize
 
@@ -99,6 +99,7 @@ class Sink(AbstractContextManager["Sink"]):
         self._write_text(self._sanitizer.feed(text) if self._sanitizer else text)
 
     def _write_text(self, text: str) -> int:
+        console.show_thought("")
         return self.write_bytes(text.encode("utf-8", "backslashreplace"))  # JSON can hold lone surrogates.
 
     def write_bytes(self, data: bytes) -> int:
@@ -153,6 +154,8 @@ class Output(AbstractContextManager["Output"]):
 
     def write(self, result: Result) -> int:
         """Write a result, or what `stream` has left of it; return the number of bytes without a CSV header."""
+        if result.output.get("generated_text") == "" and result.output.get("finish_reason") == "length":
+            console.warning(f"{result.record.where}{NO_ANSWER}")
         if self.format is OutputFormat.JSON:
             return self._sink.write(to_json(self._fields(result)) + "\n")
         if self.format is OutputFormat.CSV:

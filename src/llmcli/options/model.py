@@ -1,6 +1,6 @@
 """Options for choosing a model, and for how and where it runs."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Literal
@@ -13,7 +13,7 @@ from llmcli.io.units import parse_duration, parse_size
 from llmcli.job import Job, JsonObject, LoadOptions
 from llmcli.models import registry, store
 from llmcli.options import completion
-from llmcli.options.generation import CommonGenerationOptions
+from llmcli.options.generation import CommonGenerationOptions, parse_key_value
 
 Model = Annotated[str | None, Option("--model", "-m", metavar="NAME", autocompletion=completion.models,
     help="Model alias, Hub ID (org/name[@revision]), directory or .gguf file.")]  # fmt: skip
@@ -128,3 +128,19 @@ class ServedModelOptions(BatchModelOptions):
 
             return only_model(self.endpoint)
         return super().model_name(task, **languages)
+
+
+@dataclass
+class ChatModelOptions(ServedModelOptions):
+    """Model"""
+
+    think: Annotated[bool | None, Option("--think/--no-think", show_default=False,
+        help="Turn thinking before the answer on or off.")] = None  # fmt: skip
+    template_option: Annotated[list[str], Option(metavar="KEY=VALUE",
+        help="Set a variable of the chat template; repeatable.")] = field(default_factory=list)  # fmt: skip
+
+    def _complete(self, job: Job) -> Job:
+        options = dict(parse_key_value(item, "--template-option") for item in self.template_option)
+        if self.think and (job.constraint or job.schema_field):
+            raise UsageError(f"--think cannot be used with --{next(iter(job.constraint or ('schema-field',)))}")
+        return replace(super()._complete(job), think=self.think, template_options=options)

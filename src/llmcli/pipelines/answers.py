@@ -21,7 +21,7 @@ from llmcli.pipelines.logprobs import TokenLogprobs, describe_logprobs
 from llmcli.pipelines.spelling import PENDING
 from llmcli.pipelines.stopping import NewTextStopCriteria, RowLimitCriteria
 from llmcli.text.splitting import first_stop, stop_prefix
-from llmcli.text.thoughts import cut_thought, find_answer
+from llmcli.text.thoughts import ThoughtFilter, Thoughts
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 class TokenDecoder:
     """Decode new tokens with the prompt's last ones, `before`: alone, SentencePiece would lose the space between.
 
-    With `marks`, the answer must have no thought before it: these special tokens, which may mark one, are kept.
+    There may be `thoughts` before the answer; `marks`, the special tokens that mark them, are kept.
     """
 
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", before: Sequence[int] = (), marks: Mapping[int, str] | None = None,
-        **settings: bool,
+        thoughts: Thoughts | None = None, **settings: bool,
     ) -> None:  # fmt: skip
         self._tokenizer, self._before, self._settings = tokenizer, list(before), settings
-        self.can_think, self._marks = marks is None, marks or {}
+        self.thoughts, self._marks = thoughts, marks or {}
         self._decode: Callable[[list[int]], str] = partial(tokenizer.decode, skip_special_tokens=True, **settings)
         self._known = self._decode(self._before) if before else ""
 
@@ -50,10 +50,10 @@ class TokenDecoder:
             return "".join(self._decode(run) if mark is None else mark * len(run) for mark, run in runs)
         return self._decode(self._before + ids).removeprefix(self._known)
 
-    def find_stop(self, text: str, stops: Sequence[str]) -> int | None:
+    def find_stop(self, text: str, stops: Sequence[str], reason: str | None = None) -> int | None:
         """Return where the first stop text begins in the decoded text of all new tokens, except in a thought."""
-        begin = 0 if self.can_think else find_answer(text)
-        return None if begin is None else first_stop(text, stops, begin)
+        _, begin, has_begun = self.thoughts.find(text, reason) if self.thoughts else ([], 0, True)
+        return first_stop(text, stops, begin) if has_begun else None
 
     def stream(self) -> Callable[[int], str | None]:
         """Return a function from the next new token to the text that it completes, if any."""
@@ -84,6 +84,7 @@ class DeltaStreamer(BaseStreamer):  # type: ignore[misc]  # transformers has no 
 
     def __init__(self, decoder: TokenDecoder, stops: Sequence[str], on_text: Callable[[str], None]) -> None:
         self._step, self._stops, self._on_text = decoder.stream(), stops, on_text
+        self._filter = ThoughtFilter(decoder.thoughts)
         self._held, self._is_prompt, self._is_over = "", True, False
 
     def put(self, value: torch.Tensor) -> None:
@@ -92,7 +93,7 @@ class DeltaStreamer(BaseStreamer):  # type: ignore[misc]  # transformers has no 
             return
         try:
             for token in value.flatten().tolist():
-                self._held += self._step(token) or ""
+                self._held += self._filter.feed(self._step(token) or "")
         except Exception:  # tokenizers': this token changes text that was passed on already
             self._is_over = True
             return
@@ -112,29 +113,32 @@ def make_result(output: Mapping[str, Any], decode: TokenDecoder, config: "Genera
     limit = output.get("max_new_tokens")
     answers = [_finish(sequence.tolist()[:limit], decode, config) for sequence in output["sequences"][0]]
     for i, state in enumerate(output["completion"][0] if "completion" in output else ()):
-        answers[i] = _check_completion(*answers[i], state)
-    text, reason, _ = answers[0]
+        answers[i] = *_check_completion(*answers[i][:3], state), ""
+    text, reason, _, thoughts = answers[0]
     result: Inputs = {"generated_text": text}
     if len(answers) > 1:
-        result["generated_texts"] = [text for text, _, _ in answers]
+        result["generated_texts"] = [text for text, *_ in answers]
+    if thoughts:
+        result["reasoning"] = thoughts
     if output["cut"]:
         result["truncated"] = output["cut"]
-    completion_tokens = sum(count for _, _, count in answers)
+    completion_tokens = sum(count for _, _, count, _ in answers)
     usage = {"prompt_tokens": len(output["input_ids"]), "completion_tokens": completion_tokens}
     return {**result, "finish_reason": reason, "usage": usage}
 
 
-def _finish(ids: list[int], decode: TokenDecoder, config: "GenerationConfig") -> tuple[str, str, int]:
-    """Return text, finish reason and number of tokens of one sequence."""
+def _finish(ids: list[int], decode: TokenDecoder, config: "GenerationConfig") -> tuple[str, str, int, str]:
+    """Return answer, finish reason, number of tokens and thoughts of one sequence."""
     end = _find_end(ids, config)
     text, stops = decode(ids[:end]), config.stop_strings or ()
     reason, count = "stop" if end else "length", end or len(ids)
-    if (cut := decode.find_stop(text, stops)) is not None:
+    if (cut := decode.find_stop(text, stops, "length")) is not None:
         # Once a stop text is complete, it stays: bisect for the token that completes it.
-        reason, is_cut = "stop", lambda i: decode.find_stop(decode(ids[:i]), stops) == cut
+        reason, is_cut = "stop", lambda i: decode.find_stop(decode(ids[:i]), stops, "length") == cut
         count = bisect.bisect_left(range(len(ids)), True, key=is_cut)
     text = text[:cut]
-    return text if decode.can_think else cut_thought(text, reason), reason, count
+    text, thoughts, reason = decode.thoughts.split(text, reason) if decode.thoughts else (text, "", reason)
+    return text, reason, count, thoughts
 
 
 def _check_completion(text: str, reason: str, count: int, state: int) -> tuple[str, str, int]:
@@ -152,7 +156,7 @@ def _text_tokens(output: Mapping[str, Any], decode: TokenDecoder, config: "Gener
     ids: list[int] = output["sequences"][0, 0].tolist()[: output.get("max_new_tokens")]
     if end := _find_end(ids, config):
         ids = ids[: end - 1]
-    cut = decode.find_stop(decode(ids), config.stop_strings or ())
+    cut = decode.find_stop(decode(ids), config.stop_strings or (), "length")
     if cut is None:
         return ids
     return ids[: bisect.bisect_right(range(len(ids) + 1), cut, key=lambda i: len(decode(ids[:i]))) - 1]
@@ -175,10 +179,10 @@ class GeneratingPipeline(TextPipeline):
     end_of_turn: int | None = None  # the token that ends an answer, beside those of the generation config
 
     def _sanitize_parameters(
-        self, generation_config: object = None, truncate: int | None = None, can_think: bool = True
+        self, generation_config: object = None, truncate: int | None = None, **template: object
     ) -> Parameters:
         config = {"generation_config": generation_config} if generation_config else {}
-        return {"truncate": truncate, **({} if can_think else {"can_think": False})}, config, config
+        return {"truncate": truncate, **template}, config, config
 
     def find_end_tokens(self, config: "GenerationConfig") -> list[int] | None:
         """Return the tokens that end an answer: those of a generation config, its special stop texts, the turn's end.
@@ -281,5 +285,8 @@ class GeneratingPipeline(TextPipeline):
         decode, config = self.decoder(output), generation_config or self.model.generation_config
         result = make_result(output, decode, config)
         if "token_logprobs" in output:
-            result |= describe_logprobs(output, _text_tokens(output, decode, config), self.tokenizer)
+            ids = _text_tokens(output, decode, config)
+            begin = decode.thoughts.find(decode(ids), "length")[1] if decode.thoughts else 0
+            start = bisect.bisect_right(range(len(ids) + 1), begin, key=lambda i: len(decode(ids[:i]))) - 1
+            result |= describe_logprobs(output, ids, self.tokenizer, start if begin else 0)
         return result

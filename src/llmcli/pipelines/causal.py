@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, GenerationConfig
 
     from llmcli.tasks import Prompt
+    from llmcli.text.thoughts import Thoughts
 
     Prefix = tuple[list[int], DynamicCache]  # tokens, and their keys and values
 
@@ -33,7 +34,7 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
 
     For a batch of B prompts, the longest of P tokens, with N sequences of at most T new tokens each:
 
-    preprocess   input_ids, P of them; is_chat; can_think; cut: tokens that --truncate took away
+    preprocess   input_ids, P of them; is_chat; thoughts; cut: tokens that --truncate took away
     _forward     sequences, int64 (B, N, T); what preprocess gave, and max_new_tokens if rows have their own, in lists
                  of B
     postprocess  {"generated_text", "finish_reason", "usage"} of one prompt
@@ -90,14 +91,20 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
     def count_tokens(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def preprocess(self, prompt: "Prompt", truncate: int | None = None, can_think: bool = True) -> Inputs:
-        """Return the token IDs of one prompt. Without `can_think`, an answer has no thought before it.
+    def preprocess(
+        self, prompt: "Prompt", truncate: int | None = None, can_think: bool = True, is_constrained: bool = False,
+        **template: Any,
+    ) -> Inputs:  # fmt: skip
+        """Return the token IDs of one prompt, for which `template` has settings of the chat template.
 
+        Without `can_think`, thinking is off by default, and an answer that ends in its thought is none. A constrained
+        answer has no thoughts.
         One that is too long raises RecordError or, if `truncate` says how many tokens to leave for the answer, is cut:
         its end stays, and a token that begins every text.
         """
         context, is_chat = self.context_length, not isinstance(prompt, str)
-        ids = self.encode_prompt(prompt, None if truncate is not None else context, can_think=can_think)
+        maximum = None if truncate is not None else context
+        ids, thoughts = self.read_prompt(prompt, maximum, can_think, is_constrained, **template)
         length = len(ids)
         if context and length >= context:
             if truncate is None:
@@ -105,21 +112,25 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
             head = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
             keep = context - min(truncate, context // 2) - len(head)
             ids = head + ids[-keep:]
-        return {"input_ids": base.make_row(ids), "is_chat": is_chat, "can_think": can_think, "cut": length - len(ids)}
+        return {"input_ids": base.make_row(ids), "is_chat": is_chat, "thoughts": thoughts, "cut": length - len(ids)}
 
-    def encode_prompt(self, prompt: "Prompt", maximum: int | None, *, can_think: bool) -> list[int]:
-        """Return the tokens of a prompt, whose text is not read if it is far longer than a maximum of tokens."""
+    def read_prompt(
+        self, prompt: "Prompt", maximum: int | None, can_think: bool, is_constrained: bool = False, **template: Any
+    ) -> tuple[list[int], "Thoughts | None"]:
+        """Return the tokens of a prompt, and the thoughts that may follow. One far above the maximum is not read."""
         is_chat = not isinstance(prompt, str)
         if is_chat and not self.is_chat:
             raise UsageError("model has no chat template", hint="use `llmcli generate`, or a chat model: -m NAME")
-        text = prompt if isinstance(prompt, str) else self.chat_template.render(prompt, can_think=can_think)
+        if is_constrained:
+            template = {**template, "think": False}
+        text = prompt if isinstance(prompt, str) else self.chat_template.render(prompt, can_think, **template)
         if maximum:
             base.check_length(text, maximum, self.count_tokens)
         ids = self.chat_template.encode(text) if is_chat else self.chat_template.encode_text(text)
         special = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids = ids or [token for token in special if token is not None][:1]
         base.check_tokens(ids)
-        return ids
+        return ids, self.chat_template.find_thoughts(text, can_think) if is_chat and not is_constrained else None
 
     def prefill(self, ids: list[int]) -> "DynamicCache | None":
         """Return the keys and values of a shared prefix, as a cache of one row; None if the model keeps more."""
@@ -163,7 +174,8 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
     def decoder(self, inputs: Mapping[str, Any]) -> TokenDecoder:
         if not inputs["is_chat"]:
             return TokenDecoder(self.tokenizer, inputs["input_ids"][-DECODED_TOKENS:])
-        return TokenDecoder(self.tokenizer, marks=None if inputs["can_think"] else self.chat_template.thought_marks)
+        marks = self.chat_template.thought_marks if inputs["thoughts"] else None
+        return TokenDecoder(self.tokenizer, marks=marks, thoughts=inputs["thoughts"])
 
 
 class NextTokenPipeline(CausalPipeline):

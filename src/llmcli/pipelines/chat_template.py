@@ -5,10 +5,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmcli.compat.templates import limited
-from llmcli.errors import RecordError
+from llmcli import console
+from llmcli.compat.templates import limited, response_marks
+from llmcli.errors import RecordError, UsageError
+from llmcli.job import JsonObject
 from llmcli.tasks.fields import FilledTemplate
-from llmcli.text.thoughts import OPENING, SPECIAL
+from llmcli.text import thoughts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,9 +20,7 @@ if TYPE_CHECKING:
 LIMIT_S = 2.0
 BREAK = "\ue0f1"  # of private use: where a rendered prompt is cut, so that no token is read across
 PROBE = "Zebra"  # a message that is found again in the prompt
-# What turns thinking off, as templates name it. Each template reads only the names that it knows.
-SWITCHES = ("enable_thinking", "thinking", "use_thinking", "enable_reasoning", "reasoning", "think")
-THINKING_OFF = {**dict.fromkeys(SWITCHES, False), "disable_thinking": True, "thinking_budget": 0}
+RESERVED = ("conversation", "messages", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
 
 
 class ChatTemplate:
@@ -29,16 +29,36 @@ class ChatTemplate:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
 
-    def render(self, messages: "Messages", *, can_think: bool = True) -> str:
-        """Return the prompt as text, with breaks. Without `can_think`, thinking is off if the model has a switch."""
+    def render(
+        self, messages: "Messages", can_think: bool = True, think: bool | None = None, options: JsonObject | None = None
+    ) -> str:
+        """Return the prompt as text, with breaks. Without `can_think`, thinking is off unless `think` turns it on."""
+        think = False if think is None and not can_think else think
         if messages[0]["role"] == "system" and not self._takes_system:
             messages = _move_system(messages)
         messages = [self._break(message, message["role"] == "assistant") for message in messages]
-        switches = {} if can_think else self._switches
-        prompt = self._apply(messages, add_generation_prompt=True, **switches)
-        if not can_think and (opening := OPENING.search(prompt)):  # The template begins a thought in any case.
-            prompt += f"\n</{opening[1]}>\n\n"
-        return prompt
+        if think is not None and self._lines:
+            role, first = "system" if self._takes_system else "user", messages[0]
+            content = [self._lines["on" if think else "off"], *[first["content"]] * (first["role"] == role)]
+            messages = [{"role": role, "content": "\n\n".join(content)}, *messages[len(content) - 1 :]]
+        switches = {} if think is None else self._switches(think)
+        prompt = self._apply(messages, add_generation_prompt=True, **{**switches, **(options or {})})
+        # Some templates begin a thought in any case.
+        return thoughts.close_thought(prompt, self._marks) if think is False else prompt
+
+    def check(self, think: bool | None, options: JsonObject) -> None:
+        """Raise UsageError for a variable that the template does not have. Warn if it has no thoughts to turn on."""
+        for name in options:
+            if name in RESERVED or not re.search(rf"\b{re.escape(name)}\b", self._source):
+                raise UsageError(f"chat template has no variable {name!r}", hint="check --template-option")
+        if think and not (self._marks or self._lines or self._switches(True)):
+            console.warning("--think has no effect: the chat template has no thoughts")
+
+    def find_thoughts(self, prompt: str, can_think: bool) -> thoughts.Thoughts | None:
+        """Return how thoughts look: with any known marks if the model names none, and only the answer counts."""
+        if marks := self._marks or ([] if can_think else thoughts.ALL_MARKS):
+            return thoughts.Thoughts(marks, prompt[-thoughts.MARK_LENGTH :], bool(self._marks), can_think)
+        return None
 
     def encode_text(self, text: str) -> list[int]:
         """Return the tokens of a text for a model that continues it. A template's own text may have control tokens."""
@@ -62,7 +82,8 @@ class ChatTemplate:
     @functools.cached_property
     def answer_space(self) -> str:
         """The white space that the template writes between the beginning of an answer's turn and the answer."""
-        before, beginning = self._try(user="x", assistant=PROBE).partition(PROBE)[0], self._try(True, user="x")
+        before = self._try(user="x", assistant=PROBE).partition(PROBE)[0]
+        beginning = self._try({"add_generation_prompt": True}, user="x")
         space = before.removeprefix(beginning)
         return space if before.startswith(beginning) and space.isspace() else ""
 
@@ -75,7 +96,9 @@ class ChatTemplate:
     @functools.cached_property
     def thought_marks(self) -> dict[int, str]:
         """The special tokens that may mark thoughts."""
-        return {id: token.content for id, token in self._added if token.special and SPECIAL.search(token.content)}
+        own = str(response_marks(self._tokenizer))
+        tokens = {id: token.content for id, token in self._added if token.special}
+        return {id: text for id, text in tokens.items() if thoughts.SPECIAL.search(text) or text in own}
 
     def _apply(self, messages: "Messages", **settings: object) -> str:
         try:
@@ -96,10 +119,28 @@ class ChatTemplate:
             return ""
 
     @functools.cached_property
-    def _switches(self) -> dict[str, object]:
-        effort = "none" if re.search("""["']none["']""", self._source) else "low"
-        switches = {**THINKING_OFF, "reasoning_effort": effort}
+    def _marks(self) -> thoughts.Marks:
+        names = [self._source, *(token.content for _, token in self._added)]
+        return thoughts.find_marks("\n".join(names), response_marks(self._tokenizer))
+
+    def _switches(self, think: bool) -> JsonObject:
+        """Return what turns thinking on or off, of the variables that the template has."""
+        switches: dict[str, object] = dict.fromkeys(thoughts.FORMATS["switches"], think)
+        switches["disable_thinking"] = not think
+        has_none = re.search("""["']none["']""", self._source)
+        if not think:
+            switches |= {"thinking_budget": 0, "reasoning_effort": "none" if has_none else "low"}
+        elif has_none:
+            switches["reasoning_effort"] = "high"
         return {name: value for name, value in switches.items() if name in self._source}
+
+    @functools.cached_property
+    def _lines(self) -> Mapping[str, str] | None:
+        """The lines of a system message that turn thinking on and off, if no variable does."""
+        begin = {"add_generation_prompt": True}
+        on, off = (self._try({**begin, **self._switches(think)}, user="x") for think in (True, False))
+        named = (lines for lines in thoughts.FORMATS["lines"] if re.search(lines["named"], self._source))
+        return next(named, None) if on == off else None
 
     @functools.cached_property
     def _takes_system(self) -> bool:
@@ -108,12 +149,13 @@ class ChatTemplate:
     @functools.cached_property
     def _example(self) -> str:
         """A conversation with all roles that the template takes, or none if it refuses that."""
-        return self._try(False, **({"system": "x"} if self._takes_system else {}), user="x", assistant=PROBE)
+        system = {"system": "x"} if self._takes_system else {}
+        return self._try(None, **system, user="x", assistant=PROBE)
 
-    def _try(self, begins_answer: bool = False, /, **messages: str) -> str:
-        conversation = [{"role": role, "content": content} for role, content in messages.items()]
+    def _try(self, settings: Mapping[str, object] | None = None, **contents: Any) -> str:
+        messages = [{"role": role, "content": content} for role, content in contents.items()]
         try:
-            return self._apply(conversation, add_generation_prompt=begins_answer)
+            return self._apply(messages, **(settings or {}))
         except RecordError:
             return ""
 
@@ -140,7 +182,7 @@ class ChatTemplate:
         """Return a message with breaks in what would be control tokens; an answer may have thoughts."""
 
         def split(token: re.Match[str]) -> str:
-            return token[0] if is_answer and SPECIAL.search(token[0]) else BREAK.join(token[0]) + BREAK
+            return token[0] if is_answer and thoughts.SPECIAL.search(token[0]) else BREAK.join(token[0]) + BREAK
 
         if isinstance(value, FilledTemplate):
             return "".join(self._break(piece, is_answer) if i % 2 else piece for i, piece in enumerate(value.pieces))

@@ -52,13 +52,13 @@ class LabelPipeline(CausalPipeline):
         With `truncate`, a prompt that is too long loses the end of what it does not share with the prompt `empty`.
         """
         context = self.context_length
-        ids = self.encode_prompt(inputs["prompt"], None if truncate else context, can_think=False)
+        ids = self.read_prompt(inputs["prompt"], None if truncate else context, can_think=False)[0]
         dropped, labels = self._encode_labels(tuple(inputs["labels"]), inputs["prompt"], ids)
         ids = ids[: len(ids) - dropped]
         length = len(ids) + max(map(len, labels)) - 1  # Nobody asks what would follow a label.
         cut = max(0, length - context) if context else 0
         if cut and truncate:
-            empty = self.encode_prompt(inputs["empty"], None, can_think=False)
+            empty = self.read_prompt(inputs["empty"], None, can_think=False)[0]
             pairs = [ids, empty[: len(empty) - dropped]], [ids[::-1], empty[: len(empty) - dropped][::-1]]
             head, tail = (len(os.path.commonprefix(pair)) for pair in pairs)  # noqa: RUF071  # of tokens
             if cut <= len(ids) - tail - head:

@@ -53,8 +53,13 @@ class TokenLogprobs(StoppingCriteria):  # type: ignore[misc]  # transformers has
         return dict(zip(OUTPUTS, shaped, strict=True))
 
 
-def describe_logprobs(output: Inputs, ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> Inputs:
-    """Return `logprobs`, in the shape of OpenAI's chat completions, and `mean_logprob` of the first sequence."""
+def describe_logprobs(
+    output: Inputs, ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", start: int = 0
+) -> Inputs:
+    """Return `logprobs`, in the shape of OpenAI's chat completions, and `mean_logprob` of the first sequence.
+
+    Of the tokens of its text, those before `start` are left out.
+    """
     chosen, best, best_ids = (output[name][0, 0, : len(ids)].tolist() for name in OUTPUTS)
     logprobs = [value for (value,) in chosen]
     check_finite(logprobs)
@@ -71,5 +76,6 @@ def describe_logprobs(output: Inputs, ids: Sequence[int], tokenizer: "PreTrained
         place = len(content)
         others = [describe(before, *pair) for pair in zip(best_ids[place], best[place], strict=True)]
         content.append({**describe(before, token, logprob), "top_logprobs": others})
+    content, logprobs = content[start:], logprobs[start:]
     mean = math.fsum(logprobs) / len(logprobs) if logprobs else None
     return {"logprobs": {"content": content}, "mean_logprob": mean and float(f"{mean:.6g}")}

@@ -8,6 +8,7 @@ import torch
 from transformers import StoppingCriteria
 
 from llmcli.text.splitting import first_stop
+from llmcli.text.thoughts import MARK_LENGTH
 
 if TYPE_CHECKING:
     from llmcli.pipelines.answers import TokenDecoder
@@ -26,13 +27,15 @@ class NewTextStopCriteria(StoppingCriteria):  # type: ignore[misc]  # transforme
         self.decoders, self.stops, self.start = decoders, stops, start
         # A token is at least a byte: no stop text reaches further back, from the newest token, than this.
         self.reach = max(len(stop.encode()) for stop in stops) + BYTES_OF_SPECIALS
+        if any(decode.thoughts for decode in decoders):
+            self.reach += MARK_LENGTH  # for so long, the answer may be a thought
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
         rows = input_ids[:, max(self.start, input_ids.shape[1] - self.reach) :].tolist()
         decoders = [self.decoders[i * len(self.decoders) // len(rows)] for i in range(len(rows))]
         is_done = [first_stop(decode(row), self.stops) is not None for decode, row in zip(decoders, rows, strict=True)]
         for i, decode in enumerate(decoders):  # A thought has no stop texts.
-            if is_done[i] and not decode.can_think:
+            if is_done[i] and decode.thoughts:
                 text = decode(input_ids[i, self.start :].tolist())
                 is_done[i] = decode.find_stop(text, self.stops) is not None
         return torch.tensor(is_done, device=input_ids.device)

@@ -102,7 +102,7 @@ class Strategy:
         defaults: GenerationConfig values under the model's own configuration. None: the strategy does not generate.
         parameters: `parameters(job, model)` returns the pipeline's parameters or, if the strategy generates,
             GenerationConfig values over the model's own configuration and under the user's options.
-        can_think: Whether the output of a chat model may begin with its thoughts. If not, they are turned off or cut.
+        can_think: Whether a chat model thinks as its template says. If not, it does not by default, and must answer.
     """
 
     run: Callable[[Job, Any, Any], TaskGenerator]  # each strategy declares its own prepared input and kind of model

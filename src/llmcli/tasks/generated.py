@@ -16,6 +16,7 @@ class GeneratedOutput(TypedDict):
 
     generated_text: str
     generated_texts: NotRequired[list[str]]  # all sequences, if more than one was requested
+    reasoning: NotRequired[str]  # what the model thought before the first one
     truncated: NotRequired[int]  # tokens cut from the prompt
     finish_reason: str
     usage: dict[str, int]
@@ -41,12 +42,14 @@ def join_outputs(
 
 
 def merge_usage(outputs: Sequence[GeneratedOutput]) -> dict[str, object]:
-    """Return `finish_reason`, `usage` and, if tokens of a prompt were cut, `truncated` of several outputs together."""
+    """Return `finish_reason`, `usage` and, where there are any, `truncated` and `reasoning` of several outputs."""
     truncated = sum(output.get("truncated", 0) for output in outputs)
     is_cut_short = any(output["finish_reason"] == "length" for output in outputs)
     usage = {key: sum(output["usage"][key] for output in outputs) for key in ("prompt_tokens", "completion_tokens")}
-    cut = {"truncated": truncated} if truncated else {}
-    return {**cut, "finish_reason": "length" if is_cut_short else "stop", "usage": usage}
+    extra: dict[str, object] = {"truncated": truncated} if truncated else {}
+    if thoughts := [output["reasoning"] for output in outputs if "reasoning" in output]:
+        extra["reasoning"] = "\n\n".join(thoughts)
+    return {**extra, "finish_reason": "length" if is_cut_short else "stop", "usage": usage}
 
 
 def list_texts(output: GeneratedOutput) -> list[str]:

@@ -1,66 +1,128 @@
 """Thoughts: what some models write before an answer, between marks such as <think> and </think>."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from llmcli.errors import RecordError
+from llmcli import config, console
+from llmcli.errors import NO_ANSWER, RecordError
 
-TAG = r"(?:\w+[:_])?(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)"
-MARKS = (  # begin and end of a thought
-    (rf"<{TAG}>", rf"</{TAG}>"),
-    (r"\[think\]", r"\[/think\]"),
-    ("◁think▷", "◁/think▷"),
-    (rf"<\|(?:start_|begin_of_)?{TAG}\|>", rf"<\|(?:end_|end_of_|/){TAG}\|>"),
-    (r"<\|inner_prefix\|>", r"<\|inner_suffix\|>"),
-    (r"(?=<\|channel\|>)", r"<\|channel\|>final<\|message\|>"),
-    (r"<\|channel>thought", r"<channel\|>"),
-    ("here is my thought process:", "here is my response:"),
-)
-BEGIN = re.compile(rf"(?i)\s*(?:{'|'.join(begin for begin, _ in MARKS)})")
-THOUGHT = re.compile(rf"(?is)\s*(?:{'|'.join(f'{begin}.*?{end}' for begin, end in MARKS)})\s*")
-LONE_END = re.compile(rf"(?i)(?:</{TAG}>|\[/think\]|◁/think▷)[ \t]*(?:\n\s*|\Z)")  # of one that began in the prompt
-WRAPPED = re.compile(  # an answer after a thought
-    r"(?is)(?:<answer>|<response>|<\|begin_of_solution\|>|<\|start_response\|>)\s*(.*?)\s*"
-    r"(?:</answer>|</response>|<\|end_of_solution\|>|<\|end_response\|>)?\s*"
-)
-OPENING = re.compile(rf"<({TAG})>\s*\Z")  # at the end of a prompt
-SPECIAL = re.compile(r"(?i)think|thought|channel|<\|message\|>|inner_")  # tokens that make marks
-MARK_LENGTH = 40  # characters: more than the begin of a thought has
+MARK_LENGTH = 40  # characters: more than a mark has
+FORMATS = config.read_toml(Path(__file__).with_name("thoughts.toml"))
 
 
-def find_answer(text: str) -> int | None:
-    """Return where the answer begins after leading thoughts: 0 if there are none, None if they have not ended."""
-    begin = 0
-    while thought := THOUGHT.match(text, begin):
-        begin = thought.end()
-    if BEGIN.match(text, begin):
-        return None
-    end = LONE_END.search(text, begin)
-    return end.end() if end and not BEGIN.search(text, begin, end.start()) else begin
+def _compile(pattern: str) -> re.Pattern[str]:
+    return re.compile(f"(?is){pattern.replace('TAG', FORMATS['tag'])}")
 
 
-def cut_thought(text: str, finish_reason: str) -> str:
-    """Return the answer without the thought before it. Raises RecordError if the model has come to no answer."""
-    begin = find_answer(text)
-    if begin is None or (0 < begin == len(text) and finish_reason == "length"):
-        message = "model did not finish its thoughts, so there is no answer"
-        raise RecordError("missing_answer", message, hint="increase --max-new-tokens")
-    wrapped = WRAPPED.fullmatch(text, begin) if begin else None
-    return wrapped[1] if wrapped else text[begin:]
+SPECIAL, CHANNEL, LONE_END = (_compile(FORMATS[name]) for name in ("special", "channel", "lone_end"))
+WRAPPED = _compile(f"{FORMATS['wrapper']}(.*?){FORMATS['wrapper_end']}")  # an answer after a thought
+Marks = Sequence[tuple[re.Pattern[str], re.Pattern[str]]]
 
 
-def hide_thought(on_text: Callable[[str], None]) -> Callable[[str], None]:
-    """Return a function that passes the pieces of an answer on, unless it begins with a thought."""
-    held = ""
+def find_marks(names: str | None = None, own: Iterable[tuple[str, str]] = ()) -> Marks:
+    """Return begin and end of thoughts: all that are known, or those that a text has, and a model's `own`."""
+    marks = [(_compile(re.escape(begin)), _compile(re.escape(end))) for begin, end in own]
+    for begin, end in ((_compile(kind["begin"]), _compile(kind["end"])) for kind in FORMATS["marks"]):
+        found = {mark[0].replace("/", "", 1) for side in (begin, end) for mark in side.finditer(names or "")}
+        exact = [re.escape(mark) for mark in sorted(found) if mark and begin.fullmatch(mark)]
+        if found or names is None:
+            marks.append((_compile("|".join(exact)) if exact else begin, end))
+    return marks
 
-    def pass_on(piece: str) -> None:
-        nonlocal held
-        if len(held.lstrip()) >= MARK_LENGTH:
-            if not BEGIN.match(held):
-                on_text(piece)
-            return
-        held += piece
-        if len(held.lstrip()) >= MARK_LENGTH and not BEGIN.match(held):
-            on_text(held)
 
-    return pass_on
+ALL_MARKS = find_marks()
+
+
+def find_at_end(prompt: str, marks: Marks, side: int) -> tuple[str, re.Pattern[str]] | None:
+    """Return the begin (side 0) or the end (side 1) of a thought that a prompt ends with, and what ends the thought."""
+    tail = prompt[-MARK_LENGTH:].rstrip()
+    found = ((mark[0], kind[1]) for kind in marks for mark in kind[side].finditer(tail) if mark.end() == len(tail))
+    return next(found, None)
+
+
+def close_thought(prompt: str, marks: Marks) -> str:
+    """Return a prompt with the end of the thought that it begins."""
+    if not (opened := find_at_end(prompt, marks, 0)):
+        return prompt
+    mark, end = opened
+    literal = re.sub(r"\(\?is\)|\\", "", end.pattern)
+    ends = (f"{mark[0]}/{mark[1:]}", mark.replace("START", "END"), mark.replace("begin", "end"), literal)
+    return f"{prompt.rstrip()}\n\n{next(filter(end.fullmatch, ends), literal)}\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Thoughts:
+    """The thoughts that may be before the answer to a prompt that ends with `tail`.
+
+    `is_sure` says whether the model has these marks. If not, or after another thought, what looks like a thought is the
+    answer if nothing follows. Without `can_think`, it never is; and it may lack its begin if the model is sure.
+    """
+
+    marks: Marks
+    tail: str = ""
+    is_sure: bool = True
+    can_think: bool = True
+
+    def find(self, text: str, reason: str | None = None) -> tuple[list[str], int, bool]:
+        """Return the thoughts, their end, and whether the answer begins there. Without a reason, the text goes on."""
+        thoughts, start, (_, end) = list[str](), 0, find_at_end(self.tail, self.marks, 0) or ("", None)
+        may_answer = self.can_think and (not self.is_sure or bool(find_at_end(self.tail, self.marks, 1)))
+        while True:
+            before = start
+            if not end:
+                before = len(text) - len(text[start:].lstrip())
+                begun = ((begin.match(text, before), end) for begin, end in self.marks)
+                begin, end = next((pair for pair in begun if pair[0]), (None, None))
+                if not begin or not end:
+                    break
+                start = begin.end()
+            close = end.search(text, start)
+            is_last = reason == "stop" and not (close and text[close.end() :].strip())
+            if is_last and may_answer and not text.startswith("<|", before):
+                break
+            thoughts.append(CHANNEL.sub("\n\n", text[start : close.start() if close else None]).strip())
+            if not close:
+                return thoughts, len(text), False
+            start, end, may_answer = close.end(), None, self.can_think
+        start = before if thoughts else 0
+        lone = LONE_END.search(text, start) if self.is_sure and not self.can_think else None
+        if lone and not any(begin.search(text, start, lone.start()) for begin, _ in self.marks):
+            thoughts.append(text[start : lone.start()].strip())
+            start = lone.end()
+        rest = text[start : start + 2 * MARK_LENGTH].lstrip()
+        is_open = len(rest) < MARK_LENGTH and (not rest[:1].isalnum() or rest[0] in "hH")  # may become a mark
+        return thoughts, start, reason is not None or not is_open
+
+    def split(self, text: str, reason: str) -> tuple[str, str, str]:
+        """Return answer, thoughts and finish reason of a text, `length` without an answer, or raise RecordError."""
+        thoughts, start, has_begun = self.find(text, reason)
+        answer, reason = (text[start:], reason) if has_begun else ("", "length")
+        if thoughts or find_at_end(self.tail, self.marks, 1):
+            answer = wrapped[1] if (wrapped := WRAPPED.fullmatch(answer)) else answer
+        if thoughts and not answer and reason == "length" and not self.can_think:
+            raise RecordError("missing_answer", NO_ANSWER)
+        return answer, "\n\n".join(filter(None, thoughts)), reason
+
+
+class ThoughtFilter:
+    """Passes on the answer of a text that comes in pieces, and shows the thoughts before it."""
+
+    def __init__(self, thoughts: Thoughts | None) -> None:
+        self._thoughts, self._text, self._shown = thoughts, "", 0
+
+    def feed(self, piece: str) -> str:
+        if not self._thoughts:
+            return piece
+        self._text += piece
+        thoughts, end, has_begun = self._thoughts.find(self._text)
+        if any(thoughts):
+            console.show_thought(self._text[self._shown : end])
+            self._shown = end
+        # Neither what is wrapped nor a thought that may lack its begin is known before it is complete.
+        is_late = self._thoughts.is_sure and not self._thoughts.can_think
+        if not has_begun or is_late or WRAPPED.match(self._text, end):
+            return ""
+        self._thoughts = None
+        return self._text[end:]

@@ -109,6 +109,8 @@ class ConnectedEngine:
                         on_text(value)
                     case "note" | "warning":
                         console.notice(value, kind)
+                    case "thought":
+                        console.show_thought(value)
                     case "working":
                         shown.close()
                         if value:

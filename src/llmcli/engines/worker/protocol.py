@@ -4,8 +4,8 @@ A call begins with `do`, what it wants, and `environment`, its fingerprint. The 
 process ID, or with `refused`, the reason. What follows depends on `do`:
 
 run     The call sends `job`, then `record`s and `end`. The worker sends `result`s in the order of the records, between
-        them `text` of the next result while it is generated, `note`, `warning` and `working` for stderr, and at last
-        `done` or `error`.
+        them `text` of the next result while it is generated, `note`, `warning`, `working` and `thought` for stderr, and
+        at last `done` or `error`.
 load    As run, without records: the worker loads the model.
 status  The worker sends `status`.
 stop    The worker exits.
