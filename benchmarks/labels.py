@@ -1,5 +1,6 @@
 """Labels: how often `llmcli classify` is right on 200 sentences that people labeled, and how fast it labels 1,000
-records, against what one writes without it. `python benchmarks/labels.py --quick` measures a part of both."""
+records, against what one writes without it. `python benchmarks/labels.py --quick` measures a part of both, and
+`speed --long` longer records."""
 
 import json
 import random
@@ -14,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from measure import LLMCLI, smollm2
+from score import lines
 
 SENTENCES = Path(__file__).parents[1] / "tests" / "data" / "sentences.jsonl"
 LABELS = {
@@ -159,8 +161,10 @@ def describe_bins(scores: Sequence[float], rights: Sequence[bool]) -> str:
 # Speed
 
 
-def write_records(count: int) -> list[str]:
-    """Texts of one to three of the sentences, all different."""
+def write_records(count: int, is_long: bool = False) -> list[str]:
+    """Texts that are all different: of 3 to 15 words, or of one to three of the sentences."""
+    if not is_long:
+        return lines(count)
     sentences = [sentence["text"] for sentence in read_sentences()]
     chance, found = random.Random(7), dict[str, None]()
     while len(found) < count:
@@ -177,9 +181,9 @@ def time_process(command: Sequence[str], path: Path, out: Path) -> float:
         return time.perf_counter() - start
 
 
-def speed(count: int = RECORDS, part: int = PART, runs: int = RUNS) -> list[str]:
+def speed(count: int = RECORDS, part: int = PART, runs: int = RUNS, is_long: bool = False) -> list[str]:
     """The rows of the table of speed in Markdown."""
-    model, texts = smollm2(), write_records(count)
+    model, texts = smollm2(), write_records(count, is_long)
     labels = ",".join(LABELS["topic"])
     with tempfile.TemporaryDirectory() as scratch:
         whole, few, single, out = (Path(scratch, name) for name in ("whole", "few", "single", "out"))
@@ -217,7 +221,7 @@ def main() -> None:
     if "accuracy" in wanted:
         print("\n".join(accuracy(every=5 if is_quick else 1)))
     if "speed" in wanted:
-        print("\n".join(speed(200, 20, 1) if is_quick else speed()))
+        print("\n".join(speed(*((200, 20, 1) if is_quick else ()), is_long="--long" in sys.argv)))
 
 
 if __name__ == "__main__":

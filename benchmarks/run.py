@@ -62,7 +62,7 @@ alternating runs.""",
     ),
     "labels": (
         "Labeling",
-        f"""{labels.RECORDS:,} records of one to three sentences, five labels of one word each, SmolLM2, bfloat16. The
+        f"""{labels.RECORDS:,} records of 3 to 15 words, five labels of one word each, SmolLM2, bfloat16. The
 `decision` pipeline of Transformers takes one prompt at a time, and answers with a letter. It and the loop run
 {labels.PART} of the records. `generate` stops after {labels.NEW_TOKENS} tokens. The time for a single record is
 subtracted from the time of a whole process. Medians of {labels.RUNS} alternating runs.""",
