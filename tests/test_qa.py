@@ -182,7 +182,7 @@ def test_a_prompt_of_ones_own(qa, base):
     [
         ('[qaa.base]\nprompt = "x"\n', "did you mean 'qa'"),
         ('[qa.base]\npromt = "x"\n', "did you mean 'prompt'"),
-        ("[qa.base]\nprompt = 5\n", "prompt must be of type str"),
+        ("[qa.base]\nprompt = 5\n", "'prompt' must be of type str"),
         ("[qa]\nbase = 5\n", "[qa.base] is not a table"),
     ],
 )

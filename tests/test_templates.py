@@ -102,7 +102,7 @@ def test_separator_in_question_and_context_stays_text(llmcli, monkeypatch, model
 
     def spy(self, *args, **settings):
         for window in preprocess(self, *args, **settings):
-            windows.append(window["input_ids"].tolist().count(self.tokenizer.sep_token_id))
+            windows.append(window["input_ids"].count(self.tokenizer.sep_token_id))
             yield window
 
     monkeypatch.setattr(ExtractiveQaPipeline, "preprocess", spy)

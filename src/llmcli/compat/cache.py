@@ -3,16 +3,12 @@
 import copy
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from llmcli.compat.transformers import takes
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
 
 SPARE_TOKENS = 64  # minimum room for later tokens
 CACHE_NAMES = ("cache", "past_key_values")  # the first since transformers 5.24
@@ -50,7 +46,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no t
         return buffer[..., :total, :]
 
 
-def growing_cache(model: "PreTrainedModel", config: "GenerationConfig") -> DynamicCache | None:
+def growing_cache(model: PreTrainedModel, config: GenerationConfig) -> DynamicCache | None:
     """Return an empty cache that grows in place.
 
     None if the model keeps anything other than the keys and values of all tokens, if the generation config asks for
@@ -68,7 +64,7 @@ def growing_cache(model: "PreTrainedModel", config: "GenerationConfig") -> Dynam
     return cache
 
 
-def key_value_cache(model: "PreTrainedModel") -> DynamicCache | None:
+def key_value_cache(model: PreTrainedModel) -> DynamicCache | None:
     """Return an empty cache to read a text in parts, or None if the model keeps anything other than keys and values."""
     if cache := growing_cache(model, model.generation_config):
         return cache
@@ -77,13 +73,13 @@ def key_value_cache(model: "PreTrainedModel") -> DynamicCache | None:
     return cache if is_complete and _cache_name(model) else None
 
 
-def cache_argument(model: "PreTrainedModel", cache: DynamicCache | None) -> dict[str, DynamicCache]:
+def cache_argument(model: PreTrainedModel, cache: DynamicCache | None) -> dict[str, DynamicCache]:
     """Return the keyword argument that passes a cache to a model or to its `generate`; none without a cache."""
     name = _cache_name(model)
     return {name: cache} if cache is not None and name else {}
 
 
-def _cache_name(model: "PreTrainedModel") -> str | None:
+def _cache_name(model: PreTrainedModel) -> str | None:
     return next(filter(partial(takes, model), CACHE_NAMES), None)
 
 

@@ -4,14 +4,12 @@ import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 # transformers' loop for greedy decoding and sampling, with what `generate` passes to a `custom_generate`.
 sample_tokens = transformers.GenerationMixin._sample
@@ -33,7 +31,7 @@ def share_key_value_heads() -> None:
     os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
 
 
-def is_causal_lm(config: "PreTrainedConfig") -> bool:
+def is_causal_lm(config: PreTrainedConfig) -> bool:
     """Return whether the model continues text: AutoModelForCausalLM also loads encoders, to train them further."""
     has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or ())
     is_encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
@@ -41,23 +39,23 @@ def is_causal_lm(config: "PreTrainedConfig") -> bool:
     return is_causal and not is_encoder and not getattr(config, "is_encoder_decoder", False)
 
 
-def is_seq2seq_lm(config: "PreTrainedConfig") -> bool:
+def is_seq2seq_lm(config: PreTrainedConfig) -> bool:
     """Return whether transformers knows the model as one from text to text."""
     return bool(type(config) in transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and config.is_encoder_decoder)
 
 
-def takes_position_ids(model: "PreTrainedModel") -> bool:
+def takes_position_ids(model: PreTrainedModel) -> bool:
     """Return whether positions come from position IDs, and not from distances in the sequence as in ALiBi."""
     has_alibi = getattr(model.config, "alibi", False)  # Falcon's takes position IDs and ignores them
     return not has_alibi and takes(model, "position_ids")
 
 
-def takes(model: "PreTrainedModel", name: str) -> bool:
+def takes(model: PreTrainedModel, name: str) -> bool:
     """Return whether the forward pass of a model has a parameter of that name."""
     return name in inspect.signature(type(model).forward).parameters
 
 
-def has_fixed_rotary_positions(model: "PreTrainedModel") -> bool:
+def has_fixed_rotary_positions(model: PreTrainedModel) -> bool:
     """Return whether positions are rotary, and do not depend on the batch's length as in dynamic NTK and LongRoPE."""
     names = [type(module).__name__ for module in model.modules()]
     is_rotary = any(name.endswith("RotaryEmbedding") for name in names)
@@ -65,13 +63,13 @@ def has_fixed_rotary_positions(model: "PreTrainedModel") -> bool:
     return is_rotary and not is_learned and not _length_dependent_ropes(model.config)
 
 
-def rope_limit(config: "PreTrainedConfig") -> int | None:
+def rope_limit(config: PreTrainedConfig) -> int | None:
     """Return the length beyond which a row changes the rotary positions of the other rows of its batch."""
     lengths = [rope.get("original_max_position_embeddings") for rope in _length_dependent_ropes(config)]
     return min(filter(None, lengths), default=None)
 
 
-def _length_dependent_ropes(config: "PreTrainedConfig") -> list[dict[str, Any]]:
+def _length_dependent_ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
     config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     by_layer = [value for value in rope.values() if isinstance(value, dict)] or [rope]
@@ -79,7 +77,7 @@ def _length_dependent_ropes(config: "PreTrainedConfig") -> list[dict[str, Any]]:
 
 
 @contextmanager
-def eager_attention(model: "PreTrainedModel") -> Iterator[None]:
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
     """Compute attention in plain PyTorch: the faster implementations never have all weights at once."""
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
@@ -97,26 +95,26 @@ class WeightQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no
     def is_serializable(self) -> bool:
         return True
 
-    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **_: object) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
         self.before_loading(model)
 
-    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: object) -> None:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
         self.after_loading(model)
 
 
-def float32_modules(model: "PreTrainedModel") -> list[str]:
+def float32_modules(model: PreTrainedModel) -> list[str]:
     """Return the names of modules that the model wants to keep in float32."""
     names: list[str] = HfQuantizer.get_modules_to_not_convert(model, [], model._keep_in_fp32_modules)
     return names
 
 
-def replace_module(model: "PreTrainedModel", name: str, module: "nn.Module") -> None:
+def replace_module(model: PreTrainedModel, name: str, module: "nn.Module") -> None:
     """Put a module in the place of another, and untie its weights."""
     model.set_submodule(name, module)
     model.all_tied_weights_keys.pop(f"{name}.weight", None)
 
 
-def mark_quantized(model: "PreTrainedModel", quantizer: WeightQuantizer) -> None:
+def mark_quantized(model: PreTrainedModel, quantizer: WeightQuantizer) -> None:
     """Let `save_pretrained` write the quantizer's config, by which `from_pretrained` finds it again."""
     model.config.quantization_config = quantizer.quantization_config
     model.hf_quantizer = quantizer

@@ -6,27 +6,30 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from llmcli.compat.cache import cache_argument
 from llmcli.compat.tokenizers import decode_stream
 from llmcli.errors import RecordError, UsageError
 from llmcli.pipelines.base import Inputs, Parameters, TextPipeline, as_batch
+from llmcli.pipelines.constraints import ConstraintProcessor, GrammarCompiler
 from llmcli.pipelines.decoding import Decoder
 from llmcli.pipelines.logprobs import TokenLogprobs, describe_logprobs
 from llmcli.pipelines.spelling import PENDING
 from llmcli.pipelines.stopping import NewTextStopCriteria, RowLimitCriteria
 from llmcli.text.splitting import first_stop, stop_prefix
 from llmcli.text.thoughts import ThoughtFilter, Thoughts
-
-if TYPE_CHECKING:
-    from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
-
-    from llmcli.pipelines.constraints import ConstraintProcessor, GrammarCompiler
 
 
 class TokenDecoder:
@@ -36,7 +39,7 @@ class TokenDecoder:
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", before: Sequence[int] = (), marks: Mapping[int, str] | None = None,
+        self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = (), marks: Mapping[int, str] | None = None,
         thoughts: Thoughts | None = None, **settings: bool,
     ) -> None:  # fmt: skip
         self._tokenizer, self._before, self._settings = tokenizer, list(before), settings
@@ -108,7 +111,7 @@ class DeltaStreamer(BaseStreamer):  # type: ignore[misc]  # transformers has no 
         """Leave the rest to the result."""
 
 
-def make_result(output: Mapping[str, Any], decode: TokenDecoder, config: "GenerationConfig") -> Inputs:
+def make_result(output: Mapping[str, Any], decode: TokenDecoder, config: GenerationConfig) -> Inputs:
     """Return the fields of one input's result, from `sequences` (1, N, T) of new tokens."""
     limit = output.get("max_new_tokens")
     answers = [_finish(sequence.tolist()[:limit], decode, config) for sequence in output["sequences"][0]]
@@ -127,7 +130,7 @@ def make_result(output: Mapping[str, Any], decode: TokenDecoder, config: "Genera
     return {**result, "finish_reason": reason, "usage": usage}
 
 
-def _finish(ids: list[int], decode: TokenDecoder, config: "GenerationConfig") -> tuple[str, str, int, str]:
+def _finish(ids: list[int], decode: TokenDecoder, config: GenerationConfig) -> tuple[str, str, int, str]:
     """Return answer, finish reason, number of tokens and thoughts of one sequence."""
     end = _find_end(ids, config)
     text, stops = decode(ids[:end]), config.stop_strings or ()
@@ -151,7 +154,7 @@ def _check_completion(text: str, reason: str, count: int, state: int) -> tuple[s
     return text, "stop" if state == 2 else reason, count
 
 
-def _text_tokens(output: Mapping[str, Any], decode: TokenDecoder, config: "GenerationConfig") -> list[int]:
+def _text_tokens(output: Mapping[str, Any], decode: TokenDecoder, config: GenerationConfig) -> list[int]:
     """Return the tokens of the first answer's text: not the one that ends it, and not those of a stop text."""
     ids: list[int] = output["sequences"][0, 0].tolist()[: output.get("max_new_tokens")]
     if end := _find_end(ids, config):
@@ -162,13 +165,13 @@ def _text_tokens(output: Mapping[str, Any], decode: TokenDecoder, config: "Gener
     return ids[: bisect.bisect_right(range(len(ids) + 1), cut, key=lambda i: len(decode(ids[:i]))) - 1]
 
 
-def _find_end(ids: Sequence[int], config: "GenerationConfig") -> int | None:
+def _find_end(ids: Sequence[int], config: GenerationConfig) -> int | None:
     """Return how many tokens an answer has with the one that ends it, None if none does."""
     ends = end_tokens(config)
     return next((i + 1 for i, token in enumerate(ids) if token in ends), None)
 
 
-def end_tokens(config: "GenerationConfig") -> list[int]:
+def end_tokens(config: GenerationConfig) -> list[int]:
     eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     return [token for token in eos if token is not None]
 
@@ -184,7 +187,7 @@ class GeneratingPipeline(TextPipeline):
         config = {"generation_config": generation_config} if generation_config else {}
         return {"truncate": truncate, **template}, config, config
 
-    def find_end_tokens(self, config: "GenerationConfig") -> list[int] | None:
+    def find_end_tokens(self, config: GenerationConfig) -> list[int] | None:
         """Return the tokens that end an answer: those of a generation config, its special stop texts, the turn's end.
 
         A model whose configuration names several knows better than its template.
@@ -202,9 +205,9 @@ class GeneratingPipeline(TextPipeline):
         raise NotImplementedError
 
     def _generate(
-        self, inputs: Inputs, ids: torch.Tensor, mask: torch.Tensor, config: "GenerationConfig", *, start: int,
+        self, inputs: Inputs, ids: torch.Tensor, mask: torch.Tensor, config: GenerationConfig, *, start: int,
         max_new_tokens: Sequence[int] | None = None, criteria: Sequence[StoppingCriteria] = (),
-        streamer: BaseStreamer | None = None, cache: "DynamicCache | None" = None,
+        streamer: BaseStreamer | None = None, cache: DynamicCache | None = None,
         constraints: Sequence[str | None] | None = None, seeds: Sequence[int | None] | None = None,
         logprobs: int | None = None,
     ) -> Inputs:  # fmt: skip
@@ -265,15 +268,15 @@ class GeneratingPipeline(TextPipeline):
         return 0
 
     @functools.cached_property
-    def compile_grammar(self) -> "GrammarCompiler":
+    def compile_grammar(self) -> GrammarCompiler:
         """Compiles grammars of constraints, to be used with `end_tokens` of a generation config."""
         from llmcli.pipelines.constraints import GrammarCompiler
 
         return GrammarCompiler(self.tokenizer, self.model.config.get_text_config().vocab_size)
 
     def _constrain(
-        self, grammars: Sequence[str | None] | None, config: "GenerationConfig", start: int
-    ) -> "ConstraintProcessor | None":
+        self, grammars: Sequence[str | None] | None, config: GenerationConfig, start: int
+    ) -> ConstraintProcessor | None:
         if not grammars or not any(grammars):
             return None
         from llmcli.pipelines.constraints import ConstraintProcessor
@@ -281,7 +284,7 @@ class GeneratingPipeline(TextPipeline):
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
         return ConstraintProcessor(self.compile_grammar, grammars, end_tokens(config), start, copies)
 
-    def postprocess(self, output: Inputs, generation_config: "GenerationConfig | None" = None) -> Inputs:
+    def postprocess(self, output: Inputs, generation_config: GenerationConfig | None = None) -> Inputs:
         decode, config = self.decoder(output), generation_config or self.model.generation_config
         result = make_result(output, decode, config)
         if "token_logprobs" in output:

@@ -5,19 +5,17 @@ import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.pipelines.base import ChunkPipeline, Pipeline
 
 from llmcli.compat.tokenizers import read_as_text
 from llmcli.compat.transformers import TextPipelineMixin, is_causal_lm, rope_limit, takes
 from llmcli.errors import ModelUnavailableError, RecordError
 from llmcli.models import loading
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 CHARACTERS_PER_TOKEN = 16  # more than nearly all texts have
 UNLIMITED_TOKENS = 10**6  # Tokenizers write a huge number where they know no limit.
@@ -47,7 +45,7 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
         read_as_text(self.tokenizer)
 
     @staticmethod
-    def find_incompatibility(config: "PreTrainedConfig") -> str | None:
+    def find_incompatibility(config: PreTrainedConfig) -> str | None:
         """Return why a model of that configuration cannot be used, to follow its name; None if it can."""
         raise NotImplementedError
 
@@ -134,7 +132,7 @@ class HeadPipeline(TextPipeline, ChunkPipeline):  # type: ignore[misc]  # transf
         self.input_names = [name for name in self.tokenizer.model_input_names if name != "attention_mask"]
 
     @classmethod
-    def find_incompatibility(cls, config: "PreTrainedConfig") -> str | None:
+    def find_incompatibility(cls, config: PreTrainedConfig) -> str | None:
         head = cls.auto_class.removeprefix("AutoModelFor")
         usable = any(name.endswith(f"For{head}") for name in config.architectures or ())
         return None if usable else f"of this kind have no {re.sub('(?<!^)(?=[A-Z])', '-', head).lower()} head"
@@ -162,7 +160,7 @@ class CausalTextPipeline(TextPipeline):
         self.tokenizer.padding_side = "left"
 
     @staticmethod
-    def find_incompatibility(config: "PreTrainedConfig") -> str | None:
+    def find_incompatibility(config: PreTrainedConfig) -> str | None:
         return None if is_causal_lm(config) else "do not continue text"
 
     @functools.cached_property
@@ -176,7 +174,7 @@ class CausalTextPipeline(TextPipeline):
         return self.model.config.model_type in self._known["shared"] and (limit is None or length <= limit)
 
 
-def position_limit(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase | None" = None) -> int | None:
+def position_limit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:
     """Return the maximum number of tokens of a row, special ones included, that a model and its tokenizer allow."""
     text_config = config.get_text_config()
     positions = loading.max_positions(lambda name: getattr(text_config, name, None))

@@ -3,9 +3,10 @@
 import copy
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import DynamicCache, GenerationConfig
 
 from llmcli.compat.cache import cache_argument, filled_cache, growing_cache, repeat_cache
 from llmcli.compat.transformers import has_fixed_rotary_positions, rope_limit, takes_position_ids
@@ -16,15 +17,10 @@ from llmcli.pipelines.answers import GeneratingPipeline, TokenDecoder
 from llmcli.pipelines.base import CausalTextPipeline, Inputs
 from llmcli.pipelines.chat_template import ChatTemplate
 from llmcli.pipelines.spelling import CONTEXT_TOKENS, token_texts
+from llmcli.tasks import Prompt
+from llmcli.text.thoughts import Thoughts
 
-if TYPE_CHECKING:
-    from transformers import DynamicCache, GenerationConfig
-
-    from llmcli.tasks import Prompt
-    from llmcli.text.thoughts import Thoughts
-
-    Prefix = tuple[list[int], DynamicCache]  # tokens, and their keys and values
-
+Prefix = tuple[list[int], DynamicCache]  # tokens, and their keys and values
 PREFILL_TOKENS = 4096  # read by a CPU at once: more would not stay in its caches
 DECODED_TOKENS = 4  # of the prompt's end, decoded together with what follows
 
@@ -85,14 +81,14 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         """Return the number of tokens that the context leaves for the answer."""
         return self.context_length - len(inputs["input_ids"]) if self.context_length else None
 
-    def count_prompt_tokens(self, prompt: "Prompt") -> int:
+    def count_prompt_tokens(self, prompt: Prompt) -> int:
         return len(self.preprocess(prompt)["input_ids"])
 
     def count_tokens(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def preprocess(
-        self, prompt: "Prompt", truncate: int | None = None, can_think: bool = True, is_constrained: bool = False,
+        self, prompt: Prompt, truncate: int | None = None, can_think: bool = True, is_constrained: bool = False,
         **template: Any,
     ) -> Inputs:  # fmt: skip
         """Return the token IDs of one prompt, for which `template` has settings of the chat template.
@@ -115,8 +111,8 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         return {"input_ids": base.make_row(ids), "is_chat": is_chat, "thoughts": thoughts, "cut": length - len(ids)}
 
     def read_prompt(
-        self, prompt: "Prompt", maximum: int | None, can_think: bool, is_constrained: bool = False, **template: Any
-    ) -> tuple[list[int], "Thoughts | None"]:
+        self, prompt: Prompt, maximum: int | None, can_think: bool, is_constrained: bool = False, **template: Any
+    ) -> tuple[list[int], Thoughts | None]:
         """Return the tokens of a prompt, and the thoughts that may follow. One far above the maximum is not read."""
         is_chat = not isinstance(prompt, str)
         if is_chat and not self.is_chat:
@@ -132,7 +128,7 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         base.check_tokens(ids)
         return ids, self.chat_template.find_thoughts(text, can_think) if is_chat and not is_constrained else None
 
-    def prefill(self, ids: list[int]) -> "DynamicCache | None":
+    def prefill(self, ids: list[int]) -> DynamicCache | None:
         """Return the keys and values of a shared prefix, as a cache of one row; None if the model keeps more."""
         if self.max_shared_tokens == 0:
             return None
@@ -141,14 +137,14 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
             cache = growing_cache(self.model, self.model.generation_config)
             return filled_cache(self.model(prefix, use_cache=True, **cache_argument(self.model, cache)))
 
-    def _forward(self, inputs: Inputs, generation_config: "GenerationConfig | None" = None, **settings: Any) -> Inputs:
+    def _forward(self, inputs: Inputs, generation_config: GenerationConfig | None = None, **settings: Any) -> Inputs:
         config = copy.copy(generation_config or self.model.generation_config)
         ids, mask, cache = self._begin(inputs, config, settings.pop("prefix", None))
         return self._generate(inputs, ids, mask, config, start=ids.shape[1], cache=cache, **settings)
 
     def _begin(
-        self, inputs: Inputs, config: "GenerationConfig", prefix: "Prefix | None" = None
-    ) -> "tuple[torch.Tensor, torch.Tensor, DynamicCache | None]":
+        self, inputs: Inputs, config: GenerationConfig, prefix: Prefix | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, DynamicCache | None]:
         """Return input_ids and attention_mask (B, P) of a batch, and a cache: that of their prefix, or an empty one."""
         known = len(prefix[0]) if prefix else 0
         ids, mask = self.pad([row[known:] for row in base.as_batch(inputs)["input_ids"]], left=True)
@@ -162,7 +158,7 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         return ids, mask, cache
 
     def _read_next(
-        self, ids: torch.Tensor, mask: torch.Tensor, config: "GenerationConfig", cache: "DynamicCache | None" = None
+        self, ids: torch.Tensor, mask: torch.Tensor, config: GenerationConfig, cache: DynamicCache | None = None
     ) -> Any:
         """Return what `generate` returns for one new token: its logits and scores (B, V), in tuples, and the cache."""
         config.max_new_tokens, config.max_length, config.num_beams = 1, None, 1
@@ -193,7 +189,7 @@ class NextTokenPipeline(CausalPipeline):
     def token_texts(self, token: int, before: Sequence[int]) -> str:
         return token_texts(self.tokenizer, [*before[-CONTEXT_TOKENS:], token])[-1]
 
-    def _forward(self, inputs: Inputs, generation_config: "GenerationConfig | None" = None, **settings: Any) -> Inputs:
+    def _forward(self, inputs: Inputs, generation_config: GenerationConfig | None = None, **settings: Any) -> Inputs:
         config = copy.copy(generation_config or self.model.generation_config)
         config.remove_invalid_values = True  # NaN would end `multinomial`, and the whole batch; postprocess reports it
         ids, mask = self.pad(base.as_batch(inputs)["input_ids"], left=True)
@@ -205,7 +201,7 @@ class NextTokenPipeline(CausalPipeline):
         computed = {"probability": logits.float().softmax(-1), "sampling_probability": sampling}
         return {**{name: tensor.numpy(force=True) for name, tensor in computed.items()}, **inputs}
 
-    def postprocess(self, output: Inputs, generation_config: "GenerationConfig | None" = None) -> Inputs:
+    def postprocess(self, output: Inputs, generation_config: GenerationConfig | None = None) -> Inputs:
         base.check_finite(output["probability"])
         config = generation_config or self.model.generation_config
         sampling: Mapping[str, float] = {"temperature": 0}

@@ -3,19 +3,15 @@
 import functools
 import os.path
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from llguidance import LLExecutor, LLMatcher, LLTokenizer, hf
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from llmcli.compat.tokenizers import hide_names, special_names
 from llmcli.errors import RecordError, UsageError, first_line
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TABLES = 4
 COMPILED_GRAMMARS = 64  # kept for later batches
@@ -24,7 +20,7 @@ COMPILED_GRAMMARS = 64  # kept for later batches
 class GrammarCompiler:
     """Compiles llguidance's grammars for one tokenizer, and keeps its table of tokens and the last grammars."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
         self.vocab_size = max(vocab_size, len(tokenizer))
         self._tokenizer = tokenizer
         self._table = functools.lru_cache(TABLES)(self._make_table)

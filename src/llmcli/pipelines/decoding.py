@@ -1,20 +1,23 @@
 """Decoding with what transformers' `generate` lacks: forced tokens, and a random state for each row."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from llmcli.compat.cache import filled_cache
 from llmcli.compat.transformers import sample_tokens
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
-
-    from llmcli.pipelines.constraints import ConstraintProcessor
+from llmcli.pipelines.constraints import ConstraintProcessor
 
 # What a forward pass costs whatever it reads, measured in tokens. A GPU reads all that a batch may have in that time.
 PASS_TOKENS = {"cpu": 64}
@@ -52,15 +55,15 @@ class Decoder:
     """
 
     def __init__(
-        self, constraint: "ConstraintProcessor | None", seeds: Sequence[int | None] | None,
+        self, constraint: ConstraintProcessor | None, seeds: Sequence[int | None] | None,
         streamer: BaseStreamer | None, max_columns: int | None,
     ) -> None:  # fmt: skip
         self.constraint, self.seeds, self.streamer, self.max_columns = constraint, seeds, streamer, max_columns
         self.sampler: RowSampler | None = None
 
     def __call__(
-        self, model: "PreTrainedModel", input_ids: torch.Tensor, logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList, generation_config: "GenerationConfig", **settings: Any,
+        self, model: PreTrainedModel, input_ids: torch.Tensor, logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig, **settings: Any,
     ) -> torch.Tensor:  # fmt: skip
         if self.seeds and generation_config.do_sample:
             self.sampler = RowSampler(self.seeds, len(input_ids) // len(self.seeds), input_ids.device)
@@ -83,8 +86,8 @@ class _ForcedBatch:
     """
 
     def __init__(
-        self, decoder: Decoder, model: "PreTrainedModel", ids: torch.Tensor, processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList, config: "GenerationConfig", cache: DynamicCache, settings: dict[str, Any],
+        self, decoder: Decoder, model: PreTrainedModel, ids: torch.Tensor, processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList, config: GenerationConfig, cache: DynamicCache, settings: dict[str, Any],
     ) -> None:  # fmt: skip
         self.decoder, self.model, self.processors, self.criteria = decoder, model, processors, criteria
         self.config, self.cache, self.settings = config, cache, settings

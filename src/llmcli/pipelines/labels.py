@@ -5,7 +5,7 @@ import math
 import os.path
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unicodedata import east_asian_width
 
 import numpy as np
@@ -15,12 +15,9 @@ from llmcli.compat.cache import filled_cache
 from llmcli.errors import UsageError
 from llmcli.pipelines import base
 from llmcli.pipelines.base import Inputs, Parameters
-from llmcli.pipelines.causal import CausalPipeline
+from llmcli.pipelines.causal import CausalPipeline, Prefix
+from llmcli.tasks import Prompt
 from llmcli.tasks.fields import FilledTemplate
-
-if TYPE_CHECKING:
-    from llmcli.pipelines.causal import Prefix
-    from llmcli.tasks import Prompt
 
 Tokens = tuple[int, ...]
 TAIL_TOKENS = 3  # of a prompt's end: what else precedes them does not change how the tokens of a label are divided
@@ -67,7 +64,7 @@ class LabelPipeline(CausalPipeline):
             raise base.too_long("prompt with its labels", length, context)
         return {"input_ids": base.make_row(ids), "labels": labels, "length": length, "cut": cut}
 
-    def _encode_labels(self, labels: tuple[str, ...], prompt: "Prompt", ids: list[int]) -> tuple[int, list[Tokens]]:
+    def _encode_labels(self, labels: tuple[str, ...], prompt: Prompt, ids: list[int]) -> tuple[int, list[Tokens]]:
         """Return how many tokens of a prompt's end change where a label follows, and what follows instead for each."""
         key = labels, isinstance(prompt, str) and ids[-TAIL_TOKENS:]
         if key == self._tokens[0]:
@@ -93,7 +90,7 @@ class LabelPipeline(CausalPipeline):
         )  # SentencePiece puts a space before the beginning of a text, but not after a newline.
         return tuple(line[len(newline) :] if line[: len(newline)] == newline else alone)
 
-    def _forward(self, inputs: Inputs, *_: Any, prefix: "Prefix | None" = None, **__: Any) -> Inputs:
+    def _forward(self, inputs: Inputs, *_: Any, prefix: Prefix | None = None, **__: Any) -> Inputs:
         rows, config = base.as_batch(inputs)["labels"], copy.copy(self.model.generation_config)
         children = defaultdict[Tokens, set[int]](set)
         for label in {label for labels in rows for label in labels}:

@@ -2,18 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
-from transformers import StoppingCriteria
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers.utils import ModelOutput
 
 from llmcli.pipelines.base import Inputs, check_finite
 from llmcli.pipelines.spelling import CONTEXT_TOKENS, speller
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.utils import ModelOutput
-
 
 OUTPUTS = "token_logprobs", "best_logprobs", "best_tokens"
 MIN_LOGPROB = -9999.0  # OpenAI's, for a token that the model excludes: JSON has no infinity
@@ -26,7 +21,7 @@ class TokenLogprobs(StoppingCriteria):  # type: ignore[misc]  # transformers has
     manager, it sees each forward pass of the model; of its logits, only those of one step are kept.
     """
 
-    def __init__(self, model: "PreTrainedModel", alternatives: int) -> None:
+    def __init__(self, model: PreTrainedModel, alternatives: int) -> None:
         self._model, self._alternatives = model, alternatives
         self._steps = list[tuple[torch.Tensor, ...]]()
 
@@ -37,7 +32,7 @@ class TokenLogprobs(StoppingCriteria):  # type: ignore[misc]  # transformers has
     def __exit__(self, *_: object) -> None:
         self._hook.remove()
 
-    def _keep_logits(self, _module: object, _inputs: object, output: "ModelOutput") -> None:
+    def _keep_logits(self, _module: object, _inputs: object, output: ModelOutput) -> None:
         self._logits = output.logits[:, -1]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
@@ -53,9 +48,7 @@ class TokenLogprobs(StoppingCriteria):  # type: ignore[misc]  # transformers has
         return dict(zip(OUTPUTS, shaped, strict=True))
 
 
-def describe_logprobs(
-    output: Inputs, ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", start: int = 0
-) -> Inputs:
+def describe_logprobs(output: Inputs, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, start: int = 0) -> Inputs:
     """Return `logprobs`, in the shape of OpenAI's chat completions, and `mean_logprob` of the first sequence.
 
     Of the tokens of its text, those before `start` are left out.

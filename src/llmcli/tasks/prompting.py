@@ -15,10 +15,11 @@ from llmcli.tasks.fields import FilledTemplate, check_template, fill_template
 
 GREEDY = {"do_sample": False, "max_new_tokens": 256}
 PRESET_KEYS = {"description": str, "prompt": str, "begins": str, "options": dict}
-PROMPT_KEYS: dict[str, type] = {
+PROMPT_KEYS: dict[str, Any] = {
     **dict.fromkeys(("system", "user", "prompt"), str),
     **dict.fromkeys(("max_new_tokens", "part", "condense"), int),
-    **dict.fromkeys(("examples", "stop", "unknown"), list),
+    **dict.fromkeys(("stop", "unknown"), list[str]),
+    "examples": list,
     "options": dict,
 }
 
@@ -89,7 +90,7 @@ def prompt_settings(job: Job, model: TaskModel) -> JsonObject:
 def load_prompts() -> Mapping[str, Any]:
     """Return prompts.toml by task and style, under the user's own. Raises UsageError if that file is invalid."""
     prompts, own, path = read_tables("prompts.toml")
-    for task, styles in _check_table(own, dict.fromkeys(prompts, dict), str(path)).items():
+    for task, styles in config.check_table(own, dict.fromkeys(prompts, dict), str(path)).items():
         for style, table in styles.items():
             checked = _check_style(style, table, f"{path}: [{task}.{style}]")
             prompts[task][style] = prompts[task].get(style, {}) | checked
@@ -111,7 +112,7 @@ def load_preset(name: str | None) -> tuple[dict[str, str], JsonObject]:
         did_you_mean = config.did_you_mean(name, presets)
         raise UsageError(f"unknown preset {name!r}{did_you_mean}", hint=f"presets: {', '.join(presets)}")
     source = f"{config.config_file().with_name('presets.toml')}: [{name}]"
-    table = _check_table(presets[name], PRESET_KEYS, source)
+    table = config.check_table(presets[name], PRESET_KEYS, source)
     if "prompt" not in table:
         raise UsageError(f"{source} requires a prompt", hint='e.g. prompt = "A fable about {text}."')
     begins = table.get("begins", "")
@@ -129,21 +130,9 @@ def read_tables(name: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
 def _check_style(style: str, table: object, source: str) -> dict[str, Any]:
     if style not in ("chat", "base") and "/" not in style and style not in registry.models():
         raise UsageError(f"{source}: unknown style, expected chat, base or the name of a model")
-    checked = _check_table(table, PROMPT_KEYS, source)
+    checked = config.check_table(table, PROMPT_KEYS, source)
     for key in checked.keys() & {"user", "prompt"}:
         check_template(checked[key], f"{source}: {key}")
     if not all(isinstance(example, dict) and "answer" in example for example in checked.get("examples", ())):
         raise UsageError(f"{source}: each example must be a table with an answer")
-    if not all(isinstance(text, str) for key in ("stop", "unknown") for text in checked.get(key, ())):
-        raise UsageError(f"{source}: stop and unknown must be lists of strings")
     return checked
-
-
-def _check_table(table: object, types: Mapping[str, type], source: str) -> dict[str, Any]:
-    if not isinstance(table, dict):
-        raise UsageError(f"{source} is not a table")
-    config.check_keys(table, types, source)
-    for key, value in table.items():
-        if not isinstance(value, types[key]) or isinstance(value, bool):
-            raise UsageError(f"{source}: {key} must be of type {types[key].__name__}")
-    return table
