@@ -231,7 +231,11 @@ def test_prompt_is_filled_with_fields_and_labels(classify, base):
     (record,) = classify(*options, "--jsonl", stdin=b'{"title": "sun", "text": "a lazy dog"}').records
     expected = by_hand(base, "a lazy dog", ["sun", "warm dog"], prompt.replace("{title}", "sun"))
     assert scores(record) == pytest.approx(expected, abs=1e-3)
-    assert "missing field 'title'" in classify(*options, "x").stderr
+    assert "missing field 'title': available fields: text\n" in classify(*options, "x").stderr
+    reviews = "--prompt", "{labels}? {review}:", "--labels", "sun,fox", "--jsonl"
+    empty, missing = classify(*reviews, "--field", "review", stdin=b'{"review": " "}\n{"body": ""}').records
+    assert empty["label"] is None  # whatever the labels are
+    assert missing["error"]["message"] == "missing field 'review': available fields: body"
 
 
 @pytest.mark.parametrize("end", [": ", ":\n", ":\n\n", " ", "("])
@@ -291,16 +295,21 @@ def test_label_below_the_minimum_score_is_empty(classify):
     ("options", "message"),
     [
         ((), "has no labels of its own"),
-        (("--labels", ""), "expected 2 to 1000 labels, got 0"),
-        (("--labels", "fox"), "expected 2 to 1000 labels, got 1"),
-        (("--labels", ",".join(map(str, range(10_000)))), "expected 2 to 1000 labels, got 10000"),
+        (("--labels", ""), "expected at least 2 labels, got 0"),
+        (("--labels", "fox"), "got 1\nhint: separate labels by commas"),
+        (
+            ("--labels", ",".join(map(str, range(10_000)))),
+            "expected at most 1000 labels, got 10000\nhint: each record is compared",
+        ),
         (("--labels", "fox, dog,fox "), "duplicate label 'fox'"),
+        (("--labels", "fox,fox"), "duplicate label 'fox'"),
         (("--labels", "fox,,dog"), "label is empty"),
-        (("--labels", 'fox,"dog'), "unexpected end of data"),
+        (("--labels", 'fox,"dog'), "expected a row of CSV, got 'fox,\"dog'"),
+        (("--labels", "fox\ndog"), "expected a row of CSV, got 'fox\\ndog'"),
         (("--labels", "@nowhere.txt"), "nowhere.txt: no such file"),
-        (("--labels", "@"), "is a directory"),
+        (("--labels", "@"), "--labels: @: no such file"),
         (("--labels", "@bytes.txt"), "bytes.txt is not UTF-8"),
-        (("--labels", "@empty.txt"), "expected 2 to 1000 labels, got 0"),
+        (("--labels", "@empty.txt"), "expected at least 2 labels, got 0"),
         (("--labels", "@duplicate.txt"), "duplicate label 'fox'"),
         (("--labels", "@nameless.txt"), "label is empty"),
         (("--labels", "fox,dog", "--min-score", "1.5"), "--min-score"),

@@ -19,19 +19,18 @@ if TYPE_CHECKING:
 Item = tuple[str, JsonObject]  # what is labeled, and the fields for prompts
 HYPOTHESIS = "This example is {}."
 THRESHOLD = 0.5  # of --multi-label
-POOLS: dict[str | None, Callable[[Sequence[float]], float]] = {"mean": fmean, "max": max}
 HEAD_OPTIONS = {"hypothesis": "--hypothesis", "long": "--long", "multi_label": "--multi-label"}
 
 
 def prepare(job: Job, fields: JsonObject) -> Item | None:
     """Return the text of a record or the job's template filled, and the fields for prompts; None if that is blank."""
-    if labels := job.parameters.get("labels"):
-        fields = {**fields, "labels": list_labels(labels)}
-    text = read_prompt(job, fields)
+    labels = job.parameters.get("labels")
+    own = {"labels": list_labels(labels)} if labels else {}
+    text = read_prompt(job, fields, own)
     if text is None:
         return None
-    own = {**fields, "text": text} if "prompt" not in job.parameters else fields
-    return text, {"text": fields.get(field_name(job, "text")), **own}
+    given = fields.get(field_name(job, "text"))
+    return text, {**fields, "text": fields.get("text", given) if "prompt" in job.parameters else given, **own}
 
 
 def list_labels(labels: Mapping[str, str]) -> str:
@@ -90,11 +89,9 @@ def run_language_model(job: Job, item: Item, model: LocalModel) -> TaskGenerator
         hint = "a language model chooses one label; use a classification head, such as -m bart-large-mnli"
         raise UsageError(f"{given} cannot be used with {job.model}, a language model", hint=hint)
     template, fields = prompting.prompt_for(job, model), item[1]
-    inputs: list[JsonObject] = [{"prompt": template.render(fields), "labels": [*labels]}]
-    if job.truncate or job.parameters.get("calibrate"):
-        empty = template.render({**dict.fromkeys(fields, ""), "labels": fields["labels"]})
-        inputs = [{**inputs[0], "empty": empty}, {"prompt": empty, "labels": [*labels]}]
-    output, *baseline = yield ModelCall(inputs if job.parameters.get("calibrate") else inputs[:1])
+    empty = template.render({**dict.fromkeys(fields, ""), "labels": fields["labels"]})
+    prompts = [template.render(fields), *[empty] * bool(job.parameters.get("calibrate"))]
+    output, *baseline = yield ModelCall([{"prompt": p, "labels": [*labels], "empty": empty} for p in prompts])
     logprobs = output["logprobs"]
     if baseline:
         logprobs = [own - known for own, known in zip(logprobs, baseline[0]["logprobs"], strict=True)]
@@ -134,7 +131,7 @@ def sigmoid(values: Sequence[float]) -> list[float]:
 
 def _pool(job: Job, windows: Sequence[Sequence[float]]) -> list[float]:
     """Return the mean or the maximum of each logit over the windows of a text."""
-    pool = POOLS.get(job.parameters.get("long"), fmean)
+    pool: Callable[[Sequence[float]], float] = max if job.parameters.get("long") == "max" else fmean
     return [pool(values) for values in zip(*windows, strict=True)]
 
 
