@@ -362,24 +362,40 @@ def test_truncated_prompt_keeps_instruction_and_end(llmcli, tiny):
     assert scores(record) == pytest.approx(by_hand(tiny, short, labels, prompt), abs=1e-3)
 
 
-def test_thoughts_are_off_and_answer_follows_the_template(base, tmp_path):
+SWITCH = "enable_thinking is defined and not enable_thinking"
+TEMPLATES = {  # what each writes before an answer, and in a prompt: the answer begins after both
+    "space": ("[I] {{ m.content }} [/I]", " {{ m.content }}</s>", "", "[I] once [/I]", " "),
+    "switch": ("[I] {{ m.content }} [/I]", " {{ m.content }}</s>", "{% if " + SWITCH + " %}<think></think>{% endif %}",
+               "[I] once [/I]<think></think>", ""),
+    "empty thought": ("U: {{ m.content }}</s>", "A: <think></think>\n{{ m.content }}</s>", "A: ",
+                      "U: once</s>A: <think></think>", "\n"),
+    "open thought": ("U: {{ m.content }}</s>", "A: {{ m.content }}</s>", "A: <think>\n",
+                     "U: once</s>A: <think>\n\n</think>\n\n", ""),
+    "channels": ("<|start|>user<|message|>{{ m.content }}<|end|>",
+                 "<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>", "<|start|>assistant",
+                 "<|start|>user<|message|>once<|end|><|start|>assistant<|channel|>final<|message|>", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("user", "answer", "begin", "prompt", "space"), TEMPLATES.values(), ids=TEMPLATES)
+def test_label_is_where_the_template_puts_an_answer(base, tmp_path, user, answer, begin, prompt, space):
     from transformers import AutoTokenizer
 
     from llmcli import pipelines
     from llmcli.job import LoadOptions
 
-    folder = make_model(tmp_path / "model", base, "llama", LLAMA)
+    folder = make_model(tmp_path / "model", base, "llama", LLAMA | {"vocab_size": 500})
     tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|channel|>", "<|message|>", "<|end|>"]})
     tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'user' %}[I] {{ m.content }} [/I]{% else %} {{ m.content }}</s>"
-        "{% endif %}{% endfor %}{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
-        "<think></think>{% endif %}"
+        "{% for m in messages %}{% if m.role == 'user' %}" + user + "{% else %}" + answer + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}" + begin + "{% endif %}"
     )
     tokenizer.save_pretrained(folder)
     pipeline = pipelines.load("label", folder, LoadOptions(device="cpu"))
     row = pipeline.preprocess({"prompt": [{"role": "user", "content": "once"}], "labels": ["fox", "dog"]})
-    assert tokenizer.decode(row["input_ids"].tolist()) == "[I] once [/I]<think></think>"
-    assert row["labels"] == [(tokenizer.convert_tokens_to_ids(f"Ġ{label}"),) for label in ("fox", "dog")]
+    assert tokenizer.decode(row["input_ids"].tolist()) == prompt
+    assert row["labels"] == [tuple(plain(tokenizer, space + label)) for label in ("fox", "dog")]
 
 
 def test_single_token_labels_take_one_pass(base, monkeypatch):

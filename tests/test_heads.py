@@ -297,6 +297,7 @@ def test_places_of_entities_slice_the_text(llmcli, head, model_type):
             shown, label, place = line.split("\t")
             start, end = map(int, place.split("-"))
             assert label in ("PER", "LOC")
+            assert shown  # not the white space alone that a byte-level token may be
             assert " ".join(text[start:end].split()) == shown
             assert text[start:end] == text[start:end].strip()
 
