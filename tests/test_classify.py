@@ -267,6 +267,29 @@ def test_calibrated_scores_are_divided_by_those_of_an_empty_text(classify, reque
         assert scores(record) == pytest.approx(expected, abs=1e-3)
 
 
+def test_labels_alone_follow_the_token_that_ends_texts(llmcli, base, tmp_path):
+    """No token of an empty prompt remains, and the tokenizer begins texts with none."""
+    import torch
+    from tokenizers import processors
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, labels = make_model(tmp_path / "model", base, "llama", LLAMA), ["fox", "lazy dog"]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    rows = [plain(tokenizer, f" {label}") for label in labels]
+    empty = probabilities(model, [tokenizer.eos_token_id], rows)
+    raw = probabilities(model, plain(tokenizer, "the sun"), rows)
+    ratios = [one / other for one, other in zip(raw, empty, strict=True)]
+    expected = {label: ratio / sum(ratios) for label, ratio in zip(labels, ratios, strict=True)}
+    options = "-m", folder, "--dtype", "float32", "--labels", ",".join(labels), "--prompt", "{text}", "--calibrate"
+    for size in (1, 8):
+        (record,) = llmcli("classify", *options, "--json", "--batch-size", size, "the sun").records
+        assert scores(record) == pytest.approx(expected, abs=1e-3)
+
+
 def test_file_of_labels_has_descriptions(classify, base, tmp_path):
     path = tmp_path / "labels.txt"
     path.write_bytes("\ufefffox: a quick, brown animal\r\n\r\nsun \r\ndog:\r\nhttp://x\r\n".encode())

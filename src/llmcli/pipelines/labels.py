@@ -51,7 +51,7 @@ class LabelPipeline(CausalPipeline):
         context = self.context_length
         ids = self._read(inputs["prompt"], None if truncate else context)
         dropped, labels = self._encode_labels(tuple(inputs["labels"]), inputs["prompt"], ids)
-        ids = ids[: len(ids) - dropped]
+        ids = ids[: len(ids) - dropped] or self._read("", None)
         length = len(ids) + max(map(len, labels)) - 1  # Nobody asks what would follow a label.
         cut = max(0, length - context) if context else 0
         if cut and truncate:
