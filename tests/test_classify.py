@@ -1,5 +1,6 @@
 """classify: probabilities of labels against a computation by hand, options, errors."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -45,13 +46,18 @@ def probabilities(model, prompt: list[int], labels: list[list[int]]) -> list[flo
     return [value / sum(own) for value in own]
 
 
-def by_hand(folder: Path, text: str, labels: list[str], prompt: str = PROMPT) -> dict[str, float]:
-    """The same from texts, for a chat model or a base model, by tokenizers alone."""
+@functools.lru_cache(maxsize=2)
+def load_exact(folder: Path):
+    """Return a tokenizer and a model in float64."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    return AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+
+
+def by_hand(folder: Path, text: str, labels: list[str], prompt: str = PROMPT) -> dict[str, float]:
+    """The same from texts, for a chat model or a base model, by tokenizers alone."""
+    tokenizer, model = load_exact(folder)
     content = prompt.replace("{text}", text).replace("{labels}", ", ".join(labels))
     if tokenizer.chat_template:
         # Special tokens of the text stand in the template alone here.
@@ -90,10 +96,15 @@ def lines(texts: list[str]) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
-@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def cases(names, quick: tuple[str, ...]) -> list:
+    """Return the names, as slow tests if they are not quick ones."""
+    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in names]
+
+
+@pytest.mark.parametrize("name", cases(LABELS, ("lengths", "two_extensions", "special", "unicode")))
 @pytest.mark.parametrize("model", ["chatty", "base"])
-def test_labels_equal_computation_by_hand(llmcli, request, model, labels):
-    folder = request.getfixturevalue(model)
+def test_labels_equal_computation_by_hand(llmcli, request, model, name):
+    folder, labels = request.getfixturevalue(model), LABELS[name]
     options = "-m", folder, "--dtype", "float32", "--prompt", PROMPT, "--labels", as_list(labels), "--jsonl"
     ran = llmcli("classify", *options, stdin=lines(TEXTS))
     assert ran.exit_status == 0, ran.stderr
@@ -140,9 +151,9 @@ def make_model(folder: Path, tokenizer: Path, kind: str, settings: dict) -> Path
     return folder
 
 
-@pytest.mark.parametrize(("kind", "settings"), ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_labels_on_other_architectures_equal_by_hand(llmcli, base, tmp_path, kind, settings):
-    folder = make_model(tmp_path / "model", base, kind, settings)
+@pytest.mark.parametrize("name", cases(ARCHITECTURES, ("gpt2", "window_between", "mamba")))
+def test_labels_on_other_architectures_equal_by_hand(llmcli, base, tmp_path, name):
+    folder = make_model(tmp_path / "model", base, *ARCHITECTURES[name])
     labels = ["fox", "fox and dog", "lazy fox and then", "lazy dog"]
     options = "-m", folder, "--dtype", "float32", "--prompt", SHARED, "--labels", as_list(labels), "--jsonl"
     together = llmcli("classify", *options, stdin=lines(TEXTS))
@@ -174,7 +185,7 @@ def make_sentencepiece(folder: Path) -> Path:
     return make_model(folder / "model", folder / "tokenizer", "llama", LLAMA)
 
 
-@pytest.mark.parametrize("name", ["words", "lengths", "chain", "special", "unicode"])
+@pytest.mark.parametrize("name", cases(LABELS, ("special", "unicode")))
 def test_sentencepiece_labels_equal_by_hand(llmcli, tmp_path, name):
     folder, labels = make_sentencepiece(tmp_path), LABELS[name]
     options = "-m", folder, "--dtype", "float32", "--prompt", PROMPT, "--labels", as_list(labels), "--jsonl"
@@ -241,11 +252,7 @@ def test_prompt_is_filled_with_fields_and_labels(classify, base):
 @pytest.mark.parametrize("end", [": ", ":\n", ":\n\n", " ", "("])
 def test_label_joins_a_prompt_as_text_goes_on(classify, base, end):
     """The end of the prompt, its spaces included, and a label are divided into tokens together."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    tokenizer, model = load_exact(base)
     labels = ["quick", "warm sun", "zebra"]
     space = "" if end[-1].isspace() else " "
     rows = [plain(tokenizer, f"the fox{end}{space}{label}") for label in labels]
