@@ -325,11 +325,11 @@ def test_label_below_the_minimum_score_is_empty(classify):
     ("options", "message"),
     [
         ((), "has no labels of its own"),
-        (("--labels", ""), "expected at least 2 labels, got 0"),
-        (("--labels", "fox"), "got 1\nhint: separate labels by commas"),
+        (("--labels", ""), "expected 2 to 1000 labels, got 0"),
+        (("--labels", "fox"), "got 1\nhint: for a file of labels"),
         (
             ("--labels", ",".join(map(str, range(10_000)))),
-            "expected at most 1000 labels, got 10000\nhint: each record is compared",
+            "2 to 1000 labels, got 10000\nhint: each record",
         ),
         (("--labels", "fox, dog,fox "), "duplicate label 'fox'"),
         (("--labels", "fox,fox"), "duplicate label 'fox'"),
@@ -339,7 +339,7 @@ def test_label_below_the_minimum_score_is_empty(classify):
         (("--labels", "@nowhere.txt"), "nowhere.txt: no such file"),
         (("--labels", "@"), "--labels: @: no such file"),
         (("--labels", "@bytes.txt"), "bytes.txt is not UTF-8"),
-        (("--labels", "@empty.txt"), "expected at least 2 labels, got 0"),
+        (("--labels", "@empty.txt"), "expected 2 to 1000 labels, got 0"),
         (("--labels", "@duplicate.txt"), "duplicate label 'fox'"),
         (("--labels", "@nameless.txt"), "label is empty"),
         (("--labels", "fox,dog", "--min-score", "1.5"), "--min-score"),
@@ -413,6 +413,7 @@ def test_label_is_where_the_template_puts_an_answer(base, tmp_path, user, answer
 
     from llmcli import pipelines
     from llmcli.job import LoadOptions
+    from llmcli.pipelines.causal import CausalPipeline
 
     folder = make_model(tmp_path / "model", base, "llama", LLAMA | {"vocab_size": 500})
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -423,8 +424,10 @@ def test_label_is_where_the_template_puts_an_answer(base, tmp_path, user, answer
     )
     tokenizer.save_pretrained(folder)
     pipeline = pipelines.load("label", folder, LoadOptions(device="cpu"))
-    row = pipeline.preprocess({"prompt": [{"role": "user", "content": "once"}], "labels": ["fox", "dog"]})
+    messages = [{"role": "user", "content": "once"}]
+    row = pipeline.preprocess({"prompt": messages, "labels": ["fox", "dog"]})
     assert tokenizer.decode(row["input_ids"].tolist()) == prompt
+    assert CausalPipeline.preprocess(pipeline, messages, is_constrained=True)["input_ids"] == row["input_ids"]
     assert row["labels"] == [tuple(plain(tokenizer, space + label)) for label in ("fox", "dog")]
 
 

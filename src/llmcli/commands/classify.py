@@ -82,16 +82,13 @@ def _read_labels(value: str) -> dict[str, str]:
             raise UsageError(f"--labels: expected a row of CSV, got {value[:60]!r}", hint) from exc
         rows = [(label.strip(), "") for label in row]
     names = [label for label, _ in rows]
-    if len(names) > MAX_LABELS:
-        hint = "each record is compared with every label"
-        raise UsageError(f"--labels: expected at most {MAX_LABELS} labels, got {len(names)}", hint)
+    if not 2 <= len(names) <= MAX_LABELS:
+        hint = "each record is compared with every label" if names[1:] else "for a file of labels: --labels @FILE"
+        raise UsageError(f"--labels: expected 2 to {MAX_LABELS} labels, got {len(names)}", hint)
     if "" in names:
         raise UsageError("--labels: label is empty")
-    if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise UsageError(f"--labels: duplicate label {repeated!r}")
-    if len(names) < 2:
-        hint = "separate labels by commas, or name a file: --labels @FILE"
-        raise UsageError(f"--labels: expected at least 2 labels, got {len(names)}", hint)
+    if len(set(names)) < len(names):
+        raise UsageError(f"--labels: duplicate label {max(names, key=names.count)!r}")
     return dict(rows)
 
 

@@ -49,13 +49,13 @@ class LabelPipeline(CausalPipeline):
         With `truncate`, a prompt that is too long loses the end of what it does not share with the prompt `empty`.
         """
         context = self.context_length
-        ids = self._read(inputs["prompt"], None if truncate else context)
+        ids = self.read_prompt(inputs["prompt"], None if truncate else context, is_constrained=True)[0]
         dropped, labels = self._encode_labels(tuple(inputs["labels"]), inputs["prompt"], ids)
-        ids = ids[: len(ids) - dropped] or self._read("", None)
+        ids = ids[: len(ids) - dropped] or self.read_prompt("")[0]
         length = len(ids) + max(map(len, labels)) - 1  # Nobody asks what would follow a label.
         cut = max(0, length - context) if context else 0
         if cut and truncate:
-            empty = self._read(inputs["empty"], None)
+            empty = self.read_prompt(inputs["empty"], is_constrained=True)[0]
             pairs = [ids, empty[: len(empty) - dropped]], [ids[::-1], empty[: len(empty) - dropped][::-1]]
             head, tail = (len(os.path.commonprefix(pair)) for pair in pairs)  # noqa: RUF071  # of tokens
             if cut <= len(ids) - tail - head:
@@ -63,11 +63,6 @@ class LabelPipeline(CausalPipeline):
         if context and length > context:
             raise base.too_long("prompt with its labels", length, context)
         return {"input_ids": base.make_row(ids), "labels": labels, "length": length, "cut": cut}
-
-    def _read(self, prompt: Prompt, maximum: int | None) -> list[int]:
-        """Return the tokens of a prompt, up to where the chat template puts the answer."""
-        ids, _ = self.read_prompt(prompt, maximum, can_think=False)
-        return ids if isinstance(prompt, str) else ids + self.chat_template.encode(self.chat_template.answer_start[0])
 
     def _encode_labels(self, labels: tuple[str, ...], prompt: Prompt, ids: list[int]) -> tuple[int, list[Tokens]]:
         """Return how many tokens of a prompt's end change where a label follows, and what follows instead for each."""

@@ -43,10 +43,7 @@ def read_text_record(job: Job, fields: JsonObject) -> JsonObject | None:
 
 
 def read_prompt(job: Job, fields: JsonObject, own: JsonObject = MappingProxyType({})) -> str | None:
-    """Return the text of a record, or the job's template filled with its fields; None if the text is blank.
-
-    The task's `own` fields come before those of the record, and say nothing about whether it is blank.
-    """
+    """Return the text of a record, or the job's template filled with its and the task's `own` fields; None if blank."""
     name, template = field_name(job, "text"), job.parameters.get("prompt")
     if template is None:
         text = text_field(fields, name)
@@ -86,10 +83,7 @@ class FilledTemplate(str):
 
 
 def fill_template(template: str, fields: JsonObject, own: JsonObject = MappingProxyType({})) -> FilledTemplate:
-    """Return a template with its placeholders replaced by the task's own fields, then by those of the record.
-
-    Values are strings or numbers.
-    """
+    """Return a template with its placeholders replaced by fields, strings or numbers; first by the task's `own`."""
     pieces = list[str]()
     for literal, name, _, _ in parse_template(template):
         known = own if name in own else fields
