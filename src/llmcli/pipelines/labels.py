@@ -75,10 +75,11 @@ class LabelPipeline(CausalPipeline):
             rows = [row[len(ids) - dropped :] for row in rows]
         else:
             dropped, rows = 0, [self._encode_answer(label) for label in labels]
-        for i, tokens in enumerate(rows):
-            if not tokens or tokens in rows[:i]:
-                same = f"the tokens of {labels[rows.index(tokens)]!r}" if tokens else "no tokens"
-                raise UsageError(f"label {labels[i]!r} has {same} in this model")
+        first = dict[Tokens, str]()
+        for label, tokens in zip(labels, rows, strict=True):
+            if not tokens or first.setdefault(tokens, label) != label:
+                same = f"the tokens of {first[tokens]!r}" if tokens else "no tokens"
+                raise UsageError(f"label {label!r} has {same} in this model")
         self._tokens = key, dropped, rows
         return dropped, rows
 

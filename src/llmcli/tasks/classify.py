@@ -54,7 +54,7 @@ def run_head(job: Job, item: Item, model: LocalModel) -> TaskGenerator:
     if scale is list and (job.parameters.get("multi_label") or job.parameters.get("min_score") is not None):
         option = "--multi-label" if job.parameters.get("multi_label") else "--min-score"
         raise UsageError(f"{option} cannot be used with {job.model}, whose scores are not probabilities")
-    scores = scale(_pool(job, output["logits"]))
+    scores = scale([*map(choose_pool(job), zip(*output["logits"], strict=True))])
     return make_result(job, [config.id2label[i] for i in range(len(scores))], scores, output.get("truncated", 0))
 
 
@@ -66,13 +66,13 @@ def _run_inference(job: Job, text: str, labels: Mapping[str, str], config: "PreT
         names = ", ".join(map(str, config.id2label.values()))
         raise UsageError(f"--labels cannot be used with {job.model}, which has its own", hint=f"its labels: {names}")
     contradiction = -1 if entailment == 0 else 0
-    hypothesis = job.parameters.get("hypothesis") or HYPOTHESIS
+    hypothesis, pool = job.parameters.get("hypothesis") or HYPOTHESIS, choose_pool(job)
     outputs = yield ModelCall([{"text": text, "pair": hypothesis.replace("{}", label)} for label in labels])
+    logits = [output["logits"] for output in outputs]
     if job.parameters.get("multi_label"):
-        margins = [[[row[entailment] - row[contradiction]] for row in output["logits"]] for output in outputs]
-        scores = sigmoid([_pool(job, rows)[0] for rows in margins])
+        scores = sigmoid([pool([row[entailment] - row[contradiction] for row in rows]) for rows in logits])
     else:
-        scores = softmax([_pool(job, [[row[entailment]] for row in output["logits"]])[0] for output in outputs])
+        scores = softmax([pool([row[entailment] for row in rows]) for rows in logits])
     return make_result(job, [*labels], scores, max(output.get("truncated", 0) for output in outputs))
 
 
@@ -129,10 +129,9 @@ def sigmoid(values: Sequence[float]) -> list[float]:
     return [(1 + math.tanh(value / 2)) / 2 for value in values]
 
 
-def _pool(job: Job, windows: Sequence[Sequence[float]]) -> list[float]:
-    """Return the mean or the maximum of each logit over the windows of a text."""
-    pool: Callable[[Sequence[float]], float] = max if job.parameters.get("long") == "max" else fmean
-    return [pool(values) for values in zip(*windows, strict=True)]
+def choose_pool(job: Job) -> Callable[[Sequence[float]], float]:
+    """Return what makes one logit of those of all windows of a text."""
+    return max if job.parameters.get("long") == "max" else fmean
 
 
 OUTPUTS = ("label", "score", "scores", "truncated")
