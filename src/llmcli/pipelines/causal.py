@@ -111,9 +111,8 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         return {"input_ids": base.make_row(ids), "is_chat": is_chat, "thoughts": thoughts, "cut": length - len(ids)}
 
     def read_prompt(
-        self, prompt: Prompt, maximum: int | None = None, can_think: bool = True, is_constrained: bool = False,
-        **template: Any,
-    ) -> tuple[list[int], Thoughts | None]:  # fmt: skip
+        self, prompt: Prompt, maximum: int | None, can_think: bool, is_constrained: bool = False, **template: Any
+    ) -> tuple[list[int], Thoughts | None]:
         """Return the tokens of a prompt, and the thoughts that may follow. One far above the maximum is not read."""
         is_chat = not isinstance(prompt, str)
         if is_chat and not self.is_chat:
@@ -121,8 +120,6 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         if is_constrained:
             template = {**template, "think": False}
         text = prompt if isinstance(prompt, str) else self.chat_template.render(prompt, can_think, **template)
-        if is_chat and is_constrained:
-            text += self.chat_template.answer_start[0]
         if maximum:
             base.check_length(text, maximum, self.count_tokens)
         ids = self.chat_template.encode(text) if is_chat else self.chat_template.encode_text(text)

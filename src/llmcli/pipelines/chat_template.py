@@ -80,13 +80,12 @@ class ChatTemplate:
         return ids
 
     @functools.cached_property
-    def answer_start(self) -> tuple[str, str]:
-        """What the template writes between a prompt without thoughts and an answer, and the white space after that."""
-        switches = self._switches(False)
-        prompt = thoughts.close_thought(self._try({"add_generation_prompt": True, **switches}, user="x"), self._marks)
-        before = self._try(switches, user="x", assistant=PROBE).partition(PROBE)[0]
-        start = before.removeprefix(prompt) if prompt and before.startswith(prompt) else ""
-        return start.rstrip(), start[len(start.rstrip()) :]
+    def answer_space(self) -> str:
+        """The white space that the template writes between the beginning of an answer's turn and the answer."""
+        before = self._try(user="x", assistant=PROBE).partition(PROBE)[0]
+        beginning = self._try({"add_generation_prompt": True}, user="x")
+        space = before.removeprefix(beginning)
+        return space if before.startswith(beginning) and space.isspace() else ""
 
     @functools.cached_property
     def end_of_turn(self) -> int | None:

@@ -49,13 +49,13 @@ class LabelPipeline(CausalPipeline):
         With `truncate`, a prompt that is too long loses the end of what it does not share with the prompt `empty`.
         """
         context = self.context_length
-        ids = self.read_prompt(inputs["prompt"], None if truncate else context, is_constrained=True)[0]
+        ids = self.read_prompt(inputs["prompt"], None if truncate else context, can_think=False)[0]
         dropped, labels = self._encode_labels(tuple(inputs["labels"]), inputs["prompt"], ids)
-        ids = ids[: len(ids) - dropped] or self.read_prompt("")[0]
+        ids = ids[: len(ids) - dropped] or self.read_prompt("", None, can_think=False)[0]
         length = len(ids) + max(map(len, labels)) - 1  # Nobody asks what would follow a label.
         cut = max(0, length - context) if context else 0
         if cut and truncate:
-            empty = self.read_prompt(inputs["empty"], is_constrained=True)[0]
+            empty = self.read_prompt(inputs["empty"], None, can_think=False)[0]
             pairs = [ids, empty[: len(empty) - dropped]], [ids[::-1], empty[: len(empty) - dropped][::-1]]
             head, tail = (len(os.path.commonprefix(pair)) for pair in pairs)  # noqa: RUF071  # of tokens
             if cut <= len(ids) - tail - head:
@@ -85,7 +85,7 @@ class LabelPipeline(CausalPipeline):
 
     def _encode_answer(self, label: str) -> Tokens:
         """Return the tokens of a label that begins an answer. Names of special tokens in it are text."""
-        label = self.chat_template.answer_start[1] + label
+        label = self.chat_template.answer_space + label
         newline, line, alone = (
             self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("\n", f"\n{label}", label)
         )  # SentencePiece puts a space before the beginning of a text, but not after a newline.
