@@ -162,7 +162,12 @@ def _text_tokens(output: Mapping[str, Any], decode: TokenDecoder, config: Genera
     cut = decode.find_stop(decode(ids), config.stop_strings or (), "length")
     if cut is None:
         return ids
-    return ids[: bisect.bisect_right(range(len(ids) + 1), cut, key=lambda i: len(decode(ids[:i]))) - 1]
+    return ids[: _count_tokens(ids, cut, decode)]
+
+
+def _count_tokens(ids: list[int], length: int, decode: TokenDecoder) -> int:
+    """Return how many tokens have a text of at most that length."""
+    return bisect.bisect_right(range(len(ids) + 1), length, key=lambda i: len(decode(ids[:i]))) - 1
 
 
 def _find_end(ids: Sequence[int], config: GenerationConfig) -> int | None:
@@ -289,7 +294,10 @@ class GeneratingPipeline(TextPipeline):
         result = make_result(output, decode, config)
         if "token_logprobs" in output:
             ids = _text_tokens(output, decode, config)
-            begin = decode.thoughts.find(decode(ids), "length")[1] if decode.thoughts else 0
-            start = bisect.bisect_right(range(len(ids) + 1), begin, key=lambda i: len(decode(ids[:i]))) - 1
-            result |= describe_logprobs(output, ids, self.tokenizer, start if begin else 0)
+            begin, end = 0, len(ids)
+            if decode.thoughts:
+                _, start, stop = decode.thoughts.locate(decode(ids), result["finish_reason"])
+                begin = _count_tokens(ids, start, decode) if start else 0
+                end = end if stop is None else _count_tokens(ids, stop, decode)
+            result |= describe_logprobs(output, ids[:end], self.tokenizer, begin)
         return result
