@@ -292,7 +292,7 @@ def test_label_below_the_minimum_score_is_empty(classify):
     [
         ((), "has no labels of its own"),
         (("--labels", ""), "expected 2 to 1000 labels, got 0"),
-        (("--labels", "fox"), "expected 2 to 1000 labels, got 1"),
+        (("--labels", "fox"), "got 1\nhint: separate labels with commas"),
         (("--labels", ",".join(map(str, range(10_000)))), "expected 2 to 1000 labels, got 10000"),
         (("--labels", "fox, dog,fox "), "duplicate label 'fox'"),
         (("--labels", "fox,,dog"), "label is empty"),

@@ -44,8 +44,8 @@ def classify(
     \b
     llmcli classify --labels positive,negative "What a lovely day."
     llmcli classify --labels @topics.txt --lines -f headlines.txt
-    llmcli classify -m distilbert/distilbert-base-uncased-finetuned-sst-2-english --jsonl < reviews.jsonl
-    llmcli classify -m facebook/bart-large-mnli --labels sport,politics --multi-label --csv < news.csv
+    llmcli classify -m distilbert-sst2 --jsonl < reviews.jsonl
+    llmcli classify -m bart-large-mnli --labels sport,politics --csv < news.csv
     """
     known = None if labels is None else _read_labels(labels)
     for option, is_given in (("--calibrate", calibrate), ("--hypothesis", hypothesis is not None)):
@@ -88,8 +88,9 @@ def _read_labels(value: str) -> dict[str, str]:
     if len(labels) < len(rows):
         raise UsageError(f"--labels: duplicate label {max(names, key=names.count)!r}")
     if not 2 <= len(labels) <= MAX_LABELS:
-        why = "each record is compared with every label"
-        raise UsageError(f"--labels: expected 2 to {MAX_LABELS} labels, got {len(labels)}", hint=why)
+        many = "each record is compared with every label"
+        hint = many if len(labels) > 1 else "separate labels with commas: --labels a,b,c"
+        raise UsageError(f"--labels: expected 2 to {MAX_LABELS} labels, got {len(labels)}", hint)
     return labels
 
 

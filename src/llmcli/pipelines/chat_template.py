@@ -51,7 +51,7 @@ class ChatTemplate:
         """Raise UsageError for a variable that the template does not have. Warn if `think` changes nothing."""
         for name in options:
             if name in RESERVED or not re.search(rf"""(?<![\w.'"]){re.escape(name)}\b""", self._source):
-                raise UsageError(f"chat template has no variable {name!r}", hint="check --template-option")
+                raise UsageError(f"--template-option: chat template has no variable {name!r}")
         if think in (None, bool(self._marks)):
             return
         with suppress(RecordError):
