@@ -53,9 +53,9 @@ def test_options_are_grouped_in_help(llmcli):
     assert "\nChat template:\n  --think" in llmcli("chat", "--help").stdout
 
 
-def test_help_in_narrow_terminal_has_whole_words(llmcli, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
-    help = llmcli("classify", "--help").stdout
+@pytest.mark.slow
+def test_help_in_narrow_terminal_has_whole_words(process):
+    help = process("classify", "--help", env={**os.environ, "COLUMNS": "40"}).stdout.decode()
     assert "\n                probabilities for an\n" in help
 
 
