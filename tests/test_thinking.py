@@ -212,6 +212,7 @@ def test_unfinished_thought_of_chat_is_empty_answer(llmcli, speaker, count):
     for is_terminal in (False, True):
         ran = llmcli(*args, is_terminal=is_terminal)
         assert (ran.stdout, ran.stderr.count(UNFINISHED)) == ("\n", 1)
+    assert count == 1 or f"Paris.\x1b[0m\nwarning: {UNFINISHED}\n" in ran.stderr
 
 
 def test_model_that_ends_in_its_thought_has_no_answer(llmcli, speaker):
@@ -351,6 +352,24 @@ def test_no_think_that_template_cannot_do_warns(llmcli, speaker):
     ran = llmcli("chat", "a", "-m", speaker(PARTS), *GREEDY, "--no-think")
     assert (ran.stdout, "--no-think has no effect" in ran.stderr) == ("Rome.\n\n", True)
     assert llmcli("chat", "a", "-m", speaker(PARTS, OPENS), *GREEDY, "--no-think").stderr == ""
+
+
+CHANNELS = (
+    "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final{% endif %}<|message|>"
+    "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+
+def test_answer_without_thoughts_has_its_own_channel(llmcli, speaker, prompts):
+    special = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+    folder = speaker(["Rome."], CHANNELS, special, begins="<|message|>", eos="<|end|>", ends=["<|end|>"])
+    end = "«<|start|>»assistant«<|channel|>»final«<|message|>»"
+    for args in (("--no-think",), ("--choice", "Rome.", "--choice", "Oslo")):
+        assert llmcli("chat", "Where?", "-m", folder, *GREEDY, *args).stdout == "Rome.\n"
+        assert prompts[-1].endswith(f"Where?«<|end|>»{end}")
+    llmcli("classify", "--labels", "Rome.,Oslo", "Where?", "-m", folder)
+    assert llmcli("summarize", *TASKS["summarize"], "-m", folder).stdout == "Rome.\n"
+    assert prompts[-1].endswith(end)
 
 
 def test_answer_after_closed_thought_begins_without_space(llmcli, speaker):

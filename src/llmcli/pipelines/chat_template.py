@@ -44,8 +44,10 @@ class ChatTemplate:
             messages = [{"role": role, "content": "\n\n".join(content)}, *messages[len(content) - 1 :]]
         switches = {} if think is None else self._switches(think)
         prompt = self._apply(messages, add_generation_prompt=True, **{**switches, **(options or {})})
-        # Some templates begin a thought in any case.
-        return thoughts.close_thought(prompt, self._marks) if think is False else prompt
+        if think is not False or thoughts.find_at_end(prompt, self._marks, 1):
+            return prompt
+        # Some templates begin a thought in any case, and some models need the name of the answer's channel.
+        return prompt + self._final if self._final else thoughts.close_thought(prompt, self._marks)
 
     def check(self, think: bool | None, options: JsonObject) -> None:
         """Raise UsageError for a variable that the template does not have. Warn if `think` changes nothing."""
@@ -88,9 +90,19 @@ class ChatTemplate:
     @functools.cached_property
     def answer_space(self) -> str:
         """The white space that the template writes between the beginning of an answer's turn and the answer."""
-        before = self._try({"user": "x", "assistant": PROBE}).partition(PROBE)[0]
-        space = before.removeprefix(beginning := self._begin())
-        return space if before.startswith(beginning) and space.isspace() else ""
+        between = self._before_answer()
+        return between if between.isspace() else ""
+
+    @functools.cached_property
+    def _final(self) -> str:
+        """The marks that the template writes there if thinking is off."""
+        between = self._before_answer(**self._switches(False))
+        return between if self._marks and between.strip() else ""
+
+    def _before_answer(self, **settings: object) -> str:
+        before = self._try({"user": "x", "assistant": PROBE}, None, **settings).partition(PROBE)[0]
+        beginning = self._begin(**settings)
+        return before.removeprefix(beginning) if before.startswith(beginning) else ""
 
     def _begin(self, **settings: object) -> str:
         return self._try({"user": "x"}, None, add_generation_prompt=True, **settings)
