@@ -326,11 +326,8 @@ def test_label_below_the_minimum_score_is_empty(classify):
     [
         ((), "has no labels of its own"),
         (("--labels", ""), "expected 2 to 1000 labels, got 0"),
-        (("--labels", "fox"), "got 1\nhint: for a file of labels"),
-        (
-            ("--labels", ",".join(map(str, range(10_000)))),
-            "2 to 1000 labels, got 10000\nhint: each record",
-        ),
+        (("--labels", "fox"), "got 1\nhint: separate labels with commas"),
+        (("--labels", ",".join(map(str, range(10_000)))), "2 to 1000 labels, got 10000\nhint: each record"),
         (("--labels", "fox, dog,fox "), "duplicate label 'fox'"),
         (("--labels", "fox,fox"), "duplicate label 'fox'"),
         (("--labels", "fox,,dog"), "label is empty"),
@@ -396,9 +393,9 @@ SWITCH = "enable_thinking is defined and not enable_thinking"
 TEMPLATES = {  # what each writes before an answer, and in a prompt: the answer begins after both
     "space": ("[I] {{ m.content }} [/I]", " {{ m.content }}</s>", "", "[I] once [/I]", " "),
     "switch": ("[I] {{ m.content }} [/I]", " {{ m.content }}</s>", "{% if " + SWITCH + " %}<think></think>{% endif %}",
-               "[I] once [/I]<think></think>", ""),
+               "[I] once [/I]<think></think>", " "),
     "empty thought": ("U: {{ m.content }}</s>", "A: <think></think>\n{{ m.content }}</s>", "A: ",
-                      "U: once</s>A: <think></think>", "\n"),
+                      "U: once</s>A: <think></think>\n", ""),
     "open thought": ("U: {{ m.content }}</s>", "A: {{ m.content }}</s>", "A: <think>\n",
                      "U: once</s>A: <think>\n\n</think>\n\n", ""),
     "channels": ("<|start|>user<|message|>{{ m.content }}<|end|>",
@@ -413,7 +410,6 @@ def test_label_is_where_the_template_puts_an_answer(base, tmp_path, user, answer
 
     from llmcli import pipelines
     from llmcli.job import LoadOptions
-    from llmcli.pipelines.causal import CausalPipeline
 
     folder = make_model(tmp_path / "model", base, "llama", LLAMA | {"vocab_size": 500})
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -427,7 +423,6 @@ def test_label_is_where_the_template_puts_an_answer(base, tmp_path, user, answer
     messages = [{"role": "user", "content": "once"}]
     row = pipeline.preprocess({"prompt": messages, "labels": ["fox", "dog"]})
     assert tokenizer.decode(row["input_ids"].tolist()) == prompt
-    assert CausalPipeline.preprocess(pipeline, messages, is_constrained=True)["input_ids"] == row["input_ids"]
     assert row["labels"] == [tuple(plain(tokenizer, space + label)) for label in ("fox", "dog")]
 
 

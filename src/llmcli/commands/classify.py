@@ -43,8 +43,8 @@ def classify(
     \b
     llmcli classify --labels positive,negative "What a lovely day."
     llmcli classify --labels @topics.txt --lines -f headlines.txt
-    llmcli classify -m distilbert/distilbert-base-uncased-finetuned-sst-2-english --jsonl < reviews.jsonl
-    llmcli classify -m facebook/bart-large-mnli --labels sport,politics --multi-label --csv < news.csv
+    llmcli classify -m distilbert-sst2 --jsonl < reviews.jsonl
+    llmcli classify -m bart-large-mnli --labels sport,politics --csv < news.csv
     """
     known = None if labels is None else _read_labels(labels)
     for option, is_given in (("--calibrate", calibrate), ("--hypothesis", hypothesis is not None)):
@@ -83,7 +83,8 @@ def _read_labels(value: str) -> dict[str, str]:
         rows = [(label.strip(), "") for label in row]
     names = [label for label, _ in rows]
     if not 2 <= len(names) <= MAX_LABELS:
-        hint = "each record is compared with every label" if names[1:] else "for a file of labels: --labels @FILE"
+        many = "each record is compared with every label"
+        hint = many if len(names) > 1 else "separate labels with commas: --labels a,b,c"
         raise UsageError(f"--labels: expected 2 to {MAX_LABELS} labels, got {len(names)}", hint)
     if "" in names:
         raise UsageError("--labels: label is empty")

@@ -86,7 +86,7 @@ def run_language_model(job: Job, item: Item, model: LocalModel) -> TaskGenerator
     if labels is None:
         raise UsageError(f"{job.model} has no labels of its own", hint="pass --labels a,b,c or --labels @FILE")
     if given := next((option for name, option in HEAD_OPTIONS.items() if job.parameters.get(name)), None):
-        hint = "a language model chooses one label; use a classification head, such as -m bart-large-mnli"
+        hint = "use a model with a classification head, such as -m bart-large-mnli"
         raise UsageError(f"{given} cannot be used with {job.model}, a language model", hint=hint)
     template, fields = prompting.prompt_for(job, model), item[1]
     empty = template.render({**dict.fromkeys(fields, ""), "labels": fields["labels"]})
