@@ -294,7 +294,7 @@ VARIABLES = {
 def test_think_sets_what_template_reads(llmcli, speaker, prompts, kind):
     source, default, on, off = VARIABLES[kind]
     folder = speaker(["Rome."], f"[{source}]" + CHATML)
-    for system in ((), ("-s", "Be brief.")):
+    for system in [("-s", "Be brief."), *[()] * (kind in ("lines", "nemotron"))]:
         for options, value in (((), default), (("--think",), on), (("--no-think",), off)):
             ran = llmcli("chat", "Where?", *system, "-m", folder, *GREEDY, *options)
             assert (ran.exit_status, ran.stderr) == (0, "")
