@@ -89,7 +89,8 @@ class Thoughts:
             is_last = reason == "stop" and not (close and text[close.end() :].strip())
             if is_last and may_answer and not text.startswith("<|", before):
                 break
-            thoughts.append(CHANNEL.sub("\n\n", text[start : close.start() if close else None]).strip())
+            thought = text[start : close.start() if close else None]
+            thoughts.append((CHANNEL.sub("\n\n", thought) if "<|" in thought else thought).strip())
             if not close:
                 return thoughts, len(text), False
             start, end, may_answer = close.end(), None, self.can_think
@@ -130,7 +131,8 @@ class ThoughtFilter:
         self._text += piece
         thoughts, end, has_begun = self._thoughts.find(self._text)
         thought = "\n\n".join(filter(None, thoughts))
-        thought = thought if has_begun else MARK_AT_END.sub("", thought).rstrip()
+        if not has_begun:
+            thought = (thought[:-MARK_LENGTH] + MARK_AT_END.sub("", thought[-MARK_LENGTH:])).rstrip()
         if thought != self._shown and thought.startswith(self._shown):
             console.show_thought(thought.removeprefix(self._shown))
             self._shown = thought
