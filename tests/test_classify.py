@@ -3,6 +3,8 @@
 import functools
 import json
 import math
+import tomllib
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -535,6 +537,7 @@ def test_real_labels_equal_computation_by_hand(llmcli, smollm2, prompt):
     labels = ["sports", "sports and politics", "food", "<|im_end|>", "Food", "l'économie 🎉"]
     texts = ["The goalkeeper saved two penalties.", "Simmer the onions in butter until they are golden."]
     options = ("--prompt", prompt) if prompt else ()
+    template = tomllib.loads((files("llmcli.tasks") / "prompts.toml").read_text())["classify"]["base"]["prompt"]
     ran = llmcli("classify", "--dtype", "float32", "--labels", as_list(labels), *options, "--json", *texts)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float64)
@@ -545,7 +548,7 @@ def test_real_labels_equal_computation_by_hand(llmcli, smollm2, prompt):
             ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
             rows = [plain(tokenizer, label) for label in labels]
         else:
-            ids = plain(tokenizer, f"Categories: {', '.join(labels)}\n\nText: {text}\nCategory:")
+            ids = plain(tokenizer, template.format(labels=", ".join(labels), text=text))
             rows = [plain(tokenizer, f" {label}") for label in labels]
         expected = dict(zip(labels, probabilities(model, ids, rows), strict=True))
         assert scores(record) == pytest.approx(expected, abs=1e-3)
