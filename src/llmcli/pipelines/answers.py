@@ -270,8 +270,6 @@ class GeneratingPipeline(TextPipeline):
     @functools.cached_property
     def compile_grammar(self) -> GrammarCompiler:
         """Compiles grammars of constraints, to be used with `end_tokens` of a generation config."""
-        from llmcli.pipelines.constraints import GrammarCompiler
-
         return GrammarCompiler(self.tokenizer, self.model.config.get_text_config().vocab_size)
 
     def _constrain(
@@ -279,8 +277,6 @@ class GeneratingPipeline(TextPipeline):
     ) -> ConstraintProcessor | None:
         if not grammars or not any(grammars):
             return None
-        from llmcli.pipelines.constraints import ConstraintProcessor
-
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
         return ConstraintProcessor(self.compile_grammar, grammars, end_tokens(config), start, copies)
 

@@ -2,13 +2,16 @@
 
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import StoppingCriteria
 
-from llmcli.pipelines.answers import TokenDecoder
 from llmcli.text.splitting import first_stop
 from llmcli.text.thoughts import MARK_LENGTH
+
+if TYPE_CHECKING:
+    from llmcli.pipelines.answers import TokenDecoder
 
 BYTES_OF_SPECIALS = 8  # what a stop text's last tokens may have beside it
 
@@ -20,7 +23,7 @@ class NewTextStopCriteria(StoppingCriteria):  # type: ignore[misc]  # transforme
     of the prompts. Several rows, sequences or beams, may share a decoder.
     """
 
-    def __init__(self, decoders: Sequence[TokenDecoder], stops: Sequence[str], start: int) -> None:
+    def __init__(self, decoders: Sequence["TokenDecoder"], stops: Sequence[str], start: int) -> None:
         self.decoders, self.stops, self.start = decoders, stops, start
         # A token is at least a byte: no stop text reaches further back, from the newest token, than this.
         self.reach = max(len(stop.encode()) for stop in stops) + BYTES_OF_SPECIALS
