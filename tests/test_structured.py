@@ -140,6 +140,25 @@ def test_batches_force_tokens_where_padding_changes_nothing(load_kind, passes, k
     assert bool(passes) is can_force
 
 
+def test_names_of_added_tokens_are_text(tiny, tmp_path):
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    names = ["<think>", "</think>", "[INST]", "é ｜x▁", "two words"]
+    tokenizer.add_tokens([AddedToken(name, special=i == 3, normalized=False) for i, name in enumerate(names)])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    pipeline = load(make_model("llama", tmp_path / "tokenizer", tmp_path / "model"))
+    answers = [*names, "<think>a</think>", "a</s><think>", "<think", "é ｜x▁ [INST] two words"]
+    constraints = [{"choice": [answer]} for answer in answers]
+    constraints += [{"schema": {"const": {answer: answer}}} for answer in answers]
+    answers += [json.dumps({answer: answer}, ensure_ascii=False, separators=(",", ":")) for answer in answers]
+    grammars = [*map(to_grammar, constraints)]
+    options = {"max_new_tokens": 100}
+    assert texts(generate(pipeline, ["the"] * len(grammars), options, constraints=grammars)) == answers
+    assert texts(generate(pipeline, ["the"], options, constraints=grammars[5:6])) == answers[5:6]
+
+
 def test_row_limits_and_forced_tokens(llama):
     grammars = [to_grammar({"schema": LONG_NAMES})] * 3
     outputs = generate(llama, PROMPTS[:3], SHORT, constraints=grammars, max_new_tokens=[5, 120, 9])

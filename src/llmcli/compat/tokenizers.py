@@ -1,7 +1,7 @@
 """What fast tokenizers tell of themselves: their decoder, and how to decode a stream of tokens."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -48,12 +48,27 @@ def special_names(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     return [token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
 
 
-def hide_names(tokenizer: "PreTrainedTokenizerBase", names: Iterable[str]) -> str:
-    """Return a fast tokenizer as JSON in which special tokens have other names, so that no text is read as one."""
-    text: str = tokenizer.backend_tokenizer.to_str()
-    for name in names:
-        text = text.replace(json.dumps(name, ensure_ascii=False), json.dumps(f"\0{name}", ensure_ascii=False))
-    return text
+def hide_names(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return a fast tokenizer as JSON, for llguidance: no text has the names of its special tokens.
+
+    llguidance also takes an added token as special if its name is in angle brackets. The text of such a name would have
+    to be this token, which is not allowed in a text. Raises ValueError for a slow tokenizer.
+    """
+    if not (backend := getattr(tokenizer, "backend_tokenizer", None)):
+        raise ValueError("only fast tokenizers are supported")
+    data = json.loads(backend.to_str()) | {"padding": None, "truncation": None, "post_processor": None}
+    names = {}
+    for token in data["added_tokens"]:
+        name = token["content"]
+        if token["special"] or (name.startswith("<") and name.endswith(">")):
+            token["content"] = names[name] = f"\0{name}"
+    model, vocab = data["model"], data["model"]["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(piece, piece): id for piece, id in vocab.items()}
+        model["unk_token"] = names.get(model.get("unk_token"), model.get("unk_token"))
+    else:  # of Unigram models
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
+    return json.dumps(data)
 
 
 def decode_stream(tokenizer: "PreTrainedTokenizerBase", before: Sequence[int]) -> Callable[[int], str | None] | None:

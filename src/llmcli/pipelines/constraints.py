@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from llguidance import LLExecutor, LLMatcher, LLTokenizer, hf
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from llmcli.compat.tokenizers import hide_names, special_names
+from llmcli.compat.tokenizers import hide_names
 from llmcli.errors import RecordError, UsageError, first_line
 
 TABLES = 4
@@ -31,21 +31,18 @@ class GrammarCompiler:
         return self._matcher(grammar, tuple(ends))
 
     def _compile(self, grammar: str, ends: tuple[int, ...]) -> LLMatcher:
-        names = tuple(filter(grammar.__contains__, special_names(self._tokenizer)))
-        matcher = LLMatcher(self._table(ends, names), grammar, log_level=0)
+        matcher = LLMatcher(self._table(ends), grammar, log_level=0)
         if matcher.is_error():
             reason = matcher.get_error().partition("\n")[0]
             raise RecordError("invalid_constraint", f"invalid constraint: {reason}")
         return matcher
 
-    def _make_table(self, ends: tuple[int, ...], names: tuple[str, ...]) -> LLTokenizer:
-        """Return llguidance's table of all tokens, which may take seconds. The special names are text in it."""
+    def _make_table(self, ends: tuple[int, ...]) -> LLTokenizer:
+        """Return llguidance's table of all tokens, which may take seconds."""
         if not ends:
             raise UsageError("model cannot have constrained answers: it has no token that ends an answer")
         try:
-            if names:
-                return LLTokenizer(hide_names(self._tokenizer, names), self.vocab_size, list(ends))
-            return hf.from_tokenizer(self._tokenizer, self.vocab_size, list(ends))
+            return LLTokenizer(hide_names(self._tokenizer), self.vocab_size, list(ends))
         except ValueError as exc:  # slow tokenizers, and WordPiece, which does not keep a text as it is
             raise UsageError(
                 f"model cannot have constrained answers: {first_line(exc)}",
