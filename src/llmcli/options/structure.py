@@ -61,7 +61,7 @@ class StructureOptions:
             return value or None
         try:
             if name == "grammar" or not (value.lstrip().startswith("{") or value in ("true", "false")):
-                value = Path(value).read_text(encoding="utf-8")
+                value = Path(value).read_text(encoding="utf-8-sig")
             return json.loads(value) if name == "schema" else value
         except OSError as exc:
             hint = """JSON begins with "{", e.g. '{"type": "object"}'""" if name == "schema" else None
