@@ -138,7 +138,7 @@ def test_logprobs_of_several_sequences_are_of_the_first(folders):
 
 
 def test_logprobs_with_beams_are_refused(folders):
-    with pytest.raises(UsageError, match="--logprobs cannot be used with --num-beams"):
+    with pytest.raises(UsageError, match="--logprobs requires greedy decoding or sampling"):
         generate(load(folders("llama")), PROMPTS, {"num_beams": 2}, logprobs=0)
 
 

@@ -25,7 +25,7 @@ def byte_alphabet() -> dict[str, int]:
 def read_as_text(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Let a tokenizer read the names of special tokens, such as `</s>`, in a text as text."""
     tokenizer.split_special_tokens = True
-    names = special_names(tokenizer)
+    names = [token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not names:
         return
@@ -42,10 +42,6 @@ def read_as_text(tokenizer: "PreTrainedTokenizerBase") -> None:
         usual = [backend.normalizer] if backend.normalizer else []
         changes = [normalizers.Replace(name, f"‹{name[1:]}") for name in known]
         backend.normalizer = normalizers.Sequence([*usual, *changes])
-
-
-def special_names(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    return [token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
 
 
 def hide_names(tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -3,9 +3,10 @@
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-from llmcli.errors import RecordError, UsageError
+from llmcli.errors import RecordError
 from llmcli.job import JsonObject
 from llmcli.text.constraints import accepts, parse_json
 
@@ -42,29 +43,18 @@ def check_answer(constraint: JsonObject, text: str, finish_reason: str | None) -
 
 def _is_valid(schema: Any, text: str) -> bool:
     """Return whether JSON text is valid by a schema: properties may come in another order than llguidance's."""
-    try:
-        from jsonschema import Draft202012Validator, ValidationError
-        from jsonschema.validators import extend, validator_for
-        from referencing import Registry
-    except ImportError as exc:
-        raise UsageError(
-            "--schema with --endpoint requires the jsonschema package", hint="run `pip install 'llmcli[openai]'`"
-        ) from exc
+    from jsonschema import Draft202012Validator, ValidationError
+    from jsonschema.validators import extend, validator_for
+    from referencing import Registry
 
-    def match(keyword: str) -> Any:
-        """Return a check of texts by llguidance, where the pattern of a stranger takes no longer than another."""
+    # Python's `re` may take for ever with the pattern of a stranger: llguidance does not.
+    def check(keyword: str, _: object, expected: object, value: object, __: object) -> Iterator[ValidationError]:
+        if isinstance(value, str) and not accepts({"schema": {"type": "string", keyword: expected}}, json.dumps(value)):
+            yield ValidationError(keyword)
 
-        def check(_: object, expected: object, value: object, __: object) -> Iterator[ValidationError]:
-            if isinstance(value, str) and not accepts(
-                {"schema": {"type": "string", keyword: expected}}, json.dumps(value)
-            ):
-                yield ValidationError(keyword)
-
-        return check
-
-    if '"patternProperties"' in json.dumps(schema):  # Python would search for these patterns.
+    if '"patternProperties"' in json.dumps(schema):
         return False
-    checks = {keyword: match(keyword) for keyword in ("pattern", "format")}
+    checks = {keyword: partial(check, keyword) for keyword in ("pattern", "format")}
     validator = extend(validator_for(schema, Draft202012Validator), checks)
     return bool(validator(schema, registry=Registry()).is_valid(parse_json(text)))
 

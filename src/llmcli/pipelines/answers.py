@@ -231,7 +231,7 @@ class GeneratingPipeline(TextPipeline):
         recorder = None
         if logprobs is not None:
             if not is_plain:
-                raise UsageError("--logprobs cannot be used with --num-beams")
+                raise UsageError("--logprobs requires greedy decoding or sampling")
             ends.append(recorder := TokenLogprobs(self.model, logprobs))
         constraint = self._constrain(constraints, config, start)
         settings: dict[str, Any] = {"logits_processor": LogitsProcessorList([constraint])} if constraint else {}
