@@ -17,7 +17,7 @@ from llmcli.errors import LlmcliError
 from llmcli.job import JsonObject
 
 CHECK_TIMEOUT_S = 10.0
-JSON_STYLE = {"whitespace_flexible": False, "lenient": False, "item_separator": ",", "key_separator": ":"}
+JSON_STYLE: Any = {"whitespace_flexible": False, "lenient": False, "item_separator": ",", "key_separator": ":"}
 MAX_EXACT = 2**53  # llguidance reads larger numbers of a schema as float64
 WALKED_BYTES = 8  # of an answer: a part of the work is left until then
 NOISE = re.compile(r"^at \d+\(\d+\): |\. Enable .*|; following .*| and retrieving it failed: .*")
