@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from causal_kinds import KINDS, generate, load, make_model
+from causal_kinds import FAST_KINDS, generate, load, make_model
 from conftest import WORDS
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -62,7 +62,7 @@ def check(folder, pipeline, prompt, output):
     assert output["mean_logprob"] == (mean and pytest.approx(mean, abs=1e-4))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAST_KINDS)
 def test_logprobs_equal_float64_alone_and_in_batches(folders, kind):
     folder = folders(kind)
     pipeline = load(folder)
