@@ -1,7 +1,6 @@
-"""What fast tokenizers tell of themselves: their decoder, and how to decode a stream of tokens."""
+"""What fast tokenizers tell of themselves: their decoder, and their special tokens."""
 
 import json
-from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -65,17 +64,3 @@ def hide_names(tokenizer: "PreTrainedTokenizerBase") -> str:
     else:  # of Unigram models
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
     return json.dumps(data)
-
-
-def decode_stream(tokenizer: "PreTrainedTokenizerBase", before: Sequence[int]) -> Callable[[int], str | None] | None:
-    """Return a function from the next token after `before` to new text; None for slow tokenizers.
-
-    It returns nothing while a character is unfinished, and raises if the text before it would change.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    from tokenizers.decoders import DecodeStream
-
-    stream = DecodeStream(ids=list(before), skip_special_tokens=True)
-    return lambda token: stream.step(backend, token)
