@@ -68,6 +68,7 @@ def _check(name: str, value: object) -> object:
         raise ValueError(f"unknown setting {name!r}{config.did_you_mean(name, KNOWN)}")
     if value is None:
         return None
+    json.dumps(value, ensure_ascii=False).encode()  # raises ValueError for half a character
     if bounds := BOUNDS.get(ALIASES.get(name, name)):
         kind, low, high = bounds
         is_number = isinstance(value, int | kind) and not isinstance(value, bool)
