@@ -317,4 +317,4 @@ def test_tokenizers_that_change_or_hide_the_text_are_refused():
     backend.decoder = decoders.WordPiece()
     for tokenizer in (PreTrainedTokenizerFast(tokenizer_object=backend), ByT5Tokenizer()):
         with pytest.raises(UsageError, match="model cannot have constrained answers"):
-            GrammarCompiler(tokenizer, 400)("start: /a/", [1])
+            GrammarCompiler(tokenizer, 400).compile("start: /a/", (1,))

@@ -36,7 +36,6 @@ PROTOCOL_NAMES = {
     "stop_strings": "stop",
     "num_return_sequences": "n",
 }
-SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p")  # any of them turns sampling on
 SWITCHABLE = ("vllm", "sglang", "llamacpp")  # who owns the models of servers that accept chat_template_kwargs
 
 
@@ -241,7 +240,7 @@ def protocol_options(job: Job, strategy: Strategy, model: RemoteModel) -> dict[s
     options = {**task, **job.generation, **({} if job.seed is None else {"seed": job.seed})}
     if isinstance(options.get("stop_strings"), str):
         options["stop_strings"] = [options["stop_strings"]]
-    if options.pop("do_sample", None) is False and job.generation.keys().isdisjoint(SAMPLING_OPTIONS):
+    if options.pop("do_sample", None) is False and job.generation.keys().isdisjoint(generation.SAMPLING):
         options["temperature"] = 0
     named = {PROTOCOL_NAMES.get(name, name): value for name, value in options.items() if value is not None}
     owner = next((item.owned_by for item in model.models if item.id == model.name), "")

@@ -111,7 +111,9 @@ class PendingRecord:
             except StopIteration as stop:
                 self.result = self._make_result(stop.value)
                 return
-            settings = self.settings if self.call.is_final or not self.settings else self.settings.without_constraint()
+            settings = self.settings
+            if settings and not self.call.is_final:
+                settings = replace(settings, constraint=None)
             self.requests = [Request(item, settings) for item in self.call.inputs]
         except RecordError as exc:
             self.fail(exc)
@@ -286,15 +288,13 @@ class JobRun:
 
 def _strip_stream(on_text: OnText) -> OnText:
     """Return a function that passes pieces of text on, without the white space around the whole."""
-    held, has_begun = "", False
+    whole, end = "", 0
 
     def pass_on(piece: str) -> None:
-        nonlocal held, has_begun
-        text = held + piece if has_begun else (held + piece).lstrip()
-        shown = text.rstrip()
-        held = text[len(shown) :]
-        if shown:
-            has_begun = True
+        nonlocal whole, end
+        whole = (whole + piece) if whole else piece.lstrip()
+        if shown := whole[end:].rstrip():
+            end += len(shown)
             on_text(shown)
 
     return pass_on

@@ -2,7 +2,7 @@
 
 import functools
 import os.path
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -24,13 +24,10 @@ class GrammarCompiler:
         self.vocab_size = max(vocab_size, len(tokenizer))
         self._tokenizer = tokenizer
         self._table = functools.lru_cache(TABLES)(self._make_table)
-        self._matcher = functools.lru_cache(COMPILED_GRAMMARS)(self._compile)
-
-    def __call__(self, grammar: str, ends: Iterable[int]) -> LLMatcher:
-        """Return the matcher, to be copied, of a grammar for answers that end with one of these tokens."""
-        return self._matcher(grammar, tuple(ends))
+        self.compile = functools.lru_cache(COMPILED_GRAMMARS)(self._compile)
 
     def _compile(self, grammar: str, ends: tuple[int, ...]) -> LLMatcher:
+        """Return the matcher, to be copied, of a grammar for answers that end with one of these tokens."""
         matcher = LLMatcher(self._table(ends), grammar, log_level=0)
         if matcher.is_error():
             reason = matcher.get_error().partition("\n")[0]
@@ -63,7 +60,7 @@ class ConstraintProcessor(LogitsProcessor):  # type: ignore[misc]  # transformer
     def __init__(
         self, compiler: GrammarCompiler, grammars: Sequence[str | None], ends: list[int], start: int, copies: int
     ) -> None:
-        matchers = [compiler(grammar, ends) if grammar else None for grammar in grammars]
+        matchers = [compiler.compile(grammar, tuple(ends)) if grammar else None for grammar in grammars]
         self.matchers = [matcher and matcher.deep_copy() for matcher in matchers for _ in range(copies)]
         self.compiler, self.ends, self.start, self.copies = compiler, ends, start, copies
         self._tokens = [list[int]() for _ in matchers for _ in range(copies)]  # which each matcher has read
