@@ -144,15 +144,16 @@ def _check_completion(text: str, reason: str, count: int, state: int) -> tuple[s
     return text, "stop" if state == 2 else reason, count
 
 
-def _text_tokens(output: Mapping[str, Any], decode: TokenDecoder, config: GenerationConfig) -> list[int]:
-    """Return the tokens of the first answer's text: not the one that ends it, and not those of a stop text."""
+def _text_tokens(output: Mapping[str, Any], decode: TokenDecoder, config: GenerationConfig) -> tuple[list[int], int]:
+    """Return the tokens of the first answer's text, without those that end it, and how many are a thought's."""
     ids: list[int] = output["sequences"][0, 0].tolist()[: output.get("max_new_tokens")]
-    if end := _find_end(ids, config):
-        ids = ids[: end - 1]
-    cut = decode.find_stop(decode(ids), config.stop_strings or (), "length")
-    if cut is None:
-        return ids
-    return ids[: bisect.bisect_right(range(len(ids) + 1), cut, key=lambda i: len(decode(ids[:i]))) - 1]
+    ids = ids[: (_find_end(ids, config) or len(ids) + 1) - 1]
+    text = decode(ids)
+    cut = decode.find_stop(text, config.stop_strings or (), "length")
+    begin = decode.thoughts.find(text, "length")[1] if decode.thoughts else 0
+    places = begin, len(text) if cut is None else cut
+    start, end = (bisect.bisect_right(range(len(ids)), at, key=lambda i: len(decode(ids[: i + 1]))) for at in places)
+    return ids[:end], start if begin else 0
 
 
 def _find_end(ids: Sequence[int], config: GenerationConfig) -> int | None:
@@ -274,8 +275,6 @@ class GeneratingPipeline(TextPipeline):
         decode, config = self.decoder(output), generation_config or self.model.generation_config
         result = make_result(output, decode, config)
         if "token_logprobs" in output:
-            ids = _text_tokens(output, decode, config)
-            begin = decode.thoughts.find(decode(ids), "length")[1] if decode.thoughts else 0
-            start = bisect.bisect_right(range(len(ids) + 1), begin, key=lambda i: len(decode(ids[:i]))) - 1
-            result |= describe_logprobs(output, ids, self.tokenizer, start if begin else 0)
+            ids, start = _text_tokens(output, decode, config)
+            result |= describe_logprobs(output, ids, self.tokenizer, start)
         return result
