@@ -325,3 +325,28 @@ def test_broken_device_ends_the_run(tiny, monkeypatch, count):
     with pytest.raises(DeviceError, match=r"device failed: CUDA error: device-side assert triggered$"):
         list(engines.engine_for(job).run(job, [Record({"text": f"fox {number}"}) for number in range(count)]))
     assert len(calls) <= 2
+
+
+def test_token_policy_leaves_out_the_shared_beginning(memory):
+    policy = TokenBatchPolicy(3, "cpu", memory)
+    policy.shared_tokens = 1000
+    assert len(policy.choose([5] * 9)) == 9  # 45 of 48 tokens
+    policy.observe_out_of_memory([5] * 9)
+    assert len(policy.choose([5] * 9)) == 3  # A batch has its own copy of the beginning.
+
+
+def test_labels_after_a_long_prompt_share_large_batches(llmcli, chatty, monkeypatch):
+    from llmcli.pipelines.labels import LabelPipeline
+
+    sizes, whole = list[int](), LabelPipeline._forward
+
+    def forward(self, inputs, **settings):
+        sizes.append(len(inputs["input_ids"]))
+        return whole(self, inputs, **settings)
+
+    monkeypatch.setattr(LabelPipeline, "_forward", forward)
+    prompt = "the quick brown fox " * 60 + "{text}"
+    lines = "".join(f"the fox {i}\n" for i in range(100))
+    ran = llmcli("classify", "--lines", "-m", chatty, "--labels", "a,b", "--prompt", prompt, stdin=lines.encode())
+    assert (ran.exit_status, sum(sizes)) == (0, 100)
+    assert len(sizes) < 10

@@ -104,7 +104,8 @@ class BatchRunner:
             batch = [row for row in batch if row.config is first.config]
             if self._config and not self.pipeline.can_mix_limits:
                 batch = [row for row in batch if row.max_new_tokens == first.max_new_tokens]
-            batch = [batch[i] for i in self.policy.choose([row.length for row in batch])]
+            self.policy.shared_tokens = len(self._prefix[0]) if self._can_share_prefix else 0
+            batch = [batch[i] for i in self.policy.choose(self._own_lengths(batch))]
         chosen = set(map(id, batch))
         self.queue = [row for row in self.queue if id(row) not in chosen]
         self._run_batch(batch, on_text if len(batch) == 1 else None)
@@ -150,7 +151,7 @@ class BatchRunner:
             is_oom = is_out_of_memory(exc)
         # Out here, the exception no longer holds the memory of the failed batch.
         if is_oom:
-            self.policy.observe_out_of_memory([row.length for row in rows])
+            self.policy.observe_out_of_memory(self._own_lengths(rows))
             console.warning(f"out of memory with a batch of {len(rows)} records; retrying with smaller batches")
             self.queue = rows + self.queue
         else:
@@ -170,7 +171,7 @@ class BatchRunner:
         start = time.perf_counter()
         outputs = self.pipeline.forward(inputs, **settings)
         if is_measured:
-            lengths = [row.length for row in rows]
+            lengths = self._own_lengths(rows)
             # Only the time of decoding steps tells whether a batch has a good size: prefill depends on the prompts.
             speed = len(rows) * settings["criteria"][0].speed if self._config else 0.0
             self.policy.observe(lengths, speed or len(rows) * max(lengths) / (time.perf_counter() - start))
@@ -198,6 +199,10 @@ class BatchRunner:
             decode = self.pipeline.decoder(rows[0].inputs)
             settings["streamer"] = DeltaStreamer(decode, config.stop_strings or (), on_text)
         return settings
+
+    def _own_lengths(self, rows: list[Row]) -> list[int]:
+        """Return how many tokens of each row a batch computes: those after the prefix."""
+        return [max(1, row.length - self.policy.shared_tokens) for row in rows]
 
     def _find_prefix(self, rows: list[Row]) -> "tuple[list[int], Cache | None] | None":
         """Return the tokens that all prompts of this batch and earlier ones begin with, and their keys and values."""

@@ -100,6 +100,7 @@ class BatchPolicy:
         self, size: int | None, device: str, memory: MemoryEstimator, answer_tokens: int = 0, is_fixed: bool = False
     ) -> None:
         self.memory = memory
+        self.shared_tokens = 0  # of each row, which no batch computes again, but copies
         self.size = size or INITIAL_ROWS
         self._max_size = size or MAX_ROWS.get(device, MAX_ROWS_ACCELERATOR)
         self._tokens_per_row = TOKENS_PER_ROW.get(device, TOKENS_PER_ROW_ACCELERATOR)
@@ -137,7 +138,7 @@ class BatchPolicy:
 
     def _count_tokens(self, lengths: Sequence[int]) -> int:
         """Return the tokens of a batch, with padding and answers."""
-        return len(lengths) * (max(lengths) + self._answer_tokens)
+        return len(lengths) * (self.shared_tokens + max(lengths) + self._answer_tokens)
 
     def _select(self, lengths: Sequence[int], size: int) -> list[int]:
         """Return the indices of the first row and of rows of similar length, at most `size`.
@@ -172,4 +173,4 @@ class TokenBatchPolicy(BatchPolicy):
         return batch
 
     def _measure(self, lengths: Sequence[int]) -> int:
-        return self._count_tokens(lengths) // self._tokens_per_row
+        return len(lengths) * max(lengths) // self._tokens_per_row

@@ -23,7 +23,7 @@ class NewTextStopCriteria(StoppingCriteria):  # type: ignore[misc]  # transforme
     of the prompts. Several rows, sequences or beams, may share a decoder.
     """
 
-    def __init__(self, decoders: Sequence["TokenDecoder"], stops: Sequence[str], start: int) -> None:
+    def __init__(self, decoders: "Sequence[TokenDecoder]", stops: Sequence[str], start: int) -> None:
         self.decoders, self.stops, self.start = decoders, stops, start
         # A token is at least a byte: no stop text reaches further back, from the newest token, than this.
         self.reach = max(len(stop.encode()) for stop in stops) + BYTES_OF_SPECIALS

@@ -16,7 +16,7 @@ from llmcli.tasks.fields import FilledTemplate, check_template, fill_template
 GREEDY = {"do_sample": False, "max_new_tokens": 256}
 PRESET_KEYS = {"description": str, "prompt": str, "begins": str, "options": dict}
 PROMPT_KEYS: dict[str, Any] = {
-    **dict.fromkeys(("system", "user", "prompt"), str),
+    **dict.fromkeys(("style", "system", "user", "prompt"), str),
     **dict.fromkeys(("max_new_tokens", "part", "condense"), int),
     **dict.fromkeys(("stop", "unknown"), list[str]),
     "examples": list,
@@ -64,7 +64,7 @@ def prompt_for(job: Job, model: TaskModel) -> TaskPrompt:
     """Return the prompt of the job's task for its model. The job's parameter `prompt` is a template in its place."""
     styles, own = load_prompts()[job.task], job.parameters.get("prompt")
     style = styles.get(job.model, {})
-    is_chat = model.is_chat and (own is not None or "prompt" not in style)
+    is_chat = model.is_chat and (own is not None or style.get("style") != "base")
     table = styles["chat" if is_chat else "base"] | style
     settings = {"max_new_tokens": table.get("max_new_tokens"), **table.get("options", {})}
     if (stop := table.get("stop")) and not (own and is_chat):
