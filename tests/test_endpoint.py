@@ -760,3 +760,12 @@ def test_endpoint_logprobs_have_one_shape(served, server, command):
     assert record["mean_logprob"] == -0.5
     expected = {"logprobs": 1} if command == "generate" else {"logprobs": True, "top_logprobs": 1}
     assert expected.items() <= server.bodies[0].items()
+
+
+def test_endpoint_form_that_the_server_lacks_is_refused(served, server):
+    server.owner = "llamacpp"
+    ran = served("chat", "--regex", "a", "hello")
+    assert (ran.exit_status, ran.stderr) == (2, "error: llama-server does not support regex\nhint: use a schema\n")
+    stdin = b'{"text": "a", "o": {"regex": "a"}}\n{"text": "b"}\n'
+    ran = served("chat", "--jsonl", "--settings-field", "o", stdin=stdin)
+    assert [record.get("error", {}).get("type") for record in ran.records] == ["request_rejected", None]

@@ -52,7 +52,10 @@ class EndpointEngine(TaskEngine):
 
     def make_runner(self, job: Job, strategy: Strategy, model: "RemoteModel") -> "EndpointRunner":
         _ = model.models  # raises if the server cannot be reached
-        return EndpointRunner(job, strategy, model)
+        try:
+            return EndpointRunner(job, strategy, model)
+        except RecordError as exc:  # what would be wrong with every record
+            raise UsageError(exc.message, exc.hint) from exc
 
     def local(self) -> TaskEngine:
         from llmcli.engines.local import LocalEngine
