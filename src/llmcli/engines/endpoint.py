@@ -212,10 +212,8 @@ class EndpointRunner:
         try:
             yield
         except openai.APIStatusError as exc:
-            code, message = (
-                exc.status_code,
-                f"server returned HTTP {exc.status_code}: {_error_text(exc.body or exc.message)}",
-            )
+            code = exc.status_code
+            message = f"server returned HTTP {code}: {_error_text(exc.body or exc.message)}"
             if code in (401, 403):
                 raise ModelUnavailableError(message, hint="set LLMCLI_API_KEY to the server's key") from exc
             if code == 404:
@@ -269,9 +267,8 @@ def make_client(endpoint: str) -> "OpenAI":
         import jsonschema  # noqa: F401  # needed for answers to schemas
         import openai
     except ImportError as exc:
-        raise UsageError(
-            f"--endpoint requires the {exc.name} package", hint="run `pip install 'llmcli[openai]'`"
-        ) from exc
+        hint = "run `pip install 'llmcli[openai]'`"
+        raise UsageError(f"--endpoint requires the {exc.name} package", hint) from exc
     openai_key = os.environ.get("OPENAI_API_KEY") if url.scheme == "https" else None  # not to be sent unencrypted
     key = os.environ.get("LLMCLI_API_KEY") or openai_key or "none"
     base_url = endpoint if url.path.strip("/") else f"{endpoint.rstrip('/')}/v1"

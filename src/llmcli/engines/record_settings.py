@@ -88,9 +88,7 @@ def _check(name: str, value: object) -> object:
 def _check_constraint(constraint: JsonObject) -> None:
     if len(constraint) > 1:
         raise ValueError(f"{' and '.join(constraint)} cannot be used together")
-    if constraint and (length := len(json.dumps(constraint))) > MAX_CHARACTERS:
-        raise ValueError(
-            f"{next(iter(constraint))} has {length} characters, which exceeds the maximum {MAX_CHARACTERS}"
-        )
     if constraint:
+        if (length := len(json.dumps(constraint))) > MAX_CHARACTERS:
+            raise ValueError(f"constraint has {length} characters, which exceeds the maximum {MAX_CHARACTERS}")
         check_constraint(constraint, CHECK_TIMEOUT_S)
