@@ -1,5 +1,6 @@
 """classify: probabilities of labels against a computation by hand, options, errors."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -45,13 +46,18 @@ def probabilities(model, prompt: list[int], labels: list[list[int]]) -> list[flo
     return [value / sum(own) for value in own]
 
 
-def by_hand(folder: Path, text: str, labels: list[str], prompt: str = PROMPT) -> dict[str, float]:
-    """The same from texts, for a chat model or a base model, by tokenizers alone."""
+@functools.lru_cache(maxsize=2)
+def load_exact(folder: Path):
+    """Return a tokenizer and a model in float64."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    return AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+
+
+def by_hand(folder: Path, text: str, labels: list[str], prompt: str = PROMPT) -> dict[str, float]:
+    """The same from texts, for a chat model or a base model, by tokenizers alone."""
+    tokenizer, model = load_exact(folder)
     content = prompt.replace("{text}", text).replace("{labels}", ", ".join(labels))
     if tokenizer.chat_template:
         # Special tokens of the text stand in the template alone here.
@@ -90,10 +96,15 @@ def lines(texts: list[str]) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
-@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def cases(names, quick: tuple[str, ...]) -> list:
+    """Return the names, as slow tests if they are not quick ones."""
+    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in names]
+
+
+@pytest.mark.parametrize("name", cases(LABELS, ("lengths", "two_extensions", "special", "unicode")))
 @pytest.mark.parametrize("model", ["chatty", "base"])
-def test_labels_equal_computation_by_hand(llmcli, request, model, labels):
-    folder = request.getfixturevalue(model)
+def test_labels_equal_computation_by_hand(llmcli, request, model, name):
+    folder, labels = request.getfixturevalue(model), LABELS[name]
     options = "-m", folder, "--dtype", "float32", "--prompt", PROMPT, "--labels", as_list(labels), "--jsonl"
     ran = llmcli("classify", *options, stdin=lines(TEXTS))
     assert ran.exit_status == 0, ran.stderr
@@ -140,9 +151,9 @@ def make_model(folder: Path, tokenizer: Path, kind: str, settings: dict) -> Path
     return folder
 
 
-@pytest.mark.parametrize(("kind", "settings"), ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_labels_on_other_architectures_equal_by_hand(llmcli, base, tmp_path, kind, settings):
-    folder = make_model(tmp_path / "model", base, kind, settings)
+@pytest.mark.parametrize("name", cases(ARCHITECTURES, ("gpt2", "window_between", "mamba")))
+def test_labels_on_other_architectures_equal_by_hand(llmcli, base, tmp_path, name):
+    folder = make_model(tmp_path / "model", base, *ARCHITECTURES[name])
     labels = ["fox", "fox and dog", "lazy fox and then", "lazy dog"]
     options = "-m", folder, "--dtype", "float32", "--prompt", SHARED, "--labels", as_list(labels), "--jsonl"
     together = llmcli("classify", *options, stdin=lines(TEXTS))
@@ -174,7 +185,7 @@ def make_sentencepiece(folder: Path) -> Path:
     return make_model(folder / "model", folder / "tokenizer", "llama", LLAMA)
 
 
-@pytest.mark.parametrize("name", ["words", "lengths", "chain", "special", "unicode"])
+@pytest.mark.parametrize("name", cases(LABELS, ("special", "unicode")))
 def test_sentencepiece_labels_equal_by_hand(llmcli, tmp_path, name):
     folder, labels = make_sentencepiece(tmp_path), LABELS[name]
     options = "-m", folder, "--dtype", "float32", "--prompt", PROMPT, "--labels", as_list(labels), "--jsonl"
@@ -231,17 +242,17 @@ def test_prompt_is_filled_with_fields_and_labels(classify, base):
     (record,) = classify(*options, "--jsonl", stdin=b'{"title": "sun", "text": "a lazy dog"}').records
     expected = by_hand(base, "a lazy dog", ["sun", "warm dog"], prompt.replace("{title}", "sun"))
     assert scores(record) == pytest.approx(expected, abs=1e-3)
-    assert "missing field 'title'" in classify(*options, "x").stderr
+    assert "missing field 'title': available fields: text\n" in classify(*options, "x").stderr
+    reviews = "--prompt", "{labels}? {review}:", "--labels", "sun,fox", "--jsonl"
+    empty, missing = classify(*reviews, "--field", "review", stdin=b'{"review": " "}\n{"body": ""}').records
+    assert empty["label"] is None  # whatever the labels are
+    assert missing["error"]["message"] == "missing field 'review': available fields: body"
 
 
 @pytest.mark.parametrize("end", [": ", ":\n", ":\n\n", " ", "("])
 def test_label_joins_a_prompt_as_text_goes_on(classify, base, end):
     """The end of the prompt, its spaces included, and a label are divided into tokens together."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    tokenizer, model = load_exact(base)
     labels = ["quick", "warm sun", "zebra"]
     space = "" if end[-1].isspace() else " "
     rows = [plain(tokenizer, f"the fox{end}{space}{label}") for label in labels]
@@ -260,6 +271,29 @@ def test_calibrated_scores_are_divided_by_those_of_an_empty_text(classify, reque
         raw = by_hand(folder, record["text"], labels, SHARED)
         ratios = {label: raw[label] / empty[label] for label in labels}
         expected = {label: ratio / sum(ratios.values()) for label, ratio in ratios.items()}
+        assert scores(record) == pytest.approx(expected, abs=1e-3)
+
+
+def test_labels_alone_follow_the_token_that_ends_texts(llmcli, base, tmp_path):
+    """No token of an empty prompt remains, and the tokenizer begins texts with none."""
+    import torch
+    from tokenizers import processors
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, labels = make_model(tmp_path / "model", base, "llama", LLAMA), ["fox", "lazy dog"]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    rows = [plain(tokenizer, f" {label}") for label in labels]
+    empty = probabilities(model, [tokenizer.eos_token_id], rows)
+    raw = probabilities(model, plain(tokenizer, "the sun"), rows)
+    ratios = [one / other for one, other in zip(raw, empty, strict=True)]
+    expected = {label: ratio / sum(ratios) for label, ratio in zip(labels, ratios, strict=True)}
+    options = "-m", folder, "--dtype", "float32", "--labels", ",".join(labels), "--prompt", "{text}", "--calibrate"
+    for size in (1, 8):
+        (record,) = llmcli("classify", *options, "--json", "--batch-size", size, "the sun").records
         assert scores(record) == pytest.approx(expected, abs=1e-3)
 
 
@@ -292,13 +326,15 @@ def test_label_below_the_minimum_score_is_empty(classify):
     [
         ((), "has no labels of its own"),
         (("--labels", ""), "expected 2 to 1000 labels, got 0"),
-        (("--labels", "fox"), "expected 2 to 1000 labels, got 1"),
-        (("--labels", ",".join(map(str, range(10_000)))), "expected 2 to 1000 labels, got 10000"),
+        (("--labels", "fox"), "got 1\nhint: separate labels with commas"),
+        (("--labels", ",".join(map(str, range(10_000)))), "2 to 1000 labels, got 10000\nhint: each record"),
         (("--labels", "fox, dog,fox "), "duplicate label 'fox'"),
+        (("--labels", "fox,fox"), "duplicate label 'fox'"),
         (("--labels", "fox,,dog"), "label is empty"),
-        (("--labels", 'fox,"dog'), "unexpected end of data"),
+        (("--labels", 'fox,"dog'), "expected a row of CSV, got 'fox,\"dog'"),
+        (("--labels", "fox\ndog"), "expected a row of CSV, got 'fox\\ndog'"),
         (("--labels", "@nowhere.txt"), "nowhere.txt: no such file"),
-        (("--labels", "@"), "is a directory"),
+        (("--labels", "@"), "--labels: @: no such file"),
         (("--labels", "@bytes.txt"), "bytes.txt is not UTF-8"),
         (("--labels", "@empty.txt"), "expected 2 to 1000 labels, got 0"),
         (("--labels", "@duplicate.txt"), "duplicate label 'fox'"),
@@ -353,24 +389,41 @@ def test_truncated_prompt_keeps_instruction_and_end(llmcli, tiny):
     assert scores(record) == pytest.approx(by_hand(tiny, short, labels, prompt), abs=1e-3)
 
 
-def test_thoughts_are_off_and_answer_follows_the_template(base, tmp_path):
+SWITCH = "enable_thinking is defined and not enable_thinking"
+TEMPLATES = {  # what each writes before an answer, and in a prompt: the answer begins after both
+    "space": ("[I] {{ m.content }} [/I]", " {{ m.content }}</s>", "", "[I] once [/I]", " "),
+    "switch": ("[I] {{ m.content }} [/I]", " {{ m.content }}</s>", "{% if " + SWITCH + " %}<think></think>{% endif %}",
+               "[I] once [/I]<think></think>", " "),
+    "empty thought": ("U: {{ m.content }}</s>", "A: <think></think>\n{{ m.content }}</s>", "A: ",
+                      "U: once</s>A: <think></think>\n", ""),
+    "open thought": ("U: {{ m.content }}</s>", "A: {{ m.content }}</s>", "A: <think>\n",
+                     "U: once</s>A: <think>\n\n</think>\n\n", ""),
+    "channels": ("<|start|>user<|message|>{{ m.content }}<|end|>",
+                 "<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>", "<|start|>assistant",
+                 "<|start|>user<|message|>once<|end|><|start|>assistant<|channel|>final<|message|>", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("user", "answer", "begin", "prompt", "space"), TEMPLATES.values(), ids=TEMPLATES)
+def test_label_is_where_the_template_puts_an_answer(base, tmp_path, user, answer, begin, prompt, space):
     from transformers import AutoTokenizer
 
     from llmcli import pipelines
     from llmcli.job import LoadOptions
 
-    folder = make_model(tmp_path / "model", base, "llama", LLAMA)
+    folder = make_model(tmp_path / "model", base, "llama", LLAMA | {"vocab_size": 500})
     tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|channel|>", "<|message|>", "<|end|>"]})
     tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'user' %}[I] {{ m.content }} [/I]{% else %} {{ m.content }}</s>"
-        "{% endif %}{% endfor %}{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
-        "<think></think>{% endif %}"
+        "{% for m in messages %}{% if m.role == 'user' %}" + user + "{% else %}" + answer + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}" + begin + "{% endif %}"
     )
     tokenizer.save_pretrained(folder)
     pipeline = pipelines.load("label", folder, LoadOptions(device="cpu"))
-    row = pipeline.preprocess({"prompt": [{"role": "user", "content": "once"}], "labels": ["fox", "dog"]})
-    assert tokenizer.decode(row["input_ids"].tolist()) == "[I] once [/I]<think></think>"
-    assert row["labels"] == [(tokenizer.convert_tokens_to_ids(f"Ġ{label}"),) for label in ("fox", "dog")]
+    messages = [{"role": "user", "content": "once"}]
+    row = pipeline.preprocess({"prompt": messages, "labels": ["fox", "dog"]})
+    assert tokenizer.decode(row["input_ids"].tolist()) == prompt
+    assert row["labels"] == [tuple(plain(tokenizer, space + label)) for label in ("fox", "dog")]
 
 
 def test_single_token_labels_take_one_pass(base, monkeypatch):

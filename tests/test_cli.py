@@ -50,6 +50,13 @@ def test_options_are_grouped_in_help(llmcli):
     help = llmcli("generate", "--help").stdout
     positions = [help.index(f"\n{title}:\n") for title in ("Options", "Input", "Generation", "Model", "Output")]
     assert positions == sorted(positions)
+    assert "\nChat template:\n  --think" in llmcli("chat", "--help").stdout
+
+
+@pytest.mark.slow
+def test_help_in_narrow_terminal_has_whole_words(process):
+    help = process("classify", "--help", env={**os.environ, "COLUMNS": "40"}).stdout.decode()
+    assert "\n                probabilities for an\n" in help
 
 
 @pytest.mark.parametrize("option", ["--version", "-V"])

@@ -318,8 +318,8 @@ def test_endpoint_reasoning_is_field_of_its_own(served, server, message):
     server.choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": "stop"}
     for command, name in (("chat", "generated_text"), ("summarize", "summary_text")):
         record = served(command, "Where?", "--json").records[0]
-        assert (record[name].strip(), record["reasoning"]) == ("Rome", "Paris?")
-        assert served(command, "Where?").stdout.strip() == "Rome"
+        assert (record[name], record["reasoning"]) == ("Rome", "Paris?")
+        assert served(command, "Where?").stdout == "Rome\n"
 
 
 @pytest.mark.parametrize("message", THOUGHTS)
@@ -330,7 +330,7 @@ def test_endpoint_streamed_reasoning_goes_to_stderr(served, server, message, siz
     events = [{"choices": [{"index": 0, "delta": {name: piece}, "finish_reason": None}]} for name, piece in pieces]
     server.body = [*events, {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}, "[DONE]"]
     ran = served("chat", "Where?", is_terminal=True)
-    assert (ran.stdout.strip(), ran.exit_status) == ("Rome", 0)
+    assert (ran.stdout, ran.exit_status) == ("Rome\n", 0)
     assert "Paris?" in re.sub(r"\x1b\[[02]m", "", ran.stderr)
 
 

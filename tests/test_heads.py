@@ -19,12 +19,14 @@ from heads import EMOTIONS, ENTITIES, GOLDEN, NLI, TOKENIZERS, WINDOW, save_head
 from packaging.version import Version
 
 from llmcli import pipelines
+from llmcli.engines.batch_runner import BatchRunner
+from llmcli.engines.engine import MAX_IN_FLIGHT
 from llmcli.engines.local import LocalEngine
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
 from llmcli.job import Job, LoadOptions, Record
 
 NO_TAGS = ("bart",)  # no head for tokens
-QUICK = ("bert", "roberta", "deberta-v2", "bart", "llama")
+QUICK = ("bert", "deberta-v2", "bart", "llama")
 OVERLAP = WINDOW // 4
 TOLERANCE = 1e-3
 PROBLEMS: dict[str, dict[str, Any]] = {
@@ -47,13 +49,14 @@ TEXTS = [
 ]
 LONG = [*TEXTS, " ".join(TEXTS), "One more sentence about the old town hall. " * 12]
 CPU = LoadOptions(device="cpu", dtype="float32")
+ENGINE = LocalEngine()  # keeps models loaded
 Scores = list[tuple[Any, float]]  # what was found, and its score, in order
 
 
 def run(task: str, folder: Path, texts: list[str], size: int, **parameters: Any) -> list[Any]:
     """Return the outputs of a job for records with these texts."""
     job = Job(task, str(folder), parameters=parameters, load_options=CPU, batch_size=size)
-    results = list(LocalEngine().run(job, [Record({"text": text}) for text in texts]))
+    results = list(ENGINE.run(job, [Record({"text": text}) for text in texts]))
     assert [result.failure for result in results if result.failure] == []
     return [result.output for result in results]
 
@@ -117,9 +120,14 @@ def places(entities: list[Any]) -> Scores:
     return [(tuple(entity.get(name) for name in names), float(entity["score"])) for entity in entities]
 
 
-def architectures(*excluded: str) -> list[Any]:
+def architectures(*excluded: str, cases: tuple[Any, ...] = (None,)) -> list[Any]:
+    """Return the architectures with all cases; fast tests take the first architecture, and the first case of others."""
     names = [name for name in TOKENIZERS if name not in excluded]
-    return [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in names]
+    return [
+        pytest.param(*([name] if case is None else [name, case]), marks=[] if is_quick else [pytest.mark.slow])
+        for name, case in itertools.product(names, cases)
+        for is_quick in [name in QUICK and (name == QUICK[0] or case == cases[0])]
+    ]
 
 
 has_all_windows = pytest.mark.skipif(
@@ -151,17 +159,27 @@ def test_labels_are_those_of_text_classification(head, model_type):
     assert max(compare_labels(head(model_type, "SequenceClassification", EMOTIONS))) < TOLERANCE
 
 
-@pytest.mark.parametrize("problem", list(PROBLEMS)[1:])
+@pytest.mark.parametrize("problem", list(PROBLEMS)[2:])
 @pytest.mark.parametrize("model_type", ["bert", *[pytest.param(name, marks=pytest.mark.slow) for name in QUICK[1:]]])
 def test_scores_follow_the_problem_type(head, model_type, problem):
     assert max(compare_labels(head(model_type, "SequenceClassification", **PROBLEMS[problem]))) < TOLERANCE
 
 
-@pytest.mark.parametrize("multi_label", [False, True])
-@pytest.mark.parametrize("model_type", architectures())
+@pytest.mark.parametrize(("model_type", "multi_label"), architectures(cases=(False, True)))
 def test_labels_are_those_of_zero_shot_classification(head, model_type, multi_label):
     folder = head(model_type, "SequenceClassification", NLI)
     assert max(compare_inference(folder, multi_label=multi_label)) < TOLERANCE
+
+
+def test_records_with_many_labels_wait_their_turn(head, monkeypatch):
+    """The rows of all records in flight at once would take memory, and time to choose a batch among them."""
+    lengths, step = [], BatchRunner.step
+    monkeypatch.setattr(BatchRunner, "step", lambda self, *args: [lengths.append(len(self.queue)), step(self, *args)])
+    labels = dict.fromkeys(map(str, range(100)), "")
+    texts = [f"{i}." for i in range(12)]
+    outputs = run("classify", head("bert", "SequenceClassification", NLI), texts, 64, labels=labels)
+    assert [len(output["scores"]) for output in outputs] == [100] * len(texts)
+    assert 500 < max(lengths) < MAX_IN_FLIGHT + len(labels)
 
 
 @pytest.mark.parametrize("ids", [{0: "ENTAILMENT", 1: "not"}, {0: "neutral", 1: "Entailed", 2: "contradiction"}])
@@ -170,15 +188,16 @@ def test_entailment_may_be_any_label(head, ids):
     assert max(compare_inference(folder, multi_label=True)) < TOLERANCE
 
 
-@pytest.mark.parametrize("aggregation", STRATEGIES)
-@pytest.mark.parametrize("model_type", architectures(*NO_TAGS))
+@pytest.mark.parametrize(("model_type", "aggregation"), architectures(*NO_TAGS, cases=STRATEGIES))
 def test_entities_are_those_of_token_classification(head, model_type, aggregation):
     assert max(compare_tags(head(model_type, "TokenClassification", ENTITIES), aggregation, TEXTS)) < TOLERANCE
 
 
 @has_all_windows
 @pytest.mark.parametrize("aggregation", STRATEGIES[1:])
-@pytest.mark.parametrize("model_type", [*architectures(*NO_TAGS)[:2], pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "model_type", ["bert", *[pytest.param(name, marks=pytest.mark.slow) for name in ("roberta", "t5")]]
+)
 def test_entities_of_long_texts_are_those_with_stride(head, model_type, aggregation):
     folder = head(model_type, "TokenClassification", ENTITIES)
     assert max(compare_tags(folder, aggregation, LONG, stride=OVERLAP)) < TOLERANCE
@@ -199,8 +218,7 @@ def test_pairs_have_the_logits_of_text_classification(head, model_type):
             assert dict(zip(EMOTIONS.values(), own, strict=True)) == pytest.approx(expected, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("pad_token_id", [None, -1, 2])
-@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize(("model_type", "pad_token_id"), [("llama", -1), ("gpt2", None), ("gpt2", 2)])
 def test_last_token_is_read_whatever_padding_is(head, model_type, pad_token_id):
     # Each text ends with token 2. Transformers reads the last token that is not the padding token.
     folder = head(model_type, "SequenceClassification", EMOTIONS, pad_token_id=pad_token_id)
@@ -276,14 +294,15 @@ def test_tag_prints_a_line_for_each_entity(llmcli, tagger):
     assert len(lines) > 2
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "deberta-v2", "xlm-roberta"])
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "xlm-roberta"])
 def test_places_of_entities_slice_the_text(llmcli, head, model_type):
     folder = head(model_type, "TokenClassification", ENTITIES)
-    for text in LONG:
+    for text in LONG[1:5]:
         for line in llmcli("tag", "-m", folder, "--dtype", "float32", text).stdout.splitlines():
             shown, label, place = line.split("\t")
             start, end = map(int, place.split("-"))
             assert label in ("PER", "LOC")
+            assert shown  # not the white space alone that a byte-level token may be
             assert " ".join(text[start:end].split()) == shown
             assert text[start:end] == text[start:end].strip()
 

@@ -137,6 +137,12 @@ def test_logprobs_of_several_sequences_are_of_the_first(folders):
         check(folder, pipeline, prompt, output)
 
 
+def test_logprobs_without_json_warn(tiny, llmcli):
+    for options, has_warning in (((), True), (("--lines",), True), (("--json",), False), (("--csv",), False)):
+        ran = llmcli("generate", "-m", tiny, "--logprobs", "--max-new-tokens", 1, *options, stdin=b"text\nthe\n")
+        assert (ran.exit_status, "--logprobs has no effect" in ran.stderr) == (0, has_warning)
+
+
 def test_logprobs_with_beams_are_refused(folders):
     with pytest.raises(UsageError, match="--logprobs requires greedy decoding or sampling"):
         generate(load(folders("llama")), PROMPTS, {"num_beams": 2}, logprobs=0)

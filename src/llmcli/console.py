@@ -97,6 +97,8 @@ def _print_labeled(label: str, message: str) -> None:
 def print_line(line: str) -> None:
     """Print a line to stderr, above the live line."""
     with suppress(OSError):  # A full disk or a closed terminal must not hide the exit status.
+        if _has_thought:
+            show_thought("")
         if _live:
             _live.console.out(sanitize(line), highlight=False)
         elif sys.stderr:

@@ -103,7 +103,8 @@ def _answer(engine: Engine, job: Job, messages: list[Message]) -> list[Message]:
         finally:
             termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
     if is_stopped:  # The output has ended the line of the answer.
-        console.notice("stopped; the conversation keeps this part of the answer (/clear starts over)")
+        part = "; the conversation keeps this part of the answer (/clear starts over)"
+        console.notice(f"stopped{part if any(parts) else ''}")
     return [*messages, {"role": "assistant", "content": "".join(parts)}] if any(parts) else messages[:-1]
 
 

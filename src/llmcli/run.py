@@ -19,6 +19,8 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
         from llmcli.engines.distributed import serve
 
         return serve(engines.engine_for(job))
+    if job.logprobs is not None and spec.format not in (OutputFormat.JSON, OutputFormat.CSV):
+        console.warning("--logprobs has no effect in text output: use --json")
     names = spec.name_fields(_output_names(job, spec.format))
     names.setdefault("reasoning", None)
     with ExitStack() as stack:

@@ -2,7 +2,6 @@
 
 import csv
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Literal
 
 from typer import Option
@@ -44,8 +43,8 @@ def classify(
     \b
     llmcli classify --labels positive,negative "What a lovely day."
     llmcli classify --labels @topics.txt --lines -f headlines.txt
-    llmcli classify -m distilbert/distilbert-base-uncased-finetuned-sst-2-english --jsonl < reviews.jsonl
-    llmcli classify -m facebook/bart-large-mnli --labels sport,politics --multi-label --csv < news.csv
+    llmcli classify -m distilbert-sst2 --jsonl < reviews.jsonl
+    llmcli classify -m bart-large-mnli --labels sport,politics --csv < news.csv
     """
     known = None if labels is None else _read_labels(labels)
     for option, is_given in (("--calibrate", calibrate), ("--hypothesis", hypothesis is not None)):
@@ -65,32 +64,33 @@ def classify(
 def _read_labels(value: str) -> dict[str, str]:
     """Return the labels of --labels with their descriptions, which are empty if there are none."""
     if value.startswith("@"):
-        path = Path(value[1:])
         try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            with open(value[1:], encoding="utf-8-sig") as file:
+                lines = file.read().split("\n")
         except OSError as exc:
             hint = "quote a label that starts with @: --labels '\"@a\",b'"
-            raise UsageError(f"--labels: {path}: {reason(exc)}", hint) from exc
+            raise UsageError(f"--labels: {value}: {reason(exc)}", hint) from exc
         except UnicodeDecodeError as exc:
-            raise UsageError(f"--labels: {path} is not UTF-8") from exc
+            raise UsageError(f"--labels: {value} is not UTF-8") from exc
         parts = [f"{line.strip()} ".partition(": ") for line in lines if line.strip()]
         rows = [(label.strip(), description.strip()) for label, _, description in parts]
     else:
         try:
             (row,) = csv.reader([value], skipinitialspace=True, strict=True)
         except csv.Error as exc:
-            raise UsageError(f"--labels: {exc}", hint="quote a label that has a comma: '\"a, b\",c'") from exc
+            hint = "quote a label that has a comma, a quote or a line break: '\"a, b\",c'"
+            raise UsageError(f"--labels: expected a row of CSV, got {value[:60]!r}", hint) from exc
         rows = [(label.strip(), "") for label in row]
-    labels = dict(rows)
     names = [label for label, _ in rows]
-    if "" in labels:
+    if not 2 <= len(names) <= MAX_LABELS:
+        many = "each record is compared with every label"
+        hint = many if len(names) > 1 else "separate labels with commas: --labels a,b,c"
+        raise UsageError(f"--labels: expected 2 to {MAX_LABELS} labels, got {len(names)}", hint)
+    if "" in names:
         raise UsageError("--labels: label is empty")
-    if len(labels) < len(rows):
+    if len(set(names)) < len(names):
         raise UsageError(f"--labels: duplicate label {max(names, key=names.count)!r}")
-    if not 2 <= len(labels) <= MAX_LABELS:
-        why = "each record is compared with every label"
-        raise UsageError(f"--labels: expected 2 to {MAX_LABELS} labels, got {len(labels)}", hint=why)
-    return labels
+    return dict(rows)
 
 
 def _add_labels(result: Result) -> list[Result]:

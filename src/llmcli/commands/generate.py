@@ -33,7 +33,7 @@ def generate(
     llmcli generate "Once upon a time"
     llmcli generate --preset poem "the harbor in winter"
     llmcli generate --lines -f openings.txt --max-new-tokens 40
-    llmcli generate --jsonl --prompt "Sentiment of this review: {text}" < reviews.jsonl
+    llmcli generate --jsonl --prompt "Sentiment of {text}:" < reviews.jsonl
     """
     format = input.format()
     if prompt is not None and preset is not None:

@@ -171,6 +171,7 @@ class EndpointRunner:
                         thoughts, answer = thoughts + thought, ThoughtFilter(None)
                         console.show_thought(thought)
                     if (piece := read_text(choice)) is not None:
+                        piece = piece.lstrip() if thoughts and not any(pieces) else piece
                         pieces.append(piece)
                         if shown := answer.feed(piece):
                             on_text(shown)
@@ -192,7 +193,7 @@ class EndpointRunner:
             return "", thoughts, "length"
         text = _check_text(text, reason)
         if thoughts or isinstance(prompt, str):
-            return text, thoughts, reason or ""
+            return text.lstrip() if thoughts else text, thoughts, reason or ""
         return self._thoughts.split(text if self._can_think else text.lstrip(), reason or "")
 
     def _send(self, prompt: Prompt, **options: object) -> Any:

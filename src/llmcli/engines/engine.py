@@ -174,25 +174,30 @@ class JobRun:
         self._settings = RequestSettings(constraint=job.constraint) if job.constraint else None
         self._model: EngineModel | None = None
         self._runner: Runner | None = None
+        self._unstarted: deque[tuple[PendingRecord, Any]] = deque()  # with what their tasks read from them
         self._waiting: list[PendingRecord] = []  # for outputs of their model calls
 
     def admit(self, admitted: Sequence[PendingRecord]) -> None:
-        """Take records in, and start the tasks of those that need the model."""
+        """Take records in, and start the tasks of those that need the model, as far as there is room."""
         self.in_flight += admitted
         self.size += sum(pending.size for pending in admitted)
         prepared = [(pending, self._prepare(pending)) for pending in admitted]
-        unfinished = [(pending, inputs) for pending, inputs in prepared if not pending.result]
-        if unfinished:
+        self._unstarted += [(pending, inputs) for pending, inputs in prepared if not pending.result]
+        if self._unstarted:
             with self._engine.exclusive:
-                strategy = self._task.strategies[self.find_model().kind]
-                for pending, inputs in unfinished:
-                    job = self._job
-                    if own := pending.settings:
-                        given = generation.override(job.generation, own.generation)
-                        job = replace(job, generation=given, constraint=own.constraint)
-                    pending.generator = strategy.run(job, inputs, self._model)
-                    pending.resume(None)
-                    self._dispatch(pending)
+                self._start_tasks()
+
+    def _start_tasks(self) -> None:
+        """Start tasks in input order while the queue is short: each may have many requests."""
+        while self._unstarted and not (self._waiting and len(self.load().queue) >= MAX_IN_FLIGHT):
+            pending, inputs = self._unstarted.popleft()
+            job, strategy = self._job, self._task.strategies[self.find_model().kind]
+            if own := pending.settings:
+                given = generation.override(job.generation, own.generation)
+                job = replace(job, generation=given, constraint=own.constraint)
+            pending.generator = strategy.run(job, inputs, self._model)
+            pending.resume(None)
+            self._dispatch(pending)
 
     def step(self) -> None:
         """Run one batch, and resume the tasks whose outputs are complete."""
@@ -208,6 +213,7 @@ class JobRun:
                     self._dispatch(pending)
                 else:
                     self._waiting.append(pending)
+            self._start_tasks()
 
     def pop_finished(self) -> Iterator[Result]:
         """Yield the results that no unfinished record precedes."""

@@ -47,7 +47,7 @@ class Command(TyperCommand):
                 sections.setdefault(title, []).append(record)
         for title, records in sections.items():
             with formatter.section(title):
-                formatter.write_dl(records)
+                formatter.write_dl(records, col_max=min(30, formatter.width // 3))
 
 
 class Group(TyperGroup):
@@ -119,7 +119,7 @@ def _parameter(field: "dataclasses.Field[object]", panel: str | None) -> inspect
     assert get_origin(field.type) is Annotated, f"{field.name} is not declared as an option"
     kind, info = get_args(field.type)
     info = copy.copy(info)  # Commands without groups use the same object.
-    info.rich_help_panel = panel
+    info.rich_help_panel = info.rich_help_panel or panel
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     parameter = inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default)
     return parameter.replace(annotation=Annotated[kind, info])

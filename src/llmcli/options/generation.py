@@ -64,7 +64,7 @@ class GenerationOptions(CommonGenerationOptions):
 def parse_key_value(item: str, option: str = "-o") -> tuple[str, object]:
     """Return the key and the value of KEY=VALUE, e.g. ("top_k", 5). The value is JSON or a string."""
     key, equals, text = item.partition("=")
-    if not equals:
+    if not (key and equals):
         hint = f"to write to a file: --output {item}" if re.search(r"[./\\]", item) else None
         raise UsageError(f"{option} requires KEY=VALUE, got {item!r}", hint=hint)
     try:

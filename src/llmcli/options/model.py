@@ -134,9 +134,9 @@ class ServedModelOptions(BatchModelOptions):
 class ChatModelOptions(ServedModelOptions):
     """Model"""
 
-    think: Annotated[bool | None, Option("--think/--no-think", show_default=False,
+    think: Annotated[bool | None, Option("--think/--no-think", show_default=False, rich_help_panel="Chat template",
         help="Turn thinking before the answer on or off.")] = None  # fmt: skip
-    template_option: Annotated[list[str], Option(metavar="KEY=VALUE",
+    template_option: Annotated[list[str], Option(metavar="KEY=VALUE", rich_help_panel="Chat template",
         help="Set a variable of the chat template; repeatable.")] = field(default_factory=list)  # fmt: skip
 
     def _complete(self, job: Job) -> Job:

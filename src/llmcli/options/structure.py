@@ -17,11 +17,11 @@ class StructureOptions:
     """Structured output"""
 
     # fmt: off
-    schema: Annotated[str | None, Option(metavar="FILE|JSON", help="JSON Schema of the answers.")] = None
-    regex: Annotated[str | None, Option(metavar="PATTERN", help="Regular expression of the whole answers.")] = None
+    schema: Annotated[str | None, Option(metavar="FILE|JSON", help="JSON Schema for the answer.")] = None
+    regex: Annotated[str | None, Option(metavar="PATTERN", help="Regular expression for the whole answer.")] = None
     choice: Annotated[list[str], Option(metavar="TEXT", help="One of the possible answers; repeatable.")] = field(
         default_factory=list)
-    grammar: Annotated[str | None, Option(metavar="FILE", help="Lark grammar of the answers.")] = None
+    grammar: Annotated[str | None, Option(metavar="FILE", help="Lark grammar for the answer.")] = None
     schema_field: Annotated[str | None, Option(metavar="NAME",
         help="Input field with a JSON Schema for its record.")] = None
     settings_field: Annotated[str | None, Option(metavar="NAME",

@@ -144,16 +144,22 @@ def _check_completion(text: str, reason: str, count: int, state: int) -> tuple[s
     return text, "stop" if state == 2 else reason, count
 
 
-def _text_tokens(output: Mapping[str, Any], decode: TokenDecoder, config: GenerationConfig) -> tuple[list[int], int]:
-    """Return the tokens of the first answer's text, without those that end it, and how many are a thought's."""
+def _answer_tokens(
+    output: Mapping[str, Any], decode: TokenDecoder, config: GenerationConfig, reason: str
+) -> tuple[list[int], int]:
+    """Return the tokens up to the end of the first answer's text, without a stop text, and how many precede it."""
     ids: list[int] = output["sequences"][0, 0].tolist()[: output.get("max_new_tokens")]
-    ids = ids[: (_find_end(ids, config) or len(ids) + 1) - 1]
+    if last := _find_end(ids, config):
+        ids = ids[: last - 1]
     text = decode(ids)
-    cut = decode.find_stop(text, config.stop_strings or (), "length")
-    begin = decode.thoughts.find(text, "length")[1] if decode.thoughts else 0
-    places = begin, len(text) if cut is None else cut
-    start, end = (bisect.bisect_right(range(len(ids)), at, key=lambda i: len(decode(ids[: i + 1]))) for at in places)
-    return ids[:end], start if begin else 0
+    begin, end = 0, decode.find_stop(text, config.stop_strings or (), "length")
+    if decode.thoughts:
+        _, begin, end = decode.thoughts.locate(text[:end], reason)
+
+    def count(length: int) -> int:
+        return bisect.bisect_right(range(len(ids) + 1), length, key=lambda i: len(decode(ids[:i]))) - 1
+
+    return ids if end in (None, len(text)) else ids[: count(end)], count(begin) if begin else 0
 
 
 def _find_end(ids: Sequence[int], config: GenerationConfig) -> int | None:
@@ -275,6 +281,6 @@ class GeneratingPipeline(TextPipeline):
         decode, config = self.decoder(output), generation_config or self.model.generation_config
         result = make_result(output, decode, config)
         if "token_logprobs" in output:
-            ids, start = _text_tokens(output, decode, config)
-            result |= describe_logprobs(output, ids, self.tokenizer, start)
+            ids, begin = _answer_tokens(output, decode, config, result["finish_reason"])
+            result |= describe_logprobs(output, ids, self.tokenizer, begin)
         return result

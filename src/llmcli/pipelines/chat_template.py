@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from llmcli import console
@@ -43,16 +44,23 @@ class ChatTemplate:
             messages = [{"role": role, "content": "\n\n".join(content)}, *messages[len(content) - 1 :]]
         switches = {} if think is None else self._switches(think)
         prompt = self._apply(messages, add_generation_prompt=True, **{**switches, **(options or {})})
-        # Some templates begin a thought in any case.
-        return thoughts.close_thought(prompt, self._marks) if think is False else prompt
+        if think is not False or thoughts.find_at_end(prompt, self._marks, 1):
+            return prompt
+        # Some templates begin a thought in any case, and some models need the name of the answer's channel.
+        return prompt + self._final if self._final else thoughts.close_thought(prompt, self._marks)
 
     def check(self, think: bool | None, options: JsonObject) -> None:
-        """Raise UsageError for a variable that the template does not have. Warn if it has no thoughts to turn on."""
+        """Raise UsageError for a variable that the template does not have. Warn if `think` changes nothing."""
         for name in options:
-            if name in RESERVED or not re.search(rf"\b{re.escape(name)}\b", self._source):
-                raise UsageError(f"chat template has no variable {name!r}", hint="check --template-option")
-        if think and not (self._marks or self._lines or self._switches(True)):
-            console.warning("--think has no effect: the chat template has no thoughts")
+            if name in RESERVED or not re.search(rf"""(?<![\w.'"]){re.escape(name)}\b""", self._source):
+                raise UsageError(f"--template-option: chat template has no variable {name!r}")
+        if think in (None, bool(self._marks)):
+            return
+        with suppress(RecordError):
+            on, off = (self.render([{"role": "user", "content": "x"}], think=value) for value in (True, False))
+            if on == off:
+                why = "has no thoughts" if think else "cannot turn thoughts off"
+                console.warning(f"--{'' if think else 'no-'}think has no effect: the chat template {why}")
 
     def find_thoughts(self, prompt: str, can_think: bool) -> thoughts.Thoughts | None:
         """Return how thoughts look: with any known marks if the model names none, and only the answer counts."""
@@ -82,10 +90,22 @@ class ChatTemplate:
     @functools.cached_property
     def answer_space(self) -> str:
         """The white space that the template writes between the beginning of an answer's turn and the answer."""
-        before = self._try(user="x", assistant=PROBE).partition(PROBE)[0]
-        beginning = self._try({"add_generation_prompt": True}, user="x")
-        space = before.removeprefix(beginning)
-        return space if before.startswith(beginning) and space.isspace() else ""
+        between = self._before_answer()
+        return between if between.isspace() else ""
+
+    @functools.cached_property
+    def _final(self) -> str:
+        """The marks that the template writes there if thinking is off."""
+        between = self._before_answer(**self._switches(False))
+        return between if self._marks and between.strip() else ""
+
+    def _before_answer(self, **settings: object) -> str:
+        before = self._try({"user": "x", "assistant": PROBE}, None, **settings).partition(PROBE)[0]
+        beginning = self._begin(**settings)
+        return before.removeprefix(beginning) if before.startswith(beginning) else ""
+
+    def _begin(self, **settings: object) -> str:
+        return self._try({"user": "x"}, None, add_generation_prompt=True, **settings)
 
     @functools.cached_property
     def end_of_turn(self) -> int | None:
@@ -96,8 +116,7 @@ class ChatTemplate:
     @functools.cached_property
     def thought_marks(self) -> dict[int, str]:
         """The special tokens that may mark thoughts."""
-        own = str(response_marks(self._tokenizer))
-        tokens = {id: token.content for id, token in self._added if token.special}
+        own, tokens = str(self._own_marks), {id: token.content for id, token in self._added if token.special}
         return {id: text for id, text in tokens.items() if thoughts.SPECIAL.search(text) or text in own}
 
     def _apply(self, messages: "Messages", **settings: object) -> str:
@@ -121,41 +140,50 @@ class ChatTemplate:
     @functools.cached_property
     def _marks(self) -> thoughts.Marks:
         names = [self._source, *(token.content for _, token in self._added)]
-        return thoughts.find_marks("\n".join(names), response_marks(self._tokenizer))
+        return thoughts.find_marks("\n".join(names), self._own_marks)
+
+    @functools.cached_property
+    def _own_marks(self) -> list[tuple[str, str]]:
+        """Begin and end of thoughts as the tokenizer names them, or else as the template writes or cuts them."""
+        if own := response_marks(self._tokenizer):
+            return own
+        thought = dict.fromkeys(thoughts.FORMATS["fields"], "Yak")
+        written = self._try({"user": "x", "assistant": PROBE}, thought).removeprefix(beginning := self._begin())
+        begin, _, end = written.partition("Yak")
+        begin = "".join((begin.strip() or beginning).split()[-1:])  # The prompt may begin the thought.
+        pairs = [(begin, end.partition(PROBE)[0].strip())]
+        pairs += [(cut.replace("/", "", 1), cut) for cut in re.findall(thoughts.FORMATS["cut"], self._source)]
+        return [pair for pair in pairs if all(pair)]
 
     def _switches(self, think: bool) -> JsonObject:
         """Return what turns thinking on or off, of the variables that the template has."""
-        switches: dict[str, object] = dict.fromkeys(thoughts.FORMATS["switches"], think)
-        switches["disable_thinking"] = not think
-        has_none = re.search("""["']none["']""", self._source)
-        if not think:
-            switches |= {"thinking_budget": 0, "reasoning_effort": "none" if has_none else "low"}
-        elif has_none:
-            switches["reasoning_effort"] = "high"
+        switches = thoughts.FORMATS["on" if think else "off"]
+        if re.search("""["']none["']""", self._source):
+            switches = {**switches, "reasoning_effort": "high" if think else "none"}
         return {name: value for name, value in switches.items() if name in self._source}
 
     @functools.cached_property
     def _lines(self) -> Mapping[str, str] | None:
         """The lines of a system message that turn thinking on and off, if no variable does."""
-        begin = {"add_generation_prompt": True}
-        on, off = (self._try({**begin, **self._switches(think)}, user="x") for think in (True, False))
+        on, off = (self._begin(**self._switches(think)) for think in (True, False))
         named = (lines for lines in thoughts.FORMATS["lines"] if re.search(lines["named"], self._source))
         return next(named, None) if on == off else None
 
     @functools.cached_property
     def _takes_system(self) -> bool:
-        return PROBE in self._try(system=PROBE, user="x")
+        return PROBE in self._try({"system": PROBE, "user": "x"})
 
     @functools.cached_property
     def _example(self) -> str:
         """A conversation with all roles that the template takes, or none if it refuses that."""
         system = {"system": "x"} if self._takes_system else {}
-        return self._try(None, **system, user="x", assistant=PROBE)
+        return self._try({**system, "user": "x", "assistant": PROBE})
 
-    def _try(self, settings: Mapping[str, object] | None = None, **contents: Any) -> str:
+    def _try(self, contents: Mapping[str, str], thought: JsonObject | None = None, **settings: object) -> str:
+        """Return a conversation as the template writes it, or nothing if it refuses that. `thought` is of the end."""
         messages = [{"role": role, "content": content} for role, content in contents.items()]
         try:
-            return self._apply(messages, **(settings or {}))
+            return self._apply([*messages[:-1], {**messages[-1], **(thought or {})}], **settings)
         except RecordError:
             return ""
 
@@ -182,7 +210,8 @@ class ChatTemplate:
         """Return a message with breaks in what would be control tokens; an answer may have thoughts."""
 
         def split(token: re.Match[str]) -> str:
-            return token[0] if is_answer and thoughts.SPECIAL.search(token[0]) else BREAK.join(token[0]) + BREAK
+            is_mark = thoughts.SPECIAL.search(token[0]) or any(token[0] in pair for pair in self._own_marks)
+            return token[0] if is_answer and is_mark else BREAK.join(token[0]) + BREAK
 
         if isinstance(value, FilledTemplate):
             return "".join(self._break(piece, is_answer) if i % 2 else piece for i, piece in enumerate(value.pieces))

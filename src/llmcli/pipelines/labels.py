@@ -51,7 +51,7 @@ class LabelPipeline(CausalPipeline):
         context = self.context_length
         ids = self.read_prompt(inputs["prompt"], None if truncate else context, can_think=False)[0]
         dropped, labels = self._encode_labels(tuple(inputs["labels"]), inputs["prompt"], ids)
-        ids = ids[: len(ids) - dropped]
+        ids = ids[: len(ids) - dropped] or self.read_prompt("", None, can_think=False)[0]
         length = len(ids) + max(map(len, labels)) - 1  # Nobody asks what would follow a label.
         cut = max(0, length - context) if context else 0
         if cut and truncate:
@@ -75,10 +75,11 @@ class LabelPipeline(CausalPipeline):
             rows = [row[len(ids) - dropped :] for row in rows]
         else:
             dropped, rows = 0, [self._encode_answer(label) for label in labels]
-        for i, tokens in enumerate(rows):
-            if not tokens or tokens in rows[:i]:
-                same = f"the tokens of {labels[rows.index(tokens)]!r}" if tokens else "no tokens"
-                raise UsageError(f"label {labels[i]!r} has {same} in this model")
+        first = dict[Tokens, str]()
+        for label, tokens in zip(labels, rows, strict=True):
+            if not tokens or first.setdefault(tokens, label) != label:
+                same = f"the tokens of {first[tokens]!r}" if tokens else "no tokens"
+                raise UsageError(f"label {label!r} has {same} in this model")
         self._tokens = key, dropped, rows
         return dropped, rows
 

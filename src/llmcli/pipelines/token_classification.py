@@ -9,7 +9,7 @@ from llmcli.pipelines.base import HeadPipeline, Inputs, Parameters, check_finite
 
 
 class TokenClassificationPipeline(HeadPipeline, transformers.TokenClassificationPipeline):  # type: ignore[misc]
-    """Find entities, as the pipeline token-classification does, in windows that overlap by `stride` tokens.
+    """Find entities, as the pipeline token-classification does, in windows that overlap as with its `stride`.
 
     For a batch of B windows, of one text or of several, the longest of P tokens, and L labels:
 
@@ -24,18 +24,17 @@ class TokenClassificationPipeline(HeadPipeline, transformers.TokenClassification
     def check_model_type(self, supported: object) -> None:
         """Accept the classes of models with code of their own."""
 
-    def _sanitize_parameters(self, aggregation: str = "simple", stride: int | None = None) -> Parameters:
+    def _sanitize_parameters(self, aggregation: str = "simple") -> Parameters:
         _, _, postprocess = super()._sanitize_parameters(aggregation_strategy=aggregation)
-        return {"stride": stride}, {}, postprocess
+        return {}, {}, postprocess
 
-    def preprocess(self, text: str, stride: int | None = None, **_: object) -> Iterator[Inputs]:
+    def preprocess(self, text: str, **_: object) -> Iterator[Inputs]:
         encoding = self.tokenizer(text, return_special_tokens_mask=True, return_offsets_mapping=True)
         check_tokens(encoding["input_ids"])
         rows = {name: encoding[name] for name in [*self.input_names, "special_tokens_mask", "offset_mapping"]}
         parts = encoding.sequence_ids(0)
         size = self.context_length or len(parts)
-        overlap = min(size // 4, 128) if stride is None else stride
-        for window in cut_windows(rows, parts, size, overlap):
+        for window in cut_windows(rows, parts, size, overlap=min(size // 4, 128)):
             yield {**window, "sentence": text}
 
     def postprocess(self, windows: Sequence[Inputs], **settings: object) -> list[Inputs]:

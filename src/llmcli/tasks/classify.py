@@ -19,19 +19,18 @@ if TYPE_CHECKING:
 Item = tuple[str, JsonObject]  # what is labeled, and the fields for prompts
 HYPOTHESIS = "This example is {}."
 THRESHOLD = 0.5  # of --multi-label
-POOLS: dict[str | None, Callable[[Sequence[float]], float]] = {"mean": fmean, "max": max}
 HEAD_OPTIONS = {"hypothesis": "--hypothesis", "long": "--long", "multi_label": "--multi-label"}
 
 
 def prepare(job: Job, fields: JsonObject) -> Item | None:
     """Return the text of a record or the job's template filled, and the fields for prompts; None if that is blank."""
-    if labels := job.parameters.get("labels"):
-        fields = {**fields, "labels": list_labels(labels)}
-    text = read_prompt(job, fields)
+    labels = job.parameters.get("labels")
+    own = {"labels": list_labels(labels)} if labels else {}
+    text = read_prompt(job, fields, own)
     if text is None:
         return None
-    own = {**fields, "text": text} if "prompt" not in job.parameters else fields
-    return text, {"text": fields.get(field_name(job, "text")), **own}
+    given = fields.get(field_name(job, "text"))
+    return text, {**fields, "text": fields.get("text", given) if "prompt" in job.parameters else given, **own}
 
 
 def list_labels(labels: Mapping[str, str]) -> str:
@@ -55,7 +54,7 @@ def run_head(job: Job, item: Item, model: LocalModel) -> TaskGenerator:
     if scale is list and (job.parameters.get("multi_label") or job.parameters.get("min_score") is not None):
         option = "--multi-label" if job.parameters.get("multi_label") else "--min-score"
         raise UsageError(f"{option} cannot be used with {job.model}, whose scores are not probabilities")
-    scores = scale(_pool(job, output["logits"]))
+    scores = scale([*map(choose_pool(job), zip(*output["logits"], strict=True))])
     return make_result(job, [config.id2label[i] for i in range(len(scores))], scores, output.get("truncated", 0))
 
 
@@ -67,13 +66,13 @@ def _run_inference(job: Job, text: str, labels: Mapping[str, str], config: "PreT
         names = ", ".join(map(str, config.id2label.values()))
         raise UsageError(f"--labels cannot be used with {job.model}, which has its own", hint=f"its labels: {names}")
     contradiction = -1 if entailment == 0 else 0
-    hypothesis = job.parameters.get("hypothesis") or HYPOTHESIS
+    hypothesis, pool = job.parameters.get("hypothesis") or HYPOTHESIS, choose_pool(job)
     outputs = yield ModelCall([{"text": text, "pair": hypothesis.replace("{}", label)} for label in labels])
+    logits = [output["logits"] for output in outputs]
     if job.parameters.get("multi_label"):
-        margins = [[[row[entailment] - row[contradiction]] for row in output["logits"]] for output in outputs]
-        scores = sigmoid([_pool(job, rows)[0] for rows in margins])
+        scores = sigmoid([pool([row[entailment] - row[contradiction] for row in rows]) for rows in logits])
     else:
-        scores = softmax([_pool(job, [[row[entailment]] for row in output["logits"]])[0] for output in outputs])
+        scores = softmax([pool([row[entailment] for row in rows]) for rows in logits])
     return make_result(job, [*labels], scores, max(output.get("truncated", 0) for output in outputs))
 
 
@@ -87,14 +86,12 @@ def run_language_model(job: Job, item: Item, model: LocalModel) -> TaskGenerator
     if labels is None:
         raise UsageError(f"{job.model} has no labels of its own", hint="pass --labels a,b,c or --labels @FILE")
     if given := next((option for name, option in HEAD_OPTIONS.items() if job.parameters.get(name)), None):
-        hint = "a language model chooses one label; use a classification head, such as -m bart-large-mnli"
+        hint = "use a model with a classification head, such as -m bart-large-mnli"
         raise UsageError(f"{given} cannot be used with {job.model}, a language model", hint=hint)
     template, fields = prompting.prompt_for(job, model), item[1]
-    inputs: list[JsonObject] = [{"prompt": template.render(fields), "labels": [*labels]}]
-    if job.truncate or job.parameters.get("calibrate"):
-        empty = template.render({**dict.fromkeys(fields, ""), "labels": fields["labels"]})
-        inputs = [{**inputs[0], "empty": empty}, {"prompt": empty, "labels": [*labels]}]
-    output, *baseline = yield ModelCall(inputs if job.parameters.get("calibrate") else inputs[:1])
+    empty = template.render({**dict.fromkeys(fields, ""), "labels": fields["labels"]})
+    prompts = [template.render(fields), *[empty] * bool(job.parameters.get("calibrate"))]
+    output, *baseline = yield ModelCall([{"prompt": p, "labels": [*labels], "empty": empty} for p in prompts])
     logprobs = output["logprobs"]
     if baseline:
         logprobs = [own - known for own, known in zip(logprobs, baseline[0]["logprobs"], strict=True)]
@@ -132,10 +129,9 @@ def sigmoid(values: Sequence[float]) -> list[float]:
     return [(1 + math.tanh(value / 2)) / 2 for value in values]
 
 
-def _pool(job: Job, windows: Sequence[Sequence[float]]) -> list[float]:
-    """Return the mean or the maximum of each logit over the windows of a text."""
-    pool = POOLS.get(job.parameters.get("long"), fmean)
-    return [pool(values) for values in zip(*windows, strict=True)]
+def choose_pool(job: Job) -> Callable[[Sequence[float]], float]:
+    """Return what makes one logit of those of all windows of a text."""
+    return max if job.parameters.get("long") == "max" else fmean
 
 
 OUTPUTS = ("label", "score", "scores", "truncated")

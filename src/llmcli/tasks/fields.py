@@ -2,6 +2,7 @@
 
 import string
 from collections.abc import Sequence
+from types import MappingProxyType
 
 from llmcli.errors import RecordError, UsageError
 from llmcli.job import Job, JsonObject
@@ -41,18 +42,18 @@ def read_text_record(job: Job, fields: JsonObject) -> JsonObject | None:
     return {**fields, "text": text} if text.strip() else None
 
 
-def read_prompt(job: Job, fields: JsonObject) -> str | None:
-    """Return the text of a record, or the job's template filled with its fields; None if the text is blank."""
+def read_prompt(job: Job, fields: JsonObject, own: JsonObject = MappingProxyType({})) -> str | None:
+    """Return the text of a record, or the job's template filled with its and the task's `own` fields; None if blank."""
     name, template = field_name(job, "text"), job.parameters.get("prompt")
     if template is None:
         text = text_field(fields, name)
         return text if text.strip() else None
-    if name in fields:  # {text} is the text, whatever name its field has.
-        fields = {"text": fields[name], **fields}
-    prompt = fill_template(template, fields)
+    if name in fields and "text" not in fields:  # {text} is the text, whatever name its field has.
+        own = {"text": fields[name], **own}
+    prompt = fill_template(template, fields, own)
     used = _placeholders(template)
-    texts = used & {name, "text"} or used
-    return None if all(is_blank(fields[field]) for field in texts) else prompt
+    texts = used & {name, "text"} or used - own.keys() or used
+    return None if all(is_blank(own.get(field, fields.get(field))) for field in texts) else prompt
 
 
 def is_blank(value: object) -> bool:
@@ -81,13 +82,14 @@ class FilledTemplate(str):
         return filled
 
 
-def fill_template(template: str, fields: JsonObject) -> FilledTemplate:
-    """Return a template with its placeholders replaced by fields, which are strings or numbers."""
+def fill_template(template: str, fields: JsonObject, own: JsonObject = MappingProxyType({})) -> FilledTemplate:
+    """Return a template with its placeholders replaced by fields, strings or numbers; first by the task's `own`."""
     pieces = list[str]()
     for literal, name, _, _ in parse_template(template):
-        value = fields.get(name) if name is not None else ""
+        known = own if name in own else fields
+        value = known.get(name) if name is not None else ""
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        pieces += literal, str(value) if name is None or is_number else text_field(fields, name)
+        pieces += literal, str(value) if name is None or is_number else text_field(known, name)
     return FilledTemplate(pieces)
 
 

@@ -13,7 +13,8 @@ def run(job: Job, text: str, model: TaskModel) -> TaskGenerator:
         span = text[entity["start"] : entity["end"]]  # Some tokenizers count the space before a word as a part of it.
         start = entity["end"] - len(span.lstrip())
         label = entity.get("entity_group") or entity["entity"]
-        lines.append(f"{' '.join(span.split())}\t{label}\t{start}-{start + len(span.strip())}")
+        if span.strip():
+            lines.append(f"{' '.join(span.split())}\t{label}\t{start}-{start + len(span.strip())}")
     return TaskResult({"entities": entities}, "\n".join(lines))
 
 
