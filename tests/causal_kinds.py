@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from llmcli import pipelines
 from llmcli.errors import RecordError
 from llmcli.job import LoadOptions
 
 KINDS = ("llama", "gpt2", "gemma3", "mamba", "bloom")
+FAST_KINDS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "llama")) for kind in KINDS]
 
 
 def make_model(kind: str, tiny: Path, folder: Path, *, more_logits: int = 0) -> Path:

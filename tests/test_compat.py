@@ -208,13 +208,6 @@ def test_byte_level_decoder_is_told_by_its_name(tiny):
     assert not tokenizers.is_byte_level(tokenizer)
 
 
-def test_decode_stream_continues_a_prompt(tiny):
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    before, ids = (tokenizer(text)["input_ids"] for text in ("the quick", " brown fox"))
-    step = tokenizers.decode_stream(tokenizer, before)
-    assert "".join(step(token) or "" for token in ids) == " brown fox"
-
-
 def test_typer_has_its_command_class():
     assert hasattr(typer_names.TyperGroup, "parse_args"), "typer's TyperGroup no longer has parse_args"
     for name in ("parse_args", "format_options", "get_params"):

@@ -712,6 +712,27 @@ def test_endpoint_answer_is_checked(served, server, text, reason, error):
     assert ran.exit_status == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "is_valid"),
+    [
+        ('{"more": 1, "b": ["x", 2], "day": 3}', True),
+        ('{"b": [2], "day": 3.5}', False),
+        ('{"b": ["x"]}', False),
+        ('{"b": ["xaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!"], "day": 3}', False),
+        ('{"b": [{"next": {"when": "2026-11-26"}, "when": "2026-01-01"}], "day": 3}', True),
+        ('{"b": [{"next": {"when": "2026-13-01"}, "when": "2026-01-01"}], "day": 3}', False),
+    ],
+)
+def test_endpoint_answer_has_properties_in_any_order(served, server, text, is_valid):
+    node = {"type": "object", "properties": {"when": {"format": "date"}, "next": {"$ref": "#/$defs/node"}}}
+    item = {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "integer"}, {"type": "string", "pattern": "^((x|a)+)+$"}]}
+    schema = {**DAY, "properties": {**DAY["properties"], "b": {"items": item}}, "$defs": {"node": node}}
+    server.choice = as_choice(text)
+    (record,) = served("chat", "--schema", json.dumps(schema), "--json", "hello").records
+    assert record.get("data") == (json.loads(text) if is_valid else None)
+    assert record.get("error", {}).get("type") == (None if is_valid else "invalid_response")
+
+
 def test_endpoint_records_have_their_own_settings(served, server):
     records = [
         {"text": "a", "o": {"max_tokens": 3, "temperature": 0, "seed": 5}},
@@ -739,3 +760,12 @@ def test_endpoint_logprobs_have_one_shape(served, server, command):
     assert record["mean_logprob"] == -0.5
     expected = {"logprobs": 1} if command == "generate" else {"logprobs": True, "top_logprobs": 1}
     assert expected.items() <= server.bodies[0].items()
+
+
+def test_endpoint_form_that_the_server_lacks_is_refused(served, server):
+    server.owner = "llamacpp"
+    ran = served("chat", "--regex", "a", "hello")
+    assert (ran.exit_status, ran.stderr) == (2, "error: llama-server does not support regex\nhint: use a schema\n")
+    stdin = b'{"text": "a", "o": {"regex": "a"}}\n{"text": "b"}\n'
+    ran = served("chat", "--jsonl", "--settings-field", "o", stdin=stdin)
+    assert [record.get("error", {}).get("type") for record in ran.records] == ["request_rejected", None]

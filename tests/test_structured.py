@@ -5,7 +5,7 @@ import re
 
 import jsonschema
 import pytest
-from causal_kinds import KINDS, generate, load, make_model
+from causal_kinds import FAST_KINDS, generate, load, make_model
 from conftest import WORDS
 
 from llmcli.errors import RecordError, UsageError
@@ -108,7 +108,7 @@ def texts(outputs):
     return [output if isinstance(output, RecordError) else output["generated_text"] for output in outputs]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAST_KINDS)
 def test_rows_with_different_grammars_share_a_batch(load_kind, kind, monkeypatch):
     pipeline = load_kind(kind)
     together = generate(pipeline, PROMPTS, SHORT, constraints=GRAMMARS)
@@ -138,6 +138,25 @@ def test_forced_tokens_are_read_together(llama, passes):
 def test_batches_force_tokens_where_padding_changes_nothing(load_kind, passes, kind, can_force):
     generate(load_kind(kind), PROMPTS[:3], SHORT, constraints=[to_grammar({"schema": LONG_NAMES})] * 3)
     assert bool(passes) is can_force
+
+
+def test_names_of_added_tokens_are_text(tiny, tmp_path):
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    names = ["<think>", "</think>", "[INST]", "é ｜x▁", "two words"]
+    tokenizer.add_tokens([AddedToken(name, special=i == 3, normalized=False) for i, name in enumerate(names)])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    pipeline = load(make_model("llama", tmp_path / "tokenizer", tmp_path / "model"))
+    answers = [*names, "<think>a</think>", "a</s><think>", "<think", "é ｜x▁ [INST] two words"]
+    constraints = [{"choice": [answer]} for answer in answers]
+    constraints += [{"schema": {"const": {answer: answer}}} for answer in answers]
+    answers += [json.dumps({answer: answer}, ensure_ascii=False, separators=(",", ":")) for answer in answers]
+    grammars = [*map(to_grammar, constraints)]
+    options = {"max_new_tokens": 100}
+    assert texts(generate(pipeline, ["the"] * len(grammars), options, constraints=grammars)) == answers
+    assert texts(generate(pipeline, ["the"], options, constraints=grammars[5:6])) == answers[5:6]
 
 
 def test_row_limits_and_forced_tokens(llama):
@@ -170,12 +189,12 @@ def test_padding_after_a_row_limit_is_not_read(llama, monkeypatch):
     "options",
     [
         {"temperature": 3.0, "top_k": 1, "top_p": 0.01},
-        {"temperature": 2.0, "num_return_sequences": 3},
-        {"num_beams": 3},
+        pytest.param({"temperature": 2.0, "num_return_sequences": 3}, marks=pytest.mark.slow),
+        pytest.param({"num_beams": 3}, marks=pytest.mark.slow),
         {"num_beams": 4, "num_return_sequences": 2},
         {"repetition_penalty": 2.0, "no_repeat_ngram_size": 2},
-        {"min_new_tokens": 100},
-        {"suppress_tokens": list(range(5, 261))},
+        pytest.param({"min_new_tokens": 100}, marks=pytest.mark.slow),
+        pytest.param({"suppress_tokens": list(range(5, 261))}, marks=pytest.mark.slow),
         {"prompt_lookup_num_tokens": 3},
     ],
     ids=lambda options: "-".join(options),
@@ -205,7 +224,7 @@ def test_recursive_schema_is_valid_or_incomplete(llama):
             assert is_valid({"schema": TREE}, output["generated_text"])
 
 
-@pytest.mark.parametrize("more_logits", [1, 29, 300])
+@pytest.mark.parametrize("more_logits", [1, 300])
 def test_model_with_other_logits_than_tokens(load_kind, more_logits):
     pipeline = load_kind("llama", more_logits=more_logits)
     outputs = generate(pipeline, PROMPTS, SHORT, constraints=GRAMMARS)
@@ -298,4 +317,4 @@ def test_tokenizers_that_change_or_hide_the_text_are_refused():
     backend.decoder = decoders.WordPiece()
     for tokenizer in (PreTrainedTokenizerFast(tokenizer_object=backend), ByT5Tokenizer()):
         with pytest.raises(UsageError, match="model cannot have constrained answers"):
-            GrammarCompiler(tokenizer, 400)("start: /a/", [1])
+            GrammarCompiler(tokenizer, 400).compile("start: /a/", (1,))

@@ -1,7 +1,6 @@
-"""What fast tokenizers tell of themselves: their decoder, and how to decode a stream of tokens."""
+"""What fast tokenizers tell of themselves: their decoder, and their special tokens."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,7 @@ def byte_alphabet() -> dict[str, int]:
 def read_as_text(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Let a tokenizer read the names of special tokens, such as `</s>`, in a text as text."""
     tokenizer.split_special_tokens = True
-    names = special_names(tokenizer)
+    names = [token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not names:
         return
@@ -44,27 +43,24 @@ def read_as_text(tokenizer: "PreTrainedTokenizerBase") -> None:
         backend.normalizer = normalizers.Sequence([*usual, *changes])
 
 
-def special_names(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    return [token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
+def hide_names(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return a fast tokenizer as JSON, for llguidance: no text has the names of its special tokens.
 
-
-def hide_names(tokenizer: "PreTrainedTokenizerBase", names: Iterable[str]) -> str:
-    """Return a fast tokenizer as JSON in which special tokens have other names, so that no text is read as one."""
-    text: str = tokenizer.backend_tokenizer.to_str()
-    for name in names:
-        text = text.replace(json.dumps(name, ensure_ascii=False), json.dumps(f"\0{name}", ensure_ascii=False))
-    return text
-
-
-def decode_stream(tokenizer: "PreTrainedTokenizerBase", before: Sequence[int]) -> Callable[[int], str | None] | None:
-    """Return a function from the next token after `before` to new text; None for slow tokenizers.
-
-    It returns nothing while a character is unfinished, and raises if the text before it would change.
+    llguidance also takes an added token as special if its name is in angle brackets. The text of such a name would have
+    to be this token, which is not allowed in a text. Raises ValueError for a slow tokenizer.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    from tokenizers.decoders import DecodeStream
-
-    stream = DecodeStream(ids=list(before), skip_special_tokens=True)
-    return lambda token: stream.step(backend, token)
+    if not (backend := getattr(tokenizer, "backend_tokenizer", None)):
+        raise ValueError("only fast tokenizers are supported")
+    data = json.loads(backend.to_str()) | {"padding": None, "truncation": None, "post_processor": None}
+    names = {}
+    for token in data["added_tokens"]:
+        name = token["content"]
+        if token["special"] or (name.startswith("<") and name.endswith(">")):
+            token["content"] = names[name] = f"\0{name}"
+    model, vocab = data["model"], data["model"]["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(piece, piece): id for piece, id in vocab.items()}
+        model["unk_token"] = names.get(model.get("unk_token"), model.get("unk_token"))
+    else:  # of Unigram models
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
+    return json.dumps(data)

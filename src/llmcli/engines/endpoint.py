@@ -36,9 +36,7 @@ PROTOCOL_NAMES = {
     "stop_strings": "stop",
     "num_return_sequences": "n",
 }
-SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p")  # any of them turns sampling on
 SWITCHABLE = ("vllm", "sglang", "llamacpp")  # who owns the models of servers that accept chat_template_kwargs
-STANDARD_OPTIONS = ("max_tokens", "stop", "n", "temperature", "top_p", "seed")  # servers extend these as they like
 
 
 class EndpointEngine(TaskEngine):
@@ -54,7 +52,10 @@ class EndpointEngine(TaskEngine):
 
     def make_runner(self, job: Job, strategy: Strategy, model: "RemoteModel") -> "EndpointRunner":
         _ = model.models  # raises if the server cannot be reached
-        return EndpointRunner(job, strategy, model)
+        try:
+            return EndpointRunner(job, strategy, model)
+        except RecordError as exc:  # what would be wrong with every record
+            raise UsageError(exc.message, exc.hint) from exc
 
     def local(self) -> TaskEngine:
         from llmcli.engines.local import LocalEngine
@@ -197,11 +198,12 @@ class EndpointRunner:
 
     def _send(self, prompt: Prompt, **options: object) -> Any:
         field = "prompt" if isinstance(prompt, str) else "messages"
-        settings: dict[str, Any] = {"model": self._model.name, field: prompt, **self._options, **options}
+        settings = dict(self._options)
         if (number := self._job.logprobs) is not None:
             settings |= {"logprobs": number} if field == "prompt" else {"logprobs": True, "top_logprobs": number}
-        client = self._model.client
-        return (client if field == "prompt" else client.chat).completions.create(**settings)
+        client: Any = self._model.client if field == "prompt" else self._model.client.chat
+        options |= {"model": self._model.name, field: prompt}
+        return client.completions.create(**options, extra_body=settings)  # Servers extend the protocol as they like.
 
     @contextmanager
     def _translated_errors(self) -> Iterator[None]:
@@ -211,10 +213,8 @@ class EndpointRunner:
         try:
             yield
         except openai.APIStatusError as exc:
-            code, message = (
-                exc.status_code,
-                f"server returned HTTP {exc.status_code}: {_error_text(exc.body or exc.message)}",
-            )
+            code = exc.status_code
+            message = f"server returned HTTP {code}: {_error_text(exc.body or exc.message)}"
             if code in (401, 403):
                 raise ModelUnavailableError(message, hint="set LLMCLI_API_KEY to the server's key") from exc
             if code == 404:
@@ -242,7 +242,7 @@ def protocol_options(job: Job, strategy: Strategy, model: RemoteModel) -> dict[s
     options = {**task, **job.generation, **({} if job.seed is None else {"seed": job.seed})}
     if isinstance(options.get("stop_strings"), str):
         options["stop_strings"] = [options["stop_strings"]]
-    if options.pop("do_sample", None) is False and job.generation.keys().isdisjoint(SAMPLING_OPTIONS):
+    if options.pop("do_sample", None) is False and job.generation.keys().isdisjoint(generation.SAMPLING):
         options["temperature"] = 0
     named = {PROTOCOL_NAMES.get(name, name): value for name, value in options.items() if value is not None}
     owner = next((item.owned_by for item in model.models if item.id == model.name), "")
@@ -253,8 +253,7 @@ def protocol_options(job: Job, strategy: Strategy, model: RemoteModel) -> dict[s
         variables = dict.fromkeys(("enable_thinking", "thinking"), bool(job.think))
     if variables := {**variables, **job.template_options}:
         named["chat_template_kwargs"] = variables
-    standard = {name: named.pop(name) for name in STANDARD_OPTIONS if name in named}
-    return {**standard, **({"extra_body": named} if named else {})}
+    return named
 
 
 def make_client(endpoint: str) -> "OpenAI":
@@ -266,9 +265,11 @@ def make_client(endpoint: str) -> "OpenAI":
     if url.scheme not in ("http", "https") or not url.netloc:
         raise UsageError(f"invalid --endpoint {endpoint!r}: expected a URL", hint="e.g. http://localhost:8000/v1")
     try:
+        import jsonschema  # noqa: F401  # needed for answers to schemas
         import openai
     except ImportError as exc:
-        raise UsageError("--endpoint requires the openai package", hint="run `pip install 'llmcli[openai]'`") from exc
+        hint = "run `pip install 'llmcli[openai]'`"
+        raise UsageError(f"--endpoint requires the {exc.name} package", hint) from exc
     openai_key = os.environ.get("OPENAI_API_KEY") if url.scheme == "https" else None  # not to be sent unencrypted
     key = os.environ.get("LLMCLI_API_KEY") or openai_key or "none"
     base_url = endpoint if url.path.strip("/") else f"{endpoint.rstrip('/')}/v1"

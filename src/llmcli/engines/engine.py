@@ -70,7 +70,7 @@ class TaskEngine(ABC):
     ) -> Generator[Result, None, None]:
         """Yield the results in the order of the records. The model is loaded when the first record needs it."""
         # A seed repeats a sampled run only if the batches do not depend on how fast the input arrives.
-        is_seeded = job.seed is not None and job.generation.get("do_sample") is not False
+        is_seeded = job.seed is not None and bool(job.settings_field or job.generation.get("do_sample") is not False)
         run = JobRun(self, job, on_text, on_result)
         with ReadAhead(map(PendingRecord, records), MAX_IN_FLIGHT, attrgetter("size")) as source:
             while run.in_flight or not source.has_ended:
@@ -111,7 +111,9 @@ class PendingRecord:
             except StopIteration as stop:
                 self.result = self._make_result(stop.value)
                 return
-            settings = self.settings if self.call.is_final or not self.settings else self.settings.without_constraint()
+            settings = self.settings
+            if settings and not self.call.is_final:
+                settings = replace(settings, constraint=None)
             self.requests = [Request(item, settings) for item in self.call.inputs]
         except RecordError as exc:
             self.fail(exc)
@@ -292,15 +294,13 @@ class JobRun:
 
 def _strip_stream(on_text: OnText) -> OnText:
     """Return a function that passes pieces of text on, without the white space around the whole."""
-    held, has_begun = "", False
+    whole, end = "", 0
 
     def pass_on(piece: str) -> None:
-        nonlocal held, has_begun
-        text = held + piece if has_begun else (held + piece).lstrip()
-        shown = text.rstrip()
-        held = text[len(shown) :]
-        if shown:
-            has_begun = True
+        nonlocal whole, end
+        whole = (whole + piece) if whole else piece.lstrip()
+        if shown := whole[end:].rstrip():
+            end += len(shown)
             on_text(shown)
 
     return pass_on

@@ -76,7 +76,7 @@ class LocalEngine(TaskEngine):
         if job.seed is not None:
             set_seed(job.seed)
         # A seed repeats a run only if the batches do not depend on speed and free memory.
-        is_fixed = job.seed is not None and bool(config.do_sample)
+        is_fixed = job.seed is not None and bool(config.do_sample or job.settings_field)
         answer_tokens = config.max_new_tokens or config.max_length or 0
         batches = BatchPolicy(job.batch_size, device, memory, answer_tokens, is_fixed)
         settings = {} if job.logprobs is None else {"logprobs": job.logprobs}

@@ -8,19 +8,20 @@ from llmcli.engines.requests import RequestSettings
 from llmcli.errors import RecordError
 from llmcli.job import Job, JsonObject, Record
 from llmcli.models import generation
-from llmcli.text.constraints import check_constraint
+from llmcli.text.constraints import check_constraint, parse_json
 
 MAX_CHARACTERS = 2**16  # of a constraint, as JSON
 CHECK_TIMEOUT_S = 2.0  # for a constraint
 ALIASES = {"max_tokens": "max_new_tokens", "stop": "stop_strings"}
-CONSTRAINTS = {"schema": dict, "regex": str, "choice": list}  # and no Lark grammar: it may take long in each step
+CONSTRAINTS = "schema", "regex", "choice"  # and no Lark grammar: it may take long in each step
 BOUNDS: dict[str, tuple[type, float, float]] = {
     "seed": (int, 0, 2**32 - 1),
-    **dict.fromkeys(("max_new_tokens", "no_repeat_ngram_size"), (int, 1, 2**31)),
-    **dict.fromkeys(("min_new_tokens", "top_k"), (int, 0, 2**31)),
-    **dict.fromkeys(("temperature", "epsilon_cutoff", "eta_cutoff"), (float, 0, 1e6)),
-    **dict.fromkeys(("top_p", "min_p", "top_h"), (float, 0, 1)),
-    **dict.fromkeys(("typical_p", "repetition_penalty"), (float, 1e-6, 1e6)),
+    "max_new_tokens": (int, 1, 2**31),
+    **dict.fromkeys(("min_new_tokens", "top_k", "no_repeat_ngram_size"), (int, 0, 2**31)),
+    **dict.fromkeys(("top_p", "min_p", "epsilon_cutoff", "eta_cutoff"), (float, 0, 1)),
+    **dict.fromkeys(("typical_p", "top_h"), (float, 1e-6, 1)),
+    "temperature": (float, 0, 10**6),
+    "repetition_penalty": (float, 1e-6, 10**6),
 }
 KNOWN = (*BOUNDS, "do_sample", "stop_strings", *ALIASES, *CONSTRAINTS)
 
@@ -29,12 +30,12 @@ def read_settings(job: Job, record: Record) -> RequestSettings:
     """Return the settings of a record, over those of the job. Raises RecordError for invalid ones."""
     name, kind = job.settings_field, "invalid_settings"
     try:
-        given = {ALIASES.get(key, key): _check(key, value) for key, value in _read_object(record, name).items()}
+        given = {ALIASES.get(key, key): _check(key, value) for key, value in (_read_object(record, name) or {}).items()}
         given = {key: value for key, value in given.items() if value is not None}
         constraint: JsonObject = {key: given.pop(key) for key in CONSTRAINTS if key in given}
         if not constraint:
             name, kind = job.schema_field, "invalid_schema"
-            constraint = {"schema": schema} if (schema := _read_object(record, name)) else {}
+            constraint = {} if (schema := _read_object(record, name)) is None else {"schema": schema}
         _check_constraint(constraint)
         constraint = constraint or job.constraint or {}
         if constraint and (given.get("stop_strings") or job.generation.get("stop_strings")):
@@ -48,19 +49,16 @@ def read_settings(job: Job, record: Record) -> RequestSettings:
     return RequestSettings(given, seed, constraint or None)
 
 
-def _read_object(record: Record, name: str | None) -> dict[str, Any]:
-    """Return the JSON object in a field of a record, empty if there is none."""
+def _read_object(record: Record, name: str | None) -> JsonObject | None:
+    """Return the JSON object in a field of a record, None if there is none."""
     value = record.fields.get(name) if name else None
     if record.is_row and name and name not in record.fields:
         raise RecordError("missing_field", f"missing field {name!r}")
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except RecursionError:
-            raise ValueError("nested too deep") from None
-    if value and not isinstance(value, dict):
+    if isinstance(value, str):
+        value = parse_json(value if value.strip() else "null")
+    if value is not None and not isinstance(value, dict):
         raise ValueError("expected a JSON object")
-    return value or {}
+    return value
 
 
 def _check(name: str, value: object) -> object:
@@ -70,16 +68,17 @@ def _check(name: str, value: object) -> object:
         raise ValueError(f"unknown setting {name!r}{config.did_you_mean(name, KNOWN)}")
     if value is None:
         return None
+    json.dumps(value, ensure_ascii=False).encode()  # raises ValueError for half a character
     if bounds := BOUNDS.get(ALIASES.get(name, name)):
         kind, low, high = bounds
         is_number = isinstance(value, int | kind) and not isinstance(value, bool)
         if not (is_number and low <= value <= high):  # type: ignore[operator]
-            expected = f"{'an integer' if kind is int else 'a number'} from {low:g} to {high:g}"
+            expected = f"{'an integer' if kind is int else 'a number'} from {low} to {high}"
     elif name in ("choice", "stop", "stop_strings"):
         value = [value] if isinstance(value, str) else value
         if not (isinstance(value, list) and value and all(text and isinstance(text, str) for text in value)):
             expected = "texts that are not empty"
-    elif (not value and name != "do_sample") or not isinstance(value, CONSTRAINTS.get(name, bool)):
+    elif not isinstance(value, {"schema": dict, "regex": str}.get(name, bool)) or value == "":
         expected = {"schema": "a JSON object", "regex": "a pattern"}.get(name, "true or false")
     if expected:
         raise ValueError(f"invalid {name} {value!r:.60}: expected {expected}")
@@ -89,9 +88,7 @@ def _check(name: str, value: object) -> object:
 def _check_constraint(constraint: JsonObject) -> None:
     if len(constraint) > 1:
         raise ValueError(f"{' and '.join(constraint)} cannot be used together")
-    if constraint and (length := len(json.dumps(constraint))) > MAX_CHARACTERS:
-        raise ValueError(
-            f"{next(iter(constraint))} has {length} characters, which exceeds the maximum {MAX_CHARACTERS}"
-        )
     if constraint:
+        if (length := len(json.dumps(constraint))) > MAX_CHARACTERS:
+            raise ValueError(f"constraint has {length} characters, which exceeds the maximum {MAX_CHARACTERS}")
         check_constraint(constraint, CHECK_TIMEOUT_S)

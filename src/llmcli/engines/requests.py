@@ -23,9 +23,6 @@ class RequestSettings:
     def __post_init__(self) -> None:
         self.key = repr((self.generation, self.seed, self.constraint))
 
-    def without_constraint(self) -> "RequestSettings":
-        return RequestSettings(self.generation, self.seed)
-
 
 @dataclass(slots=True, eq=False)
 class Request:

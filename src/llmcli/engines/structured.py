@@ -2,11 +2,13 @@
 
 import json
 import re
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from llmcli.errors import RecordError
 from llmcli.job import JsonObject
-from llmcli.text.constraints import accepts
+from llmcli.text.constraints import accepts, parse_json
 
 
 def constraint_options(constraint: JsonObject, owner: str) -> dict[str, Any]:
@@ -31,12 +33,30 @@ def check_answer(constraint: JsonObject, text: str, finish_reason: str | None) -
     if finish_reason == "length":
         raise RecordError("incomplete", "answer was cut before it was complete", hint="increase --max-new-tokens")
     try:
-        is_valid = accepts(constraint, text)
-    except ValueError:
+        is_valid = accepts(constraint, text) or ("schema" in constraint and _is_valid(constraint["schema"], text))
+    except (ValueError, RecursionError):
         is_valid = False
     if not is_valid:
         message = f"answer does not match the {next(iter(constraint))}: the server may not support it"
         raise RecordError("invalid_response", message)
+
+
+def _is_valid(schema: Any, text: str) -> bool:
+    """Return whether JSON text is valid by a schema: properties may come in another order than llguidance's."""
+    from jsonschema import Draft202012Validator, ValidationError
+    from jsonschema.validators import extend, validator_for
+    from referencing import Registry
+
+    # Python's `re` may take for ever with the pattern of a stranger: llguidance does not.
+    def check(keyword: str, _: object, expected: object, value: object, __: object) -> Iterator[ValidationError]:
+        if isinstance(value, str) and not accepts({"schema": {"type": "string", keyword: expected}}, json.dumps(value)):
+            yield ValidationError(keyword)
+
+    if '"patternProperties"' in json.dumps(schema):
+        return False
+    checks = {keyword: partial(check, keyword) for keyword in ("pattern", "format")}
+    validator = extend(validator_for(schema, Draft202012Validator), checks)
+    return bool(validator(schema, registry=Registry()).is_valid(parse_json(text)))
 
 
 def read_logprobs(choice: Any) -> JsonObject:

@@ -16,13 +16,15 @@ FRACTIONS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty",
 COUNTS = ("num_beams", "num_return_sequences", "max_new_tokens")
 NUMBERS = (*FRACTIONS, *COUNTS, "top_k", "min_new_tokens", "no_repeat_ngram_size")
 TOTALS = {"max_length": "--max-new-tokens", "min_length": "--min-new-tokens"}
+MIN_TEMPERATURE = 1e-6  # A float32 cannot hold the logits divided by much less.
 OLD_MAX_LENGTH = 20  # tokens; what transformers 4 wrote into a generation config that had none
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
 
 
 def greedy(options: JsonObject) -> dict[str, Any]:
-    """Return options, with a temperature of 0 turned into greedy decoding."""
-    if options.get("temperature") != 0:
+    """Return options, with a temperature of (nearly) 0 turned into greedy decoding."""
+    temperature = options.get("temperature")
+    if not (isinstance(temperature, int | float) and 0 <= temperature < MIN_TEMPERATURE):
         return dict(options)
     return {name: value for name, value in options.items() if name not in SAMPLING} | {"do_sample": False}
 

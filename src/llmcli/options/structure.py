@@ -1,6 +1,5 @@
 """Options for the form of answers, and for settings that records bring along."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typer import Option
 from llmcli.errors import UsageError, first_line
 from llmcli.options.generation import CommonGenerationOptions
 from llmcli.options.input_output import InputOptions
+from llmcli.text.constraints import check_constraint, parse_json
 
 
 @dataclass
@@ -41,8 +41,6 @@ class StructureOptions:
         if options and options[0] != "--settings-field" and generation.config().get("stop_strings"):
             raise UsageError(f"--stop cannot be used with {options[0]}")
         if constraint:
-            from llmcli.text.constraints import check_constraint
-
             try:
                 check_constraint(constraint)
             except ValueError as exc:
@@ -61,12 +59,12 @@ class StructureOptions:
             return value or None
         try:
             if name == "grammar" or not (value.lstrip().startswith("{") or value in ("true", "false")):
-                value = Path(value).read_text(encoding="utf-8")
-            return json.loads(value) if name == "schema" else value
+                value = Path(value).read_text(encoding="utf-8-sig")
+            return parse_json(value) if name == "schema" else value
         except OSError as exc:
             hint = """JSON begins with "{", e.g. '{"type": "object"}'""" if name == "schema" else None
             raise UsageError(f"--{name}: {value}: {(exc.strerror or str(exc)).lower()}", hint) from exc
-        except (ValueError, RecursionError) as exc:
+        except ValueError as exc:
             raise UsageError(f"--{name}: invalid: {first_line(exc)}") from exc
 
 

@@ -20,7 +20,6 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from llmcli.compat.cache import cache_argument
-from llmcli.compat.tokenizers import decode_stream
 from llmcli.errors import RecordError, UsageError
 from llmcli.pipelines.base import Inputs, Parameters, TextPipeline, as_batch
 from llmcli.pipelines.constraints import ConstraintProcessor, GrammarCompiler
@@ -42,8 +41,7 @@ class TokenDecoder:
         self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = (), marks: Mapping[int, str] | None = None,
         thoughts: Thoughts | None = None, **settings: bool,
     ) -> None:  # fmt: skip
-        self._tokenizer, self._before, self._settings = tokenizer, list(before), settings
-        self.thoughts, self._marks = thoughts, marks or {}
+        self.thoughts, self._marks, self._before = thoughts, marks or {}, list(before)
         self._decode: Callable[[list[int]], str] = partial(tokenizer.decode, skip_special_tokens=True, **settings)
         self._known = self._decode(self._before) if before else ""
 
@@ -60,26 +58,22 @@ class TokenDecoder:
 
     def stream(self) -> Callable[[int], str | None]:
         """Return a function from the next new token to the text that it completes, if any."""
-        cleans_up = self._settings.get("clean_up_tokenization_spaces", self._tokenizer.clean_up_tokenization_spaces)
-        fast = None if cleans_up else decode_stream(self._tokenizer, self._before)
-        step = fast or slow_stream(self)
-        return (lambda token: self._marks.get(token) or step(token)) if fast and self._marks else step
+        ids, begin, end = list(self._before), 0, len(self._before)
 
+        def step(token: int) -> str | None:
+            """Decode it after the tokens of the last piece of text alone: a space may depend on these."""
+            nonlocal begin, end
+            ids.append(token)
+            if mark := self._marks.get(token):
+                begin = end = len(ids)
+                return mark
+            known, text = self._decode(ids[begin:end]), self._decode(ids[begin:])
+            if text.endswith(PENDING) or len(text) <= len(known):
+                return None
+            begin, end = end, len(ids)
+            return text[len(known) :]
 
-def slow_stream(decode: Callable[[list[int]], str]) -> Callable[[int], str | None]:
-    """Return the same as TokenDecoder.stream for slow tokenizers: it decodes all tokens for each new one."""
-    ids, length = list[int](), 0
-
-    def step(token: int) -> str | None:
-        nonlocal length
-        ids.append(token)
-        text = decode(ids)
-        if text.endswith(PENDING):
-            return None
-        start, length = length, len(text)
-        return text[start:]
-
-    return step
+        return step
 
 
 class DeltaStreamer(BaseStreamer):  # type: ignore[misc]  # transformers has no types
@@ -94,12 +88,8 @@ class DeltaStreamer(BaseStreamer):  # type: ignore[misc]  # transformers has no 
         if self._is_prompt or self._is_over:
             self._is_prompt = False
             return
-        try:
-            for token in value.flatten().tolist():
-                self._held += self._filter.feed(self._step(token) or "")
-        except Exception:  # tokenizers': this token changes text that was passed on already
-            self._is_over = True
-            return
+        for token in value.flatten().tolist():
+            self._held += self._filter.feed(self._step(token) or "")
         end = first_stop(self._held, self._stops)
         self._is_over = end is not None
         end = len(self._held) - stop_prefix(self._held, self._stops) if end is None else end
@@ -238,7 +228,7 @@ class GeneratingPipeline(TextPipeline):
         recorder = None
         if logprobs is not None:
             if not is_plain:
-                raise UsageError("--logprobs cannot be used with --num-beams")
+                raise UsageError("--logprobs requires greedy decoding or sampling")
             ends.append(recorder := TokenLogprobs(self.model, logprobs))
         constraint = self._constrain(constraints, config, start)
         settings: dict[str, Any] = {"logits_processor": LogitsProcessorList([constraint])} if constraint else {}
@@ -277,8 +267,6 @@ class GeneratingPipeline(TextPipeline):
     @functools.cached_property
     def compile_grammar(self) -> GrammarCompiler:
         """Compiles grammars of constraints, to be used with `end_tokens` of a generation config."""
-        from llmcli.pipelines.constraints import GrammarCompiler
-
         return GrammarCompiler(self.tokenizer, self.model.config.get_text_config().vocab_size)
 
     def _constrain(
@@ -286,8 +274,6 @@ class GeneratingPipeline(TextPipeline):
     ) -> ConstraintProcessor | None:
         if not grammars or not any(grammars):
             return None
-        from llmcli.pipelines.constraints import ConstraintProcessor
-
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
         return ConstraintProcessor(self.compile_grammar, grammars, end_tokens(config), start, copies)
 

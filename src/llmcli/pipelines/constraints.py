@@ -2,15 +2,15 @@
 
 import functools
 import os.path
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from llguidance import LLExecutor, LLMatcher, LLTokenizer, hf
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from llmcli.compat.tokenizers import hide_names, special_names
+from llmcli.compat.tokenizers import hide_names
 from llmcli.errors import RecordError, UsageError, first_line
 
 TABLES = 4
@@ -24,28 +24,22 @@ class GrammarCompiler:
         self.vocab_size = max(vocab_size, len(tokenizer))
         self._tokenizer = tokenizer
         self._table = functools.lru_cache(TABLES)(self._make_table)
-        self._matcher = functools.lru_cache(COMPILED_GRAMMARS)(self._compile)
-
-    def __call__(self, grammar: str, ends: Iterable[int]) -> LLMatcher:
-        """Return the matcher, to be copied, of a grammar for answers that end with one of these tokens."""
-        return self._matcher(grammar, tuple(ends))
+        self.compile = functools.lru_cache(COMPILED_GRAMMARS)(self._compile)
 
     def _compile(self, grammar: str, ends: tuple[int, ...]) -> LLMatcher:
-        names = tuple(filter(grammar.__contains__, special_names(self._tokenizer)))
-        matcher = LLMatcher(self._table(ends, names), grammar, log_level=0)
+        """Return the matcher, to be copied, of a grammar for answers that end with one of these tokens."""
+        matcher = LLMatcher(self._table(ends), grammar, log_level=0)
         if matcher.is_error():
             reason = matcher.get_error().partition("\n")[0]
             raise RecordError("invalid_constraint", f"invalid constraint: {reason}")
         return matcher
 
-    def _make_table(self, ends: tuple[int, ...], names: tuple[str, ...]) -> LLTokenizer:
-        """Return llguidance's table of all tokens, which may take seconds. The special names are text in it."""
+    def _make_table(self, ends: tuple[int, ...]) -> LLTokenizer:
+        """Return llguidance's table of all tokens, which may take seconds."""
         if not ends:
             raise UsageError("model cannot have constrained answers: it has no token that ends an answer")
         try:
-            if names:
-                return LLTokenizer(hide_names(self._tokenizer, names), self.vocab_size, list(ends))
-            return hf.from_tokenizer(self._tokenizer, self.vocab_size, list(ends))
+            return LLTokenizer(hide_names(self._tokenizer), self.vocab_size, list(ends))
         except ValueError as exc:  # slow tokenizers, and WordPiece, which does not keep a text as it is
             raise UsageError(
                 f"model cannot have constrained answers: {first_line(exc)}",
@@ -66,7 +60,7 @@ class ConstraintProcessor(LogitsProcessor):  # type: ignore[misc]  # transformer
     def __init__(
         self, compiler: GrammarCompiler, grammars: Sequence[str | None], ends: list[int], start: int, copies: int
     ) -> None:
-        matchers = [compiler(grammar, ends) if grammar else None for grammar in grammars]
+        matchers = [compiler.compile(grammar, tuple(ends)) if grammar else None for grammar in grammars]
         self.matchers = [matcher and matcher.deep_copy() for matcher in matchers for _ in range(copies)]
         self.compiler, self.ends, self.start, self.copies = compiler, ends, start, copies
         self._tokens = [list[int]() for _ in matchers for _ in range(copies)]  # which each matcher has read

@@ -1,6 +1,7 @@
 """Decoding with what transformers' `generate` lacks: forced tokens, and a random state for each row."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,7 @@ class RowSampler(LogitsProcessor):  # type: ignore[misc]  # transformers has no 
         return torch.full_like(scores, -torch.inf).scatter_(1, torch.stack(drawn), 0.0)
 
 
+@dataclass
 class Decoder:
     """Decodes greedily or by sampling: what `generate` takes as `custom_generate`.
 
@@ -54,12 +56,11 @@ class Decoder:
     `max_columns` columns in its cache then. None: no maximum; 0: they come one by one.
     """
 
-    def __init__(
-        self, constraint: ConstraintProcessor | None, seeds: Sequence[int | None] | None,
-        streamer: BaseStreamer | None, max_columns: int | None,
-    ) -> None:  # fmt: skip
-        self.constraint, self.seeds, self.streamer, self.max_columns = constraint, seeds, streamer, max_columns
-        self.sampler: RowSampler | None = None
+    constraint: ConstraintProcessor | None
+    seeds: Sequence[int | None] | None
+    streamer: BaseStreamer | None
+    max_columns: int | None
+    sampler: RowSampler | None = None
 
     def __call__(
         self, model: PreTrainedModel, input_ids: torch.Tensor, logits_processor: LogitsProcessorList,

@@ -17,6 +17,7 @@ from llmcli.errors import LlmcliError
 from llmcli.job import JsonObject
 
 CHECK_TIMEOUT_S = 10.0
+JSON_STYLE: Any = {"whitespace_flexible": False, "lenient": False, "item_separator": ",", "key_separator": ":"}
 MAX_EXACT = 2**53  # llguidance reads larger numbers of a schema as float64
 WALKED_BYTES = 8  # of an answer: a part of the work is left until then
 NOISE = re.compile(r"^at \d+\(\d+\): |\. Enable .*|; following .*| and retrieving it failed: .*")
@@ -33,7 +34,7 @@ def to_grammar(constraint: JsonObject) -> str:
         if not isinstance(value, dict) and value is not True:
             raise ValueError("expected a JSON object")
         schema = json.dumps({} if value is True else value)
-        return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False, "lenient": False})
+        return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)
     if kind == "choice":
         return LLMatcher.grammar_from_lark(f"start: {' | '.join(map(json.dumps, value))}")
     return LLMatcher.grammar_from_regex(value) if kind == "regex" else LLMatcher.grammar_from_lark(value)
