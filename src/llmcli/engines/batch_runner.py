@@ -201,8 +201,9 @@ class BatchRunner:
         return settings
 
     def _own_lengths(self, rows: list[Row]) -> list[int]:
-        """Return how many tokens of each row a batch computes: those after the prefix."""
-        return [max(1, row.length - self.policy.shared_tokens) for row in rows]
+        """Return the tokens of each row after the prefix, and those that it may generate beyond the job's maximum."""
+        shared, limit = self.policy.shared_tokens, self._max_new_tokens
+        return [max(1, row.length - shared) + max(0, row.max_new_tokens - limit) for row in rows]
 
     def _find_prefix(self, rows: list[Row]) -> "tuple[list[int], Cache | None] | None":
         """Return the tokens that all prompts of this batch and earlier ones begin with, and their keys and values."""
