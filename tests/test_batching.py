@@ -115,9 +115,10 @@ def test_memory_estimator_rejects_batches_that_do_not_fit():
     assert memory.fits(400)
     assert not memory.fits(401)
     now = MemoryUsage(used=1500, peak=9000, free=1000)
-    memory.observe(500)  # 16 a token, which is less
-    assert memory.fits(60)
-    assert not memory.fits(61)
+    memory.observe(500)  # 16 bytes a token: what the first batch took once for all weighs less
+    memory.observe(10)  # has not taken 800 bytes a token: the process keeps what the larger batch took
+    assert memory.fits(75)
+    assert not memory.fits(76)
 
 
 def test_memory_estimator_counts_the_peak_of_each_batch():

@@ -34,6 +34,7 @@ class MemoryEstimator:
         self._baseline: MemoryUsage | None = None  # before the first batch
         self._last = MemoryUsage(0, 0, 0)
         self._bytes_per_token = 0.0
+        self._measured_tokens = 0  # of the largest batch
         self._failed_tokens: int | None = None  # the smallest batch that ran out of memory
 
     def start_batch(self) -> None:
@@ -44,8 +45,9 @@ class MemoryEstimator:
         usage = self._probe()
         # A peak that is the same as before is that of an earlier batch, or of loading the model: it cannot be reset.
         peak = max(usage.used, usage.peak if usage.peak != self._last.peak else 0)
-        if self._baseline:
-            self._bytes_per_token = max(self._bytes_per_token, (peak - self._baseline.used) / tokens)
+        # The process keeps what the largest batch took, and a small one would seem to have taken all of it.
+        if self._baseline and tokens >= self._measured_tokens:
+            self._measured_tokens, self._bytes_per_token = tokens, (peak - self._baseline.used) / tokens
         self._last = usage
 
     def observe_failure(self, tokens: int) -> None:
