@@ -15,7 +15,6 @@ from llmcli.engines.batching import BatchPolicy
 from llmcli.engines.requests import OnText, Request, RequestSettings, capture_errors, is_out_of_memory
 from llmcli.errors import LlmcliError, RecordError, UsageError
 from llmcli.job import JsonObject
-from llmcli.text.constraints import to_grammar
 
 if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig, Pipeline
@@ -84,7 +83,7 @@ class BatchRunner:
                     if parameters["truncate"] is not None:
                         parameters = {**parameters, "truncate": maximum}
                     if own.constraint:
-                        parameters, grammar = {**parameters, "is_constrained": True}, to_grammar(own.constraint)
+                        parameters, grammar = {**parameters, "is_constrained": True}, own.grammar
                 made = self.pipeline.preprocess(request.input, **parameters)
                 rows = []
                 for i, inputs in enumerate(made if self._takes_rows else [made]):

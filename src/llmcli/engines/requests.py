@@ -3,25 +3,32 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 from llmcli.errors import LlmcliError, RecordError, first_line
 from llmcli.job import Failure, JsonObject
+from llmcli.text.constraints import to_grammar
 
 OnText = Callable[[str], None]
 
 
-@dataclass(slots=True)
+@dataclass
 class RequestSettings:
     """What a request asks for in place of what its job does."""
 
     generation: JsonObject = field(default_factory=dict)  # GenerationConfig values over those of the job
     seed: int | None = None
     constraint: JsonObject | None = None  # of the answer
-    key: str = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.key = repr((self.generation, self.seed, self.constraint))
+    @cached_property
+    def key(self) -> str:
+        return repr((self.generation, self.seed, self.constraint))
+
+    @cached_property
+    def grammar(self) -> str | None:
+        """The constraint as llguidance's grammar: made once for all requests of a job that has one constraint."""
+        return to_grammar(self.constraint) if self.constraint else None
 
 
 @dataclass(slots=True, eq=False)
