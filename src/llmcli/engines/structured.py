@@ -76,7 +76,7 @@ def read_logprobs(choice: Any) -> JsonObject:
 
 def read_text(choice: Any) -> str | None:
     """Return the text of a choice, or of a piece of one. Some servers send the content of messages in parts."""
-    message = getattr(choice, "message", None) or getattr(choice, "delta", None)
+    message = _message(choice)
     content = message.content if message else choice.text
     if isinstance(content, list):
         content = "".join(part.get("text") or "" for part in content) or None
@@ -85,9 +85,13 @@ def read_text(choice: Any) -> str | None:
 
 def read_thought(choice: Any) -> str:
     """Return what the model thought in a choice, or in a piece of one, by either name that servers use."""
-    message = getattr(choice, "message", None) or getattr(choice, "delta", None)
-    thoughts = [getattr(message, name, None) for name in ("reasoning_content", "reasoning")]
+    thoughts = [getattr(_message(choice), name, None) for name in ("reasoning_content", "reasoning")]
     return next((thought for thought in thoughts if thought and isinstance(thought, str)), "")
+
+
+def _message(choice: Any) -> Any:
+    """Return the message of a choice, or the piece of one; None if the choice is of plain text."""
+    return getattr(choice, "message", None) or getattr(choice, "delta", None)
 
 
 def _name_token(token: str, logprob: float) -> dict[str, Any]:

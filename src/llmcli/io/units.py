@@ -1,4 +1,4 @@
-"""Parse and format sizes, durations and probabilities."""
+"""Parse, format and round sizes, durations and probabilities."""
 
 import math
 import re
@@ -37,3 +37,8 @@ def format_probability(probability: float | None) -> str:
     if probability is None:
         return "-"
     return f"{probability:.4f}" if probability >= 0.00005 else f"{probability:.0e}" if probability else "0"
+
+
+def round_float32(value: float) -> float:
+    """Return a number with the digits that float32 is good for: six."""
+    return float(f"{value:.6g}")

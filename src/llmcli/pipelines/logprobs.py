@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.utils import ModelOutput
 
+from llmcli.io.units import round_float32
 from llmcli.pipelines.base import Inputs, check_finite
 from llmcli.pipelines.spelling import CONTEXT_TOKENS, speller
 
@@ -60,7 +61,7 @@ def describe_logprobs(output: Inputs, ids: Sequence[int], tokenizer: PreTrainedT
 
     def describe(before: Sequence[int], token: int, logprob: float) -> Inputs:
         text, data = spell(before, token)
-        return {"token": text, "logprob": float(f"{max(logprob, MIN_LOGPROB):.6g}"), "bytes": list(data)}
+        return {"token": text, "logprob": round_float32(max(logprob, MIN_LOGPROB)), "bytes": list(data)}
 
     row = [*output["input_ids"][-CONTEXT_TOKENS:], *ids]  # a space may depend on the prompt
     content = list[Inputs]()
@@ -71,4 +72,4 @@ def describe_logprobs(output: Inputs, ids: Sequence[int], tokenizer: PreTrainedT
         content.append({**describe(before, token, logprob), "top_logprobs": others})
     content, logprobs = content[start:], logprobs[start:]
     mean = math.fsum(logprobs) / len(logprobs) if logprobs else None
-    return {"logprobs": {"content": content}, "mean_logprob": mean and float(f"{mean:.6g}")}
+    return {"logprobs": {"content": content}, "mean_logprob": mean and round_float32(mean)}

@@ -8,6 +8,7 @@ import torch
 
 from llmcli.compat.cache import cache_argument, key_value_cache
 from llmcli.errors import UsageError
+from llmcli.io.units import round_float32
 from llmcli.pipelines.base import CausalTextPipeline, Inputs, Parameters, as_batch, check_finite, check_tokens, make_row
 from llmcli.pipelines.spelling import first_token_bytes, token_texts
 
@@ -112,5 +113,5 @@ def _target_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
     return -torch.cat(losses).view(targets.shape)
 
 
-def _round(value: float | None) -> float | None:  # to the digits that float32 is good for
-    return None if value is None else float(f"{value:.6g}")
+def _round(value: float | None) -> float | None:
+    return None if value is None else round_float32(value)

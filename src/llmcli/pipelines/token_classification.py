@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import transformers
 
+from llmcli.io.units import round_float32
 from llmcli.pipelines.base import HeadPipeline, Inputs, Parameters, check_finite, check_tokens, cut_windows
 
 
@@ -46,5 +47,5 @@ class TokenClassificationPipeline(HeadPipeline, transformers.TokenClassification
             rows = {name: [window[name]] for name in ("input_ids", "offset_mapping")}
             outputs.append({**rows, "logits": logits, "special_tokens_mask": mask, "sentence": window["sentence"]})
         entities = super().postprocess(outputs, **settings)
-        entities = [{**entity, "score": float(f"{entity['score']:.6g}")} for entity in entities]
+        entities = [{**entity, "score": round_float32(entity["score"])} for entity in entities]
         return [{name: value for name, value in entity.items() if name != "index"} for entity in entities]

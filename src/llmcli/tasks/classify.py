@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from llmcli.errors import UsageError
+from llmcli.io.units import round_float32
 from llmcli.job import Job, JsonObject
 from llmcli.tasks import LocalModel, ModelCall, Strategy, Task, TaskGenerator, TaskResult, prompting, select_parameters
 from llmcli.tasks.fields import field_name, read_prompt
@@ -100,7 +101,7 @@ def run_language_model(job: Job, item: Item, model: LocalModel) -> TaskGenerator
 
 def make_result(job: Job, labels: Sequence[str], scores: Sequence[float], truncated: int) -> TaskResult:
     """Return the result of a record from the score of each label."""
-    rounded = [float(f"{score:.6g}") for score in scores]  # float32 is good for no more digits
+    rounded = [*map(round_float32, scores)]
     ranked = sorted(zip(labels, rounded, strict=True), key=itemgetter(1), reverse=True)
     (label, score), minimum = ranked[0], job.parameters.get("min_score")
     shown = None if minimum is not None and score < minimum else label
