@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 JOIN_TIMEOUT_S = 300.0  # for all ranks to start
 MESSAGE_TIMEOUT = timedelta(days=365)  # a rank may wait this long for input, or for a slow batch of another one
 
+EXIT_TAG = 1  # of a message that no rank sends
+
 
 class RankExitedError(LlmcliError):
     """Another process exited before its work was done."""
@@ -87,6 +89,7 @@ def serve(engine: Engine) -> ExitStatus:
     except LlmcliError as exc:
         with suppress(RankExitedError):
             _send(LlmcliError(exc.message, exc.hint, exc.status), 0)
+        _wait_for_exit(0)
         return exc.status
     _leave()
     return ExitStatus.OK
@@ -139,6 +142,14 @@ def _leave() -> None:
     import torch
 
     torch.distributed.destroy_process_group()
+
+
+def _wait_for_exit(rank: int) -> None:
+    """Return once another process has exited: torchrun ends all processes as soon as one of them has failed."""
+    import torch
+
+    with suppress(RuntimeError):  # the connection is closed
+        torch.distributed.recv(torch.empty(1), src=rank, group=_group(), tag=EXIT_TAG)
 
 
 def _send(item: object, rank: int) -> None:

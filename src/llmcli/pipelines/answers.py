@@ -25,6 +25,7 @@ from llmcli.pipelines.base import Inputs, Parameters, TextPipeline, as_batch
 from llmcli.pipelines.constraints import ConstraintProcessor, GrammarCompiler
 from llmcli.pipelines.decoding import Decoder
 from llmcli.pipelines.logprobs import TokenLogprobs, describe_logprobs
+from llmcli.pipelines.running import BatchSettings, RunningBatch, WholeBatch
 from llmcli.pipelines.spelling import PENDING
 from llmcli.pipelines.stopping import NewTextStopCriteria, RowLimitCriteria
 from llmcli.text.splitting import first_stop, stop_prefix
@@ -200,6 +201,10 @@ class GeneratingPipeline(TextPipeline):
     def decoder(self, inputs: Mapping[str, Any]) -> TokenDecoder:
         """Return a decoder of the new tokens for one preprocessed input."""
         raise NotImplementedError
+
+    def start(self, settings: BatchSettings) -> RunningBatch:
+        """Return an empty batch."""
+        return WholeBatch(self, settings)
 
     def _generate(
         self, inputs: Inputs, ids: torch.Tensor, mask: torch.Tensor, config: GenerationConfig, *, start: int,
