@@ -3,10 +3,12 @@
 import copy
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import ModelOutput
 
 from llmcli.compat.transformers import takes
 
@@ -95,3 +97,40 @@ def repeat_cache(cache: DynamicCache, rows: int) -> DynamicCache:
     cache = copy.deepcopy(cache)
     cache.batch_repeat_interleave(rows)
     return cache
+
+
+def can_select_rows(model: PreTrainedModel, settings: Mapping[str, Any], total: int) -> bool:
+    """Return whether `select_rows` finds all that a model keeps of its rows, of which there are `total`.
+
+    Some models keep states in their modules, or in a cache of their own that beam search cannot use either.
+    """
+    known = (torch.Tensor, ModelOutput, bool, int, float, str)
+    others = [value for value in settings.values() if not isinstance(value, known) and value]
+    if not all(isinstance(cache, Cache) and _reorders_all(cache) for cache in others):
+        return False
+    own = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    return not any(state.dim() > 1 and len(state) == total for state in own)
+
+
+def _reorders_all(cache: Cache) -> bool:
+    owner = next(kind for kind in type(cache).__mro__ if "reorder_cache" in vars(kind))
+    return owner.__module__ == type(cache).__module__
+
+
+def select_rows(settings: Mapping[str, Any], rows: torch.Tensor, total: int) -> dict[str, Any]:
+    """Return what a forward pass takes beside tokens for some rows of that total. The cache changes in place."""
+
+    def select(value: Any, dimension: int) -> Any:
+        has_rows = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[dimension] == total
+        return value.index_select(dimension, rows.to(value.device)) if has_rows else value
+
+    selected = {}
+    for name, value in settings.items():
+        if isinstance(value, Cache):
+            value.reorder_cache(rows)  # `batch_select_indices` leaves the states of linear attention out
+        elif isinstance(value, ModelOutput):
+            value = type(value)(**{key: select(item, 0) for key, item in value.items()})
+        else:  # Positions may have a dimension before that of the rows.
+            value = select(value, -2)
+        selected[name] = value
+    return selected

@@ -3,17 +3,48 @@
 import inspect
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer
+from transformers.utils import ModelOutput
 
 # transformers' loop for greedy decoding and sampling, with what `generate` passes to a `custom_generate`.
 sample_tokens = transformers.GenerationMixin._sample
 FIXED_ROPE_TYPES = {None, "default", "linear", "llama3", "yarn"}
+
+
+def read_prompts(
+    model: PreTrainedModel, ids: torch.Tensor, config: GenerationConfig, settings: dict[str, Any]
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Return the logits (B, V) after prompts (B, P), and what the next forward pass takes; both as `generate` does."""
+    return _logits(model, model._prefill(ids, config, settings), settings)
+
+
+def read_next(
+    model: PreTrainedModel, ids: torch.Tensor, settings: dict[str, Any]
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Return the same after rows of tokens (B, T), of which the last ones are new."""
+    length = 1 if settings["use_cache"] else None
+    inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=length, **settings)
+    return _logits(model, model(**inputs, return_dict=True), settings)
+
+
+def _logits(
+    model: PreTrainedModel, output: ModelOutput, settings: dict[str, Any]
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    is_seq2seq = model.config.is_encoder_decoder
+    settings = model._update_model_kwargs_for_generation(output, settings, is_encoder_decoder=is_seq2seq)
+    return output.logits[:, -1].to(torch.float32, copy=True), settings
+
+
+def optimized_decoding(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Let experts compute in the way that is faster for single tokens."""
+    return model._optimize_model_for_decode()  # type: ignore[no-any-return]
 
 
 class TextPipelineMixin:

@@ -2,7 +2,7 @@
 
 import bisect
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import groupby
@@ -26,6 +26,7 @@ from llmcli.pipelines.constraints import ConstraintProcessor, GrammarCompiler
 from llmcli.pipelines.decoding import Decoder
 from llmcli.pipelines.logprobs import TokenLogprobs, describe_logprobs
 from llmcli.pipelines.running import BatchSettings, RunningBatch, WholeBatch
+from llmcli.pipelines.segments import SegmentDecoder, SegmentedBatch
 from llmcli.pipelines.spelling import PENDING
 from llmcli.pipelines.stopping import NewTextStopCriteria, RowLimitCriteria
 from llmcli.text.splitting import first_stop, stop_prefix
@@ -204,18 +205,19 @@ class GeneratingPipeline(TextPipeline):
 
     def start(self, settings: BatchSettings) -> RunningBatch:
         """Return an empty batch."""
-        return WholeBatch(self, settings)
+        return SegmentedBatch(self, settings) if SegmentedBatch.is_possible(settings) else WholeBatch(self, settings)
 
     def _generate(
         self, inputs: Inputs, ids: torch.Tensor, mask: torch.Tensor, config: GenerationConfig, *, start: int,
         max_new_tokens: Sequence[int] | None = None, criteria: Sequence[StoppingCriteria] = (),
         streamer: BaseStreamer | None = None, cache: DynamicCache | None = None,
         constraints: Sequence[str | None] | None = None, seeds: Sequence[int | None] | None = None,
-        logprobs: int | None = None,
+        logprobs: int | None = None, is_segmented: bool = False,
     ) -> Inputs:  # fmt: skip
         """Return the new sequences: what the model puts after `start` tokens, padding included.
 
-        Rows may have grammars and seeds of their own. `logprobs` is the number of alternatives to each token.
+        Rows may have grammars and seeds of their own. `logprobs` is the number of alternatives to each token. If
+        segmented, return as `parts` an iterator, which goes on until rows end, over what there is and those rows.
         """
         ends = [*criteria]
         if config.stop_strings:
@@ -237,7 +239,9 @@ class GeneratingPipeline(TextPipeline):
             ends.append(recorder := TokenLogprobs(self.model, logprobs))
         constraint = self._constrain(constraints, config, start)
         settings: dict[str, Any] = {"logits_processor": LogitsProcessorList([constraint])} if constraint else {}
-        if (constraint or seeds) and is_plain:
+        if is_segmented:
+            settings["custom_generate"] = SegmentDecoder(seeds)
+        elif (constraint or seeds) and is_plain:
             length = config.max_length or start + config.max_new_tokens
             columns = 0 if recorder else self.max_forced_columns(len(mask) * (config.num_return_sequences or 1), length)
             settings["custom_generate"] = Decoder(constraint, seeds, streamer, columns)
@@ -253,14 +257,21 @@ class GeneratingPipeline(TextPipeline):
                 **cache_argument(self.model, cache),
                 **settings,
             )
-        sequences = getattr(sequences, "sequences", sequences)[:, start:]
-        outputs = {} if recorder is None else recorder.outputs(len(ids))
-        if constraint:
-            outputs["completion"] = constraint.completion(sequences.tolist(), max_new_tokens).reshape(len(ids), -1)
-        if max_new_tokens:
-            outputs["max_new_tokens"] = max_new_tokens
-        sequences = sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True)
-        return {"sequences": sequences, **outputs, **inputs}
+
+        def describe(sequences: torch.Tensor) -> Inputs:
+            sequences = sequences[:, start:]
+            outputs = {} if recorder is None else recorder.outputs(len(ids))
+            if constraint:
+                outputs["completion"] = constraint.completion(sequences.tolist(), max_new_tokens).reshape(len(ids), -1)
+            if max_new_tokens:
+                outputs["max_new_tokens"] = max_new_tokens
+            sequences = sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True)
+            return {"sequences": sequences, **outputs, **inputs}
+
+        if is_segmented:
+            parts = sequences if isinstance(sequences, Iterator) else [(sequences, range(len(ids)))]
+            return {"parts": ((describe(part), ended) for part, ended in parts)}
+        return describe(getattr(sequences, "sequences", sequences))
 
     def max_forced_columns(self, rows: int, length: int) -> int | None:
         """Return how many columns a batch of that many rows may have if its grammars' forced tokens are read together.
