@@ -1,5 +1,6 @@
 """What transformers keeps to itself: flags of pipelines, kinds of models, hooks of quantizers."""
 
+import copy
 import inspect
 import os
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.utils import ModelOutput
 
@@ -45,6 +46,20 @@ def _logits(
 def optimized_decoding(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Let experts compute in the way that is faster for single tokens."""
     return model._optimize_model_for_decode()  # type: ignore[no-any-return]
+
+
+def read_processors(model: PreTrainedModel, config: GenerationConfig) -> LogitsProcessorList:
+    """Return the processors of logits that `generate` makes for greedy decoding or sampling by a generation config."""
+
+    def run(
+        model: PreTrainedModel, input_ids: object, logits_processor: LogitsProcessorList, **_: object
+    ) -> LogitsProcessorList:
+        return logits_processor
+
+    ids = torch.ones(1, 1, dtype=torch.int64, device=model.device)
+    config = copy.copy(config)
+    config.stop_strings = None
+    return model.generate(ids, attention_mask=ids, generation_config=config, custom_generate=run)
 
 
 class TextPipelineMixin:

@@ -22,11 +22,11 @@ from transformers.generation.streamers import BaseStreamer
 from llmcli.compat.cache import cache_argument
 from llmcli.errors import RecordError, UsageError
 from llmcli.pipelines.base import Inputs, Parameters, TextPipeline, as_batch
-from llmcli.pipelines.constraints import ConstraintProcessor, GrammarCompiler
-from llmcli.pipelines.decoding import Decoder
+from llmcli.pipelines.constraints import ConstraintProcessor, GrammarCompiler, RowConstraints
+from llmcli.pipelines.decoding import RowSampler, sample_with
 from llmcli.pipelines.logprobs import TokenLogprobs, describe_logprobs
 from llmcli.pipelines.running import BatchSettings, RunningBatch, WholeBatch
-from llmcli.pipelines.segments import SegmentDecoder, SegmentedBatch
+from llmcli.pipelines.segments import SegmentedBatch, decode_in_segments
 from llmcli.pipelines.spelling import PENDING
 from llmcli.pipelines.stopping import NewTextStopCriteria, RowLimitCriteria
 from llmcli.text.splitting import first_stop, stop_prefix
@@ -239,14 +239,16 @@ class GeneratingPipeline(TextPipeline):
             ends.append(recorder := TokenLogprobs(self.model, logprobs))
         constraint = self._constrain(constraints, config, start)
         settings: dict[str, Any] = {"logits_processor": LogitsProcessorList([constraint])} if constraint else {}
-        if is_segmented:
-            settings["custom_generate"] = SegmentDecoder(seeds)
-        elif (constraint or seeds) and is_plain:
-            length = config.max_length or start + config.max_new_tokens
-            columns = 0 if recorder else self.max_forced_columns(len(mask) * (config.num_return_sequences or 1), length)
-            settings["custom_generate"] = Decoder(constraint, seeds, streamer, columns)
-        elif (constraint or seeds) and config.do_sample:
+        if (constraint or seeds) and not is_plain and config.do_sample:
             raise UsageError("sampled beams cannot be used with a constraint or with seeds of records")
+        sampler, copies = RowSampler(ids.device), config.num_return_sequences or 1
+        if seeds and config.do_sample:
+            for i, seed in enumerate(seeds):
+                for copy in range(copies if seed is not None else 0):
+                    sampler.add(i * copies + copy, seed or 0, copy)
+            settings["custom_generate"] = sample_with(sampler)
+        if is_segmented:
+            settings["custom_generate"] = decode_in_segments(sampler)
         with recorder or nullcontext():
             sequences = self.model.generate(
                 input_ids=ids,
@@ -258,11 +260,12 @@ class GeneratingPipeline(TextPipeline):
                 **settings,
             )
 
-        def describe(sequences: torch.Tensor) -> Inputs:
+        def describe(sequences: torch.Tensor, rows: Sequence[int]) -> Inputs:
             sequences = sequences[:, start:]
             outputs = {} if recorder is None else recorder.outputs(len(ids))
             if constraint:
-                outputs["completion"] = constraint.completion(sequences.tolist(), max_new_tokens).reshape(len(ids), -1)
+                states = constraint.completion(sequences.tolist(), max_new_tokens, rows)
+                outputs["completion"] = states.reshape(len(ids), -1)
             if max_new_tokens:
                 outputs["max_new_tokens"] = max_new_tokens
             sequences = sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True)
@@ -270,15 +273,8 @@ class GeneratingPipeline(TextPipeline):
 
         if is_segmented:
             parts = sequences if isinstance(sequences, Iterator) else [(sequences, range(len(ids)))]
-            return {"parts": ((describe(part), ended) for part, ended in parts)}
-        return describe(getattr(sequences, "sequences", sequences))
-
-    def max_forced_columns(self, rows: int, length: int) -> int | None:
-        """Return how many columns a batch of that many rows may have if its grammars' forced tokens are read together.
-
-        `length` is what the rows have without. None: no maximum; 0: the model cannot do it.
-        """
-        return 0
+            return {"parts": ((describe(*part), part[1]) for part in parts)}
+        return describe(getattr(sequences, "sequences", sequences), range(len(ids)))
 
     @functools.cached_property
     def compile_grammar(self) -> GrammarCompiler:
@@ -291,7 +287,7 @@ class GeneratingPipeline(TextPipeline):
         if not grammars or not any(grammars):
             return None
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
-        return ConstraintProcessor(self.compile_grammar, grammars, end_tokens(config), start, copies)
+        return ConstraintProcessor(RowConstraints(self.compile_grammar, end_tokens(config)), grammars, start, copies)
 
     def postprocess(self, output: Inputs, generation_config: GenerationConfig | None = None) -> Inputs:
         decode, config = self.decoder(output), generation_config or self.model.generation_config

@@ -1,8 +1,7 @@
 """Batches of any model that `generate` decodes greedily or by sampling: rows leave them when they end."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,26 +52,20 @@ class SegmentedBatch(WholeBatch):
         return self._split(outputs, ended)
 
 
-@dataclass
-class SegmentDecoder:
-    """Decodes greedily or by sampling: what `generate` takes as `custom_generate`, which then returns an iterator.
+def decode_in_segments(sampler: RowSampler) -> Callable[..., Iterator[tuple[torch.Tensor, list[int]]]]:
+    """Return a `custom_generate` that decodes as `generate` does, but draws tokens by a sampler.
 
-    Each item has all tokens so far (B, T), prompts included, and the rows that have ended since the one before.
+    It returns an iterator, which goes on until rows have ended: over all tokens so far (B, T), and those rows.
     """
 
-    seeds: Sequence[int | None] | None
-
-    def __call__(
-        self, model: PreTrainedModel, input_ids: torch.Tensor, logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig, **settings: Any,
-    ) -> Iterator[tuple[torch.Tensor, list[int]]]:  # fmt: skip
-        if self.seeds and generation_config.do_sample:
-            logits_processor.append(RowSampler(self.seeds, 1, input_ids.device))
-        rows = _Rows(model, input_ids, logits_processor, stopping_criteria, generation_config, settings)
+    def run(*args: Any, **settings: Any) -> Iterator[tuple[torch.Tensor, list[int]]]:
+        rows = _Rows(sampler, *args, **settings)
         while rows.unfinished:
-            with optimized_decoding(model):
+            with optimized_decoding(rows.model):
                 ended = rows.decode()
             yield rows.ids, ended
+
+    return run
 
 
 class _Rows:
@@ -82,12 +75,13 @@ class _Rows:
     """
 
     def __init__(
-        self, model: PreTrainedModel, ids: torch.Tensor, processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList, config: GenerationConfig, settings: dict[str, Any],
+        self, sampler: RowSampler, model: PreTrainedModel, ids: torch.Tensor, logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig, **settings: Any,
     ) -> None:  # fmt: skip
-        self.model, self.ids, self.processors, self.criteria, self.config = model, ids, processors, criteria, config
-        self.unfinished, self.padding = list(range(len(ids))), config.pad_token_id or 0
-        self.places = torch.arange(len(ids), device=ids.device)
+        processors, config = logits_processor, generation_config
+        self.sampler, self.model, self.ids, self.processors = sampler, model, ids, processors
+        self.criteria, self.config = stopping_criteria, config
+        self.places, self.unfinished = list(range(len(ids))), list(range(len(ids)))
         names = [type(processor).__name__.removesuffix("LogitsProcessor") for processor in processors]
         self.is_by_row = all(name.endswith("Warper") or name in ROW_PROCESSORS for name in names)
         self.logits, self.settings = read_prompts(model, ids, config, settings)
@@ -99,24 +93,26 @@ class _Rows:
         while self.unfinished and not (ended and self.can_leave):
             if self.logits is None:
                 self.logits, self.settings = read_next(self.model, self.ids[self.places], self.settings)
-            column = self.ids.new_full((len(self.ids),), self.padding)
+            column = self.ids.new_full((len(self.ids),), self.config.pad_token_id or 0)
             column[self.unfinished] = self._choose()[self.unfinished]
             self.ids, self.logits = torch.cat([self.ids, column[:, None]], 1), None
             is_done = self.criteria(self.ids, None).tolist()
             ended += [i for i in self.unfinished if is_done[i]]
             self.unfinished = [i for i in self.unfinished if not is_done[i]]
-        if len(self.unfinished) <= (1 - MIN_ENDED_FRACTION) * len(self.places) and self.unfinished:
-            kept = torch.isin(self.places, torch.tensor(self.unfinished, device=self.places.device))
-            self.settings = select_rows(self.settings, kept.nonzero().flatten(), len(kept))
-            self.places = self.places[kept]
+        if 0 < len(self.unfinished) <= (1 - MIN_ENDED_FRACTION) * len(self.places):
+            kept = torch.tensor([self.places.index(i) for i in self.unfinished], device=self.ids.device)
+            self.settings = select_rows(self.settings, kept, len(self.places))
+            self.places = self.unfinished
         return ended
 
     def _choose(self) -> torch.Tensor:
-        """Return the next token of all rows, any for those that the model does not read."""
+        """Return the next tokens (B,), any for rows that the model does not read."""
         places, logits = self.places, self.logits
-        if not self.is_by_row:
-            places = torch.arange(len(self.ids), device=self.ids.device)
-            logits = logits.new_zeros(len(places), logits.shape[1]).index_copy_(0, self.places, logits)
+        if not self.is_by_row and len(places) < len(self.ids):
+            logits = logits.new_zeros(len(self.ids), logits.shape[1])
+            logits[places], places = self.logits, list(range(len(self.ids)))
         scores = self.processors(self.ids[places], logits)
-        chosen = torch.multinomial(scores.softmax(-1), 1).flatten() if self.config.do_sample else scores.argmax(-1)
-        return self.ids.new_zeros(len(self.ids)).index_copy_(0, places, chosen)
+        chosen = self.sampler.draw(places, scores) if self.config.do_sample else scores.argmax(-1)
+        tokens = torch.zeros_like(self.ids[:, -1])
+        tokens[places] = chosen
+        return tokens
