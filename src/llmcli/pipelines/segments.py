@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llmcli.pipelines.base import Inputs
 
 MIN_ENDED_FRACTION = 0.25  # of the rows that the model reads: to drop fewer is not worth a copy of the others' cache
-# Beside warpers, what changes the scores of a row by this row alone, and keeps nothing of it.
+# Beside warpers, what changes the scores of a row by this row alone, and keeps nothing of it: it may lose its place.
 ROW_PROCESSORS = {
     "ExponentialDecayLengthPenalty", "ForcedBOSToken", "ForcedEOSToken", "InfNanRemove", "LogitNormalization",
     "MinLength", "MinNewTokensLength", "NoBadWords", "NoRepeatNGram", "SequenceBias", "SuppressTokens",
@@ -71,7 +71,7 @@ def decode_in_segments(sampler: RowSampler) -> Callable[..., Iterator[tuple[torc
 class _Rows:
     """B rows. The model reads those of `places`, among which are the unfinished ones, at the same length.
 
-    All rows keep their place in `ids`, so that processors and criteria find there what they keep of each.
+    All rows keep their place in `ids`: what changes scores or ends rows may count on it.
     """
 
     def __init__(
