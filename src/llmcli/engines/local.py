@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from llmcli import console, pipelines, tasks
 from llmcli.engines.batch_runner import BatchRunner
-from llmcli.engines.batching import BatchPolicy, MemoryEstimator, TokenBatchPolicy, probe_memory
+from llmcli.engines.batching import BatchPolicy, TokenBatchPolicy
 from llmcli.engines.engine import TaskEngine
+from llmcli.engines.memory import MemoryEstimator, probe_memory
 from llmcli.engines.model_cache import ModelCache, ModelLease
 from llmcli.errors import ModelTooLargeError, ModelUnavailableError, UsageError
 from llmcli.job import Job
