@@ -90,6 +90,11 @@ def is_seq2seq_lm(config: PreTrainedConfig) -> bool:
     return bool(type(config) in transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and config.is_encoder_decoder)
 
 
+def uses_sdpa(model: PreTrainedModel) -> bool:
+    """Return whether attention is PyTorch's, which takes a mask of four dimensions as it is."""
+    return bool(model.config._attn_implementation == "sdpa")
+
+
 def takes_position_ids(model: PreTrainedModel) -> bool:
     """Return whether positions come from position IDs, and not from distances in the sequence as in ALiBi."""
     has_alibi = getattr(model.config, "alibi", False)  # Falcon's takes position IDs and ignores them

@@ -107,14 +107,14 @@ class DecodeGraph:
         self._column.fill_(cache.end)
 
         def step() -> torch.Tensor:
-            cache.mask.index_fill_(1, self._column, True)
-            return call(self._ids, cache.mask[:, None, None], self._positions, cache)
+            cache.column = self._column
+            try:
+                cache.mask.index_fill_(1, self._column, True)
+                return call(self._ids, cache.mask[:, None, None], self._positions, cache)
+            finally:
+                cache.column = None
 
-        cache.column = self._column
-        try:
-            self._replay, self._logits = capture_graph(step, cache.mask.device)
-        finally:
-            cache.column = None
+        self._replay, self._logits = capture_graph(step, cache.mask.device)
 
     @classmethod
     def capture(cls, call: Callable[..., torch.Tensor], cache: SlotCache) -> "DecodeGraph | None":

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList
 
 from llmcli.compat.cache import SlotCache, cache_argument, repeat_cache
-from llmcli.compat.transformers import takes
+from llmcli.compat.transformers import takes, uses_sdpa
 from llmcli.pipelines.answers import end_tokens
 from llmcli.pipelines.constraints import RowConstraints
 from llmcli.pipelines.decoding import DecodeGraph, RowSampler, adjust_scores
@@ -65,7 +65,8 @@ class SlotBatch(RunningBatch):
         self._device, self._is_cpu = self._model.device, self._model.device.type == "cpu"
         self._cache = SlotCache(self._device)
         self._graph: DecodeGraph | None = None
-        self._can_capture = self._device.type == "cuda" and self._model.config._attn_implementation == "sdpa"
+        places = {*(getattr(self._model, "hf_device_map", None) or {"": self._device}).values()}
+        self._can_capture = self._device.type == "cuda" and len(places) == 1 and uses_sdpa(self._model)
         self._slots: list[_Sequence | None] = []
         self._rows: dict[int, tuple[GeneratingRow, list[_Sequence]]] = {}  # unfinished
         self._ended: dict[int, Inputs] = {}
