@@ -23,7 +23,7 @@ def read_prompts(
     model: PreTrainedModel, ids: torch.Tensor, config: GenerationConfig, settings: dict[str, Any]
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Return the logits (B, V) after prompts (B, P), and what the next forward pass takes; both as `generate` does."""
-    return _logits(model, model._prefill(ids, config, settings), settings)
+    return _take_logits(model, model._prefill(ids, config, settings), settings, ids.device)
 
 
 def read_next(
@@ -32,15 +32,15 @@ def read_next(
     """Return the same after rows of tokens (B, T), of which the last ones are new."""
     length = 1 if settings["use_cache"] else None
     inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=length, **settings)
-    return _logits(model, model(**inputs, return_dict=True), settings)
+    return _take_logits(model, model(**inputs, return_dict=True), settings, ids.device)
 
 
-def _logits(
-    model: PreTrainedModel, output: ModelOutput, settings: dict[str, Any]
+def _take_logits(
+    model: PreTrainedModel, output: ModelOutput, settings: dict[str, Any], device: torch.device
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     is_seq2seq = model.config.is_encoder_decoder
     settings = model._update_model_kwargs_for_generation(output, settings, is_encoder_decoder=is_seq2seq)
-    return output.logits[:, -1].to(torch.float32, copy=True), settings
+    return output.logits[:, -1].to(device, torch.float32, copy=True), settings
 
 
 def optimized_decoding(model: PreTrainedModel) -> AbstractContextManager[None]:
