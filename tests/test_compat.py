@@ -131,13 +131,13 @@ def test_custom_loop_gets_what_transformers_own_takes(model):
 
 def test_steps_of_generate_read_prompts_and_next_tokens(model):
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **settings):
-        logits, settings = transformers.read_prompts(model, input_ids, generation_config, settings)
+        logits, settings = transformers.read_next(model, input_ids, settings, generation_config)
         assert cache.can_select_rows(model, settings, len(input_ids))
         for rows in ([0, 1, 2], [0, 2], [1]):
             index = torch.tensor(rows)
-            settings = cache.select_rows(settings, index, len(logits))
+            settings = {name: cache.select_rows(value, index, len(logits)) for name, value in settings.items()}
             ids = torch.cat([input_ids, logits.argmax(-1, keepdim=True)], 1)[index]
-            with transformers.optimized_decoding(model):
+            with transformers.single_token_context(model):
                 logits, settings = transformers.read_next(model, ids, settings)
             input_ids = ids
         return torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)

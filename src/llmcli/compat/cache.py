@@ -192,33 +192,23 @@ def can_select_rows(model: PreTrainedModel, settings: Mapping[str, Any], total: 
 
     Some models keep states in their modules, or in a cache of their own that beam search cannot use either.
     """
-    known = (torch.Tensor, ModelOutput, bool, int, float, str)
-    others = [value for value in settings.values() if not isinstance(value, known) and value]
-    if not all(isinstance(cache, Cache) and _reorders_all(cache) for cache in others):
+    others = [value for value in settings.values() if not isinstance(value, torch.Tensor | ModelOutput | int) and value]
+    if not all(isinstance(cache, Cache) and _reorders_all(type(cache)) for cache in others):
         return False
     own = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
     return not any(state.dim() > 1 and len(state) == total for state in own)
 
 
-def _reorders_all(cache: Cache) -> bool:
-    owner = next(kind for kind in type(cache).__mro__ if "reorder_cache" in vars(kind))
-    return owner.__module__ == type(cache).__module__
+def _reorders_all(kind: type[Cache]) -> bool:
+    return next(owner for owner in kind.__mro__ if "reorder_cache" in vars(owner)).__module__ == kind.__module__
 
 
-def select_rows(settings: Mapping[str, Any], rows: torch.Tensor, total: int) -> dict[str, Any]:
-    """Return what a forward pass takes beside tokens for some rows of that total. The cache changes in place."""
-
-    def select(value: Any, dimension: int) -> Any:
-        has_rows = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[dimension] == total
-        return value.index_select(dimension, rows.to(value.device)) if has_rows else value
-
-    selected = {}
-    for name, value in settings.items():
-        if isinstance(value, Cache):
-            value.reorder_cache(rows)  # `batch_select_indices` leaves the states of linear attention out
-        elif isinstance(value, ModelOutput):
-            value = type(value)(**{key: select(item, 0) for key, item in value.items()})
-        else:  # Positions may have a dimension before that of the rows.
-            value = select(value, -2)
-        selected[name] = value
-    return selected
+def select_rows(value: Any, rows: torch.Tensor, total: int, dimension: int = -2) -> Any:
+    """Return what a forward pass takes beside tokens for some rows of that total. A cache changes in place."""
+    if isinstance(value, Cache):
+        value.reorder_cache(rows)  # `batch_select_indices` leaves the states of linear attention out
+    elif isinstance(value, ModelOutput):
+        return type(value)(**{name: select_rows(item, rows, total, 0) for name, item in value.items()})
+    elif isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[dimension] == total:
+        return value.index_select(dimension, rows.to(value.device))  # Positions may have a dimension before the rows'.
+    return value

@@ -4,7 +4,7 @@ import copy
 import inspect
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,40 +12,30 @@ import transformers
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer
-from transformers.utils import ModelOutput
 
 # transformers' loop for greedy decoding and sampling, with what `generate` passes to a `custom_generate`.
 sample_tokens = transformers.GenerationMixin._sample
+# In this context, experts compute in the way that is faster for single tokens.
+single_token_context = transformers.GenerationMixin._optimize_model_for_decode
 FIXED_ROPE_TYPES = {None, "default", "linear", "llama3", "yarn"}
 
 
-def read_prompts(
-    model: PreTrainedModel, ids: torch.Tensor, config: GenerationConfig, settings: dict[str, Any]
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Return the logits (B, V) after prompts (B, P), and what the next forward pass takes; both as `generate` does."""
-    return _take_logits(model, model._prefill(ids, config, settings), settings, ids.device)
-
-
 def read_next(
-    model: PreTrainedModel, ids: torch.Tensor, settings: dict[str, Any]
+    model: PreTrainedModel, ids: torch.Tensor, settings: dict[str, Any], config: GenerationConfig | None = None
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Return the same after rows of tokens (B, T), of which the last ones are new."""
-    length = 1 if settings["use_cache"] else None
-    inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=length, **settings)
-    return _take_logits(model, model(**inputs, return_dict=True), settings, ids.device)
+    """Return the logits (B, V) after rows of tokens (B, T), and what the next forward pass takes beside tokens.
 
-
-def _take_logits(
-    model: PreTrainedModel, output: ModelOutput, settings: dict[str, Any], device: torch.device
-) -> tuple[torch.Tensor, dict[str, Any]]:
+    It reads the last tokens, or prompts if there is a config, as transformers' loop does.
+    """
+    if config:
+        output = model._prefill(ids, config, settings)
+    else:
+        length = 1 if settings["use_cache"] else None
+        inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=length, **settings)
+        output = model(**inputs, return_dict=True)
     is_seq2seq = model.config.is_encoder_decoder
     settings = model._update_model_kwargs_for_generation(output, settings, is_encoder_decoder=is_seq2seq)
-    return output.logits[:, -1].to(device, torch.float32, copy=True), settings
-
-
-def optimized_decoding(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Let experts compute in the way that is faster for single tokens."""
-    return model._optimize_model_for_decode()  # type: ignore[no-any-return]
+    return output.logits[:, -1].to(ids.device, torch.float32, copy=True), settings
 
 
 def read_processors(model: PreTrainedModel, config: GenerationConfig) -> LogitsProcessorList:

@@ -1,31 +1,29 @@
 """Batches of any model that `generate` decodes greedily or by sampling: rows leave them when they end."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from llmcli.compat.cache import can_select_rows, select_rows
-from llmcli.compat.transformers import optimized_decoding, read_next, read_prompts
-from llmcli.pipelines.decoding import RowSampler
-from llmcli.pipelines.running import BatchSettings, GeneratingRow, Prefix, WholeBatch
+from llmcli.compat.transformers import read_next, single_token_context
+from llmcli.pipelines.decoding import ORDER, SCORES, RowSampler
+from llmcli.pipelines.running import BatchSettings, WholeBatch
 
 if TYPE_CHECKING:
     from llmcli.pipelines.base import Inputs
 
 MIN_ENDED_FRACTION = 0.25  # of the rows that the model reads: to drop fewer is not worth a copy of the others' cache
-# Beside warpers, what changes the scores of a row by this row alone, and keeps nothing of it: it may lose its place.
-ROW_PROCESSORS = {
-    "ExponentialDecayLengthPenalty", "ForcedBOSToken", "ForcedEOSToken", "InfNanRemove", "LogitNormalization",
-    "MinLength", "MinNewTokensLength", "NoBadWords", "NoRepeatNGram", "SequenceBias", "SuppressTokens",
-    "SuppressTokensAtBegin",
-}  # fmt: skip
+# Each `LogitsProcessor` that changes scores of a row by this row alone, and keeps nothing of it.
+BY_ROW = (*SCORES, *ORDER, "ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor", "LengthLogitsProcessor")
 
 
 class SegmentedBatch(WholeBatch):
     """Rows that begin in one call of the pipeline, and leave when they end. None may join them."""
+
+    _parts: "Iterator[tuple[Inputs, list[int]]] | None" = None
 
     @staticmethod
     def is_possible(settings: BatchSettings) -> bool:
@@ -35,13 +33,7 @@ class SegmentedBatch(WholeBatch):
         is_single = (config.num_return_sequences or 1) == 1 and settings.streamer is None
         return is_plain and is_single and settings.max_rows > 1 and settings.logprobs is None
 
-    def add(self, rows: Sequence[GeneratingRow], prefix: Prefix | None = None) -> None:
-        super().add(rows, prefix)
-        self._parts: Iterator[tuple[Inputs, list[int]]] | None = None
-
     def step(self) -> "dict[int, Inputs]":
-        if self._count == 1:
-            return super().step()
         if self._parts is None:
             self._parts = self._pipeline.forward(self._inputs, **self._options, is_segmented=True)["parts"]
         else:
@@ -61,7 +53,7 @@ def decode_in_segments(sampler: RowSampler) -> Callable[..., Iterator[tuple[torc
     def run(*args: Any, **settings: Any) -> Iterator[tuple[torch.Tensor, list[int]]]:
         rows = _Rows(sampler, *args, **settings)
         while rows.unfinished:
-            with optimized_decoding(rows.model):
+            with single_token_context(rows.model):
                 ended = rows.decode()
             yield rows.ids, ended
 
@@ -78,14 +70,13 @@ class _Rows:
         self, sampler: RowSampler, model: PreTrainedModel, ids: torch.Tensor, logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig, **settings: Any,
     ) -> None:  # fmt: skip
-        processors, config = logits_processor, generation_config
-        self.sampler, self.model, self.ids, self.processors = sampler, model, ids, processors
-        self.criteria, self.config = stopping_criteria, config
+        self.sampler, self.model, self.ids, self.config = sampler, model, ids, generation_config
+        self.processors, self.criteria = logits_processor, stopping_criteria
         self.places, self.unfinished = list(range(len(ids))), list(range(len(ids)))
-        names = [type(processor).__name__.removesuffix("LogitsProcessor") for processor in processors]
-        self.is_by_row = all(name.endswith("Warper") or name in ROW_PROCESSORS for name in names)
-        self.logits, self.settings = read_prompts(model, ids, config, settings)
-        self.can_leave = not config.cache_implementation and can_select_rows(model, self.settings, len(ids))
+        self.is_by_row = all(type(processor).__name__.endswith(BY_ROW) for processor in logits_processor)
+        self.logits, self.settings = read_next(model, ids, settings, generation_config)
+        has_own_cache = generation_config.cache_implementation is not None
+        self.can_leave = not has_own_cache and can_select_rows(model, self.settings, len(ids))
 
     def decode(self) -> list[int]:
         """Decode until rows have ended, or all if they cannot leave, and return them."""
@@ -101,8 +92,8 @@ class _Rows:
             self.unfinished = [i for i in self.unfinished if not is_done[i]]
         if 0 < len(self.unfinished) <= (1 - MIN_ENDED_FRACTION) * len(self.places):
             kept = torch.tensor([self.places.index(i) for i in self.unfinished], device=self.ids.device)
-            self.settings = select_rows(self.settings, kept, len(self.places))
-            self.places = self.unfinished
+            total, self.places = len(self.places), self.unfinished
+            self.settings = {name: select_rows(value, kept, total) for name, value in self.settings.items()}
         return ended
 
     def _choose(self) -> torch.Tensor:
