@@ -89,7 +89,8 @@ def test_rows_leave_when_they_end_with_equal_outputs(family, model_type, monkeyp
         {"min_new_tokens": 6, "stop_strings": ["a", "bc"]},
         {"forced_bos_token_id": 7, "begin_suppress_tokens": [5, 11, 20], "forced_eos_token_id": 2},
         {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
-        {"encoder_no_repeat_ngram_size": 1, "encoder_repetition_penalty": 1.5},
+        {"encoder_no_repeat_ngram_size": 1},
+        {"encoder_repetition_penalty": 1.5, "suppress_tokens": [3, 4, 50]},
         {"exponential_decay_length_penalty": (3, 1.3), "bad_words_ids": [[5], [7, 8]]},
         {"use_cache": False},
     ],
@@ -129,6 +130,15 @@ def test_batch_is_segmented_in_plain_decoding_alone(settings, options, expected)
     pipeline = load("seq2seq", "t5")
     batch = pipeline.start(BatchSettings(make_config(pipeline, **options), **settings))
     assert type(batch) is expected
+
+
+@pytest.mark.parametrize("option", ["encoder_no_repeat_ngram_size", "guidance_scale"])
+def test_options_that_read_the_batch_of_prompts_keep_its_rows(option):
+    pipeline, options = load("causal", "llama"), {option: 2}
+    batch = pipeline.start(BatchSettings(make_config(pipeline, **options), max_rows=8, max_length=60))
+    assert type(batch) is SegmentedBatch
+    whole, steps = (run(pipeline, kind, **SAMPLED, **options) for kind in (WholeBatch, SegmentedBatch))
+    assert flatten(steps) == flatten(whole)
 
 
 def test_batch_calls_on_token_which_may_raise():

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 
 from llmcli.compat.cache import can_select_rows, select_rows
 from llmcli.compat.transformers import read_next, single_token_context
-from llmcli.pipelines.decoding import ORDER, SCORES, RowSampler
+from llmcli.pipelines.decoding import ORDER, SCORES, RowSampler, kind_of
 from llmcli.pipelines.running import BatchSettings, WholeBatch
 
 if TYPE_CHECKING:
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 MIN_ENDED_FRACTION = 0.25  # of the rows that the model reads: to drop fewer is not worth a copy of the others' cache
 # Each `LogitsProcessor` that changes scores of a row by this row alone, and keeps nothing of it.
-BY_ROW = (*SCORES, *ORDER, "ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor", "LengthLogitsProcessor")
+BY_ROW = {
+    *SCORES, *ORDER, "ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor", "MinLengthLogitsProcessor",
+    "MinNewTokensLengthLogitsProcessor",
+}  # fmt: skip
 
 
 class SegmentedBatch(WholeBatch):
@@ -73,7 +76,7 @@ class _Rows:
         self.sampler, self.model, self.ids, self.config = sampler, model, ids, generation_config
         self.processors, self.criteria = logits_processor, stopping_criteria
         self.places, self.unfinished = list(range(len(ids))), list(range(len(ids)))
-        self.is_by_row = all(type(processor).__name__.endswith(BY_ROW) for processor in logits_processor)
+        self.is_by_row = all(kind_of(processor) in BY_ROW for processor in logits_processor)
         self.logits, self.settings = read_next(model, ids, settings, generation_config)
         has_own_cache = generation_config.cache_implementation is not None
         self.can_leave = not has_own_cache and can_select_rows(model, self.settings, len(ids))
