@@ -1,13 +1,22 @@
 """Memory of batches and of the machine, and devices that fail."""
 
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import psutil
 import pytest
+import torch
+from processes import wait_until
 
 from llmcli import engines
 from llmcli.engines.memory import MemoryEstimator, MemoryUsage
-from llmcli.engines.requests import DeviceError
+from llmcli.engines.worker import client
+from llmcli.engines.worker.device_lock import DeviceLock, FairLock
+from llmcli.errors import DeviceError, ModelTooLargeError, ModelUnavailableError
 from llmcli.job import Job, Record
 from llmcli.models import memory as main_memory
+from llmcli.models.devices import device_error, is_out_of_memory
 
 
 def test_memory_estimator_rejects_batches_that_do_not_fit():
@@ -103,3 +112,144 @@ def test_broken_device_ends_the_run(tiny, monkeypatch, count):
     with pytest.raises(DeviceError, match=r"device failed: CUDA error: device-side assert triggered$"):
         list(engines.engine_for(job).run(job, [Record({"text": f"fox {number}"}) for number in range(count)]))
     assert len(calls) <= 2
+
+
+class AcceleratorError(RuntimeError):
+    """As torch names it since 2.8."""
+
+
+@pytest.mark.parametrize(
+    "exc",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"),
+        AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("HIP out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("HIP error: out of memory"),
+        RuntimeError("XPU out of memory. Tried to allocate 1.00 GiB"),
+        RuntimeError("Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
+        RuntimeError("level_zero backend failed with error: 40 (UR_RESULT_ERROR_OUT_OF_RESOURCES)"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GiB, max allowed: 9.07 GiB)."),
+        RuntimeError("Invalid buffer size: 27.94 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+        OSError(12, "Cannot allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_is_known_on_every_device(exc):
+    assert is_out_of_memory(exc)
+    assert device_error(exc) is None
+
+
+def test_out_of_memory_counts_as_the_cause_of_an_error():
+    capture = AcceleratorError("CUDA error: operation failed due to a previous error during capture")
+    assert (is_out_of_memory(capture), device_error(capture)) == (False, None)
+    capture.__context__ = torch.OutOfMemoryError("CUDA out of memory.")
+    assert is_out_of_memory(capture)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: device-side assert triggered",
+        "CUDA error: uncorrectable ECC error encountered",
+        "CUDA error: unspecified launch failure",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`",
+        "CUDA driver error: device not ready",
+        "HIP error: an illegal memory access was encountered",
+        "Native API failed. Native API returns: 20 (UR_RESULT_ERROR_DEVICE_LOST)",
+    ],
+)
+def test_failed_device_is_known_by_its_error(text):
+    assert device_error(RuntimeError(text)).message == f"device failed: {text}"
+    assert not is_out_of_memory(RuntimeError(text))
+
+
+def test_failed_device_is_known_by_what_it_does_next(monkeypatch):
+    synchronized = []
+
+    def synchronize(index):
+        synchronized.append(index)
+        if broken:
+            raise AcceleratorError("CUDA error: device-side assert triggered")
+
+    module = SimpleNamespace(
+        is_initialized=lambda: True,
+        device_count=lambda: 3,
+        memory_reserved=lambda index: index == 1,
+        synchronize=synchronize,
+    )
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "get_device_module", lambda: module)
+    for broken in (False, True):
+        for exc in (IndexError("index out of range"), RuntimeError("CUDA error: invalid configuration argument")):
+            assert (device_error(exc) is not None) is broken
+    assert synchronized == [1] * 4  # A device that is not used stays untouched.
+
+
+@pytest.mark.parametrize(
+    ("exc", "error"),
+    [
+        (RuntimeError("CUDA error: device-side assert triggered"), DeviceError),
+        (torch.OutOfMemoryError("CUDA out of memory."), ModelTooLargeError),
+        (RuntimeError("size mismatch for weight"), ModelUnavailableError),
+    ],
+)
+def test_loading_tells_lack_of_memory_from_failed_devices(tiny, monkeypatch, exc, error):
+    import transformers
+
+    def fail(*args, **settings):
+        raise exc
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    job = Job("generate", str(tiny), keep_alive=0)
+    with pytest.raises(error) as caught:
+        list(engines.engine_for(job).run(job, [Record({"text": "fox"})]))
+    assert type(caught.value) is error
+
+
+def test_device_lock_survives_a_failed_device(monkeypatch):
+    def fail(*args):
+        raise AcceleratorError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for name in ("get_rng_state_all", "set_rng_state_all"):
+        monkeypatch.setattr(torch.cuda, name, fail)
+    lock = FairLock()
+    for _ in range(2):
+        with DeviceLock(lock) as mine, mine.unlocked():
+            assert not lock._queue
+    assert not lock._queue
+
+
+@pytest.mark.slow
+def test_worker_with_a_failed_device_restarts(place, process, chatty):
+    serving = """if True:
+        import os, pathlib, sys
+        from transformers import Pipeline
+        from llmcli.cli import main
+        if not pathlib.Path(sys.argv[2]).exists():
+            pathlib.Path(sys.argv[2]).touch()
+            def fail(*args, **settings):
+                raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+            Pipeline.forward = fail
+        sys.argv[2:] = []
+        main()
+    """
+    command = [sys.executable, "-c", serving, "serve", place / "failed"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as worker:
+        try:
+            wait_until(lambda: client.status() is not None)
+            args = ("generate", "dog", "-m", chatty, "--max-new-tokens", 2, "--temperature", 0, "--device", "cpu", "-v")
+            first = process(*args)
+            assert (first.returncode, first.stdout) == (1, b"")
+            assert b"error: device failed: CUDA error: uncorrectable ECC error encountered" in first.stderr
+            wait_until(lambda: (client.status() or {}).get("pid") == worker.pid)
+            second = process(*args)
+            assert second.returncode == 0
+            assert b"this process runs the model" not in second.stderr
+            assert [model["model"] for model in client.status()["models"]] == [str(chatty)]
+        finally:
+            worker.kill()
+        assert b"warning: device failed; restarting" in worker.stderr.read()

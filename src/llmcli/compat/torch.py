@@ -20,6 +20,20 @@ def has_fast_bfloat16() -> bool:
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def has_failed_accelerator() -> bool:
+    """Return whether an accelerator that this process uses is broken: then all that it is asked for fails."""
+    module = torch.get_device_module()
+    if not torch.accelerator.is_available() or not getattr(module, "is_initialized", bool)():
+        return False
+    try:
+        for index in range(module.device_count()):
+            if module.memory_reserved(index):  # Otherwise, this would initialize a device that is not used.
+                module.synchronize(index)
+    except RuntimeError:
+        return True
+    return False
+
+
 def free_gpu_memory(gpu: torch.device | int) -> int:
     """Return the bytes of a GPU that new tensors may take: free ones, and those that PyTorch holds but does not use."""
     # transformers' get_max_memory adds up the same two, but initializes every GPU of the machine to do so.

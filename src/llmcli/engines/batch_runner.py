@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from llmcli import console
 from llmcli.engines.batching import BatchPolicy
-from llmcli.engines.requests import OnText, Request, RequestSettings, capture_errors, is_out_of_memory
+from llmcli.engines.requests import OnText, Request, RequestSettings, capture_errors
 from llmcli.errors import LlmcliError, RecordError, UsageError
 from llmcli.job import JsonObject
+from llmcli.models.devices import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig, Pipeline

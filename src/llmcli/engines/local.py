@@ -18,6 +18,7 @@ from llmcli.engines.model_cache import ModelCache, ModelLease
 from llmcli.errors import ModelTooLargeError, ModelUnavailableError, UsageError
 from llmcli.job import Job
 from llmcli.models import generation, registry, store
+from llmcli.models.devices import is_out_of_memory
 from llmcli.models.folder_check import check_folder
 from llmcli.models.loading import quiet_libraries, translated_errors
 from llmcli.tasks import Strategy
@@ -149,7 +150,9 @@ class Model:
         with suspended_garbage_collection(), console.working(f"loading {self._job.model}"):
             try:
                 return pipelines.load(kind, self.folder, self._job.load_options)
-            except MemoryError as exc:
+            except Exception as exc:
+                if not is_out_of_memory(exc):
+                    raise
                 raise ModelTooLargeError(f"{self._job.model} does not fit in memory", "use a smaller model") from exc
 
     def _find_kind(self) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llmcli import console
 from llmcli.errors import LlmcliError, ModelTooLargeError, ModelUnavailableError, UsageError
 from llmcli.job import LoadOptions
+from llmcli.models.devices import device_error, is_out_of_memory
 from llmcli.models.folder_check import check_folder
 from llmcli.models.memory import available_memory, keep_freed_memory
 
@@ -108,9 +109,13 @@ def translated_errors(folder: Path) -> Iterator[None]:
     """Turn whatever a library raises at the files of a model into ModelUnavailableError."""
     try:
         yield
-    except (LlmcliError, MemoryError):
+    except LlmcliError:
         raise
     except Exception as exc:
+        if error := device_error(exc):
+            raise error from exc
+        if is_out_of_memory(exc):
+            raise
         lines = [line.strip() for line in str(exc).splitlines() if line.strip()] or [type(exc).__name__]
         text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
         if type(exc).__name__ == "SafetensorError":
