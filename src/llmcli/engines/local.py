@@ -81,11 +81,10 @@ class LocalEngine(TaskEngine):
         is_fixed = job.seed is not None and bool(config.do_sample or job.settings_field)
         answer_tokens = config.max_new_tokens or config.max_length or 0
         batches = BatchPolicy(job.batch_size, device, memory, answer_tokens, is_fixed)
-        settings = {} if job.logprobs is None else {"logprobs": job.logprobs}
         options = {"generation_config": config}
         if not is_seq2seq:
             options |= {"can_think": strategy.can_think, "think": job.think, "options": job.template_options}
-        return BatchRunner(pipeline, batches, options, truncate=job.truncate, merge=merge, settings=settings)
+        return BatchRunner(pipeline, batches, options, truncate=job.truncate, merge=merge, logprobs=job.logprobs)
 
 
 class Model:
