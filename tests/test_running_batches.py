@@ -1,14 +1,10 @@
 """Batches whose rows end one by one, and that others join: which rows run when, and that none is lost."""
 
 import random
-import time
 import weakref
-from itertools import islice
 
 import pytest
 
-from llmcli import engines
-from llmcli.job import Job, Record
 from llmcli.pipelines.answers import GeneratingPipeline
 from llmcli.pipelines.running import RunningBatch, WholeBatch
 
@@ -61,7 +57,7 @@ def trace(monkeypatch):
 
 
 def lines(count):
-    words = "the quick brown fox a lazy dog and then sleeps".split()
+    words = ["the", "quick", "brown", "fox", "a", "lazy", "dog", "and", "then", "sleeps"]
     texts = (f"{words[i % 10]} {words[i // 10 % 10]} {words[i // 100 % 10]} " * (1 + i % 5) for i in range(count))
     return "".join(f"{text}\n" for text in texts).encode()
 

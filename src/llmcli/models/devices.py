@@ -1,4 +1,4 @@
-"""What an exception says about the device: memory ran out, or nothing can run on it any more."""
+"""What an exception says about the device: it is out of memory, or nothing can run on it any more."""
 
 import re
 import sys
@@ -16,7 +16,7 @@ HARMLESS = re.compile(r"invalid (configuration )?argument|captur|STATUS_(NOT_SUP
 
 
 def is_out_of_memory(exc: BaseException | None) -> bool:
-    """Return whether memory ran out on any device, and possibly led to another error of the device."""
+    """Return whether any device was out of memory, be it that this led to another error."""
     while isinstance(exc, MemoryError | RuntimeError | OSError):
         if isinstance(exc, MemoryError) or OUT_OF_MEMORY.search(str(exc)):
             return True

@@ -130,11 +130,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
                 self._path.unlink(missing_ok=True)
                 self._lock.release()
 
-    def restart(self) -> None:
-        """Make way for this worker's successor: nothing can use the device in this process any more."""
-        self.is_broken = True
-        self.drain()
-
     def stop(self) -> None:
         self._is_stopped, self.is_broken = True, False
 
@@ -221,7 +216,8 @@ class ClientHandler(socketserver.BaseRequestHandler):
         except Exception as exc:
             known = exc if isinstance(exc, LlmcliError) else device_error(exc)
             if isinstance(known, DeviceError):
-                self.server.restart()
+                self.server.is_broken = True  # Only another process can use the device.
+                self.server.drain()
             if known:
                 send(error=(None, known.message, known.hint, known.status, traceback.format_exc()))
             else:
