@@ -101,7 +101,7 @@ def test_equal_records_of_a_greedy_job_run_once(llmcli, tiny, monkeypatch):
 
 @pytest.mark.parametrize("size", [2, 7, 40])
 def test_batches_are_as_great_as_memory_allows(llmcli, tiny, monkeypatch, size, joins):
-    monkeypatch.setattr(MemoryEstimator, "fits", lambda self, tokens: tokens <= size * (2 + 4))
+    monkeypatch.setattr(MemoryEstimator, "fits", lambda self, tokens, rows: tokens <= size * (2 + 4))
     texts = "the fox\n" * 75
     ran = llmcli("generate", "-m", tiny, "--lines", "--max-new-tokens", 4, "-o", "do_sample=true", stdin=texts.encode())
     assert ran.exit_status == 0

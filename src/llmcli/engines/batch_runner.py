@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from llmcli import console
 from llmcli.engines.batching import BatchPolicy
-from llmcli.engines.requests import OnText, Request, RequestSettings, Row, capture_errors, is_out_of_memory
+from llmcli.engines.requests import OnText, Request, RequestSettings, Row, capture_errors
 from llmcli.errors import LlmcliError, RecordError, UsageError
 from llmcli.job import JsonObject
+from llmcli.models.devices import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig, Pipeline
@@ -194,13 +195,15 @@ class BatchRunner:
         chosen = [rows[i] for i in self.policy.choose(self._own_lengths(rows))]
         config, longest, limit = chosen[0].config, max(row.total for row in chosen), self.pipeline.max_shared_tokens
         assert config
-        if limit and longest <= limit:  # Longer rows would keep the others from leaving the batch when they end.
-            rows = [row for row in rows if row.total <= limit]
-        lengths, streamer = self._own_lengths(rows), None
-        max_rows, max_own = self.policy.plan(lengths, self._own_lengths(chosen))
-        totals = [row.total for row, length in zip(rows, lengths, strict=True) if length <= max_own]
-        max_length = max([longest, *totals])
-        if len(rows) == 1 and (on_text or len(self.queue) > 1):
+        max_rows, max_length, streamer = self.policy.size, longest, None
+        if len(rows) > 1:
+            if limit and longest <= limit:  # Longer rows would keep the others from leaving the batch when they end.
+                rows = [row for row in rows if row.total <= limit]
+            lengths = self._own_lengths(rows)
+            max_rows, max_own = self.policy.plan(lengths, self._own_lengths(chosen))
+            totals = [row.total for row, length in zip(rows, lengths, strict=True) if length <= max_own]
+            max_length = max([longest, *totals])
+        elif on_text or len(self.queue) > 1:  # No other row may join.
             max_rows = 1
             if on_text and self._is_single:
                 streamer = DeltaStreamer(self.pipeline.decoder(chosen[0].inputs), config.stop_strings or (), on_text)

@@ -82,7 +82,7 @@ class BatchPolicy:
 
     def observe(self, lengths: Sequence[int], tokens_per_second: float) -> None:
         """Note the speed of a batch, 0 if it is unknown, and the memory that it has taken."""
-        self.memory.observe(self._count_tokens(len(lengths), max(lengths)))
+        self.memory.observe(self._count_tokens(len(lengths), max(lengths)), len(lengths))
         rows = self._measure(lengths)
         # The last rows of an input tell nothing about a full batch.
         if self._is_settled or rows <= self.size // 2 or not tokens_per_second:
@@ -108,8 +108,8 @@ class BatchPolicy:
         return rows * (self.shared_tokens + longest + self._answer_tokens)
 
     def _fits(self, rows: int, longest: int) -> bool:
-        fits = self.memory.is_below_failure if self.is_fixed else self.memory.fits
-        return fits(self._count_tokens(rows, longest))
+        tokens = self._count_tokens(rows, longest)
+        return self.memory.is_below_failure(tokens) if self.is_fixed else self.memory.fits(tokens, rows)
 
     def _select(self, lengths: Sequence[int], size: int) -> list[int]:
         """Return the indices of the first row and of rows of similar length, at most `size`.
