@@ -13,7 +13,7 @@ from llmcli.engines.batching import BatchPolicy
 from llmcli.engines.requests import OnText, Request, RequestSettings, Row, capture_errors
 from llmcli.errors import LlmcliError, RecordError, UsageError
 from llmcli.job import JsonObject
-from llmcli.models.devices import is_out_of_memory
+from llmcli.models.devices import device_error, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig, Pipeline
@@ -259,6 +259,8 @@ class BatchRunner:
     def _recover(self, exc: Exception) -> None:
         """Leave the rows of a failed batch to smaller batches if it was out of memory, else to batches of one row."""
         rows, self._running, self._batch = [*self._running.values()], {}, None
+        if error := device_error(exc):
+            raise error from exc
         if len(rows) == 1 and (not self._config or self._added == 1):
             with capture_errors(rows[0].request):
                 raise exc
