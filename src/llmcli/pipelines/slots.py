@@ -106,7 +106,7 @@ class SlotBatch(RunningBatch):
             while self._rows:
                 self._advance()
                 passes += 1
-                is_late = time.perf_counter() - start > REPORT_S
+                is_late = not self._settings.is_fixed and time.perf_counter() - start > REPORT_S
                 if (self.can_add and not could_add) or (is_late and (self._ended or self.can_add)):
                     break
         self.speed = passes / (time.perf_counter() - start)
