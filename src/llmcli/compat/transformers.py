@@ -19,7 +19,10 @@ FIXED_ROPE_TYPES = {None, "default", "linear", "llama3", "yarn"}
 
 
 def read_processors(model: PreTrainedModel, config: GenerationConfig) -> LogitsProcessorList:
-    """Return the processors of logits that `generate` makes for greedy decoding or sampling by a generation config."""
+    """Return each `LogitsProcessor` that `generate` makes for greedy decoding or sampling by a generation config.
+
+    Stop texts and the minimum of new tokens, which depend on the length of the prompt, are left to the caller.
+    """
 
     def run(
         model: PreTrainedModel, input_ids: object, logits_processor: LogitsProcessorList, **_: object
@@ -28,7 +31,7 @@ def read_processors(model: PreTrainedModel, config: GenerationConfig) -> LogitsP
 
     ids = torch.ones(1, 1, dtype=torch.int64, device=model.device)
     config = copy.copy(config)
-    config.stop_strings = None
+    config.stop_strings = config.min_new_tokens = None
     return model.generate(ids, attention_mask=ids, generation_config=config, custom_generate=run)
 
 
