@@ -210,10 +210,23 @@ def test_cpu_tells_its_capability():
 
 
 def test_gpu_memory_counts_what_pytorch_holds_but_does_not_use(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (100, 500))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: 70)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda index: 30)
-    assert kernels.free_gpu_memory(1) == 140
+    amounts = {"allocated_bytes.all.current": 30, "allocated_bytes.all.peak": 60, "reserved_bytes.all.current": 70}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 500))
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: amounts)
+    assert kernels.read_memory(torch.device("cuda:1")) == (30, 60, 140)
+
+
+def test_modules_of_devices_tell_their_memory():
+    """What `read_memory` and `has_failed_accelerator` call, where there is no device to call it on."""
+    assert torch.get_device_module() is getattr(
+        torch, (torch.accelerator.current_accelerator() or torch.device("cpu")).type
+    )
+    for module in (torch.cuda, torch.xpu):
+        names = "mem_get_info memory_stats memory_reserved reset_peak_memory_stats get_device_properties"
+        for name in (*names.split(), "is_initialized", "device_count", "synchronize", "empty_cache"):
+            assert callable(getattr(module, name))
+    for name in ("current_allocated_memory", "recommended_max_memory", "empty_cache"):
+        assert callable(getattr(torch.mps, name))
 
 
 def test_byte_level_decoder_is_told_by_its_name(tiny):

@@ -1,12 +1,14 @@
 """transformers' cache of keys and values: how to recognize it, one that grows in place, and one whose rows change."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
@@ -152,6 +154,29 @@ def growing_cache(model: PreTrainedModel, config: GenerationConfig) -> DynamicCa
         return None
     cache.layers = [GrowingLayer() for _ in cache.layers]
     return cache
+
+
+def cached_layers(model: PreTrainedModel, config: PreTrainedConfig) -> list[tuple[int, float]]:
+    """Return for each layer with attention how many numbers it keeps of a token, and of how many tokens at most."""
+    is_latent = any(hasattr(module, "expand_kv") for module in model.modules())
+    found = []
+    try:
+        layers = DynamicCache(config=config).layers
+        for layer, own in zip(layers, getattr(config, "per_layer_config", None) or repeat(config), strict=False):
+            if isinstance(layer, DynamicLayer):
+                heads, rotary = own.num_attention_heads, getattr(own, "qk_rope_head_dim", None)
+                if rotary:
+                    expanded = heads * (own.qk_nope_head_dim + rotary + own.v_head_dim)
+                    size = own.kv_lora_rank + rotary if is_latent else expanded
+                else:
+                    get = partial(getattr, own)
+                    is_single = get("multi_query", False) and not get("new_decoder_architecture", False)
+                    shared = 1 if is_single else get("num_key_value_heads", None) or get("num_kv_heads", heads)
+                    size = 2 * shared * (get("head_dim", None) or own.hidden_size // heads)
+                found.append((size, getattr(layer, "sliding_window", None) or math.inf))
+    except Exception:  # The config of a model's own code may lack anything.
+        found.clear()
+    return found
 
 
 def key_value_cache(model: PreTrainedModel) -> DynamicCache | None:

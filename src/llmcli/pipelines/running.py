@@ -25,9 +25,9 @@ class GeneratingRow(NamedTuple):
     seed: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class BatchSettings:
-    """What applies to all rows of a batch."""
+    """What applies to all rows of a batch. Only `max_rows` may change while it runs."""
 
     config: "GenerationConfig"
     logprobs: int | None = None  # how many alternatives to each token; None: no log-probabilities
@@ -35,6 +35,7 @@ class BatchSettings:
     on_token: Callable[[], None] | None = None  # called after each token; may raise
     max_rows: int = 1  # that will be in the batch at any time
     max_length: int = 0  # tokens of the longest row that may be added later, answer included
+    is_fixed: bool = False  # whether the moments at which rows leave must not depend on time
 
 
 class RunningBatch(ABC):
