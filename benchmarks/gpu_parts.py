@@ -74,7 +74,7 @@ SIZES = {
     "7b": Size(4096, 32, 32, 8, 14336, records=1024, peer_records=256),
 }  # fmt: skip
 PARITY = Size(512, 8, 8, 2, 1408)  # for float32: only its texts matter
-PARITY_TOKENS = 32
+PARITY_TOKENS = 48  # enough for a CUDA graph
 PARITY_BATCHES = ("1", "7", "64", "auto")
 
 
@@ -114,6 +114,7 @@ def make(setup: Setup) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+    parity = min(PARITY, setup.size, key=lambda shape: shape.hidden)
     chance = random.Random(7)
     words = (" " + "".join(chance.choices(LETTERS, k=chance.randint(3, 9))) for _ in range(60_000))
     tokenizer = Tokenizer(models.BPE())
@@ -126,7 +127,7 @@ def make(setup: Setup) -> None:
     tokenizer.train_from_iterator([decode.text(), *words], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
     note("vocabulary", len(fast))
-    for name, shape, dtype in (("model", setup.size, torch.bfloat16), ("parity", PARITY, torch.float32)):
+    for name, shape, dtype in (("model", setup.size, torch.bfloat16), ("parity", parity, torch.float32)):
         config = LlamaConfig(
             hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
             num_key_value_heads=shape.key_value_heads, intermediate_size=shape.intermediate, vocab_size=VOCABULARY,
@@ -396,6 +397,19 @@ def greedy(new: int) -> tuple[object, ...]:
     return ("--temperature", 0, "--max-new-tokens", new, "--min-new-tokens", new)
 
 
+@contextmanager
+def without_graphs() -> Iterator[None]:
+    """Let steps of decoding run kernel by kernel."""
+    from llmcli.pipelines.decoding import DecodeGraph
+
+    capture = DecodeGraph.capture
+    DecodeGraph.capture = lambda *_: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        DecodeGraph.capture = capture  # type: ignore[method-assign]
+
+
 def llmcli_load(setup: Setup) -> None:
     generate(setup, *greedy(2), file="one")
     note("llmcli, loading seconds", time.time() - STARTED)
@@ -406,6 +420,9 @@ def llmcli_batch(setup: Setup) -> None:
         done = generate(setup, *greedy(setup.size.new_tokens), "--batch-size", size)
         note(f"llmcli, {size}", done.tokens / done.seconds)
         note(f"llmcli, {size}, first record", done.first_s)
+    with without_graphs():
+        done = generate(setup, *greedy(setup.size.new_tokens))
+    note("llmcli, no graphs, auto", done.tokens / done.seconds)
 
 
 def llmcli_ends(setup: Setup) -> None:
@@ -425,6 +442,8 @@ def llmcli_stream(setup: Setup) -> None:
         brief, whole = (generate(setup, *greedy(new), file="one").seconds for new in (short, long))
         note("llmcli, stream", long / whole)
         note("llmcli, stream, each further token", (long - short) / (whole - brief))
+    with without_graphs():
+        note("llmcli, no graphs, stream", long / generate(setup, *greedy(long), file="one").seconds)
 
 
 def llmcli_profile(setup: Setup) -> None:
@@ -450,18 +469,22 @@ def llmcli_profile(setup: Setup) -> None:
 
 
 def llmcli_parity(setup: Setup) -> None:
-    options = greedy(PARITY_TOKENS)
-    found = {}
-    for size in PARITY_BATCHES:
-        done = generate(setup, *options, "--batch-size", size, model="parity", file="parity", dtype="float32")
-        found[size] = [record["generated_text"] for record in done.records]
-        note("texts that differ by batch size", count_differing(found[size], found["1"]))
+    def texts(size: str) -> list[str]:
+        options = (*greedy(PARITY_TOKENS), "--batch-size", size)
+        done = generate(setup, *options, model="parity", file="parity", dtype="float32")
+        return [record["generated_text"] for record in done.records]
+
+    found = {size: texts(size) for size in PARITY_BATCHES}
+    for some in found.values():
+        note("texts that differ by batch size", count_differing(some, found["auto"]))
+    with without_graphs():
+        note("texts that differ without graphs", count_differing(texts("auto"), found["auto"]))
     plain = json.loads((setup.folder / "texts.json").read_text())
     note("texts that differ from plain generate", count_differing(found["auto"], plain))
 
 
 def count_differing(some: list[str], others: list[str]) -> int:
-    return sum(a != b for a, b in zip(some, others, strict=True))
+    return sum(one != other for one, other in zip(some, others, strict=True))
 
 
 def llmcli_golden(setup: Setup) -> None:
@@ -524,7 +547,7 @@ def whole_memory(setup: Setup) -> None:
             failed = sum("error" in json.loads(line) for line in lines)
             note(f"memory, {size}, seconds", seconds)
             note("memory, records lost", setup.size.long_records - len(lines) + failed)
-            note("memory, notices", errors.count("out of memory"))
+            note("memory, notices", errors.count("warning: out of memory"))
     finally:
         if hog:
             hog.kill()
