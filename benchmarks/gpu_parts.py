@@ -19,7 +19,8 @@ import decode
 import score
 
 STARTED = time.time()
-RUNS = 3  # of a short part, where time allows
+RUNS = 3  # of a short part
+ENOUGH_S = 45  # of a long part: after that, nothing is run again
 VOCABULARY = 49_152  # as SmolLM2 has
 LETTERS = "aabcdeefghiijklmnooprstuvwyz"
 END_EVERY = 64  # one token in 64 ends an answer of the twin
@@ -62,7 +63,7 @@ class Size:
     loop_lines: int = 300
     long_records: int = 512
     long_words: int = 700
-    parity_records: int = 48
+    parity_records: int = 32
 
 
 SIZES = {
@@ -75,6 +76,7 @@ SIZES = {
 }  # fmt: skip
 PARITY = Size(512, 8, 8, 2, 1408)  # for float32: only its texts matter
 PARITY_TOKENS = 48  # enough for a CUDA graph
+PROFILE_TOKENS = (48, 112)
 PARITY_BATCHES = ("1", "7", "64", "auto")
 
 
@@ -416,19 +418,26 @@ def llmcli_load(setup: Setup) -> None:
 
 
 def llmcli_batch(setup: Setup) -> None:
+    begun = time.perf_counter()
     for size in ("auto", *setup.size.batches, "auto", "auto"):
+        if size == "auto" and time.perf_counter() - begun > ENOUGH_S:
+            break
         done = generate(setup, *greedy(setup.size.new_tokens), "--batch-size", size)
         note(f"llmcli, {size}", done.tokens / done.seconds)
         note(f"llmcli, {size}, first record", done.first_s)
-    with without_graphs():
-        done = generate(setup, *greedy(setup.size.new_tokens))
-    note("llmcli, no graphs, auto", done.tokens / done.seconds)
+    if time.perf_counter() - begun < ENOUGH_S:
+        with without_graphs():
+            done = generate(setup, *greedy(setup.size.new_tokens))
+        note("llmcli, no graphs, auto", done.tokens / done.seconds)
 
 
 def llmcli_ends(setup: Setup) -> None:
     options = ("--temperature", 1, "--top-k", 0, "--top-p", 1, "--max-new-tokens", setup.size.max_tokens)
     generate(setup, *greedy(2), model="ends", file="one")
-    for _ in range(2):
+    begun = time.perf_counter()
+    for _ in range(RUNS):
+        if time.perf_counter() - begun > ENOUGH_S / 3:
+            break
         done = generate(setup, *options, model="ends")
         note("llmcli, ends", done.tokens / done.seconds)
         note("llmcli, ends, tokens per record", done.tokens / len(done.records))
@@ -454,8 +463,8 @@ def llmcli_profile(setup: Setup) -> None:
     if not setup.device.startswith("cuda"):
         raise SkipError("needs a card")
     totals = []
-    for new in setup.size.stream:
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+    for new in PROFILE_TOKENS:
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
             generate(setup, *greedy(new), file="one")
         averages = seen.key_averages()
         kernels = [item for item in averages if item.device_type == DeviceType.CUDA]
@@ -463,7 +472,7 @@ def llmcli_profile(setup: Setup) -> None:
                     for name, text in (("launches", "LaunchKernel"), ("graphs", "GraphLaunch"))}  # fmt: skip
         busy = sum(item.self_device_time_total for item in kernels) / 1e6
         totals.append({"kernel seconds": busy, "kernels": sum(item.count for item in kernels), **launches})
-    tokens = setup.size.stream[1] - setup.size.stream[0]
+    tokens = PROFILE_TOKENS[1] - PROFILE_TOKENS[0]
     for name in totals[0]:
         note(f"a token, {name}", (totals[1][name] - totals[0][name]) / tokens)
 
@@ -564,7 +573,7 @@ CHILDREN: dict[str, dict[str, tuple[Part, int]]] = {
         "parity": (peer_parity, 25),
     },
     "llmcli": {
-        "load": (llmcli_load, 60), "batch": (llmcli_batch, 70), "ends": (llmcli_ends, 40),
+        "load": (llmcli_load, 60), "batch": (llmcli_batch, 90), "ends": (llmcli_ends, 40),
         "stream": (llmcli_stream, 30), "profile": (llmcli_profile, 25), "score": (llmcli_score, 25),
         "parity": (llmcli_parity, 30), "golden": (llmcli_golden, 25),
     },
