@@ -3,7 +3,7 @@
 #   docker build -t llmcli:cuda --build-arg DEVICE=cuda .  for an NVIDIA GPU
 #   docker run -i --rm --gpus all -v llmcli:/cache llmcli:cuda generate --lines < prompts.txt
 
-ARG PYTHON=3.13
+ARG PYTHON=3.14
 
 FROM python:${PYTHON}-slim AS build
 ARG DEVICE=cpu
