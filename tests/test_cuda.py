@@ -212,9 +212,10 @@ def test_gpu_quantized_model_generates(llmcli, large, scheme):
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="requires two GPUs")
-def test_gpus_under_torchrun_give_texts_of_one(llmcli, chatty, lines, tmp_path):
+@pytest.mark.parametrize("options", [(), ("--tensor-parallel",)])
+def test_gpus_under_torchrun_give_texts_of_one(llmcli, chatty, lines, tmp_path, options):
     (tmp_path / "in.jsonl").write_bytes(lines)
     args = ["generate", "--jsonl", "-m", chatty, "-f", tmp_path / "in.jsonl", *EXACT, "--max-new-tokens", 40]
-    ran = subprocess.run([*TORCHRUN, *map(str, args)], capture_output=True)
+    ran = subprocess.run([*TORCHRUN, *map(str, args), *options], capture_output=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.decode() == llmcli(*args).stdout
