@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import test_golden
 import torch
 from test_distributed import TORCHRUN
-from test_golden import ANSWERS, TEXTS, test_answers, test_texts
 
 pytestmark = [
     pytest.mark.cuda,
@@ -80,15 +80,15 @@ def texts(ran):
 
 
 @pytest.mark.parametrize("batch_size", [1, 100])
-@pytest.mark.parametrize("group", TEXTS)
+@pytest.mark.parametrize("group", test_golden.TEXTS)
 def test_gpu_texts_equal_golden_ones(llmcli, group, batch_size):
-    test_texts(llmcli, group, batch_size)
+    test_golden.test_texts(llmcli, group, batch_size)
 
 
 @pytest.mark.parametrize("batch_size", [1, 100])
-@pytest.mark.parametrize("group", ANSWERS)
+@pytest.mark.parametrize("group", test_golden.ANSWERS)
 def test_gpu_answers_equal_golden_ones(llmcli, group, batch_size):
-    test_answers(llmcli, group, batch_size)
+    test_golden.test_answers(llmcli, group, batch_size)
 
 
 def test_gpu_texts_do_not_depend_on_batch(llmcli, chatty, lines, graphs):
@@ -149,9 +149,8 @@ def test_gpu_recovers_from_out_of_memory(llmcli, large, size):
 
 
 def test_gpu_memory_reader_follows_allocations(large):
-    from llmcli.engines.memory import probe_memory
-
     from llmcli import pipelines
+    from llmcli.engines.memory import probe_memory
     from llmcli.job import LoadOptions
 
     device = f"cuda:{torch.cuda.device_count() - 1}"
@@ -172,7 +171,6 @@ def test_gpu_memory_reader_follows_allocations(large):
 def test_gpu_memory_of_idle_model_is_reused(large, tmp_path, capfd):
     """The card has room for one of two models: loading the second unloads the first, and has its memory."""
     from llmcli import pipelines
-    from llmcli.compat.torch import free_gpu_memory
     from llmcli.engines.model_cache import ModelCache, ModelLease
     from llmcli.job import LoadOptions
 
@@ -183,7 +181,8 @@ def test_gpu_memory_of_idle_model_is_reused(large, tmp_path, capfd):
     lease = ModelLease(cache)
     size = lease.get("first", 1, load).model.get_memory_footprint()
     lease.release(None)
-    filler = torch.empty(free_gpu_memory(0) - size // 2, dtype=torch.uint8, device="cuda:0")
+    torch.cuda.empty_cache()
+    filler = torch.empty(torch.cuda.mem_get_info(0)[0] - size // 2, dtype=torch.uint8, device="cuda:0")
     lease.get("second", 2, load)
     assert [model["model"] for model in cache.status()] == ["second"]
     assert torch.cuda.memory_allocated(0) < filler.numel() + 1.5 * size
