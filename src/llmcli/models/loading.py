@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llmcli import console
 from llmcli.errors import LlmcliError, ModelTooLargeError, ModelUnavailableError, UsageError
 from llmcli.job import LoadOptions
+from llmcli.models.devices import device_error, is_out_of_memory
 from llmcli.models.folder_check import check_folder
 from llmcli.models.memory import available_memory, keep_freed_memory
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # what dtype applies to; other tensors stay as they are
 EMBEDDING_TOKENS = 512  # of a text, for a sentence encoder that states no limit
-HEADROOM = 0.9  # of a GPU's free memory for weights; the rest is for activations and the KV cache
+HEADROOM = 0.9  # of the free memory for weights; the rest is for activations and the KV cache
 
 
 def load(
@@ -108,9 +109,13 @@ def translated_errors(folder: Path) -> Iterator[None]:
     """Turn whatever a library raises at the files of a model into ModelUnavailableError."""
     try:
         yield
-    except (LlmcliError, MemoryError):
+    except LlmcliError:
         raise
     except Exception as exc:
+        if error := device_error(exc):
+            raise error from exc
+        if is_out_of_memory(exc):
+            raise
         lines = [line.strip() for line in str(exc).splitlines() if line.strip()] or [type(exc).__name__]
         text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
         if type(exc).__name__ == "SafetensorError":
@@ -213,21 +218,25 @@ def _device_map(
     """Return device_map and max_memory. Raises ModelUnavailableError if `size` bytes of weights do not fit."""
     import torch
 
-    from llmcli.compat.torch import free_gpu_memory
+    from llmcli.compat.torch import read_memory
 
+    kind, _, index = device.partition(":")
     memory = load_options.max_memory or available_memory()
-    spread = load_options.device == "auto" and device == "cuda"
-    gpus: dict[int, int] = {}
-    if device.startswith("cuda"):
-        indices = range(torch.cuda.device_count()) if spread else [torch.device(device).index or 0]
-        gpus = {index: free_gpu_memory(index) for index in indices}
-    # transformers leaves headroom itself, but only if it is given no limits.
-    limits: dict[int | str, int] = {"cpu": memory}
-    limits |= {index: int(HEADROOM * free) for index, free in gpus.items()}
+    spread = load_options.device == "auto" and kind in ("cuda", "xpu") and not index
+    free: dict[int | str, int] = {}  # by accelerator
+    if kind == "mps":  # Its memory is the main memory.
+        free["mps"], memory = min(memory, read_memory(torch.device(device))[2]), 0
+    elif kind != "cpu":
+        free[int(index or 0)] = read_memory(torch.device(kind, int(index or 0)))[2]
+    if spread and size > HEADROOM * free[0]:  # The others stay untouched otherwise: a context takes memory.
+        free |= {i: read_memory(torch.device(kind, i))[2] for i in range(1, torch.accelerator.device_count())}
+    # transformers leaves headroom itself, but only on a single GPU, and if it is given no limits.
+    limits = {place: int(HEADROOM * room) for place, room in free.items()}
+    limits["cpu"] = memory if load_options.max_memory else int(HEADROOM * memory)
     if load_options.offload_folder:
         Path(load_options.offload_folder).mkdir(parents=True, exist_ok=True)
         return "auto", limits
-    available = sum(gpus.values()) + (0 if gpus and not spread else memory)
+    available = sum((limits if spread else free or {"cpu": memory}).values())
     if size > available:
         from rich.filesize import decimal
 
@@ -237,11 +246,11 @@ def _device_map(
             f"model requires {decimal(size)} of memory, but only {decimal(available)} is available",
             hint="use a smaller model or --dtype bfloat16, or run it from disk, slowly: --offload-folder PATH",
         )
-    if not spread or size <= HEADROOM * gpus[0]:
+    if not spread or size <= limits[0]:
         return {"": device}, None
-    if size > HEADROOM * sum(gpus.values()):
+    if size > sum(limits[place] for place in free):
         console.warning("model does not fit in GPU memory; a part of it stays in main memory, which is slow")
-    return "auto", limits if load_options.max_memory else None
+    return "auto", limits
 
 
 def _damaged(path: Path, reason: str) -> ModelUnavailableError:
