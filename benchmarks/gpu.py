@@ -116,7 +116,7 @@ def quotient(a: float | None, b: float | None) -> float | None:
 
 
 def compare(figures: dict[str, list[float]], size: Size) -> list[Row]:
-    """The table: what the issue of this project asked for, by its numbers."""
+    """Return the table: what this project aims for on a GPU, by number."""
 
     def median(name: str) -> float | None:
         return statistics.median(figures[name]) if name in figures else None
@@ -165,7 +165,7 @@ def to_markdown(table: list[Row]) -> str:
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.2f}"
 
-    lines = ["| | figure | llmcli | peer | ratio | asked | met |", "|---|---|---|---|---|---|---|"]
+    lines = ["| aim | figure | llmcli | peer | ratio | asked | met |", "|---|---|---|---|---|---|---|"]
     for row in table:
         asked = f"{row.sign} {row.bound}" if row.sign else ""
         met = {None: "", True: "yes", False: "no"}[row.is_met]
