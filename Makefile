@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast test-lowest test-newest lint docs site bench clean
+.PHONY: demo test test-fast test-lowest test-newest test-gpu lint docs site bench clean
 
 demo: .venv/ready  ## install, fetch the default model, tell a story
 	$(BIN)/llmcli generate "Once upon a time"
@@ -23,6 +23,9 @@ test-newest:  ## build a wheel, install it with the newest dependencies, and run
 	.venv-newest/bin/python -m pip install --quiet "$$(ls .venv-newest/llmcli-*.whl)[dev]"
 	.venv-newest/bin/python -m pip list
 	.venv-newest/bin/python -m pytest -m "not real and not slow"
+
+test-gpu: .venv/ready  ## run the tests that need a CUDA GPU, and are skipped without one
+	$(BIN)/pytest -n 0 -m cuda
 
 lint: .venv/ready  ## check style, types and wording
 	$(BIN)/ruff check

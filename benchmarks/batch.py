@@ -4,6 +4,7 @@ the same weights in bfloat16, 32 new tokens a prompt, greedy; tokens a second fr
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -54,6 +55,16 @@ for prompt in prompts:
     output = model(prompt, max_tokens=int(sys.argv[3]), temperature=0, logit_bias={model.token_eos(): -100.0})
     print(json.dumps({"text": output["choices"][0]["text"]}))
 """
+ENDING, MAX_TOKENS, END_EVERY = 2000, 128, 64  # records, tokens of an answer, and which tokens end one
+SAMPLING = {"max_new_tokens": MAX_TOKENS, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+WHOLE = """
+import sys
+from llmcli.cli import main
+from llmcli.pipelines.causal import CausalPipeline
+from llmcli.pipelines.running import WholeBatch
+CausalPipeline.start = lambda self, settings: WholeBatch(self, settings)
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def prompts(count: int) -> list[str]:
@@ -100,6 +111,29 @@ def main() -> list[str]:
                 print(name, f"{found[name][-1]:.1f}", file=sys.stderr, flush=True)
     speeds = {name: statistics.median(some) for name, some in found.items()}
     return [f"| {name} | {speed:.0f} | {speeds['llmcli'] / speed:.2f} |" for name, speed in speeds.items()]
+
+
+def ends() -> list[str]:
+    """The rows of a table in Markdown: records whose answers end at random, as one token in END_EVERY ends them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model = shutil.copytree(smollm2(), Path(scratch, "model"))
+        settings = model / "generation_config.json"
+        known = json.loads(settings.read_text()) if settings.exists() else {}
+        settings.write_text(json.dumps(known | {"eos_token_id": list(range(2, 49152, END_EVERY))}))
+        whole, part, out = Path(scratch, "whole.jsonl"), Path(scratch, "part.jsonl"), Path(scratch, "out")
+        lines = [json.dumps({"text": prompt}) + "\n" for prompt in prompts(ENDING)]
+        whole.write_text("".join(lines))
+        part.write_text("".join(lines[::8]))  # for the pipeline, which takes ten minutes and more for all
+        args = ["generate", "--jsonl", "-m", str(model), "-f", str(whole), "--dtype", "bfloat16", "--temperature", "1",
+                "--top-k", "0", "--top-p", "1", "--max-new-tokens", str(MAX_TOKENS)]  # fmt: skip
+        peer = [str(model), str(part), json.dumps(SAMPLING), "32"]
+        variants = {
+            "llmcli": ([LLMCLI, *args], ENDING),
+            "llmcli, rows wait for the last one of their batch": ([sys.executable, "-c", WHOLE, *args], ENDING),
+            "`transformers.pipeline`, batches of 32": ([sys.executable, "-c", PIPELINE, *peer], len(lines[::8])),
+        }
+        speeds = {name: count / seconds(command, out) for name, (command, count) in variants.items()}
+    return [f"| {name} | {speed:.2f} | {speeds['llmcli'] / speed:.2f} |" for name, speed in speeds.items()]
 
 
 if __name__ == "__main__":

@@ -52,6 +52,14 @@ the parallel decoding of llama.cpp, so that row does not compare the two program
         "| variant | tokens/s | speedup of llmcli |\n|---|---|---|",
         batch.main,
     ),
+    "ends": (
+        "Answers of different lengths",
+        f"""{batch.ENDING:,} prompts of 4 to 200 words, SmolLM2, bfloat16, sampled. One token in {batch.END_EVERY} ends
+an answer, and an answer has at most {batch.MAX_TOKENS} tokens. Times are those of whole processes, one run each. The
+pipeline runs every eighth prompt.""",
+        "| variant | records/s | speedup of llmcli |\n|---|---|---|",
+        batch.ends,
+    ),
     "score": (
         "Scoring",
         f"""{score.LINES:,} lines of 3 to 15 words, SmolLM2, bfloat16. The variants without batches run {score.PART:,}
