@@ -72,14 +72,14 @@ class BatchRunner:
         """Queue the rows of requests. A request that cannot be preprocessed fails at once."""
         for request in requests:
             with capture_errors(request):
-                own, maximum, grammar = request.settings, self._max_new_tokens, None
+                own, maximum, grammar, seed = request.settings, self._max_new_tokens, None, None
                 config, parameters = self._find_config(own), self._preprocess_parameters
                 is_repeatable = not (config and config.do_sample) or (own and own.seed is not None)
                 if is_repeatable and (original := self._unfinished.get(request.key)):
                     original.duplicates.append(request)
                     continue
                 if own:
-                    maximum = own.generation.get("max_new_tokens", maximum)
+                    maximum, seed = own.generation.get("max_new_tokens", maximum), own.seed
                     if parameters["truncate"] is not None:
                         parameters = {**parameters, "truncate": maximum}
                     if own.constraint:
@@ -91,7 +91,7 @@ class BatchRunner:
                     limit = maximum if remaining is None else min(remaining, maximum)
                     length = inputs.get("length") or len(inputs["input_ids"])
                     group = id(config), limit if config and not self.pipeline.can_mix_limits else 0
-                    rows.append(Row(request, i, inputs, length, limit, config, grammar, own and own.seed, group))
+                    rows.append(Row(request, i, inputs, length, limit, config, grammar, seed, group))
                 request.row_count = len(rows)
                 self._unfinished[request.key] = request
                 self.queue.update(dict.fromkeys(rows))
@@ -204,14 +204,9 @@ class BatchRunner:
             max_rows = 1
             if on_text and self._is_single:
                 streamer = DeltaStreamer(self.pipeline.decoder(chosen[0].inputs), config.stop_strings or (), on_text)
-        is_suited = self._batch and self._batch.can_add and chosen[0].group == self._group
-        if (
-            last
-            and is_suited
-            and self._added < self.window
-            and max_length <= last.max_length
-            and min(max_rows, last.max_rows) > 1
-        ):
+        is_open = self._batch and self._batch.can_add and self._added < self.window
+        is_suited = last and max_length <= last.max_length and chosen[0].group == self._group
+        if last and is_open and is_suited and min(max_rows, last.max_rows) > 1:
             last.max_rows = max_rows
         else:
             given = config, self._logprobs, streamer, self.on_token, max_rows, max_length, self.policy.is_fixed
