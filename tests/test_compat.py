@@ -129,6 +129,24 @@ def test_custom_loop_gets_what_transformers_own_takes(model):
     assert {"attention_mask", "position_ids", "use_cache"} <= set(taken[0])
 
 
+def test_steps_of_generate_read_prompts_and_next_tokens(model):
+    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **settings):
+        logits, settings = transformers.read_next(model, input_ids, settings, generation_config)
+        assert cache.can_select_rows(model, settings, len(input_ids))
+        for rows in ([0, 1, 2], [0, 2], [1]):
+            index = torch.tensor(rows)
+            settings = {name: cache.select_rows(value, index, len(logits)) for name, value in settings.items()}
+            ids = torch.cat([input_ids, logits.argmax(-1, keepdim=True)], 1)[index]
+            with transformers.single_token_context(model):
+                logits, settings = transformers.read_next(model, ids, settings)
+            input_ids = ids
+        return torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+
+    ids, mask = torch.tensor([[5, 6, 7], [1, 8, 9], [7, 6, 5]]), torch.tensor([[1, 1, 1], [0, 1, 1], [1, 1, 1]])
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, custom_generate=decode, **options), model.generate(ids, **options)[2:])
+
+
 def test_eager_attention_is_set_and_reset(model):
     usual = model.config._attn_implementation
     with transformers.eager_attention(model):

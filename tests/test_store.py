@@ -731,6 +731,9 @@ def test_device_map_refuses_a_model_larger_than_its_gpu():
     from llmcli.errors import ModelTooLargeError
     from llmcli.models import loading
 
+    with pytest.raises(ModelTooLargeError, match=r"requires 110.0 GB of memory, but only 108.0 GB is available"):
+        loading._device_map(LoadOptions(), "cuda", 110 * GIGABYTE)  # A part of it would be on disk.
+
     with pytest.raises(ModelTooLargeError, match=r"requires 12.0 GB of memory, but only 10.0 GB is available"):
         loading._device_map(LoadOptions(device="cuda:1"), "cuda:1", 12 * GIGABYTE)
 

@@ -5,10 +5,12 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import repeat
+from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import ModelOutput
 
 from llmcli.compat.transformers import takes
 
@@ -208,3 +210,30 @@ def repeat_cache(cache: DynamicCache, rows: int) -> DynamicCache:
     cache = copy.deepcopy(cache)
     cache.batch_repeat_interleave(rows)
     return cache
+
+
+def can_select_rows(model: PreTrainedModel, settings: Mapping[str, Any], total: int) -> bool:
+    """Return whether `select_rows` finds all that a model keeps of its rows, of which there are `total`.
+
+    Some models keep states in their modules, or in a cache of their own that beam search cannot use either.
+    """
+    others = [value for value in settings.values() if not isinstance(value, torch.Tensor | ModelOutput | int) and value]
+    if not all(isinstance(cache, Cache) and _reorders_all(type(cache)) for cache in others):
+        return False
+    own = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    return not any(state.dim() > 1 and len(state) == total for state in own)
+
+
+def _reorders_all(kind: type[Cache]) -> bool:
+    return next(owner for owner in kind.__mro__ if "reorder_cache" in vars(owner)).__module__ == kind.__module__
+
+
+def select_rows(value: Any, rows: torch.Tensor, total: int, dimension: int = -2) -> Any:
+    """Return what a forward pass takes beside tokens for some rows of that total. A cache changes in place."""
+    if isinstance(value, Cache):
+        value.reorder_cache(rows)  # `batch_select_indices` leaves the states of linear attention out
+    elif isinstance(value, ModelOutput):
+        return type(value)(**{name: select_rows(item, rows, total, 0) for name, item in value.items()})
+    elif isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[dimension] == total:
+        return value.index_select(dimension, rows.to(value.device))  # Positions may have a dimension before the rows'.
+    return value

@@ -36,11 +36,8 @@ def has_failed_accelerator() -> bool:
 
 
 def read_memory(device: torch.device) -> tuple[int, int, int]:
-    """Return the bytes of an accelerator that tensors take, their peak or 0 if it is not known, and what is left.
-
-    What PyTorch holds but does not use is left too.
-    """
-    # transformers' get_max_memory adds up the same, but initializes every GPU of the machine to do so.
+    """Return the bytes of an accelerator that tensors take, their peak or 0 if it is not known, and what is left."""
+    # PyTorch holds more than tensors take. transformers' get_max_memory initializes every GPU of the machine.
     if device.type == "mps":
         used = torch.mps.current_allocated_memory()
         return used, 0, torch.mps.recommended_max_memory() - used

@@ -85,7 +85,7 @@ def make_estimate(model: "PreTrainedModel", copies: int = 1) -> Callable[[int, i
         row = length * LAYER_SIZE * getattr(config, "hidden_size", 1) * size
         if model.can_generate():
             kept = sum(width * min(length, maximum) for width, maximum in layers())
-            row += copies * (kept * size + config.vocab_size * LOGIT_BYTES)
+            row += copies * (kept * size + getattr(config, "vocab_size", 0) * LOGIT_BYTES)
         return float(rows * row)
 
     return estimate

@@ -27,12 +27,11 @@ def is_out_of_memory(exc: BaseException | None) -> bool:
 def device_error(exc: Exception) -> DeviceError | None:
     """Return the error that ends the job if the device has failed, by this exception or by what it does now."""
     text = str(exc)
-    is_failure = type(exc).__name__ == "AcceleratorError" or FAILED.search(text)
-    if not is_failure or HARMLESS.search(text) or is_out_of_memory(exc):
-        if "torch" not in sys.modules:
-            return None
+    has_failed = bool(FAILED.search(text)) or type(exc).__name__ == "AcceleratorError"
+    has_failed &= not (HARMLESS.search(text) or is_out_of_memory(exc))
+    if not has_failed and "torch" in sys.modules:
         from llmcli.compat.torch import has_failed_accelerator
 
-        if not has_failed_accelerator():
-            return None
-    return DeviceError(f"device failed: {first_line(exc)}", "run the command again, or use --device cpu")
+        has_failed = has_failed_accelerator()
+    hint = "run the command again, or use --device cpu"
+    return DeviceError(f"device failed: {first_line(exc)}", hint) if has_failed else None

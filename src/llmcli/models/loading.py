@@ -236,7 +236,7 @@ def _device_map(
     if load_options.offload_folder:
         Path(load_options.offload_folder).mkdir(parents=True, exist_ok=True)
         return "auto", limits
-    available = sum(free.values()) + (memory if spread or not free else 0)
+    available = sum((limits if spread else free or {"cpu": memory}).values())
     if size > available:
         from rich.filesize import decimal
 

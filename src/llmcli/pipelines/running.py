@@ -1,7 +1,7 @@
 """Batches that generate step by step: rows leave them when they end, and others may join."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -84,7 +84,10 @@ class WholeBatch(RunningBatch):
     def step(self) -> "dict[int, Inputs]":
         outputs = self._pipeline.forward(self._inputs, **self._options)
         self.speed = self._timer.speed
+        return self._split(outputs, range(self._count))
+
+    def _split(self, outputs: "Inputs", rows: Iterable[int]) -> "dict[int, Inputs]":
         return {
             i: {name: value[i : i + 1] if hasattr(value, "shape") else value[i] for name, value in outputs.items()}
-            for i in range(self._count)
+            for i in rows
         }

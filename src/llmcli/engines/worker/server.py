@@ -218,10 +218,9 @@ class ClientHandler(socketserver.BaseRequestHandler):
             if isinstance(known, DeviceError):
                 self.server.is_broken = True  # Only another process can use the device.
                 self.server.drain()
-            if known:
-                send(error=(None, known.message, known.hint, known.status, traceback.format_exc()))
-            else:
-                send(error=(type(exc).__name__, str(exc), None, ExitStatus.FAILED, traceback.format_exc()))
+            unknown = type(exc).__name__, str(exc), None, ExitStatus.FAILED
+            error = (None, known.message, known.hint, known.status) if known else unknown
+            send(error=(*error, traceback.format_exc()))
         finally:
             # A model that may be broken is loaded again by the next call.
             lease.release(0 if is_broken else job.keep_alive if job else None)
