@@ -42,6 +42,41 @@ def test_policy_auto_grows_while_throughput_improves(memory, speeds, sizes):
     assert seen == sizes
 
 
+def test_policy_of_an_accelerator_begins_large(memory):
+    policy, reading = BatchPolicy(None, "cuda", memory), TokenBatchPolicy(None, "cuda", memory)
+    assert len(policy.choose([10] * 2000)) in range(128, 257)
+    assert len(reading.choose([10] * 9000)) == 2**16 // 10
+    assert (policy.window, reading.window) == (8 * 256, 8 * 2**16 // 10)
+    for size in (256, 512, 1024):
+        policy.observe([10] * size, size)
+    assert policy.size == 1024
+
+
+def test_policy_joins_rows_as_far_as_memory_allows(memory, monkeypatch):
+    monkeypatch.setattr(MemoryEstimator, "fits", lambda self, tokens, rows: tokens <= 20 * 30)
+    policy = BatchPolicy(None, "cuda", memory, answer_tokens=20)
+    assert len(policy.choose([10] * 100, [10] * 15, 40)) == 5  # 25 are halved until they fit
+    assert policy.choose([10] * 100, [10] * 20, 40) == []
+    assert policy.plan([10] * 100, [10] * 12) == (20, 10)
+    assert policy.plan([10] * 90 + [40] * 10, [10] * 12) == (20, 10)  # 12 rows of 40 and an answer do not fit
+
+
+def test_policy_leaves_out_the_few_rows_that_are_far_longer(memory):
+    policy = BatchPolicy(None, "cpu", memory, answer_tokens=20)
+    assert policy.plan([10] * 90 + [35] * 5 + [900] * 5, [10] * 16) == (16, 35)
+    assert policy.plan([10] * 50 + [900] * 50, [10] * 16) == (16, 900)
+
+
+def test_policy_takes_the_speed_of_full_steps(memory):
+    policy = BatchPolicy(None, "cpu", memory)
+    policy.largest = [10] * 16
+    for ended, speed in ((0, 90.0), (8, 100.0), (7, 110.0)):
+        policy.observe_step(ended, speed, is_full=True)
+    assert policy.size == 16  # not as many have ended as the batch has
+    policy.observe_step(1, 1.0, is_full=False)
+    assert policy.size == 32
+
+
 def test_policy_keeps_the_batch_size_of_the_user(memory):
     policy = BatchPolicy(5, "cpu", memory)
     policy.observe([10] * 5, 100)

@@ -72,14 +72,14 @@ class BatchRunner:
         """Queue the rows of requests. A request that cannot be preprocessed fails at once."""
         for request in requests:
             with capture_errors(request):
-                own, maximum, grammar = request.settings, self._max_new_tokens, None
+                own, maximum, grammar, seed = request.settings, self._max_new_tokens, None, None
                 config, parameters = self._find_config(own), self._preprocess_parameters
                 is_repeatable = not (config and config.do_sample) or (own and own.seed is not None)
                 if is_repeatable and (original := self._unfinished.get(request.key)):
                     original.duplicates.append(request)
                     continue
                 if own:
-                    maximum = own.generation.get("max_new_tokens", maximum)
+                    maximum, seed = own.generation.get("max_new_tokens", maximum), own.seed
                     if parameters["truncate"] is not None:
                         parameters = {**parameters, "truncate": maximum}
                     if own.constraint:
@@ -91,7 +91,7 @@ class BatchRunner:
                     limit = maximum if remaining is None else min(remaining, maximum)
                     length = inputs.get("length") or len(inputs["input_ids"])
                     group = id(config), limit if config and not self.pipeline.can_mix_limits else 0
-                    rows.append(Row(request, i, inputs, length, limit, config, grammar, group))
+                    rows.append(Row(request, i, inputs, length, limit, config, grammar, seed, group))
                 request.row_count = len(rows)
                 self._unfinished[request.key] = request
                 self.queue.update(dict.fromkeys(rows))
@@ -163,9 +163,10 @@ class BatchRunner:
     def _generate(self, on_text: OnText | None) -> None:
         """Go on with the running batch, or start one. Rows join it as soon as a quarter of its places is free."""
         start, count, known = time.perf_counter(), len(self._running), self._settings
+        can_join = self._batch and self._batch.can_add and count < min(len(self.queue), self._last_refusal)
         if not (count and known):
             self._start_batch(on_text)
-        elif self._can_add and 4 * count <= 3 * known.max_rows and count < min(len(self.queue), self._last_refusal):
+        elif can_join and 4 * count <= 3 * known.max_rows:
             self._let_join(known)
         assert self._batch
         assert self._settings
@@ -181,10 +182,6 @@ class BatchRunner:
         self._take_outputs(outputs)
         if not self.queue:
             self._batch = None
-
-    @property
-    def _can_add(self) -> bool:
-        return self._batch is not None and self._batch.can_add
 
     def _start_batch(self, on_text: OnText | None) -> None:
         """Start with the row that has waited longest and similar ones: in the last batch, if it is suited."""
@@ -207,8 +204,9 @@ class BatchRunner:
             max_rows = 1
             if on_text and self._is_single:
                 streamer = DeltaStreamer(self.pipeline.decoder(chosen[0].inputs), config.stop_strings or (), on_text)
-        is_suited = self._can_add and chosen[0].group == self._group and self._added < self.window
-        if last and is_suited and max_length <= last.max_length and min(max_rows, last.max_rows) > 1:
+        is_open = self._batch and self._batch.can_add and self._added < self.window
+        is_suited = last and max_length <= last.max_length and chosen[0].group == self._group
+        if last and is_open and is_suited and min(max_rows, last.max_rows) > 1:
             last.max_rows = max_rows
         else:
             given = config, self._logprobs, streamer, self.on_token, max_rows, max_length, self.policy.is_fixed
@@ -229,22 +227,18 @@ class BatchRunner:
             if rows:
                 lengths, known = self._own_lengths(rows), self._own_lengths(running)
                 settings.max_rows, _ = self.policy.plan(lengths, known)
-                self._add_rows([rows[i] for i in self.policy.choose(lengths, known, settings.max_rows)])
+                if chosen := self.policy.choose(lengths, known, settings.max_rows):
+                    self._add_rows([rows[i] for i in chosen])
 
     def _add_rows(self, rows: list[Row]) -> None:
         from llmcli.pipelines.running import GeneratingRow
 
-        if not rows:
-            return
         self._running.update(enumerate(rows, self._added))
         self._added += len(rows)
         self._group, self._last_refusal = rows[0].group, inf
         assert self._settings
         self._batch = self._batch or self.pipeline.start(self._settings)
-        added = []
-        for row in rows:
-            seed = row.request.settings.seed if row.request.settings else None
-            added.append(GeneratingRow(row.inputs, row.max_new_tokens, row.constraint, seed))
+        added = [GeneratingRow(row.inputs, row.max_new_tokens, row.constraint, row.seed) for row in rows]
         self._batch.add(added, self._find_prefix(rows))
 
     def _take_outputs(self, outputs: Mapping[int, Any]) -> None:

@@ -68,6 +68,7 @@ class Row:
     max_new_tokens: int
     config: "GenerationConfig | None"
     constraint: str | None  # as a grammar
+    seed: int | None
     group: tuple[int, ...]  # rows of one group may share a batch
 
     @property
