@@ -2,13 +2,10 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 
-import psutil
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -75,20 +72,27 @@ def test_distributed_on_error_stop_ends_all_ranks(command, lines, whole):
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_distributed_resumes_after_killed_rank(command, lines, whole, tmp_path, rank):
-    path = tmp_path / "out.jsonl"
-    args = [*TORCHRUN, *command, "-f", lines, "--output", path, "--resume"]
-    running = subprocess.Popen(args, stderr=subprocess.DEVNULL)
-    while not path.exists() or path.stat().st_size < len(whole) // 3:
-        assert running.poll() is None
-        time.sleep(0.01)
-    (one,) = [each for each in psutil.Process(running.pid).children() if each.environ().get("RANK") == rank]
-    one.send_signal(signal.SIGKILL)
-    assert running.wait(60) != 0
+    code = (
+        "import os, signal, sys\n"
+        "from llmcli import cli\n"
+        "from llmcli.engines.local import LocalEngine\n"
+        "run = LocalEngine.run\n"
+        "def run_and_die(*args, **settings):\n"
+        "    for count, result in enumerate(run(*args, **settings)):\n"
+        "        if count == 150: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        yield result\n"
+        f"if os.environ['RANK'] == '{rank}': LocalEngine.run = run_and_die\n"
+        "sys.exit(cli.main())\n"
+    )
+    program, path = tmp_path / "program.py", tmp_path / "out.jsonl"
+    program.write_text(code)
+    args = [*command, "-f", lines, "--output", path, "--resume"]
+    assert subprocess.run([*TORCHRUN[:-2], program, *args], capture_output=True, timeout=120).returncode == 1
     begun = path.read_bytes()
     assert whole.startswith(begun[: begun.rfind(b"\n") + 1])
     assert len(begun) < len(whole)
-    alone = [sys.executable, "-m", "llmcli", *args[len(TORCHRUN) :]]
-    ran = subprocess.run(args if rank == "0" else alone, capture_output=True, timeout=120)
+    run_again = TORCHRUN if rank == "0" else [sys.executable, "-m", "llmcli"]
+    ran = subprocess.run([*run_again, *args], capture_output=True, timeout=120)
     assert said(ran)[-1] == "error: 11 of 501 records failed"
     assert path.read_bytes() == whole
 
