@@ -21,19 +21,22 @@ from llmcli.models.memory import available_memory, keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llmcli.pipelines.base import TextPipeline
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # what dtype applies to; other tensors stay as they are
 EMBEDDING_TOKENS = 512  # of a text, for a sentence encoder that states no limit
+QUANTIZED_BYTES = {"int8": 1, "int4": 0.5625}  # of a weight with its share of the scale, in bitsandbytes
+QUANTIZED_NAME = re.compile(r"(?!.*\bexperts\b).*\.\d+\.")  # of the matrices that it quantizes
 HEADROOM = 0.9  # of a GPU's free memory for weights; the rest is for activations and the KV cache
 
 
 def load(
-    folder: Path, load_options: LoadOptions, pipeline_type: "type[TextPipeline]"
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a model for a pipeline of that class, and its tokenizer."""
+    folder: Path, load_options: LoadOptions, pipeline_type: "type[TextPipeline]",
+    quantization: "BitsAndBytesConfig | None" = None,
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":  # fmt: skip
+    """Load a model for a pipeline of that class, and its tokenizer. `quantization` applies while it is loaded."""
     weights = _weights(folder, load_options)
     import torch
 
@@ -44,7 +47,7 @@ def load(
         keep_freed_memory()
         share_key_value_heads()
     dtype = choose_dtype(load_options.dtype, device)
-    size = _size(weights, torch.finfo(dtype).bits // 8)
+    size = _size(weights, torch.finfo(dtype).bits // 8, QUANTIZED_BYTES[load_options.quantize] if quantization else 0)
     device_map, max_memory = _device_map(load_options, device, size)
     config = read_config(folder, load_options)
     tokenizer = _load_tokenizer(folder, load_options)
@@ -59,6 +62,7 @@ def load(
         device_map=device_map,
         max_memory=max_memory,
         offload_folder=load_options.offload_folder,
+        quantization_config=quantization,
         use_safetensors=not load_options.allow_pickle or weights[0].suffix == ".safetensors",
         output_loading_info=True,
         adapter_kwargs={"subfolder": "no-adapter"},  # With peft, transformers would apply an adapter that it finds.
@@ -130,7 +134,8 @@ def quiet_libraries() -> None:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.simplefilter("ignore")
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for name in ("accelerate", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -185,7 +190,7 @@ def _weights(folder: Path, load_options: LoadOptions) -> list[Path]:
     return pickled
 
 
-def _size(weights: list[Path], float_bytes: int) -> int:
+def _size(weights: list[Path], float_bytes: int, quantized_bytes: float = 0) -> int:
     """Return the bytes that the weights take once loaded, from the files' headers."""
     from safetensors import SafetensorError, safe_open
 
@@ -201,7 +206,10 @@ def _size(weights: list[Path], float_bytes: int) -> int:
                     kind = tensor.get_dtype()  # F32, BF16, I64, F8_E4M3, BOOL, ...
                     bits = re.search(r"\d+", kind)
                     width = float_bytes if kind in FLOATS else int(bits[0]) / 8 if bits else 1
-                    total += math.prod(tensor.get_shape()) * width
+                    shape = tensor.get_shape()
+                    if quantized_bytes and kind in FLOATS and len(shape) == 2 and QUANTIZED_NAME.match(name):
+                        width = quantized_bytes
+                    total += math.prod(shape) * width
         except (SafetensorError, OSError) as exc:
             raise _damaged(file, str(exc)) from exc
     return int(total)
@@ -227,7 +235,8 @@ def _device_map(
     if load_options.offload_folder:
         Path(load_options.offload_folder).mkdir(parents=True, exist_ok=True)
         return "auto", limits
-    available = sum(gpus.values()) + (0 if gpus and not spread else memory)
+    is_quantized = load_options.quantize != "none"  # bitsandbytes has no layers in main memory
+    available = sum(gpus.values()) + (0 if gpus and (is_quantized or not spread) else memory)
     if size > available:
         from rich.filesize import decimal
 

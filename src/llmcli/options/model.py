@@ -33,7 +33,7 @@ class ModelOptions:
         help="Device: auto, cpu, cuda[:N], mps or xpu. [env: LLMCLI_DEVICE]")] = None
     dtype: Annotated[config.DType | None, Option(help="Data type of the weights. [env: LLMCLI_DTYPE]")] = None
     quantize: Annotated[Literal["none", "int8", "int4"], Option(
-        help="Weight-only quantization (CPU only); the result is cached.")] = "none"
+        help="Quantize the weights, on a CPU or a CUDA GPU.")] = "none"
     max_memory: Annotated[str | None, Option(metavar="SIZE", help="Maximum RAM for model weights, e.g. 8GB.")] = None
     offload_folder: Annotated[Path | None, Option(metavar="PATH",
         help="Directory for weights that do not fit in memory.")] = None
