@@ -1,7 +1,7 @@
-"""transformers' cache of keys and values: how to recognize it, and a layer of it that grows in place."""
+"""transformers' cache of keys and values: how to recognize it, one that grows in place, and one whose rows change."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -44,6 +44,94 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no t
             self._buffers[name] = buffer
         buffer[..., length:total, :] = new
         return buffer[..., :total, :]
+
+
+class SlotCache(DynamicCache):  # type: ignore[misc]
+    """A cache for a batch of which rows leave and others take their places, the slots.
+
+    All rows share C columns, which have room for later tokens, and each row has its newest token in the newest column.
+    A pass writes the columns after `end`; the caller counts them. What earlier rows left in a column is masked.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.begin = self.end = 0  # of the columns in use
+        self.column: torch.Tensor | None = None  # if set, where a pass writes; then attention is to all C columns
+        self.mask = torch.zeros(0, 0, dtype=torch.bool, device=device)  # (B, C): which columns hold tokens of the row
+
+    def put(self, slots: Sequence[int], cache: DynamicCache, mask: torch.Tensor) -> None:
+        """Begin rows in free slots: their columns (R, P), and keys and values of these, which end in the newest one."""
+        columns = slice(self.end - mask.shape[1], self.end)
+        self.begin = min(self.begin, columns.start)
+        self.mask[slots] = False
+        self.mask[slots, columns] = mask.bool()
+        for i, layer in enumerate(cache.layers):
+            if not layer.is_initialized:  # It shares those of another layer.
+                continue
+            while i >= len(self.layers):
+                self.layers.append(_SlotLayer(self))
+            self.layers[i].put(slots, columns, layer.keys, layer.values)
+
+    def arrange(self, kept: Sequence[int], rows: int, columns: int, end: int) -> None:
+        """Move rows to the first of that many slots, with that many columns, so that the newest column is before `end`.
+
+        Tensors that have this size already stay in their place in memory.
+        """
+        source, target = slice(self.begin, self.end), slice(end - self.end + self.begin, end)
+        self.mask = _move(self.mask, (rows, columns), kept, source, target)
+        for layer in self.layers:
+            layer.move(rows, columns, kept, source, target)
+        self.begin, self.end = target.start, target.stop
+
+
+class _SlotLayer(DynamicLayer):  # type: ignore[misc]
+    def __init__(self, cache: SlotCache) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def put(self, slots: Sequence[int], columns: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if not self.is_initialized:  # Zeros: attention multiplies what is masked by 0, and NaN would stay NaN.
+            self.lazy_initialization(keys, values)
+            rows, length = self._cache.mask.shape
+            self.keys, self.values = (new.new_zeros(rows, new.shape[1], length, new.shape[3]) for new in (keys, values))
+        self.keys[slots, :, columns], self.values[slots, :, columns] = keys, values
+
+    def move(self, rows: int, columns: int, kept: Sequence[int], source: slice, target: slice) -> None:
+        if self.is_initialized:
+            self.keys, self.values = (
+                _move(known, (rows, known.shape[1], columns, known.shape[3]), kept, source, target)
+                for known in (self.keys, self.values)
+            )
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **settings: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._append(self.keys, key_states), self._append(self.values, value_states)
+
+    def _append(self, known: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        cache = self._cache
+        if cache.column is not None:
+            return known.index_copy_(2, cache.column, new)
+        end = cache.end + new.shape[2]
+        known[:, :, cache.end : end] = new
+        return known[:, :, cache.begin : end]
+
+    def get_seq_length(self) -> int:
+        return self._cache.end - self._cache.begin
+
+
+def _move(
+    known: torch.Tensor, shape: tuple[int, ...], kept: Sequence[int], source: slice, target: slice
+) -> torch.Tensor:
+    """Return a tensor (B, ..., C) or (B, H, C, D) with the columns of the kept rows in their new place."""
+    between = (slice(None),) * (known.ndim // 2 - 1)
+    moved = known[(list(kept), *between, source)]  # a copy
+    if known.shape != shape:
+        known = known.new_zeros(shape)
+    elif known.dtype == torch.bool:
+        known.zero_()
+    known[(slice(len(kept)), *between, target)] = moved
+    return known
 
 
 def growing_cache(model: PreTrainedModel, config: GenerationConfig) -> DynamicCache | None:

@@ -1,5 +1,7 @@
 """Kernels of PyTorch that have no public name, and what they run on."""
 
+from collections.abc import Callable
+
 import torch
 
 aten = torch.ops.aten
@@ -45,3 +47,20 @@ def packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     """Return int32 codes (N, K), each 0 to 15, as uint8 (N, K / 2) in the order of this CPU's kernel."""
     return aten._convert_weight_to_int4pack_for_cpu(codes, 1)  # The CPU's kernel ignores the second argument.
+
+
+def capture_graph(step: Callable[[], torch.Tensor], device: torch.device) -> tuple[Callable[[], None], torch.Tensor]:
+    """Return a function that repeats a computation of the GPU, and the tensor that has its result afterwards.
+
+    Raises RuntimeError if it cannot be captured. See docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
+    """
+    with torch.cuda.device(device):
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # Kernels are chosen, and their workspaces made, in the first calls.
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = step()
+    return graph.replay, result

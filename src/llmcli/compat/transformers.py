@@ -1,19 +1,35 @@
 """What transformers keeps to itself: flags of pipelines, kinds of models, hooks of quantizers."""
 
+import copy
 import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer
 
 # transformers' loop for greedy decoding and sampling, with what `generate` passes to a `custom_generate`.
 sample_tokens = transformers.GenerationMixin._sample
 FIXED_ROPE_TYPES = {None, "default", "linear", "llama3", "yarn"}
+
+
+def read_processors(model: PreTrainedModel, config: GenerationConfig) -> LogitsProcessorList:
+    """Return the processors of logits that `generate` makes for greedy decoding or sampling by a generation config."""
+
+    def run(
+        model: PreTrainedModel, input_ids: object, logits_processor: LogitsProcessorList, **_: object
+    ) -> LogitsProcessorList:
+        return logits_processor
+
+    ids = torch.ones(1, 1, dtype=torch.int64, device=model.device)
+    config = copy.copy(config)
+    config.stop_strings = None
+    return model.generate(ids, attention_mask=ids, generation_config=config, custom_generate=run)
 
 
 class TextPipelineMixin:

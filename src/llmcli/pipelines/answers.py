@@ -22,8 +22,8 @@ from transformers.generation.streamers import BaseStreamer
 from llmcli.compat.cache import cache_argument
 from llmcli.errors import RecordError, UsageError
 from llmcli.pipelines.base import Inputs, Parameters, TextPipeline, as_batch
-from llmcli.pipelines.constraints import ConstraintProcessor, GrammarCompiler
-from llmcli.pipelines.decoding import Decoder
+from llmcli.pipelines.constraints import ConstraintProcessor, GrammarCompiler, RowConstraints
+from llmcli.pipelines.decoding import RowSampler, sample_with
 from llmcli.pipelines.logprobs import TokenLogprobs, describe_logprobs
 from llmcli.pipelines.running import BatchSettings, RunningBatch, WholeBatch
 from llmcli.pipelines.spelling import PENDING
@@ -237,12 +237,14 @@ class GeneratingPipeline(TextPipeline):
             ends.append(recorder := TokenLogprobs(self.model, logprobs))
         constraint = self._constrain(constraints, config, start)
         settings: dict[str, Any] = {"logits_processor": LogitsProcessorList([constraint])} if constraint else {}
-        if (constraint or seeds) and is_plain:
-            length = config.max_length or start + config.max_new_tokens
-            columns = 0 if recorder else self.max_forced_columns(len(mask) * (config.num_return_sequences or 1), length)
-            settings["custom_generate"] = Decoder(constraint, seeds, streamer, columns)
-        elif (constraint or seeds) and config.do_sample:
+        if (constraint or seeds) and not is_plain and config.do_sample:
             raise UsageError("sampled beams cannot be used with a constraint or with seeds of records")
+        if seeds and config.do_sample:
+            sampler, copies = RowSampler(ids.device), config.num_return_sequences or 1
+            for i, seed in enumerate(seeds):
+                for copy in range(copies if seed is not None else 0):
+                    sampler.add(i * copies + copy, seed or 0, copy)
+            settings["custom_generate"] = sample_with(sampler)
         with recorder or nullcontext():
             sequences = self.model.generate(
                 input_ids=ids,
@@ -262,13 +264,6 @@ class GeneratingPipeline(TextPipeline):
         sequences = sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True)
         return {"sequences": sequences, **outputs, **inputs}
 
-    def max_forced_columns(self, rows: int, length: int) -> int | None:
-        """Return how many columns a batch of that many rows may have if its grammars' forced tokens are read together.
-
-        `length` is what the rows have without. None: no maximum; 0: the model cannot do it.
-        """
-        return 0
-
     @functools.cached_property
     def compile_grammar(self) -> GrammarCompiler:
         """Compiles grammars of constraints, to be used with `end_tokens` of a generation config."""
@@ -280,7 +275,7 @@ class GeneratingPipeline(TextPipeline):
         if not grammars or not any(grammars):
             return None
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
-        return ConstraintProcessor(self.compile_grammar, grammars, end_tokens(config), start, copies)
+        return ConstraintProcessor(RowConstraints(self.compile_grammar, end_tokens(config)), grammars, start, copies)
 
     def postprocess(self, output: Inputs, generation_config: GenerationConfig | None = None) -> Inputs:
         decode, config = self.decoder(output), generation_config or self.model.generation_config

@@ -6,21 +6,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
-from llmcli.compat.cache import cache_argument, filled_cache, growing_cache, repeat_cache
-from llmcli.compat.transformers import has_fixed_rotary_positions, rope_limit, takes_position_ids
+from llmcli.compat.cache import cache_argument, filled_cache, growing_cache, key_value_cache, repeat_cache
+from llmcli.compat.transformers import (
+    has_fixed_rotary_positions,
+    read_processors,
+    rope_limit,
+    takes_position_ids,
+)
 from llmcli.errors import UsageError
 from llmcli.models import loading
 from llmcli.pipelines import base
 from llmcli.pipelines.answers import GeneratingPipeline, TokenDecoder
 from llmcli.pipelines.base import CausalTextPipeline, Inputs
 from llmcli.pipelines.chat_template import ChatTemplate
+from llmcli.pipelines.decoding import can_adjust
+from llmcli.pipelines.running import BatchSettings, Prefix, RunningBatch
+from llmcli.pipelines.slots import SlotBatch
 from llmcli.pipelines.spelling import CONTEXT_TOKENS, token_texts
 from llmcli.tasks import Prompt
 from llmcli.text.thoughts import Thoughts
 
-Prefix = tuple[list[int], DynamicCache]  # tokens, and their keys and values
 PREFILL_TOKENS = 4096  # read by a CPU at once: more would not stay in its caches
 DECODED_TOKENS = 4  # of the prompt's end, decoded together with what follows
 
@@ -58,11 +65,24 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         limits = [value for value in (*windows, rope_limit(config)) if isinstance(value, int) and value > 0]
         return min(limits, default=None) if is_safe else 0
 
-    def max_forced_columns(self, rows: int, length: int) -> int | None:
-        limit = self.max_shared_tokens  # Padding is between the tokens of a row, as after a common prefix.
-        if rows == 1:
-            return None if self.can_read_in_parts(length) else 0
-        return 0 if limit is not None and limit < length else limit
+    def start(self, settings: BatchSettings) -> RunningBatch:
+        """Return an empty batch whose rows leave when they end, if the model and the settings allow that."""
+        if (processors := self._find_processors(settings)) is not None:
+            return SlotBatch(self, settings, processors)
+        return super().start(settings)
+
+    def _find_processors(self, settings: BatchSettings) -> LogitsProcessorList | None:
+        """Return the processors of logits of a `SlotBatch`; None if it cannot be used."""
+        config, maximum = settings.config, self.max_shared_tokens
+        is_plain = config.get_generation_mode() in ("greedy_search", "sample") and key_value_cache(self.model)
+        if settings.max_rows == 1:
+            fits = self.can_read_in_parts(settings.max_length)
+        else:
+            fits = maximum is None or settings.max_length <= maximum
+        if not (fits and is_plain) or config.cache_implementation or config.use_cache is False:
+            return None
+        processors = read_processors(self.model, config)
+        return processors if can_adjust(processors) else None
 
     @property
     def is_chat(self) -> bool:

@@ -47,33 +47,25 @@ class GrammarCompiler:
             ) from exc
 
 
-class ConstraintProcessor(LogitsProcessor):  # type: ignore[misc]  # transformers has no types
-    """Allow each row only the tokens that its grammar allows. Rows without a matcher may have any.
+class RowConstraints:
+    """The grammars of rows, by number: which tokens each row may have next. Rows without one may have any.
 
-    `ends` are the tokens that end an answer, `start` is the padded length of the prompts, and each prompt has as many
-    rows as there are `copies`: sequences, or beams, which may take each other's place between calls. If `rows` are set,
-    it gets their scores alone, and their matchers have read all tokens.
+    `ends` are the tokens that end an answer.
     """
 
-    rows: Sequence[int] | None = None
-
-    def __init__(
-        self, compiler: GrammarCompiler, grammars: Sequence[str | None], ends: list[int], start: int, copies: int
-    ) -> None:
-        matchers = [compiler.compile(grammar, tuple(ends)) if grammar else None for grammar in grammars]
-        self.matchers = [matcher and matcher.deep_copy() for matcher in matchers for _ in range(copies)]
-        self.compiler, self.ends, self.start, self.copies = compiler, ends, start, copies
-        self._tokens = [list[int]() for _ in matchers for _ in range(copies)]  # which each matcher has read
+    def __init__(self, compiler: GrammarCompiler, ends: list[int]) -> None:
+        self.compiler, self.ends = compiler, ends
+        self._matchers: dict[int, LLMatcher] = {}
+        self._tokens: dict[int, list[int]] = {}  # which each matcher has read
         self._executor = LLExecutor()
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return scores (R, V) of R rows, -inf for what must not follow their tokens."""
-        if self.rows is None:
-            for i, tokens in enumerate(input_ids[:, self.start :].tolist()):
-                self.advance(i, tokens)
-        known = {
-            place: matcher for place, i in enumerate(self.rows or range(len(scores))) if (matcher := self.matchers[i])
-        }
+    def add(self, number: int, grammar: str) -> None:
+        self._matchers[number] = self.compiler.compile(grammar, tuple(self.ends)).deep_copy()
+        self._tokens[number] = []
+
+    def mask(self, numbers: Sequence[int], scores: torch.Tensor) -> torch.Tensor:
+        """Return scores (R, V) of R rows, whose matchers have read all tokens, -inf for what must not follow these."""
+        known = {place: matcher for place, i in enumerate(numbers) if (matcher := self._matchers.get(i))}
         if not known:
             return scores
         places = [*known]
@@ -94,9 +86,9 @@ class ConstraintProcessor(LogitsProcessor):  # type: ignore[misc]  # transformer
         scores[places] = masked
         return scores
 
-    def advance(self, i: int, tokens: list[int]) -> None:
-        """Let the matcher of row `i` read the row's new tokens, as far as it allows them."""
-        matcher, known = self.matchers[i], self._tokens[i]
+    def advance(self, number: int, tokens: list[int]) -> None:
+        """Let the matcher of a row read the row's new tokens, as far as it allows them."""
+        matcher, known = self._matchers.get(number), self._tokens.get(number, [])
         if matcher is None:
             return
         if tokens[: len(known)] != known:  # another beam, or tokens that a limit has cut off
@@ -106,28 +98,52 @@ class ConstraintProcessor(LogitsProcessor):  # type: ignore[misc]  # transformer
         if not (known and known[-1] in self.ends):  # Padding follows an answer's end.
             count = matcher.try_consume_tokens(tokens[len(known) :])
             known = tokens[: len(known) + count]
-        self._tokens[i] = known
+        self._tokens[number] = known
 
-    def read_forced_tokens(self, i: int, tokens: list[int]) -> list[int]:
-        """Let row `i` have these new tokens; return those that must follow, which its matcher has read then too."""
-        self.advance(i, tokens)
-        matcher = self.matchers[i]
+    def read_forced_tokens(self, number: int, tokens: list[int]) -> list[int]:
+        """Let a row have these new tokens; return those that must follow, which its matcher has read then too."""
+        self.advance(number, tokens)
+        matcher = self._matchers.get(number)
         if matcher is None or (tokens and tokens[-1] in self.ends):
             return []
         forced = matcher.compute_ff_tokens()
-        self.advance(i, [*tokens, *forced])
+        self.advance(number, [*tokens, *forced])
         return [*forced, self.ends[0]] if matcher.is_stopped() else forced
 
+    def end(self, number: int, tokens: list[int]) -> int:
+        """Forget a row, and return 0 if its answer is incomplete, 1 if complete, 2 if nothing can follow it."""
+        self.advance(number, tokens)
+        matcher = self._matchers.pop(number, None)
+        self._tokens.pop(number, None)
+        return 1 if matcher is None else int(matcher.is_accepting() and 1 + matcher.is_stopped())
+
+
+class ConstraintProcessor(LogitsProcessor):  # type: ignore[misc]  # transformers has no types
+    """Allow each row of `generate` only the tokens that its grammar allows.
+
+    `start` is the padded length of the prompts, and each prompt has as many rows as there are `copies`: sequences, or
+    beams, which may take each other's place between calls.
+    """
+
+    def __init__(self, rows: RowConstraints, grammars: Sequence[str | None], start: int, copies: int) -> None:
+        self._rows, self._start, self._copies, self._count = rows, start, copies, len(grammars)
+        for i, grammar in enumerate(grammars):
+            for copy in range(copies if grammar else 0):
+                rows.add(i * copies + copy, grammar or "")
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for i, tokens in enumerate(input_ids[:, self._start :].tolist()):
+            self._rows.advance(i, tokens)
+        return self._rows.mask(range(len(scores)), scores)
+
     def completion(self, sequences: Sequence[list[int]], limits: Sequence[int] | None) -> np.ndarray:
-        """Return for each sequence of new tokens 0 if it is incomplete, 1 if complete, 2 if nothing can follow it.
+        """Return the state of each sequence of new tokens, as `RowConstraints.end` does.
 
         Padding follows the limit of a prompt, if it has one.
         """
-        count = len(sequences) * self.copies // len(self.matchers)  # returned for each prompt
+        count = len(sequences) // self._count  # returned for each prompt
         states = np.ones(len(sequences), np.uint8)
         for place, tokens in enumerate(sequences):
-            i = place // count * self.copies + place % count
-            self.advance(i, tokens[: limits[place // count]] if limits else tokens)
-            if matcher := self.matchers[i]:
-                states[place] = matcher.is_accepting() and 1 + matcher.is_stopped()
+            i = place // count * self._copies + place % count
+            states[place] = self._rows.end(i, tokens[: limits[place // count]] if limits else tokens)
         return states

@@ -15,7 +15,8 @@ from llmcli.compat.cache import filled_cache
 from llmcli.errors import UsageError
 from llmcli.pipelines import base
 from llmcli.pipelines.base import Inputs, Parameters
-from llmcli.pipelines.causal import CausalPipeline, Prefix
+from llmcli.pipelines.causal import CausalPipeline
+from llmcli.pipelines.running import Prefix
 from llmcli.tasks import Prompt
 from llmcli.tasks.fields import FilledTemplate
 

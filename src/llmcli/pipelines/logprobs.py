@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.utils import ModelOutput
@@ -37,9 +38,8 @@ class TokenLogprobs(StoppingCriteria):  # type: ignore[misc]  # transformers has
         self._logits = output.logits[:, -1]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        logprobs = self.__dict__.pop("_logits").float().log_softmax(-1)
-        best = logprobs.topk(self._alternatives)
-        self._steps.append((logprobs.gather(1, input_ids[:, -1:].to(logprobs.device)), best.values, best.indices))
+        logits = self.__dict__.pop("_logits").float()
+        self._steps.append(_measure(logits, input_ids[:, -1:].to(logits.device), self._alternatives))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     def outputs(self, batch_size: int) -> Inputs:
@@ -47,6 +47,23 @@ class TokenLogprobs(StoppingCriteria):  # type: ignore[misc]  # transformers has
         steps = [torch.stack(values, 1).numpy(force=True) for values in zip(*self._steps, strict=True)]
         shaped = [array.reshape(batch_size, len(array) // batch_size, *array.shape[1:]) for array in steps]
         return dict(zip(OUTPUTS, shaped, strict=True))
+
+
+def measure_logprobs(logits: torch.Tensor, tokens: torch.Tensor, alternatives: int) -> list[tuple[np.ndarray, ...]]:
+    """Return for each row of logits (R, V) the log-probability (1,) of its token, those of the best (K,), and these."""
+    measured = (values.numpy(force=True) for values in _measure(logits, tokens[:, None], alternatives))
+    return list(zip(*measured, strict=True))
+
+
+def stack_logprobs(steps: Sequence[tuple[np.ndarray, ...]]) -> Inputs:
+    """Return what `TokenLogprobs.outputs` does, for one sequence and what was measured at each of its T tokens."""
+    return {name: np.stack(values)[None, None] for name, values in zip(OUTPUTS, zip(*steps, strict=True), strict=True)}
+
+
+def _measure(logits: torch.Tensor, tokens: torch.Tensor, alternatives: int) -> tuple[torch.Tensor, ...]:
+    logprobs = logits.log_softmax(-1)
+    best = logprobs.topk(alternatives)
+    return logprobs.gather(1, tokens), best.values, best.indices
 
 
 def describe_logprobs(output: Inputs, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, start: int = 0) -> Inputs:

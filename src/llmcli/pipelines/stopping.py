@@ -16,6 +16,22 @@ if TYPE_CHECKING:
 BYTES_OF_SPECIALS = 8  # what a stop text's last tokens may have beside it
 
 
+class StopTexts:
+    """The texts of which one ends an answer."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        # A token is at least a byte: no stop text reaches further back, from the newest token, than this.
+        self._reach = max(len(stop.encode()) for stop in stops) + BYTES_OF_SPECIALS
+
+    def end(self, decode: "TokenDecoder", tokens: list[int]) -> bool:
+        """Return whether the newest of an answer's tokens ends it."""
+        reach = self._reach + (MARK_LENGTH if decode.thoughts else 0)  # for so long, the answer may be a thought
+        if first_stop(decode(tokens[-reach:]), self._stops) is None:
+            return False
+        return not decode.thoughts or decode.find_stop(decode(tokens), self._stops) is not None  # A thought has none.
+
+
 class NewTextStopCriteria(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
     """End each row of a batch once its new text contains a stop text.
 
@@ -24,20 +40,12 @@ class NewTextStopCriteria(StoppingCriteria):  # type: ignore[misc]  # transforme
     """
 
     def __init__(self, decoders: "Sequence[TokenDecoder]", stops: Sequence[str], start: int) -> None:
-        self.decoders, self.stops, self.start = decoders, stops, start
-        # A token is at least a byte: no stop text reaches further back, from the newest token, than this.
-        self.reach = max(len(stop.encode()) for stop in stops) + BYTES_OF_SPECIALS
-        if any(decode.thoughts for decode in decoders):
-            self.reach += MARK_LENGTH  # for so long, the answer may be a thought
+        self.decoders, self.stops, self.start = decoders, StopTexts(stops), start
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        rows = input_ids[:, max(self.start, input_ids.shape[1] - self.reach) :].tolist()
+        rows = input_ids[:, self.start :].tolist()
         decoders = [self.decoders[i * len(self.decoders) // len(rows)] for i in range(len(rows))]
-        is_done = [first_stop(decode(row), self.stops) is not None for decode, row in zip(decoders, rows, strict=True)]
-        for i, decode in enumerate(decoders):  # A thought has no stop texts.
-            if is_done[i] and decode.thoughts:
-                text = decode(input_ids[i, self.start :].tolist())
-                is_done[i] = decode.find_stop(text, self.stops) is not None
+        is_done = [self.stops.end(decode, row) for decode, row in zip(decoders, rows, strict=True)]
         return torch.tensor(is_done, device=input_ids.device)
 
 
