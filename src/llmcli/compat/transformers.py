@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
 from transformers.quantizers import HfQuantizer
 
 # transformers' loop for greedy decoding and sampling, with what `generate` passes to a `custom_generate`.
@@ -45,6 +46,18 @@ class TextPipelineMixin:
 def share_key_value_heads() -> None:
     """Let attention read the keys and values that several heads share in place, without copies for each head."""
     os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
+
+
+def tensor_parallel_settings(config: PreTrainedConfig, size: int) -> dict[str, object]:
+    """Return what `from_pretrained` takes to split a model among that many processes; empty if it cannot be split."""
+    text = config.get_text_config()
+    heads = {getattr(text, name, None) or size for name in ("num_attention_heads", "num_key_value_heads")}
+    if not getattr(text, "base_model_tp_plan", None) or any(count % size for count in heads):
+        return {}
+    try:
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    except TypeError:  # before 5.1x
+        return {"tp_plan": "auto"}
 
 
 def is_causal_lm(config: PreTrainedConfig) -> bool:

@@ -71,6 +71,7 @@ class TaskEngine(ABC):
         """Yield the results in the order of the records. The model is loaded when the first record needs it."""
         # A seed repeats a sampled run only if the batches do not depend on how fast the input arrives.
         is_seeded = job.seed is not None and bool(job.settings_field or job.generation.get("do_sample") is not False)
+        is_seeded |= job.load_options.tensor_parallel  # All processes run the same batches.
         run = JobRun(self, job, on_text, on_result)
         with ReadAhead(map(PendingRecord, records), MAX_IN_FLIGHT, attrgetter("size")) as source:
             while run.in_flight or not source.has_ended:

@@ -51,10 +51,12 @@ class LocalEngine(TaskEngine):
                 message = f"--think and --template-option require a chat template, but {job.model} has none"
                 raise UsageError(message, hint="use a chat model: -m NAME")
             pipeline.chat_template.check(job.think, job.template_options)
+        is_fixed = job.load_options.tensor_parallel  # All processes run the same batches.
         if defaults is None:
             # A batch that is only read is measured in tokens, unless the user says how many rows it has.
             policy = BatchPolicy if job.batch_size else TokenBatchPolicy
-            return BatchRunner(pipeline, policy(job.batch_size, device, memory), parameters, truncate=job.truncate)
+            batches = policy(job.batch_size, device, memory, is_fixed=is_fixed)
+            return BatchRunner(pipeline, batches, parameters, truncate=job.truncate)
         from transformers import set_seed
 
         is_seq2seq = pipeline.model.config.is_encoder_decoder
@@ -76,7 +78,7 @@ class LocalEngine(TaskEngine):
         if job.seed is not None:
             set_seed(job.seed)
         # A seed repeats a run only if the batches do not depend on speed and free memory.
-        is_fixed = job.seed is not None and bool(config.do_sample or job.settings_field)
+        is_fixed |= job.seed is not None and bool(config.do_sample or job.settings_field)
         answer_tokens = config.max_new_tokens or config.max_length or 0
         batches = BatchPolicy(job.batch_size, device, memory, answer_tokens, is_fixed)
         settings = {} if job.logprobs is None else {"logprobs": job.logprobs}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcli import console
+from llmcli.config import world_size
 from llmcli.errors import LlmcliError, ModelTooLargeError, ModelUnavailableError, UsageError
 from llmcli.job import LoadOptions
 from llmcli.models.folder_check import check_folder
@@ -40,7 +41,7 @@ def load(
     weights = _weights(folder, load_options)
     import torch
 
-    from llmcli.compat.transformers import share_key_value_heads
+    from llmcli.compat.transformers import share_key_value_heads, tensor_parallel_settings
 
     device = choose_device(load_options.device)
     if device == "cpu":
@@ -48,8 +49,14 @@ def load(
         share_key_value_heads()
     dtype = choose_dtype(load_options.dtype, device)
     size = _size(weights, torch.finfo(dtype).bits // 8, QUANTIZED_BYTES[load_options.quantize] if quantization else 0)
-    device_map, max_memory = _device_map(load_options, device, size)
-    config = read_config(folder, load_options)
+    config, placement = read_config(folder, load_options), dict[str, object]()
+    if not load_options.tensor_parallel:
+        placement["device_map"], placement["max_memory"] = _device_map(load_options, device, size)
+    elif placement := tensor_parallel_settings(config, count := world_size()):
+        _device_map(load_options, device, size // count)  # raises if the part of this process does not fit
+    else:
+        message = f"{folder} cannot be split among {count} processes"
+        raise ModelUnavailableError(message, "use another model or number of processes, or leave --tensor-parallel out")
     tokenizer = _load_tokenizer(folder, load_options)
     if (folder / "adapter_config.json").is_file():
         console.warning(f"'{folder}' has an adapter beside its weights, which is ignored")
@@ -59,8 +66,7 @@ def load(
         load_options,
         config=config,
         dtype=dtype,
-        device_map=device_map,
-        max_memory=max_memory,
+        **placement,
         offload_folder=load_options.offload_folder,
         quantization_config=quantization,
         use_safetensors=not load_options.allow_pickle or weights[0].suffix == ".safetensors",

@@ -100,6 +100,17 @@ class BatchModelOptions(ModelOptions):
 
     batch_size: Annotated[str, Option(metavar="N|auto",
         help="Records per batch, or auto to tune it during the run.")] = "auto"  # fmt: skip
+    tensor_parallel: Annotated[bool, Option("--tensor-parallel",
+        help="Split each layer among the processes of torchrun.")] = False  # fmt: skip
+
+    def load_options(self) -> LoadOptions:
+        options = super().load_options()
+        if self.tensor_parallel and config.world_size() == 1:
+            hint = "start it with torchrun: `torchrun --nproc_per_node 2 -m llmcli ...`"
+            raise UsageError("--tensor-parallel requires several processes", hint)
+        if self.tensor_parallel and (self.quantize != "none" or self.offload_folder):
+            raise UsageError("--tensor-parallel cannot be used with --quantize or --offload-folder")
+        return replace(options, tensor_parallel=self.tensor_parallel)
 
     def _complete(self, job: Job) -> Job:
         job = super()._complete(job)
@@ -120,6 +131,8 @@ class ServedModelOptions(BatchModelOptions):
 
     def _complete(self, job: Job) -> Job:
         job = super()._complete(job)
+        if self.tensor_parallel and self.endpoint:
+            raise UsageError("--tensor-parallel cannot be used with --endpoint")
         return replace(job, endpoint=self.endpoint, concurrency=self.concurrency)
 
     def model_name(self, task: str, **languages: str | None) -> str:

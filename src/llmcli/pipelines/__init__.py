@@ -47,7 +47,7 @@ def load(kind: str, folder: Path, load_options: LoadOptions) -> "TextPipeline":
     model, tokenizer = loading.load(source, load_options, pipeline_type, quantization)
     if quantization:
         quantizer.check_layers(model, folder, scheme)
-    if model.device.type == "cpu" and not load_options.offload_folder:
+    if model.device.type == "cpu" and not (load_options.offload_folder or load_options.tensor_parallel):
         quantizer.pack(model)
     return _make(kind, model, tokenizer)
 

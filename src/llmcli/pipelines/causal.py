@@ -22,7 +22,7 @@ from llmcli.pipelines.answers import GeneratingPipeline, TokenDecoder
 from llmcli.pipelines.base import CausalTextPipeline, Inputs
 from llmcli.pipelines.chat_template import ChatTemplate
 from llmcli.pipelines.decoding import can_adjust
-from llmcli.pipelines.running import BatchSettings, Prefix, RunningBatch
+from llmcli.pipelines.running import BatchSettings, Prefix, RunningBatch, WholeBatch
 from llmcli.pipelines.slots import SlotBatch
 from llmcli.pipelines.spelling import CONTEXT_TOKENS, token_texts
 from llmcli.tasks import Prompt
@@ -67,6 +67,8 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
 
     def start(self, settings: BatchSettings) -> RunningBatch:
         """Return an empty batch whose rows leave when they end, if the model and the settings allow that."""
+        if self.model.tp_size:  # Rows would join and leave at other times in other processes.
+            return WholeBatch(self, settings)
         if (processors := self._find_processors(settings)) is not None:
             return SlotBatch(self, settings, processors)
         return super().start(settings)
