@@ -205,7 +205,7 @@ def _job_of_rank(job: Job) -> Job:
             raise UsageError("--tensor-parallel requires the GPUs of this machine, not --device cpu")
         return job
     kind, _, index = device.partition(":")
-    number = int(index or os.environ.get("LOCAL_RANK", config.rank())) % torch.accelerator.device_count()
+    number = int(index or os.environ.get("LOCAL_RANK") or config.rank()) % torch.accelerator.device_count()
     torch.accelerator.set_device_index(number)  # Without it, libraries would also take memory of the first device.
     return replace(job, load_options=replace(job.load_options, device=f"{kind}:{number}"))
 
