@@ -9,6 +9,7 @@ import pytest
 from llmcli import pipelines
 from llmcli.errors import RecordError
 from llmcli.job import LoadOptions
+from llmcli.pipelines.running import BatchSettings, GeneratingRow
 
 KINDS = ("llama", "gpt2", "gemma3", "mamba", "bloom")
 FAST_KINDS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "llama")) for kind in KINDS]
@@ -54,14 +55,22 @@ def generate(pipeline: Any, prompts: Sequence[Any], options: dict[str, Any], **s
     config = generation.merge(pipeline.model.generation_config, options, defaults)
     config.pad_token_id = pipeline.tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
     config.eos_token_id = pipeline.find_end_tokens(config)
-    rows = [pipeline.preprocess(prompt) for prompt in prompts]
-    batch = {name: [row[name] for row in rows] for name in rows[0]}
-    outputs = pipeline.forward(batch, generation_config=config, **settings)
+    columns = {name: settings.get(name) or [None] * len(prompts) for name in ("max_new_tokens", "constraints", "seeds")}
+    limits = [limit or config.max_new_tokens for limit in columns.pop("max_new_tokens")]
+    rows = [
+        GeneratingRow(*row) for row in zip(map(pipeline.preprocess, prompts), limits, *columns.values(), strict=True)
+    ]
+    length = max(len(row.inputs["input_ids"]) + row.max_new_tokens for row in rows)
+    shared = {name: settings.get(name) for name in ("logprobs", "streamer")}
+    batch = pipeline.start(BatchSettings(config, **shared, max_rows=len(rows), max_length=length))
+    batch.add(rows, settings.get("prefix"))
+    outputs: dict[int, Any] = {}
+    while len(outputs) < len(rows):
+        outputs |= batch.step()
     made = []
     for i in range(len(rows)):
-        row = {name: value[i : i + 1] if hasattr(value, "shape") else value[i] for name, value in outputs.items()}
         try:
-            made.append(pipeline.postprocess(row, generation_config=config))
+            made.append(pipeline.postprocess(outputs[i], generation_config=config))
         except RecordError as exc:
             made.append(exc)
     return made

@@ -17,7 +17,8 @@ from transformers.models.auto import modeling_auto
 
 from llmcli import pipelines
 from llmcli.engines.batch_runner import BatchRunner
-from llmcli.engines.batching import BatchPolicy, MemoryEstimator, MemoryUsage
+from llmcli.engines.batching import BatchPolicy
+from llmcli.engines.memory import MemoryEstimator, MemoryUsage
 from llmcli.engines.requests import Request
 from llmcli.errors import RecordError
 from llmcli.models import generation, loading

@@ -431,7 +431,8 @@ def test_label_is_where_the_template_puts_an_answer(base, tmp_path, user, answer
 def test_single_token_labels_take_one_pass(base, monkeypatch):
     from llmcli import pipelines
     from llmcli.engines.batch_runner import BatchRunner
-    from llmcli.engines.batching import MemoryEstimator, MemoryUsage, TokenBatchPolicy
+    from llmcli.engines.batching import TokenBatchPolicy
+    from llmcli.engines.memory import MemoryEstimator, MemoryUsage
     from llmcli.engines.requests import Request
     from llmcli.job import LoadOptions
 

@@ -20,7 +20,7 @@ from packaging.version import Version
 
 from llmcli import pipelines
 from llmcli.engines.batch_runner import BatchRunner
-from llmcli.engines.engine import MAX_IN_FLIGHT
+from llmcli.engines.engine import MIN_WINDOW
 from llmcli.engines.local import LocalEngine
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
 from llmcli.job import Job, LoadOptions, Record
@@ -174,12 +174,14 @@ def test_labels_are_those_of_zero_shot_classification(head, model_type, multi_la
 def test_records_with_many_labels_wait_their_turn(head, monkeypatch):
     """The rows of all records in flight at once would take memory, and time to choose a batch among them."""
     lengths, step = [], BatchRunner.step
-    monkeypatch.setattr(BatchRunner, "step", lambda self, *args: [lengths.append(len(self.queue)), step(self, *args)])
+    monkeypatch.setattr(
+        BatchRunner, "step", lambda self, *args: [lengths.append(len(self.queue)), step(self, *args)][1]
+    )
     labels = dict.fromkeys(map(str, range(100)), "")
     texts = [f"{i}." for i in range(12)]
     outputs = run("classify", head("bert", "SequenceClassification", NLI), texts, 64, labels=labels)
     assert [len(output["scores"]) for output in outputs] == [100] * len(texts)
-    assert 500 < max(lengths) < MAX_IN_FLIGHT + len(labels)
+    assert 500 < max(lengths) < MIN_WINDOW + len(labels)
 
 
 @pytest.mark.parametrize("ids", [{0: "ENTAILMENT", 1: "not"}, {0: "neutral", 1: "Entailed", 2: "contradiction"}])

@@ -152,13 +152,13 @@ def test_structure_without_causal_model_is_refused(llmcli, command, model):
 
 def test_records_with_own_schemas_share_a_batch(run, monkeypatch):
     batches = []
-    run_forward = BatchRunner._run_forward
+    add_rows = BatchRunner._add_rows
 
-    def spy(self, rows, on_text=None):
+    def spy(self, rows):
         batches.append(len(rows))
-        return run_forward(self, rows, on_text)
+        return add_rows(self, rows)
 
-    monkeypatch.setattr(BatchRunner, "_run_forward", spy)
+    monkeypatch.setattr(BatchRunner, "_add_rows", spy)
     records = [
         {"text": "the", "s": CAT},
         {"text": "fox", "s": json.dumps(DAY)},

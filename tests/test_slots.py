@@ -3,17 +3,17 @@
 import random
 
 import pytest
-import torch
 import transformers
 from test_architectures import CAUSAL, TEXTS, make, make_pipeline
 
+from llmcli.compat.transformers import uses_sdpa
 from llmcli.models import generation, loading
 from llmcli.pipelines import decoding, slots
-from llmcli.pipelines.decoding import DecodeGraph
 from llmcli.pipelines.running import BatchSettings, GeneratingRow
 from llmcli.pipelines.slots import SlotBatch
 
-SHARED = sorted({*loading.architectures()["causal"]["shared"]} & {*CAUSAL})
+OTHER_CACHES = {"gemma3n_text", "minimax_m3_vl_text"}
+SHARED = sorted({*loading.architectures()["causal"]["shared"]} & {*CAUSAL} - OTHER_CACHES)
 BEGIN = " ".join(TEXTS.near[0].split()[:9])
 
 
@@ -27,13 +27,14 @@ def captured(monkeypatch):
         shapes.append(logits.shape)
         return (lambda: logits.copy_(step())), logits
 
+    monkeypatch.setenv("TRANSFORMERS_SDPA_FORCE_GQA", "0")  # which is for CPUs
     monkeypatch.setattr(decoding, "capture_graph", capture)
     monkeypatch.setattr(slots, "GRAPH_STEPS", 1)
     created = SlotBatch.__init__
 
     def create(batch, *args):
         created(batch, *args)
-        batch._can_capture, batch._is_cpu = batch._model.config._attn_implementation == "sdpa", False
+        batch._can_capture, batch._is_cpu = uses_sdpa(batch._model), False
 
     monkeypatch.setattr(SlotBatch, "__init__", create)
     return shapes
@@ -84,8 +85,97 @@ def test_rows_that_join_later_have_the_text_of_generate(model_type, monkeypatch,
     limits = random.Random(3).choices(range(1, 13), k=len(texts))
     expected = run_alone(pipeline, texts, limits)
     assert len({*map(tuple, expected)}) > 3
-    is_captured = pipeline.model.config._attn_implementation == "sdpa"
     assert run_batch(pipeline, texts, limits, 4) == expected
-    assert bool(captured) == is_captured
+    assert bool(captured) == uses_sdpa(pipeline.model)
     monkeypatch.undo()
     assert run_batch(pipeline, texts, limits, 4) == expected
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return make_pipeline("causal", make(transformers.AutoModelForCausalLM, "llama"))
+
+
+@pytest.mark.parametrize("way", ["plain", "captured"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.8},
+        {"no_repeat_ngram_size": 2},
+        {"min_new_tokens": 9},
+        {"suppress_tokens": list(range(4, 300))},
+        {"bad_words_ids": [[token] for token in range(100, 400)]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_apply_to_rows_that_join_later(llama, options, way, request):
+    if way == "captured":
+        request.getfixturevalue("captured")
+    limits = [3, 12, 12, 5, 9, 12, 1, 12]
+    ends = {"eos_token_id": [2, *range(300, 340)]}
+    expected = run_alone(llama, TEXTS.different, limits, **options, **ends)
+    assert run_batch(llama, TEXTS.different, limits, 3, **options, **ends) == expected
+
+
+@pytest.mark.parametrize("way", ["plain", "captured"])
+def test_rows_that_join_may_share_a_prefix(llama, way, request):
+    if way == "captured":
+        request.getfixturevalue("captured")
+    limits = [3, 12, 12, 5, 9, 12, 1, 12]
+    tokens = llama.preprocess(BEGIN)["input_ids"].tolist()[:-1]
+    prefix = tokens, llama.prefill(tokens)
+    assert run_batch(llama, TEXTS.near, limits, 3, prefix) == run_alone(llama, TEXTS.near, limits)
+
+
+def test_columns_are_moved_when_there_is_no_room(llama, monkeypatch):
+    monkeypatch.setattr(slots, "SPARE_COLUMNS", 2)
+    limits = [40, 3, 40, 5, 9, 40, 1, 20]
+    assert run_batch(llama, TEXTS.different, limits, 3) == run_alone(llama, TEXTS.different, limits)
+
+
+def test_long_prompts_are_read_in_parts(llama, monkeypatch):
+    monkeypatch.setitem(slots.PREFILL_TOKENS, "cpu", 16)
+    limits = [12] * 8
+    assert run_batch(llama, TEXTS.different, limits, 8) == run_alone(llama, TEXTS.different, limits)
+
+
+def test_a_step_ends_when_a_quarter_of_the_places_is_free(llama):
+    rows = [GeneratingRow(llama.preprocess(text), limit) for text, limit in zip(TEXTS.near, range(1, 9), strict=True)]
+    batch = llama.start(BatchSettings(make_config(llama, eos_token_id=None), max_rows=8, max_length=200))
+    batch.add(rows)
+    assert not batch.can_add
+    assert sorted(batch.step()) == [0, 1]
+    assert batch.can_add
+
+
+def test_time_limit_ends_a_row(llama):
+    config = make_config(llama, max_new_tokens=200, max_time=1e-9, eos_token_id=None)
+    batch = llama.start(BatchSettings(config, max_rows=1, max_length=300))
+    batch.add([GeneratingRow(llama.preprocess(TEXTS.near[0]), 200)])
+    assert batch.step()[0]["sequences"].shape == (1, 1, 1)
+
+
+def test_a_model_that_cannot_be_captured_decodes_without_a_graph(llama, monkeypatch, captured):
+    def capture(step, device):
+        step()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(decoding, "capture_graph", capture)
+    limits = [12] * 8
+    assert run_batch(llama, TEXTS.different, limits, 3) == run_alone(llama, TEXTS.different, limits)
+
+
+def test_a_graph_is_made_again_for_another_size(llama, captured):
+    limits, config = [12] * 4, make_config(llama, eos_token_id=None)
+    batch = llama.start(BatchSettings(config, max_rows=32))
+    found = {}
+    for texts in (TEXTS.near[:4], TEXTS.far * 4):  # more rows, and longer ones
+        batch.add([GeneratingRow(llama.preprocess(text), 12) for text in texts])
+    while len(found) < 20:
+        found |= batch.step()
+    expected = run_alone(llama, TEXTS.near[:4] + TEXTS.far, limits * 2, eos_token_id=None)
+    assert [found[i]["sequences"][0, 0].tolist() for i in range(8)] == expected
+    assert captured == [(24, 600)]
+    batch.add([GeneratingRow(llama.preprocess(text), 12) for text in TEXTS.near * 4])
+    batch.step()
+    assert captured == [(24, 600), (32, 600)]

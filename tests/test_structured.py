@@ -9,6 +9,7 @@ from causal_kinds import FAST_KINDS, generate, load, make_model
 from conftest import WORDS
 
 from llmcli.errors import RecordError, UsageError
+from llmcli.pipelines.slots import SlotBatch
 from llmcli.text.constraints import to_grammar
 
 PERSON = {
@@ -84,12 +85,14 @@ def llama(load_kind):
 @pytest.fixture
 def passes(monkeypatch):
     """The widths of the passes that read forced tokens together."""
-    from llmcli.pipelines.decoding import _ForcedBatch
-
     widths = []
-    read = _ForcedBatch._read
-    monkeypatch.setattr(_ForcedBatch, "_read", lambda self, columns: widths.append(columns) or read(self, columns))
+    read = SlotBatch._read
+    monkeypatch.setattr(SlotBatch, "_read", lambda self, columns: widths.append(columns) or read(self, columns))
     return widths
+
+
+def read_one_by_one(monkeypatch):
+    monkeypatch.setattr(SlotBatch, "_choose_columns", lambda self: 1)
 
 
 def is_valid(constraint, text):
@@ -122,7 +125,7 @@ def test_rows_with_different_grammars_share_a_batch(load_kind, kind, monkeypatch
         assert is_valid(constraint, output["generated_text"])
         assert constraint is None or output["finish_reason"] == "stop"
     assert texts(together) == texts(alone)
-    monkeypatch.setattr(type(pipeline), "max_forced_columns", lambda *_: 0)
+    read_one_by_one(monkeypatch)
     assert texts(generate(pipeline, PROMPTS, SHORT, constraints=GRAMMARS)) == texts(together)
 
 
@@ -178,8 +181,9 @@ def test_answer_that_may_end_at_the_limit_is_no_failure(llama):
 
 def test_padding_after_a_row_limit_is_not_read(llama, monkeypatch):
     options, grammar = {"max_new_tokens": 9, "min_new_tokens": 9}, to_grammar({"regex": "[0-9]+"})
-    for columns in (None, 0):
-        monkeypatch.setattr(type(llama), "max_forced_columns", lambda *_, columns=columns: columns)
+    for is_forced in (True, False):
+        if not is_forced:
+            read_one_by_one(monkeypatch)
         outputs = generate(llama, PROMPTS[:2], options, constraints=[grammar] * 2, max_new_tokens=[3, 9])
         assert [output["finish_reason"] for output in outputs] == ["length", "length"]
         assert [output["usage"]["completion_tokens"] for output in outputs] == [3, 9]

@@ -20,7 +20,10 @@ FIXED_ROPE_TYPES = {None, "default", "linear", "llama3", "yarn"}
 
 
 def read_processors(model: PreTrainedModel, config: GenerationConfig) -> LogitsProcessorList:
-    """Return the processors of logits that `generate` makes for greedy decoding or sampling by a generation config."""
+    """Return each `LogitsProcessor` that `generate` makes for greedy decoding or sampling by a generation config.
+
+    Stop texts and the minimum of new tokens, which depend on the length of the prompt, are left to the caller.
+    """
 
     def run(
         model: PreTrainedModel, input_ids: object, logits_processor: LogitsProcessorList, **_: object
@@ -29,7 +32,7 @@ def read_processors(model: PreTrainedModel, config: GenerationConfig) -> LogitsP
 
     ids = torch.ones(1, 1, dtype=torch.int64, device=model.device)
     config = copy.copy(config)
-    config.stop_strings = None
+    config.stop_strings = config.min_new_tokens = None
     return model.generate(ids, attention_mask=ids, generation_config=config, custom_generate=run)
 
 
@@ -71,6 +74,11 @@ def is_causal_lm(config: PreTrainedConfig) -> bool:
 def is_seq2seq_lm(config: PreTrainedConfig) -> bool:
     """Return whether transformers knows the model as one from text to text."""
     return bool(type(config) in transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and config.is_encoder_decoder)
+
+
+def uses_sdpa(model: PreTrainedModel) -> bool:
+    """Return whether attention is PyTorch's, which takes a mask of four dimensions as it is."""
+    return bool(model.config._attn_implementation == "sdpa")
 
 
 def takes_position_ids(model: PreTrainedModel) -> bool:

@@ -4,60 +4,54 @@ import inspect
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import compress
-from types import MappingProxyType
+from collections.abc import Callable, Collection, Mapping, Sequence
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from llmcli import console
 from llmcli.engines.batching import BatchPolicy
-from llmcli.engines.requests import OnText, Request, RequestSettings, capture_errors, is_out_of_memory
+from llmcli.engines.requests import OnText, Request, RequestSettings, Row, capture_errors, is_out_of_memory
 from llmcli.errors import LlmcliError, RecordError, UsageError
 from llmcli.job import JsonObject
 
 if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig, Pipeline
 
+    from llmcli.pipelines.running import BatchSettings, RunningBatch
+
 MIN_PREFIX_TOKENS = 16  # a shorter prefix costs more to copy than to compute again
 
 MergeConfig = Callable[[str, bool], "GenerationConfig"]
-
-
-@dataclass(slots=True, eq=False)
-class Row:
-    """A row of a batch: row `index` of its request. If it generates, `max_new_tokens` and `config` are its own."""
-
-    request: Request
-    index: int
-    inputs: dict[str, Any]
-    length: int
-    max_new_tokens: int
-    config: "GenerationConfig | None"
-    constraint: str | None  # as a grammar
 
 
 class BatchRunner:
     """Runs requests on a pipeline: `add` them, then `step` until the queue is empty.
 
     `parameters` are the pipeline's; it generates if they have a merged `generation_config`. `merge(options,
-    is_constrained)` returns that of a request with options of its own, as JSON. `settings` are more of the pipeline's
-    for each batch. `on_token`, if set, is called after each token that a batch generates; it may raise.
+    is_constrained)` returns that of a request with options of its own, as JSON. `logprobs` is the number of
+    alternatives to each token. `on_token`, if set, is called after each token that a batch generates; it may raise.
     """
 
     def __init__(
         self, pipeline: "Pipeline", policy: BatchPolicy, parameters: JsonObject, *, truncate: bool,
-        merge: MergeConfig | None = None, settings: JsonObject = MappingProxyType({}),
+        merge: MergeConfig | None = None, logprobs: int | None = None,
     ) -> None:  # fmt: skip
         self.pipeline, self.policy = pipeline, policy
         self.on_token: Callable[[], None] | None = None
-        self.queue: list[Row] = []
+        self.queue: dict[Row, None] = {}  # rows that wait or run, in the order of their arrival
+        self._finished: list[Request] = []
+        self._running: dict[int, Row] = {}  # by their numbers in the batch
+        self._group: tuple[int, ...] = ()  # of these
+        self._batch: RunningBatch | None = None
+        self._settings: BatchSettings | None = None  # of the last batch that generated
+        self._added = 0  # rows, to that batch
+        self._last_refusal = inf  # how many rows were running when no other could join
         before, _, self._postprocess_parameters = pipeline._sanitize_parameters(**parameters)
         self._preprocess_parameters = {**before, "truncate": truncate}
         self._takes_rows = inspect.isgeneratorfunction(pipeline.preprocess)
         self._unfinished: dict[str, Request] = {}  # by key, to find duplicates, which run once
         self._config: GenerationConfig | None = None
-        self._merge, self._settings = merge, settings
+        self._merge, self._logprobs = merge, logprobs
         self._max_new_tokens = 0
         self._can_share_prefix = pipeline.max_shared_tokens != 0
         self._prefix: tuple[list[int], Cache | None] = [], None
@@ -67,6 +61,11 @@ class BatchRunner:
             self._max_new_tokens = config.max_new_tokens or config.max_length or 0
             self._is_single = (config.num_beams or 1) == 1 and (config.num_return_sequences or 1) == 1
             self._can_share_prefix &= self._is_single
+
+    @property
+    def window(self) -> int:
+        """How many rows should be in the queue, so that batches of similar rows can be chosen among them."""
+        return self.policy.window
 
     def add(self, requests: Sequence[Request]) -> None:
         """Queue the rows of requests. A request that cannot be preprocessed fails at once."""
@@ -90,27 +89,31 @@ class BatchRunner:
                     remaining = self.pipeline.remaining_context(inputs) if config else None
                     limit = maximum if remaining is None else min(remaining, maximum)
                     length = inputs.get("length") or len(inputs["input_ids"])
-                    rows.append(Row(request, i, inputs, length, limit, config, grammar))
+                    group = id(config), limit if config and not self.pipeline.can_mix_limits else 0
+                    rows.append(Row(request, i, inputs, length, limit, config, grammar, group))
                 request.row_count = len(rows)
                 self._unfinished[request.key] = request
-                self.queue += rows
+                self.queue.update(dict.fromkeys(rows))
+            if request.failure:
+                self._finished.append(request)
 
-    def step(self, on_text: OnText | None = None) -> None:
-        """Run one batch: the row that has waited longest, and similar ones. `on_text` receives the text of one row."""
-        batch = self._find_candidates()
-        if len(batch) > 1:
-            first = batch[0]
-            batch = [row for row in batch if row.config is first.config]
-            if self._config and not self.pipeline.can_mix_limits:
-                batch = [row for row in batch if row.max_new_tokens == first.max_new_tokens]
-            self.policy.shared_tokens = len(self._prefix[0]) if self._can_share_prefix else 0
-            batch = [batch[i] for i in self.policy.choose(self._own_lengths(batch))]
-        chosen = set(map(id, batch))
-        self.queue = [row for row in self.queue if id(row) not in chosen]
-        self._run_batch(batch, on_text if len(batch) == 1 else None)
-        for request in {id(row.request): row.request for row in batch}.values():
-            if request.failure or len(request.row_outputs) == request.row_count:
-                self._finish(request)
+    def step(self, on_text: OnText | None = None) -> list[Request]:
+        """Run a batch of rows that are only read, or go on with the batch that generates. Return what has finished.
+
+        `on_text` receives the text of a row that generates alone.
+        """
+        if self.queue:
+            try:
+                if self._config:
+                    self._generate(on_text)
+                else:
+                    self._read()
+            except Exception as exc:  # one record must not fail the others
+                if not self._running or (isinstance(exc, LlmcliError) and not isinstance(exc, RecordError)):
+                    raise
+                self._recover(exc)
+        finished, self._finished = self._finished, []
+        return finished
 
     def _find_config(self, own: RequestSettings | None) -> "GenerationConfig | None":
         """Return the config of a request, the same object for all to which the same options apply."""
@@ -128,78 +131,140 @@ class BatchRunner:
             raise RecordError("invalid_settings", exc.message, exc.hint) from exc
 
     def _find_candidates(self) -> list[Row]:
-        """Return the row that has waited longest, and all rows that the model computes alike beside it and alone."""
-        maximum = self.pipeline.max_batched_tokens if len(self.queue) > 1 else None
-        if maximum is None:
-            return self.queue
-        fits = [row.length + row.max_new_tokens <= maximum for row in self.queue]
-        return list(compress(self.queue, fits)) if fits[0] else self.queue[:1]
+        """Return the row that has waited longest, and all rows that may share a batch with it."""
+        running = {*self._running.values()}
+        rows = [row for row in self.queue if row not in running] if running else [*self.queue]
+        if not rows or len(self.queue) == 1:
+            return rows
+        first, maximum = rows[0], self.pipeline.max_batched_tokens
+        if maximum is not None:  # The model computes longer rows otherwise than alone.
+            rows = [row for row in rows if row.total <= maximum] if first.total <= maximum else rows[:1]
+        return [row for row in rows if row.group == first.group]
 
-    def _run_batch(self, rows: list[Row], on_text: OnText | None = None) -> None:
-        """Run a batch. Out of memory, queue it again for smaller batches; after another error, run each row alone."""
-        if len(rows) == 1:
-            with capture_errors(rows[0].request):
-                self._run_forward(rows, on_text)
-            return
-        try:
-            self._run_forward(rows)
-            return
-        except Exception as exc:  # one record must not fail the others
-            if isinstance(exc, LlmcliError) and not isinstance(exc, RecordError):
-                raise
-            is_oom = is_out_of_memory(exc)
-        # Out here, the exception no longer holds the memory of the failed batch.
-        if is_oom:
-            self.policy.observe_out_of_memory(self._own_lengths(rows))
-            console.warning(f"out of memory with a batch of {len(rows)} records; retrying with smaller batches")
-            self.queue = rows + self.queue
-        else:
-            for row in rows:
-                self._run_batch([row])
-
-    def _run_forward(self, rows: list[Row], on_text: OnText | None = None) -> None:
-        """Run the pipeline's forward pass, and tell the policy how it went."""
-        # A single record tells nothing about batches, and a single row that generates tells little.
-        is_measured = len(rows) > 1 or bool(self.queue and not self._config)
-        if is_measured:
+    def _read(self) -> None:
+        """Run the pipeline's forward pass with the row that has waited longest, and similar ones."""
+        rows = self._find_candidates()
+        if is_measured := len(self.queue) > 1:  # A single record tells nothing about batches.
+            rows = [rows[i] for i in self.policy.choose(self._own_lengths(rows))]
             self.policy.memory.start_batch()
+        self._running = dict(enumerate(rows))
         inputs = {name: [row.inputs[name] for row in rows] for name in rows[0].inputs}
-        settings = self._generation_settings(rows, on_text) if self._config else {}
-        if self._can_share_prefix and len(rows) > 1 and (prefix := self._find_prefix(rows)):
-            settings["prefix"] = prefix
+        prefix = self._find_prefix(rows)
         start = time.perf_counter()
-        outputs = self.pipeline.forward(inputs, **settings)
+        outputs = self.pipeline.forward(inputs, **({"prefix": prefix} if prefix else {}))
         if is_measured:
             lengths = self._own_lengths(rows)
-            # Only the time of decoding steps tells whether a batch has a good size: prefill depends on the prompts.
-            speed = len(rows) * settings["criteria"][0].speed if self._config else 0.0
-            self.policy.observe(lengths, speed or len(rows) * max(lengths) / (time.perf_counter() - start))
-        for i, row in enumerate(rows):
-            row.request.row_outputs[row.index] = {
-                name: value[i : i + 1] if hasattr(value, "shape") else value[i] for name, value in outputs.items()
-            }
+            self.policy.observe(lengths, len(rows) * max(lengths) / (time.perf_counter() - start))
+        self._take_outputs({
+            i: {name: value[i : i + 1] if hasattr(value, "shape") else value[i] for name, value in outputs.items()}
+            for i in range(len(rows))
+        })  # fmt: skip
 
-    def _generation_settings(self, rows: list[Row], on_text: OnText | None) -> dict[str, Any]:
+    def _generate(self, on_text: OnText | None) -> None:
+        """Go on with the running batch, or start one. Rows join it as soon as a quarter of its places is free."""
+        start, count = time.perf_counter(), len(self._running)
+        if not count:
+            self._start_batch(on_text)
+        elif self._can_add and 4 * count <= 3 * self._places and count < min(len(self.queue), self._last_refusal):
+            self._let_join()
+        assert self._batch
+        count, places = len(self._running), self._places
+        if count > max(1, len(self.policy.largest)):
+            self.policy.largest = self._own_lengths(self._running.values())
+        outputs = self._batch.step()
+        if count > 1:  # A single row tells little about batches.
+            speed = count * self._batch.speed
+            if not speed and len(outputs) == count:
+                speed = sum(self.policy.largest) / (time.perf_counter() - start)
+            self.policy.observe_step(len(outputs), speed, is_full=4 * count >= 3 * places)
+        self._take_outputs(outputs)
+        if not self.queue:
+            self._batch = None
+
+    @property
+    def _can_add(self) -> bool:
+        return self._batch is not None and self._batch.can_add
+
+    @property
+    def _places(self) -> int:
+        """How many rows the running batch may have now."""
+        return min(self.policy.size, self._settings.max_rows) if self._settings else 0
+
+    def _start_batch(self, on_text: OnText | None) -> None:
+        """Start with the row that has waited longest and similar ones: in the last batch, if it is suited."""
         from llmcli.pipelines.answers import DeltaStreamer
-        from llmcli.pipelines.stopping import TokenTimer
+        from llmcli.pipelines.running import BatchSettings
 
-        config = rows[0].config
+        rows, last = self._find_candidates(), self._settings
+        lengths = self._own_lengths(rows)
+        chosen = [rows[i] for i in self.policy.choose(lengths)]
+        max_rows, longest = self.policy.plan(lengths, len(chosen))
+        max_length = max(row.total for row, length in zip(rows, lengths, strict=True) if length <= longest)
+        config, streamer = chosen[0].config, None
         assert config
-        settings = {**self._settings, "generation_config": config, "criteria": [TokenTimer(self.on_token)]}
-        limits = [row.max_new_tokens for row in rows]
-        if {*limits} != {config.max_new_tokens or config.max_length}:
-            settings["max_new_tokens"] = limits
-        if any(row.constraint for row in rows):
-            settings["constraints"] = [row.constraint for row in rows]
-        seeds = [row.request.settings and row.request.settings.seed for row in rows]
-        if any(seed is not None for seed in seeds):
-            settings["seeds"] = seeds
-        if on_text and self._is_single:
-            decode = self.pipeline.decoder(rows[0].inputs)
-            settings["streamer"] = DeltaStreamer(decode, config.stop_strings or (), on_text)
-        return settings
+        if on_text and max_rows == 1 and self._is_single:
+            streamer = DeltaStreamer(self.pipeline.decoder(chosen[0].inputs), config.stop_strings or (), on_text)
+        is_larger = last is None or max_rows > last.max_rows or max_length > last.max_length
+        if not self._can_add or is_larger or streamer or chosen[0].group != self._group:
+            self._batch, self._added = None, 0
+            self._settings = BatchSettings(config, self._logprobs, streamer, self.on_token, max_rows, max_length)
+        if len(chosen) > 1:
+            self.policy.memory.start_batch()
+        self._add_rows(chosen)
 
-    def _own_lengths(self, rows: list[Row]) -> list[int]:
+    def _let_join(self) -> None:
+        """Add the row that has waited longest, and similar ones, if they are suited to the running batch."""
+        assert self._settings
+        self._last_refusal = len(self._running)
+        rows, maximum = self._find_candidates(), self._settings.max_length
+        if rows and rows[0].group == self._group and rows[0].total <= maximum:
+            rows = [row for row in rows if row.total <= maximum]
+            lengths, running = self._own_lengths(rows), self._own_lengths(self._running.values())
+            max_rows, _ = self.policy.plan(lengths + running, len(running))
+            # A batch that was started when few rows waited makes way for a larger one.
+            if min(max_rows, self.policy.size) <= self._settings.max_rows:
+                self._add_rows([rows[i] for i in self.policy.choose(lengths, running, self._places)])
+
+    def _add_rows(self, rows: list[Row]) -> None:
+        from llmcli.pipelines.running import GeneratingRow
+
+        if not rows:
+            return
+        self._running.update(enumerate(rows, self._added))
+        self._added += len(rows)
+        self._group, self._last_refusal = rows[0].group, inf
+        assert self._settings
+        self._batch = self._batch or self.pipeline.start(self._settings)
+        added = []
+        for row in rows:
+            seed = row.request.settings.seed if row.request.settings else None
+            added.append(GeneratingRow(row.inputs, row.max_new_tokens, row.constraint, seed))
+        self._batch.add(added, self._find_prefix(rows))
+
+    def _take_outputs(self, outputs: Mapping[int, Any]) -> None:
+        for number, output in outputs.items():
+            row = self._running.pop(number)
+            del self.queue[row]
+            request = row.request
+            request.row_outputs[row.index] = output
+            if len(request.row_outputs) == request.row_count:
+                self._finish(request)
+
+    def _recover(self, exc: Exception) -> None:
+        """Leave the rows of a failed batch to smaller batches if it was out of memory, else to batches of one row."""
+        rows, self._running, self._batch = [*self._running.values()], {}, None
+        if len(rows) == 1 and (not self._config or self._places == 1):
+            with capture_errors(rows[0].request):
+                raise exc
+            self._finish(rows[0].request)
+        elif is_out_of_memory(exc) and len(rows) > 1:
+            self.policy.observe_out_of_memory(self._own_lengths(rows))
+            console.warning(f"out of memory with a batch of {len(rows)} records; retrying with smaller batches")
+        else:
+            for row in rows:
+                row.group = (id(row),)
+
+    def _own_lengths(self, rows: Collection[Row]) -> list[int]:
         """Return the tokens of each row after the prefix, and those that it may generate beyond the job's maximum."""
         shared, limit = self.policy.shared_tokens, self._max_new_tokens
         return [max(1, row.length - shared) + max(0, row.max_new_tokens - limit) for row in rows]
@@ -207,6 +272,8 @@ class BatchRunner:
     def _find_prefix(self, rows: list[Row]) -> "tuple[list[int], Cache | None] | None":
         """Return the tokens that all prompts of this batch and earlier ones begin with, and their keys and values."""
         known, _ = self._prefix
+        if not self._can_share_prefix or len(self._running) == 1 or (len(rows) == 1 and not known):
+            return None
         maximum = self.pipeline.max_shared_tokens
         if maximum and max(row.length for row in rows) + max(row.max_new_tokens for row in rows) > maximum:
             return None
@@ -218,6 +285,7 @@ class BatchRunner:
         elif prefix != known:
             self._prefix = prefix, self.pipeline.prefill(prefix)
             self._can_share_prefix = self._prefix[1] is not None
+        self.policy.shared_tokens = len(prefix) if self._can_share_prefix else 0
         return self._prefix if self._can_share_prefix else None
 
     def _finish(self, request: Request) -> None:
@@ -229,7 +297,10 @@ class BatchRunner:
                 if request.settings and self._config:
                     parameters = {**parameters, "generation_config": self._find_config(request.settings)}
                 request.output = self.pipeline.postprocess(made, **parameters)
+        elif len(request.row_outputs) < request.row_count:
+            self.queue = {row: None for row in self.queue if row.request is not request}
         request.row_outputs = {}
         self._unfinished.pop(request.key, None)
         for duplicate in request.duplicates:
             duplicate.output, duplicate.failure = request.output, request.failure
+        self._finished += [request, *request.duplicates]

@@ -1,92 +1,19 @@
 """Batching policies: which rows run together, how many, and whether they fit in memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from statistics import median
 
-from llmcli.models.memory import available_memory, take_peak_memory
+from llmcli.engines.memory import MemoryEstimator
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-INITIAL_ROWS = 16
+INITIAL_ROWS = {"cpu": 16}
+INITIAL_ROWS_ACCELERATOR = 256  # fewer do not keep it busy
 MAX_ROWS = {"cpu": 64}  # larger batches gain nothing there
-MAX_ROWS_ACCELERATOR = 256
+MAX_ROWS_ACCELERATOR = 1024
 TOKENS_PER_ROW = {"cpu": 16}  # the length of a row where a batch is measured in tokens
-TOKENS_PER_ROW_ACCELERATOR = 64
+TOKENS_PER_ROW_ACCELERATOR = 256
+WINDOW_BATCHES = 8  # among whose rows a batch is chosen
 MIN_SPEED_RATIO = 0.7  # a larger batch may seem slower only because its rows are longer
-USABLE_FRACTION = 0.8  # of the free memory, for one batch
-
-
-class MemoryUsage(NamedTuple):
-    """Bytes in use now, the peak since the last measurement if it can be reset, and bytes free for more."""
-
-    used: int
-    peak: int
-    free: int
-
-
-class MemoryEstimator:
-    """Learns how much memory a token of a batch takes, padding and answers included. `probe` measures, and resets."""
-
-    def __init__(self, probe: Callable[[], MemoryUsage]) -> None:
-        self._probe = probe
-        self._baseline: MemoryUsage | None = None  # before the first batch
-        self._last = MemoryUsage(0, 0, 0)
-        self._bytes_per_token = 0.0
-        self._measured_tokens = 0  # of the largest batch
-        self._failed_tokens: int | None = None  # the smallest batch that ran out of memory
-
-    def start_batch(self) -> None:
-        if self._baseline is None:
-            self._baseline = self._last = self._probe()
-
-    def observe(self, tokens: int) -> None:
-        usage = self._probe()
-        # A peak that is the same as before is that of an earlier batch, or of loading the model: it cannot be reset.
-        peak = max(usage.used, usage.peak if usage.peak != self._last.peak else 0)
-        # The process keeps what the largest batch took, and a small one would seem to have taken all of it.
-        if self._baseline and tokens >= self._measured_tokens:
-            self._measured_tokens, self._bytes_per_token = tokens, (peak - self._baseline.used) / tokens
-        self._last = usage
-
-    def observe_failure(self, tokens: int) -> None:
-        self._failed_tokens = min(tokens, self._failed_tokens or tokens)
-
-    def is_below_failure(self, tokens: int) -> bool:
-        return self._failed_tokens is None or tokens < self._failed_tokens
-
-    def fits(self, tokens: int) -> bool:
-        """Return whether a batch of that many tokens is expected to fit. Any does until one has run."""
-        if not self.is_below_failure(tokens):
-            return False
-        taken = self._last.used - (self._baseline.used if self._baseline else 0)
-        return tokens * self._bytes_per_token <= USABLE_FRACTION * (self._last.free + taken)
-
-
-def probe_memory(model: "PreTrainedModel") -> MemoryUsage:
-    """Measure the devices that hold a model, several if Accelerate has spread it, and reset their peaks."""
-    import psutil
-    import torch
-
-    from llmcli.compat.torch import free_gpu_memory
-
-    places = (getattr(model, "hf_device_map", None) or {"": model.device}).values()
-    devices = {torch.device(place) for place in places if place != "disk"}
-    gpus = [device for device in devices if device.type == "cuda"]
-    used = peak = free = 0
-    for gpu in gpus:
-        used += torch.cuda.memory_allocated(gpu)
-        peak += torch.cuda.max_memory_allocated(gpu)
-        torch.cuda.reset_peak_memory_stats(gpu)
-        free += free_gpu_memory(gpu)
-    if gpus:
-        return MemoryUsage(used, peak, free)
-
-    info = psutil.Process().memory_info()
-    shared = getattr(info, "shared", 0)  # mapped files, such as weights, which are read during the first batch
-    # The process keeps what its largest batch took, and the next batch uses it again.
-    return MemoryUsage(info.rss - shared, take_peak_memory() - shared, available_memory())
 
 
 class BatchPolicy:
@@ -103,44 +30,82 @@ class BatchPolicy:
     ) -> None:
         self.memory = memory
         self.shared_tokens = 0  # of each row, which no batch computes again, but copies
-        self.size = size or INITIAL_ROWS
-        self._max_size = size or MAX_ROWS.get(device, MAX_ROWS_ACCELERATOR)
+        self._min_size = INITIAL_ROWS.get(device, INITIAL_ROWS_ACCELERATOR)
+        self.size = size or self._min_size
+        self._max_size = size or (self.size if is_fixed else MAX_ROWS.get(device, MAX_ROWS_ACCELERATOR))
         self._tokens_per_row = TOKENS_PER_ROW.get(device, TOKENS_PER_ROW_ACCELERATOR)
         self._answer_tokens = answer_tokens
         self._is_settled = is_fixed or size is not None
         self._is_fixed = is_fixed
         self._best_speed = 0.0
+        self._forget_steps()
 
-    def choose(self, lengths: Sequence[int]) -> list[int]:
-        """Return the indices of the next batch, the first row and similar ones, by the `lengths` of all rows."""
-        fits = self.memory.is_below_failure if self._is_fixed else self.memory.fits
-        size = self.size
-        while True:
-            batch = self._select(lengths, size)
-            chosen = [lengths[i] for i in batch]
-            if len(batch) == 1 or fits(self._count_tokens(chosen)):
+    @property
+    def window(self) -> int:
+        """How many rows to choose batches from."""
+        return WINDOW_BATCHES * self.size
+
+    def choose(self, lengths: Sequence[int], running: Sequence[int] = (), size: int | None = None) -> list[int]:
+        """Return the indices of the next batch, the first row and similar ones, by the `lengths` of all rows.
+
+        If rows are `running`, return those that join them, up to `size` rows: none if memory does not allow it.
+        """
+        room = (size or self.size) - len(running)
+        while room:
+            batch = self._select(lengths, room)
+            together = [*running, *(lengths[i] for i in batch)]
+            if len(together) == 1 or self._fits(len(together), max(together)):
                 return batch
-            size = max(1, self._measure(chosen) // 2)
+            room = max(not running, self._measure([lengths[i] for i in batch]) // 2)
+        return []
+
+    def plan(self, lengths: Sequence[int], count: int) -> tuple[int, int]:
+        """Return how many rows a batch may come to have, `count` at first, and the longest of `lengths` to join it."""
+        longest = next((length for length in sorted({*lengths})[::-1] if self._fits(count, length)), max(lengths))
+        rows = min(self._max_size, 2 ** (len(lengths) - 1).bit_length())
+        while rows > count and not self._fits(rows, longest):
+            rows //= 2
+        return max(rows, count), longest
+
+    def observe_step(self, ended: int, speed: float, is_full: bool) -> None:
+        """Note the speed of a step of a running batch, and how many of its rows have ended."""
+        self._ended += ended
+        if is_full:
+            self._speeds.append(speed)
+        if self._ended >= len(self.largest):  # only then, rows have taken the memory of whole answers
+            self.observe(self.largest, median(self._speeds or [0.0]))
+            self._forget_steps()
 
     def observe(self, lengths: Sequence[int], tokens_per_second: float) -> None:
-        self.memory.observe(self._count_tokens(lengths))
+        """Note the speed of a batch, 0 if it is unknown, and the memory that it has taken."""
+        self.memory.observe(self._count_tokens(len(lengths), max(lengths)))
         rows = self._measure(lengths)
-        if self._is_settled or rows <= self.size // 2:  # the last rows of an input tell nothing about a full batch
+        # The last rows of an input tell nothing about a full batch.
+        if self._is_settled or rows <= self.size // 2 or not tokens_per_second:
             return
         if tokens_per_second < MIN_SPEED_RATIO * self._best_speed:
             self._is_settled = True
-            self.size = max(INITIAL_ROWS, self.size // 2)
+            self.size = max(self._min_size, self.size // 2)
         else:
             self._best_speed = max(tokens_per_second, self._best_speed)
             self.size = min(2 * self.size, self._max_size)
             self._is_settled = self.size == self._max_size
 
     def observe_out_of_memory(self, lengths: Sequence[int]) -> None:
-        self.memory.observe_failure(self._count_tokens(lengths))
+        self._forget_steps()
+        self.memory.observe_failure(self._count_tokens(len(lengths), max(lengths)))
 
-    def _count_tokens(self, lengths: Sequence[int]) -> int:
+    def _forget_steps(self) -> None:
+        self.largest: Sequence[int] = ()  # lengths of the largest running batch since the last observation
+        self._ended, self._speeds = 0, list[float]()
+
+    def _count_tokens(self, rows: int, longest: int) -> int:
         """Return the tokens of a batch, with padding and answers."""
-        return len(lengths) * (self.shared_tokens + max(lengths) + self._answer_tokens)
+        return rows * (self.shared_tokens + longest + self._answer_tokens)
+
+    def _fits(self, rows: int, longest: int) -> bool:
+        fits = self.memory.is_below_failure if self._is_fixed else self.memory.fits
+        return fits(self._count_tokens(rows, longest))
 
     def _select(self, lengths: Sequence[int], size: int) -> list[int]:
         """Return the indices of the first row and of rows of similar length, at most `size`.
@@ -162,8 +127,15 @@ class BatchPolicy:
 class TokenBatchPolicy(BatchPolicy):
     """Measures a batch in tokens: where one forward pass reads all of them. `size` counts rows of a fixed length."""
 
+    _mean_length = 1.0  # of the rows that wait
+
+    @property
+    def window(self) -> int:
+        return int(WINDOW_BATCHES * self.size * self._tokens_per_row / self._mean_length)
+
     def _select(self, lengths: Sequence[int], size: int) -> list[int]:
         """Return the indices of the first row and of similar ones: with padding at most `size`, at least one row."""
+        self._mean_length = sum(lengths) / len(lengths)
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         batch: list[int] = []
         for i in order:

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from llmcli import config, console
-from llmcli.engines.engine import MAX_IN_FLIGHT, Engine, OnResult
+from llmcli.engines.engine import MIN_WINDOW, Engine, OnResult
 from llmcli.engines.read_ahead import ReadAhead
 from llmcli.engines.requests import OnText
 from llmcli.errors import ExitStatus, LlmcliError, UsageError
@@ -51,7 +51,7 @@ class DistributedEngine:
             return
         remotes = [_RemoteRank(rank, job) for rank in range(1, _group().size())]
         own = self._engine.run(_job_of_rank(job), _deal(records, remotes), on_result=on_result)
-        with ReadAhead(own, MAX_IN_FLIGHT) as results:  # goes on computing while other ranks are waited for
+        with ReadAhead(own, MIN_WINDOW) as results:  # goes on computing while other ranks are waited for
             while taken := results.take(1, minimum=1):
                 yield from taken
                 for remote in remotes:
@@ -99,7 +99,7 @@ class _RemoteRank:
         self._sent: SimpleQueue[Record] = SimpleQueue()
         _send(job, rank)
         threading.Thread(target=self._send_records, daemon=True).start()
-        self.results = ReadAhead(self._receive_results(), MAX_IN_FLIGHT)
+        self.results = ReadAhead(self._receive_results(), MIN_WINDOW)
 
     def _receive_results(self) -> Iterator[Result]:
         for outcome in _receive(self._rank):

@@ -95,6 +95,7 @@ class EndpointRunner:
 
     def __init__(self, job: Job, strategy: Strategy, model: RemoteModel) -> None:
         self.queue: set[Request] = set()
+        self.window = 2 * job.concurrency
         self._model, self._strategy, self._can_think = model, strategy, strategy.can_think
         self._thoughts = Thoughts(ALL_MARKS, is_sure=not self._can_think, can_think=self._can_think)
         self._use(job)
@@ -122,30 +123,31 @@ class EndpointRunner:
         self.queue.update(requests)
         self._unsent += requests
 
-    def step(self, on_text: OnText | None = None) -> None:
-        """Send the requests that are queued, and take in the answers that have arrived, if any soon do."""
+    def step(self, on_text: OnText | None = None) -> list[Request]:
+        """Send the requests that are queued, and return those whose answers have arrived, if any soon do."""
         requests, self._unsent = self._unsent, []
         can_stream = self._can_think and self._options.keys().isdisjoint({"n", "stop"}) and self._job.logprobs is None
         if on_text and len(requests) == 1 and can_stream and not requests[0].settings:
             with capture_errors(requests[0]):
                 requests[0].output = self._stream(requests[0].input, on_text)
             self.queue.discard(requests[0])
-            return
+            return requests
         for request in requests:
             with capture_errors(request):
                 answer = self._threads.submit(self._with(request.settings)._complete, request.input)
                 self._sent[answer] = request
                 answer.add_done_callback(self._finished.put)
-            if request.failure:
-                self.queue.discard(request)
+        finished = [request for request in requests if request.failure]
         with suppress(Empty):
             answer = self._finished.get(timeout=POLL_S)
             while True:
                 request = self._sent.pop(answer)
                 with capture_errors(request):
                     request.output = answer.result()
-                self.queue.discard(request)
+                finished.append(request)
                 answer = self._finished.get_nowait()
+        self.queue.difference_update(finished)
+        return finished
 
     def _complete(self, prompt: Prompt) -> JsonObject:
         with self._translated_errors():

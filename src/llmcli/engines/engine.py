@@ -19,8 +19,9 @@ from llmcli.tasks import ModelCall, Strategy, TaskGenerator, TaskModel, TaskResu
 from llmcli.tasks.fields import reads_error
 from llmcli.text.constraints import parse_json, to_compact_json
 
-MAX_IN_FLIGHT = 512  # records among whose rows a batch is chosen
-CHARACTERS_PER_RECORD = 2**16  # a longer record counts as several: large files are not all in memory
+MIN_WINDOW = 512  # unfinished records among whose rows a batch is chosen
+MAX_CHARACTERS = 2**25  # of the records in flight, and of those that wait: large files are not all in memory
+CHARACTERS_PER_RECORD = 2**10  # beside those of its fields
 
 OnResult = Callable[[Result], None]
 
@@ -73,16 +74,18 @@ class TaskEngine(ABC):
         is_seeded = job.seed is not None and bool(job.settings_field or job.generation.get("do_sample") is not False)
         is_seeded |= job.load_options.tensor_parallel  # All processes run the same batches.
         run = JobRun(self, job, on_text, on_result)
-        with ReadAhead(map(PendingRecord, records), MAX_IN_FLIGHT, attrgetter("size")) as source:
+        with ReadAhead(map(PendingRecord, records), MIN_WINDOW, attrgetter("size"), MAX_CHARACTERS) as source:
             while run.in_flight or not source.has_ended:
-                vacant = MAX_IN_FLIGHT - run.size
-                if not run.in_flight:
-                    run.admit(source.take(vacant, minimum=vacant if is_seeded else 1))
-                elif not is_seeded:
-                    run.admit(source.take(vacant, minimum=0))
+                has_begun = bool(run.in_flight)
+                source.ahead = window = run.window
+                vacant, minimum = window - run.unfinished, 0 if has_begun else 1
+                if is_seeded:
+                    minimum = vacant = vacant if 2 * vacant >= window else 0
+                run.admit(source.take(vacant, minimum=minimum, max_size=MAX_CHARACTERS - run.size))
                 yield from run.pop_finished()
-                run.step()
-                yield from run.pop_finished()
+                if has_begun:  # else, more have arrived while the model was loaded
+                    run.step()
+                    yield from run.pop_finished()
 
 
 @dataclass(slots=True, eq=False)
@@ -94,14 +97,14 @@ class PendingRecord:
     generator: TaskGenerator | None = None  # the task on its way
     call: ModelCall | None = None
     requests: list[Request] = field(default_factory=list)
+    unfinished: int = 0  # of the requests
     result: Result | None = None
-    size: int = field(init=False)  # in records of ordinary length
+    size: int = field(init=False)  # in characters
 
     def __post_init__(self) -> None:
-        length = 0
+        self.size = CHARACTERS_PER_RECORD
         for value in self.record.fields.values():
-            length += len(value if isinstance(value, str) else str(value))
-        self.size = 1 + length // CHARACTERS_PER_RECORD
+            self.size += len(value if isinstance(value, str) else str(value))
 
     def resume(self, outputs: list[Any] | None) -> None:
         """Run the task up to its next model call or its result. `outputs` are those of the last call."""
@@ -116,6 +119,7 @@ class PendingRecord:
             if settings and not self.call.is_final:
                 settings = replace(settings, constraint=None)
             self.requests = [Request(item, settings) for item in self.call.inputs]
+            self.unfinished = len(self.requests)
         except RecordError as exc:
             self.fail(exc)
 
@@ -140,13 +144,6 @@ class PendingRecord:
             raise UsageError(f"{exc.message} in the CSV header", exc.hint)
         self.result = Result(self.record, failure=failure_from(exc))
 
-    @property
-    def has_outputs(self) -> bool:
-        for request in self.requests:  # noqa: SIM110  # asked for hundreds of records after each batch: all() is slower
-            if not request.is_finished:
-                return False
-        return True
-
     def deliver(self) -> None:
         """Resume the task with the outputs of its call; the first failure of a request is the record's."""
         assert self.call
@@ -168,7 +165,7 @@ class JobRun:
 
     def __init__(self, engine: TaskEngine, job: Job, on_text: OnText | None, on_result: OnResult | None) -> None:
         self.in_flight: deque[PendingRecord] = deque()  # in input order
-        self.size = 0  # of the records in flight
+        self.size = self.unfinished = 0  # of the records in flight: characters, and how many have no result
         self._engine, self._job, self._task = engine, job, tasks.load_task(job.task)
         self._on_text, self._on_result = on_text, on_result
         self._reads_error = reads_error(job.parameters)  # a field of the input, then
@@ -176,11 +173,18 @@ class JobRun:
         self._model: EngineModel | None = None
         self._runner: Runner | None = None
         self._unstarted: deque[tuple[PendingRecord, Any]] = deque()  # with what their tasks read from them
-        self._waiting: list[PendingRecord] = []  # for outputs of their model calls
+        self._waiting: dict[Request, PendingRecord] = {}  # for outputs of these requests
+        self._parts = 0  # requests of records that have several
+
+    @property
+    def window(self) -> int:
+        """How many unfinished records should be in flight."""
+        return max(MIN_WINDOW, self._runner.window if self._runner else 0)
 
     def admit(self, admitted: Sequence[PendingRecord]) -> None:
         """Take records in, and start the tasks of those that need the model, as far as there is room."""
         self.in_flight += admitted
+        self.unfinished += len(admitted)
         self.size += sum(pending.size for pending in admitted)
         prepared = [(pending, self._prepare(pending)) for pending in admitted]
         self._unstarted += [(pending, inputs) for pending, inputs in prepared if not pending.result]
@@ -190,7 +194,7 @@ class JobRun:
 
     def _start_tasks(self) -> None:
         """Start tasks in input order while the queue is short: each may have many requests."""
-        while self._unstarted and not (self._waiting and len(self.load().queue) >= MAX_IN_FLIGHT):
+        while self._unstarted and not (self._waiting and len(self.load().queue) >= self.window):
             pending, inputs = self._unstarted.popleft()
             job, strategy = self._job, self._task.strategies[self.find_model().kind]
             if own := pending.settings:
@@ -201,19 +205,17 @@ class JobRun:
             self._dispatch(pending)
 
     def step(self) -> None:
-        """Run one batch, and resume the tasks whose outputs are complete."""
+        """Run one step of the model, and resume the tasks whose outputs are complete."""
         if not self._waiting:
             return
         with self._engine.exclusive:
-            if self._runner and self._runner.queue:
-                self._run_batch(self._runner)
-            waiting, self._waiting = self._waiting, []
-            for pending in waiting:
-                if pending.has_outputs:
+            for request in self._run_model(self.load()):
+                pending = self._waiting.pop(request)
+                pending.unfinished -= 1
+                if not pending.unfinished:
+                    self._parts -= len(pending.requests) if len(pending.requests) > 1 else 0
                     pending.deliver()
                     self._dispatch(pending)
-                else:
-                    self._waiting.append(pending)
             self._start_tasks()
 
     def pop_finished(self) -> Iterator[Result]:
@@ -258,37 +260,41 @@ class JobRun:
 
     def _dispatch(self, pending: PendingRecord) -> None:
         """Queue the requests of a task's call, run them now if they are another job's, or report the result."""
-        while pending.result is None and pending.call and pending.call.job:
-            nested = self._engine.local().run(pending.call.job, [Record(request.input) for request in pending.requests])
+        while pending.result is None and (call := pending.call) and (call.job or not pending.requests):
+            records = [Record(request.input) for request in pending.requests]
+            nested = self._engine.local().run(call.job, records) if call.job else ()
             for request, result in zip(pending.requests, nested, strict=True):
                 request.output, request.failure = result.output, result.failure
             pending.deliver()
         if pending.result is None:
+            self._waiting.update(dict.fromkeys(pending.requests, pending))
+            self._parts += len(pending.requests) if len(pending.requests) > 1 else 0
             self.load().add(pending.requests)
-            self._waiting.append(pending)
         else:
             self._report(pending)
 
-    def _run_batch(self, runner: Runner) -> None:
-        requests = [request for pending in self._waiting for request in pending.requests]
-        on_text, call = None, self._waiting[0].call
+    def _run_model(self, runner: Runner) -> Sequence[Request]:
+        """Return the requests that have finished; if a record has several, wait for one."""
+        first = next(iter(self._waiting.values()))
+        on_text, call, own = None, first.call, first.settings
         # Pieces may be shown only if nothing precedes them: no other record, and no other request.
-        own = self._waiting[0].settings
         is_json = own and own.constraint and "schema" in own.constraint  # A result has it in another notation.
         is_alone = len(self.in_flight) == len(runner.queue) == 1
         if self._on_text and is_alone and call and call.shown is not None and not is_json:
             if call.shown:
                 self._on_text(call.shown)
             on_text = _strip_stream(self._on_text) if call.strip else self._on_text
-            self._waiting[0].call = replace(call, shown=None)  # a server may take several steps
-        if len(requests) <= len(self._waiting):
-            runner.step(on_text)
-        else:
-            finished = sum(request.is_finished for request in requests)
-            with console.working(f"{finished} of {len(requests)} parts"):
-                runner.step(on_text)
+            first.call = replace(call, shown=None)  # a server may take several steps
+        if not self._parts:
+            return runner.step(on_text)
+        finished: Sequence[Request] = ()
+        with console.working(f"{self._parts - len(self._waiting)} of {self._parts} parts"):
+            while not finished:
+                finished = runner.step(on_text)
+        return finished
 
     def _report(self, pending: PendingRecord) -> None:
+        self.unfinished -= 1
         if self._on_result and pending.result:
             self._on_result(pending.result)
 

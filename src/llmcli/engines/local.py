@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from llmcli import console, pipelines, tasks
 from llmcli.engines.batch_runner import BatchRunner
-from llmcli.engines.batching import BatchPolicy, MemoryEstimator, TokenBatchPolicy, probe_memory
+from llmcli.engines.batching import BatchPolicy, TokenBatchPolicy
 from llmcli.engines.engine import TaskEngine
+from llmcli.engines.memory import MemoryEstimator, probe_memory
 from llmcli.engines.model_cache import ModelCache, ModelLease
 from llmcli.errors import ModelTooLargeError, ModelUnavailableError, UsageError
 from llmcli.job import Job
@@ -81,11 +82,10 @@ class LocalEngine(TaskEngine):
         is_fixed |= job.seed is not None and bool(config.do_sample or job.settings_field)
         answer_tokens = config.max_new_tokens or config.max_length or 0
         batches = BatchPolicy(job.batch_size, device, memory, answer_tokens, is_fixed)
-        settings = {} if job.logprobs is None else {"logprobs": job.logprobs}
         options = {"generation_config": config}
         if not is_seq2seq:
             options |= {"can_think": strategy.can_think, "think": job.think, "options": job.template_options}
-        return BatchRunner(pipeline, batches, options, truncate=job.truncate, merge=merge, settings=settings)
+        return BatchRunner(pipeline, batches, options, truncate=job.truncate, merge=merge, logprobs=job.logprobs)
 
 
 class Model:

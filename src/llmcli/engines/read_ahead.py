@@ -4,32 +4,35 @@ import queue
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from math import inf
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
 class ReadAhead(AbstractContextManager["ReadAhead[T]"], Generic[T]):
-    """Items of a slow iterable, as they arrive; those that wait have at most the size `ahead`, except for the last one.
-    The exception of the iterable is raised after its last item."""
+    """Items of a slow iterable, as they arrive. At most `ahead` wait, and their size is at most `max_size`, except for
+    the last one. The exception of the iterable is raised after its last item."""
 
-    def __init__(self, items: Iterable[T], ahead: int, size: Callable[[T], int] = lambda item: 1) -> None:
+    def __init__(
+        self, items: Iterable[T], ahead: int, size: Callable[[T], int] = lambda item: 1, max_size: float = inf
+    ) -> None:
         # A Queue with a maximum would lock and wake four times for each item.
         self._queue: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
         self._vacancy = threading.Event()
-        self._ahead, self._size = ahead, size
+        self.ahead, self._size, self._max_size = ahead, size, max_size
         self._size_read = self._size_taken = 0  # each changed by one thread
         self._iterator = iter(items)
         self._stopped = False
         self.has_ended = False
         threading.Thread(target=self._read, daemon=True).start()
 
-    def take(self, maximum: int, *, minimum: int) -> list[T]:
-        """Return the items that have arrived, until their size is `maximum`; wait only for the first `minimum`."""
+    def take(self, maximum: int, *, minimum: int, max_size: float = inf) -> list[T]:
+        """Return the items that have arrived, up to `maximum` or the size; wait only for the first `minimum`."""
         taken: list[T] = []
         size = 0
-        while size < maximum and not self.has_ended:
-            if waits := size < minimum:
+        while len(taken) < maximum and size < max_size and not self.has_ended:
+            if waits := len(taken) < minimum:
                 self._vacancy.set()
             try:
                 item = self._queue.get(block=waits)
@@ -53,16 +56,19 @@ class ReadAhead(AbstractContextManager["ReadAhead[T]"], Generic[T]):
         self._stopped = True
         self._vacancy.set()
 
+    @property
+    def _is_full(self) -> bool:
+        return self._queue.qsize() >= self.ahead or self._size_read - self._size_taken >= self._max_size
+
     def _read(self) -> None:
         end: BaseException = StopIteration()
         try:
             for item in self._iterator:
                 self._size_read += self._size(item)
                 self._queue.put(item)
-                if self._size_read - self._size_taken >= self._ahead:
+                if self._is_full:
                     self._vacancy.clear()
-                    # Items may just have been taken.
-                    if self._size_read - self._size_taken >= self._ahead and not self._stopped:
+                    if self._is_full and not self._stopped:  # Items may just have been taken.
                         self._vacancy.wait()
                 if self._stopped:
                     return

@@ -4,11 +4,14 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llmcli.errors import LlmcliError, RecordError, first_line
 from llmcli.job import Failure, JsonObject
 from llmcli.text.constraints import to_grammar
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 OnText = Callable[[str], None]
 
@@ -53,16 +56,43 @@ class Request:
         return self.output is not None or self.failure is not None
 
 
+@dataclass(slots=True, eq=False)
+class Row:
+    """A row of a batch: row `index` of its request. If it generates, `max_new_tokens` and `config` are its own."""
+
+    request: Request
+    index: int
+    inputs: dict[str, Any]
+    length: int
+    max_new_tokens: int
+    config: "GenerationConfig | None"
+    constraint: str | None  # as a grammar
+    group: tuple[int, ...]  # rows of one group may share a batch
+
+    @property
+    def total(self) -> int:
+        """Tokens of the row with its answer."""
+        return self.length + self.max_new_tokens
+
+
 class Runner(Protocol):
     """Runs requests. `add` them, then `step` until the queue is empty."""
 
     @property
-    def queue(self) -> Collection[object]: ...
+    def queue(self) -> Collection[object]:
+        """What waits or runs."""
+
+    @property
+    def window(self) -> int:
+        """How much the queue should have."""
 
     def add(self, requests: Sequence[Request]) -> None: ...
 
-    def step(self, on_text: OnText | None = None) -> None:
-        """Run a part of the queue. `on_text` receives the text of a single request while it is generated."""
+    def step(self, on_text: OnText | None = None) -> list[Request]:
+        """Run a part of the queue, and return the requests that have finished since the last call.
+
+        `on_text` receives the text of a single request while it is generated.
+        """
 
 
 class DeviceError(LlmcliError):

@@ -74,7 +74,7 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         return super().start(settings)
 
     def _find_processors(self, settings: BatchSettings) -> LogitsProcessorList | None:
-        """Return the processors of logits of a `SlotBatch`; None if it cannot be used."""
+        """Return what changes the scores of a `SlotBatch`; None if it cannot be used."""
         config, maximum = settings.config, self.max_shared_tokens
         is_plain = config.get_generation_mode() in ("greedy_search", "sample") and key_value_cache(self.model)
         if settings.max_rows == 1:
@@ -207,6 +207,9 @@ class NextTokenPipeline(CausalPipeline):
     postprocess  both, (V,); of one text its input_ids, and as `sampling` the settings by which a token is drawn;
                  truncated, if tokens were cut
     """
+
+    def start(self, settings: BatchSettings) -> RunningBatch:
+        return WholeBatch(self, settings)
 
     def token_texts(self, token: int, before: Sequence[int]) -> str:
         return token_texts(self.tokenizer, [*before[-CONTEXT_TOKENS:], token])[-1]

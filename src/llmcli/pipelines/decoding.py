@@ -1,8 +1,9 @@
 """Choosing the next tokens of rows, and a decoding step that is captured as a CUDA graph."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -13,17 +14,16 @@ from llmcli.compat.transformers import sample_tokens
 from llmcli.errors import first_line
 
 SEED_STRIDE = 0x9E3779B9  # between the seeds of a prompt's sequences: a CPU looks at 32 bits of each
-# transformers' processors by what they read beside the scores: nothing, which tokens are there, and in which order.
+# Each `LogitsProcessor` by what it reads beside the scores: nothing, which tokens are there, and in which order.
 SCORES = ("Warper", "SuppressTokensLogitsProcessor", "InfNanRemoveLogitsProcessor", "LogitNormalization")
 TOKENS = ("RepetitionPenaltyLogitsProcessor",)
 ORDER = ("NoRepeatNGramLogitsProcessor", "NoBadWordsLogitsProcessor", "SequenceBiasLogitsProcessor")
-MINIMUM = ("MinNewTokensLengthLogitsProcessor",)  # counts the tokens after the prompt
 
 
 class RowSampler(LogitsProcessor):  # type: ignore[misc]  # transformers has no types
     """Draws the next tokens of rows, by number: each by a random state of its own if it has a seed.
 
-    As the last of `generate`'s processors, it excludes all other tokens.
+    As the last `LogitsProcessor` of `generate`, it excludes all other tokens.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -62,35 +62,36 @@ def sample_with(sampler: RowSampler) -> Callable[..., torch.Tensor]:
 
 def can_adjust(processors: LogitsProcessorList) -> bool:
     """Return whether `adjust_scores` gives each row what it gets alone."""
-    return all(type(one).__name__.endswith((*SCORES, *TOKENS, *ORDER, *MINIMUM)) for one in processors)
+    return all(type(one).__name__.endswith((*SCORES, *TOKENS, *ORDER)) for one in processors)
 
 
-def adjust_scores(
-    processors: LogitsProcessorList, rows: Sequence[tuple[list[int], int]], scores: torch.Tensor
-) -> torch.Tensor:
-    """Return scores (R, V) as processors of `generate` change them for rows of different lengths.
+class TokenRow(Protocol):
+    """A row of a batch: the tokens of its prompt, and new ones."""
 
-    A row is its tokens, and how many of them are new.
-    """
+    prompt: Sequence[int]
+    tokens: list[int]
+
+
+def adjust_scores(processors: LogitsProcessorList, rows: Sequence[TokenRow], scores: torch.Tensor) -> torch.Tensor:
+    """Return scores (R, V) as each `LogitsProcessor` of `generate` changes them for rows of different lengths."""
     for processor in processors:
         name = type(processor).__name__
-        if name.endswith(MINIMUM):
-            short = [i for i, (_, count) in enumerate(rows) if count < processor.min_new_tokens]
-            if short:
-                scores = scores.clone()
-                scores[torch.tensor(short)[:, None], processor.eos_token_id.cpu()] = -torch.inf
-        elif name.endswith(ORDER):
-            parts = zip(rows, scores.split(1), strict=True)
-            scores = torch.cat([processor(torch.tensor([ids], device=row.device), row) for (ids, _), row in parts])
+        if name.endswith(ORDER):
+            texts = [torch.tensor([[*row.prompt, *row.tokens]], device=scores.device) for row in rows]
+            scores = torch.cat([processor(ids, row) for ids, row in zip(texts, scores.split(1), strict=True)])
         else:
             scores = processor(_pad(rows, scores.device) if name.endswith(TOKENS) else None, scores)
     return scores
 
 
-def _pad(rows: Sequence[tuple[list[int], int]], device: torch.device) -> torch.Tensor:
+def _pad(rows: Sequence[TokenRow], device: torch.device) -> torch.Tensor:
     """Return tokens (R, P) of rows, the shorter ones with their first token repeated."""
-    length = max(len(ids) for ids, _ in rows)
-    return torch.tensor([[ids[0]] * (length - len(ids)) + ids for ids, _ in rows], device=device)
+    length = max(len(row.prompt) + len(row.tokens) for row in rows)
+    ids = np.empty((len(rows), length), np.int64)
+    for i, row in enumerate(rows):
+        ids[i] = row.prompt[0]
+        ids[i, length - len(row.prompt) - len(row.tokens) :] = [*row.prompt, *row.tokens]
+    return torch.from_numpy(ids).to(device)
 
 
 class DecodeGraph:

@@ -1,7 +1,7 @@
 """A batch of a causal language model whose rows leave when they end, and give their places to others."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList
 
 from llmcli.compat.cache import SlotCache, cache_argument, repeat_cache
-from llmcli.compat.transformers import takes
+from llmcli.compat.transformers import takes, uses_sdpa
 from llmcli.pipelines.answers import end_tokens
 from llmcli.pipelines.constraints import RowConstraints
 from llmcli.pipelines.decoding import DecodeGraph, RowSampler, adjust_scores
@@ -65,7 +65,8 @@ class SlotBatch(RunningBatch):
         self._device, self._is_cpu = self._model.device, self._model.device.type == "cpu"
         self._cache = SlotCache(self._device)
         self._graph: DecodeGraph | None = None
-        self._can_capture = self._device.type == "cuda" and self._model.config._attn_implementation == "sdpa"
+        places = {*(getattr(self._model, "hf_device_map", None) or {"": self._device}).values()}
+        self._can_capture = self._device.type == "cuda" and len(places) == 1 and uses_sdpa(self._model)
         self._slots: list[_Sequence | None] = []
         self._rows: dict[int, tuple[GeneratingRow, list[_Sequence]]] = {}  # unfinished
         self._ended: dict[int, Inputs] = {}
@@ -73,8 +74,9 @@ class SlotBatch(RunningBatch):
         self._longest = settings.max_length
         config = settings.config
         self._ends, self._copies = frozenset(end_tokens(config)), config.num_return_sequences or 1
-        self._stops = StopTexts(config.stop_strings) if config.stop_strings else None
-        self._processors = processors
+        self._texts = StopTexts(config.stop_strings) if config.stop_strings else None
+        self._may_stop = bool(self._texts or config.max_time)
+        self._processors, self._minimum = processors, (config.min_new_tokens or 0) if self._ends else 0
         self._constraints: RowConstraints | None = None
         self._sampler = RowSampler(self._device) if config.do_sample else None
         (self._cache_name,) = cache_argument(self._model, self._cache)
@@ -128,18 +130,14 @@ class SlotBatch(RunningBatch):
             cache.batch_repeat_interleave(self._copies)
             mask, logits = (tensor.repeat_interleave(self._copies, 0) for tensor in (mask, logits))
         sequences = [sequence for number, row in rows.items() for sequence in self._make_sequences(number, row)]
-        free = (i for i, known in enumerate(self._slots) if known is None)
+        free = [i for i, known in enumerate(self._slots) if known is None]
         for sequence, slot in zip(sequences, free, strict=False):
             sequence.slot, sequence.begin = slot, self._cache.end - mask.shape[1]
             self._slots[slot] = sequence
         self._cache.put([sequence.slot for sequence in sequences], cache, mask)
-        unforced = []
-        for i, sequence in enumerate(sequences):
-            if forced := self._read_forced_tokens(sequence):
-                self._append(sequence, forced)
-            else:
-                unforced.append(i)
-        if unforced:
+        if self._constraints:
+            self._append_forced_tokens(sequences)
+        if unforced := [i for i, sequence in enumerate(sequences) if not sequence.tokens]:
             self._choose([sequences[i] for i in unforced], logits[unforced])
 
     def _make_sequences(self, number: int, row: GeneratingRow) -> list[_Sequence]:
@@ -148,7 +146,7 @@ class SlotBatch(RunningBatch):
             self._constraints = RowConstraints(self._pipeline.compile_grammar, end_tokens(config))
         made = []
         for i in range(self._copies):
-            decode = self._pipeline.decoder(row.inputs) if self._stops else None
+            decode = self._pipeline.decoder(row.inputs) if self._texts else None
             deadline = time.perf_counter() + (config.max_time or float("inf"))
             ids = row.inputs["input_ids"]
             made.append(_Sequence(self._sequence_count, number, ids, row.max_new_tokens, decode, deadline))
@@ -193,16 +191,7 @@ class SlotBatch(RunningBatch):
         cache = self._cache
         if cache.end + columns > cache.mask.shape[1]:
             self._arrange(len(self._slots), columns)
-        block = np.zeros((3, len(self._slots), columns), np.int64)  # tokens, mask, positions
-        block[1, :, -1] = 1  # Free slots read something too, so that they have no NaN.
-        for slot, sequence in enumerate(self._slots):
-            if sequence:
-                begin, first = sequence.read_count, len(sequence.prompt)
-                part = sequence.tokens[begin : begin + columns]
-                places = range(first + begin, first + begin + len(part))
-                block[:, slot, columns - len(part) :] = part, [1] * len(part), places
-                sequence.read_count += len(part)
-        ids, mask, positions = torch.from_numpy(block).to(self._device)
+        ids, positions, mask = torch.from_numpy(self._make_block(columns)).to(self._device)
         if columns == 1 and (graph := self._find_graph()):
             logits = graph(ids, positions)
         else:
@@ -213,6 +202,29 @@ class SlotBatch(RunningBatch):
             logits = self._call(ids, known.long() if is_padded else None, positions, cache)
         cache.end += columns
         return logits
+
+    def _make_block(self, columns: int) -> np.ndarray:
+        """Return the next tokens of all slots, at the right end, their positions, and a mask (3, B, columns).
+
+        Free slots read something too: without a token, they would have NaN.
+        """
+        if columns == 1:
+            for sequence in self._slots:
+                if sequence:
+                    sequence.read_count += 1
+            tokens = [known.tokens[known.read_count - 1] if known else 0 for known in self._slots]
+            positions = [len(known.prompt) + known.read_count - 1 if known else 0 for known in self._slots]
+            return np.array([tokens, positions, [1] * len(tokens)])[..., None]
+        block = np.zeros((3, len(self._slots), columns), np.int64)
+        block[2, :, -1] = 1
+        for slot, sequence in enumerate(self._slots):
+            if sequence:
+                begin, first = sequence.read_count, len(sequence.prompt)
+                part = sequence.tokens[begin : begin + columns]
+                places = range(first + begin, first + begin + len(part))
+                block[:, slot, columns - len(part) :] = part, places, [1] * len(part)
+                sequence.read_count += len(part)
+        return block
 
     def _call(
         self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: DynamicCache
@@ -239,41 +251,48 @@ class SlotBatch(RunningBatch):
         """Choose the next token of each sequence by its logits (R, V)."""
         scores = logits = logits.to(self._device, torch.float32)
         numbers = [sequence.number for sequence in sequences]
+        if short := [i for i, known in enumerate(sequences) if len(known.tokens) < self._minimum]:
+            scores = scores.clone()
+            scores[torch.tensor(short)[:, None], torch.tensor([*self._ends])] = -torch.inf
         if self._processors:
-            rows = [([*sequence.prompt, *sequence.tokens], len(sequence.tokens)) for sequence in sequences]
-            scores = adjust_scores(self._processors, rows, scores)
+            scores = adjust_scores(self._processors, sequences, scores)
         if self._constraints:
             scores = self._constraints.mask(numbers, scores)
         chosen = self._sampler.draw(numbers, scores) if self._sampler else scores.argmax(-1)
-        measured: Iterable[tuple[np.ndarray, ...] | None] = [None] * len(sequences)
         if self._settings.logprobs is not None:
             measured = measure_logprobs(logits, chosen, self._settings.logprobs)
-        for sequence, token, logprobs in zip(sequences, chosen.tolist(), measured, strict=True):
-            if logprobs is not None:
+            for sequence, logprobs in zip(sequences, measured, strict=True):
                 sequence.logprobs.append(logprobs)
-            self._append(sequence, [token])
-            if self._slots[sequence.slot] is sequence:
-                self._append(sequence, self._read_forced_tokens(sequence))
+        for sequence, token in zip(sequences, chosen.tolist(), strict=True):
+            self._append(sequence, token)
+        if self._constraints:
+            self._append_forced_tokens(sequences)
 
-    def _read_forced_tokens(self, sequence: _Sequence) -> list[int]:
-        if not self._constraints:
-            return []
-        if self._settings.logprobs is None:
-            return self._constraints.read_forced_tokens(sequence.number, sequence.tokens)
-        self._constraints.advance(sequence.number, sequence.tokens)  # A log-probability needs the logits before it.
-        return []
+    def _append_forced_tokens(self, sequences: list[_Sequence]) -> None:
+        """Let matchers read the new tokens of unfinished sequences, and append what must follow these."""
+        assert self._constraints
+        for sequence in sequences:
+            if self._slots[sequence.slot] is not sequence:
+                continue
+            if self._settings.logprobs is not None:  # A log-probability needs the logits before its token.
+                self._constraints.advance(sequence.number, sequence.tokens)
+                continue
+            for token in self._constraints.read_forced_tokens(sequence.number, sequence.tokens):
+                if self._slots[sequence.slot] is sequence:
+                    self._append(sequence, token)
 
-    def _append(self, sequence: _Sequence, tokens: Iterable[int]) -> None:
-        """Append new tokens one by one, until one ends the sequence."""
-        for token in tokens:
-            sequence.tokens.append(token)
-            if self._settings.streamer:
-                self._settings.streamer.put(torch.tensor([token]))
-            is_stop = sequence.decode and self._stops and self._stops.end(sequence.decode, sequence.tokens)
-            is_full = len(sequence.tokens) >= sequence.limit or time.perf_counter() > sequence.deadline
-            if is_stop or is_full or token in self._ends:
-                self._end(sequence)
-                return
+    def _append(self, sequence: _Sequence, token: int) -> None:
+        """Append a new token, which may end the sequence."""
+        sequence.tokens.append(token)
+        if self._settings.streamer:
+            self._settings.streamer.put(torch.tensor([token]))
+        if token in self._ends or len(sequence.tokens) >= sequence.limit or (self._may_stop and self._stops(sequence)):
+            self._end(sequence)
+
+    def _stops(self, sequence: _Sequence) -> bool:
+        """Return whether a stop text, or the time, ends a sequence."""
+        is_late = time.perf_counter() > sequence.deadline
+        return is_late or bool(sequence.decode and self._texts and self._texts.end(sequence.decode, sequence.tokens))
 
     def _end(self, sequence: _Sequence) -> None:
         """Give the slot of a sequence free, and report its row once all sequences of the row have ended."""
@@ -320,7 +339,7 @@ class SlotBatch(RunningBatch):
 
 
 def _group(lengths: Sequence[int], known: int, tokens: int) -> Iterator[list[int]]:
-    """Yield the indices of rows of similar lengths, which are read at once: with padding at most so many tokens."""
+    """Yield the indices of rows of similar lengths, which are read at once: at most `tokens` with padding."""
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if group and (len(group) + 1) * (lengths[i] - known) > tokens:
