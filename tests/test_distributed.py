@@ -234,7 +234,7 @@ def test_tensor_parallel_odd_heads_are_refused_once(tiny, tmp_path):
     AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
     args = ["generate", "the", "-m", tmp_path, "--tensor-parallel"]
     ran = subprocess.run([*TORCHRUN, *args], capture_output=True, timeout=120)
-    assert (ran.returncode, said(ran)[0]) == (1, f"error: {tmp_path} cannot be split among 2 processes")
+    assert (ran.returncode, said(ran)[0]) == (1, "error: this llama model cannot be split among 2 processes")
     assert len(said(ran)) == 2
 
 
@@ -252,6 +252,13 @@ def test_tensor_parallel_unsuitable_options_are_refused(llmcli, tiny, monkeypatc
     monkeypatch.setenv("WORLD_SIZE", size)
     ran = llmcli("generate", "the", "-m", tiny, "--tensor-parallel", *options)
     assert (ran.exit_status, message in ran.stderr) == (2, True)
+
+
+def test_distributed_conversation_is_refused(llmcli, tiny, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ran = llmcli("chat", "-m", tiny)
+    assert (ran.exit_status, ran.stderr) == (2, "error: a conversation cannot run in several processes\n")
 
 
 @pytest.mark.parametrize(

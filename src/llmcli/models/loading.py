@@ -41,7 +41,7 @@ def load(
     weights = _weights(folder, load_options)
     import torch
 
-    from llmcli.compat.transformers import share_key_value_heads, tensor_parallel_settings
+    from llmcli.compat.transformers import share_key_value_heads
 
     device = choose_device(load_options.device)
     if device == "cpu":
@@ -49,14 +49,8 @@ def load(
         share_key_value_heads()
     dtype = choose_dtype(load_options.dtype, device)
     size = _size(weights, torch.finfo(dtype).bits // 8, QUANTIZED_BYTES[load_options.quantize] if quantization else 0)
-    config, placement = read_config(folder, load_options), dict[str, object]()
-    if not load_options.tensor_parallel:
-        placement["device_map"], placement["max_memory"] = _device_map(load_options, device, size)
-    elif placement := tensor_parallel_settings(config, count := world_size()):
-        _device_map(load_options, device, size // count)  # raises if the part of this process does not fit
-    else:
-        message = f"{folder} cannot be split among {count} processes"
-        raise ModelUnavailableError(message, "use another model or number of processes, or leave --tensor-parallel out")
+    config = read_config(folder, load_options)
+    placement = _place(load_options, device, size, config)
     tokenizer = _load_tokenizer(folder, load_options)
     if (folder / "adapter_config.json").is_file():
         console.warning(f"'{folder}' has an adapter beside its weights, which is ignored")
@@ -219,6 +213,22 @@ def _size(weights: list[Path], float_bytes: int, quantized_bytes: float = 0) -> 
         except (SafetensorError, OSError) as exc:
             raise _damaged(file, str(exc)) from exc
     return int(total)
+
+
+def _place(load_options: LoadOptions, device: str, size: int, config: "PreTrainedConfig") -> dict[str, Any]:
+    """Return what `from_pretrained` takes to put the weights of `size` bytes on devices."""
+    from llmcli.compat.transformers import tensor_parallel_settings
+
+    if not load_options.tensor_parallel:
+        device_map, max_memory = _device_map(load_options, device, size)
+        return {"device_map": device_map, "max_memory": max_memory}
+    count, is_known = world_size(), config.model_type in architectures()["split"]
+    if not (is_known and (settings := tensor_parallel_settings(config, count))):
+        message = f"this {config.model_type} model cannot be split among {count} processes"
+        hint = "--tensor-parallel requires a tested architecture whose heads can be divided by the number of processes"
+        raise ModelUnavailableError(message, hint)
+    _device_map(load_options, device, size // count)  # raises if this process's part does not fit
+    return settings
 
 
 def _device_map(
