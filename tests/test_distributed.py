@@ -226,6 +226,14 @@ def test_tensor_parallel_killed_rank_ends_all(command, lines, whole, tmp_path, r
 
 
 @pytest.mark.slow
+def test_tensor_parallel_max_time_is_refused_once(command):
+    args = [*TORCHRUN, *command, "--tensor-parallel", "-o", "max_time=5"]
+    ran = subprocess.run(args, input=b'{"text": "the"}', capture_output=True, timeout=120)
+    assert ran.returncode == 1
+    assert [line[:60] for line in said(ran)] == ["error: --tensor-parallel cannot be used with max_time: the p"]
+
+
+@pytest.mark.slow
 def test_tensor_parallel_odd_heads_are_refused_once(tiny, tmp_path):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

@@ -67,6 +67,8 @@ class DistributedEngine:
         self, job: Job, records: Iterable[Record], on_text: OnText | None, on_result: OnResult | None
     ) -> Iterator[Result]:
         """Let all ranks run the same batches at the same time, each with its part of the model."""
+        if "max_time" in job.generation:
+            raise UsageError("--tensor-parallel cannot be used with max_time: the processes would stop at other tokens")
         if job.seed is None:
             job = replace(job, seed=random.randrange(2**32))
         ranks = range(1, _group().size())
