@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from measure import smollm2
+from measure import generate, smollm2
 
 TOKENS, RUNS, TEXT, WINDOW, STRIDE = 400, 5, 10_000, 1024, 512
 PROMPT = "Once upon a time, in a harbour town far in the north,"
@@ -81,7 +81,7 @@ def ours(pipeline: Any) -> Callable[[], None]:
     config.pad_token_id = pipeline.tokenizer.pad_token_id
 
     def run() -> None:
-        pipeline.forward(pipeline.preprocess(PROMPT), generation_config=config)
+        generate(pipeline, [pipeline.preprocess(PROMPT)], config)
 
     return run
 

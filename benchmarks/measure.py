@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 LLMCLI = str(Path(sys.executable).with_name("llmcli"))  # the console script, as a shell starts it
 
@@ -15,6 +16,20 @@ def smollm2() -> str:
     """The folder of the default model, fetched if need be."""
     pulled = subprocess.run([LLMCLI, "models", "pull", "smollm2"], check=True, capture_output=True, text=True)
     return pulled.stdout.strip()
+
+
+def generate(pipeline: Any, rows: Sequence[Any], config: Any, constraint: str | None = None) -> list[Any]:
+    """Do what the engine does with preprocessed rows of one batch, and return their outputs."""
+    from llmcli.pipelines.running import BatchSettings, GeneratingRow
+
+    new = config.max_new_tokens
+    length = new + max(len(row["input_ids"]) for row in rows)
+    batch = pipeline.start(BatchSettings(config, max_rows=len(rows), max_length=length))
+    batch.add([GeneratingRow(row, new, constraint) for row in rows])
+    outputs: dict[int, Any] = {}
+    while len(outputs) < len(rows):
+        outputs |= batch.step()
+    return [pipeline.postprocess(outputs[i], config) for i in range(len(rows))]
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jsonschema
 import torch
-from measure import LLMCLI, smollm2
+from measure import LLMCLI, generate, smollm2
 
 from llmcli import pipelines
 from llmcli.job import LoadOptions
 from llmcli.models import generation
+from llmcli.pipelines.slots import SlotBatch
 from llmcli.text.constraints import to_grammar
 
 RECORDS, TOKENS, RUNS, BATCH = int(os.environ.get("RECORDS", "500")), 160, 3, 16
@@ -88,17 +90,11 @@ def measure_speed() -> list[str]:
     def run(count: int, options: dict[str, Any], constraint: dict[str, Any] | None, force: bool = True) -> float:
         config = generation.merge(own, options, {"max_new_tokens": TOKENS, "do_sample": False})
         config.eos_token_id = pipeline.find_end_tokens(config)
-        pipeline.max_forced_columns = type(pipeline).max_forced_columns.__get__(pipeline) if force else lambda *_: 0
-        batch = {name: [row[name] for row in rows[:count]] for name in rows[0]}
-        settings = {"constraints": [to_grammar(constraint)] * count} if constraint else {}
-        start = time.perf_counter()
-        output = pipeline.forward(batch, generation_config=config, **settings)
-        elapsed = time.perf_counter() - start
-        tokens = 0
-        for i in range(count):
-            one = {name: value[i : i + 1] if hasattr(value, "shape") else value[i] for name, value in output.items()}
-            tokens += pipeline.postprocess(one, config)["usage"]["completion_tokens"]
-        return tokens / elapsed
+        with mock.patch.object(SlotBatch, "_choose_columns", SlotBatch._choose_columns if force else lambda _: 1):
+            start = time.perf_counter()
+            outputs = generate(pipeline, rows[:count], config, to_grammar(constraint) if constraint else None)
+            elapsed = time.perf_counter() - start
+        return sum(int(output["usage"]["completion_tokens"]) for output in outputs) / elapsed
 
     def ratio(name: str, one: Callable[[], float], other: Callable[[], float]) -> str:
         pairs = [(one(), other()) for _ in range(RUNS + 1)][1:]

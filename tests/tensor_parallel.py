@@ -6,7 +6,6 @@ Those are the list `split` of src/llmcli/models/architectures.toml.
 """
 
 import tempfile
-from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -48,7 +47,7 @@ def compare(model_type: str, size: int) -> str | None:
 
 if __name__ == "__main__":
     quiet_libraries()
-    state = PartialState(cpu=True, timeout=timedelta(seconds=30))
+    state = PartialState(cpu=True)
     for name in CAUSAL:
         found = compare(name, state.num_processes)
         if state.is_main_process and found is not None:

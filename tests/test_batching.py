@@ -2,6 +2,7 @@
 
 import json
 import time
+import weakref
 
 import pytest
 
@@ -99,24 +100,15 @@ def test_equal_records_of_a_greedy_job_run_once(llmcli, tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [2, 7, 40])
-def test_batches_are_as_great_as_memory_allows(llmcli, tiny, monkeypatch, size):
-    from llmcli.pipelines.causal import CausalPipeline
-
-    sizes, whole = [], CausalPipeline._forward
-
-    def forward(self, rows, **settings):
-        sizes.append(len(rows["cut"]))
-        return whole(self, rows, **settings)
-
-    monkeypatch.setattr(CausalPipeline, "_forward", forward)
-    monkeypatch.setattr(MemoryEstimator, "fits", lambda self, tokens: tokens <= size * (2 + 4))
+def test_batches_are_as_great_as_memory_allows(llmcli, tiny, monkeypatch, size, joins):
+    monkeypatch.setattr(MemoryEstimator, "fits", lambda self, tokens, rows: tokens <= size * (2 + 4))
     texts = "the fox\n" * 75
     ran = llmcli("generate", "-m", tiny, "--lines", "--max-new-tokens", 4, "-o", "do_sample=true", stdin=texts.encode())
     assert ran.exit_status == 0
-    assert max(sizes) <= size
-    assert sum(sizes) == 75
+    assert joins.largest <= size
+    assert sum(joins) == 75
     if size < 16:
-        assert max(sizes) > size // 2
+        assert joins.largest > size // 2
 
 
 def test_batches_of_so_many_tokens_are_of_like_length(memory):
@@ -127,43 +119,47 @@ def test_batches_of_so_many_tokens_are_of_like_length(memory):
 
 
 @pytest.fixture
-def forwards(monkeypatch):
-    """The rows of every forward pass. A batch of more padded tokens than `forwards.budget` is out of memory."""
-    from llmcli.pipelines.causal import CausalPipeline
+def joins(monkeypatch):
+    """How many rows joined a batch each time. A batch of more padded tokens than `joins.budget` is out of memory."""
+    from llmcli.pipelines.slots import SlotBatch
 
-    class Forwards(list[int]):
+    class Joins(list[int]):
         budget = 10**9
+        largest = 0  # rows of a batch
 
-    seen, whole = Forwards(), CausalPipeline._forward
+    seen, add, running = Joins(), SlotBatch.add, weakref.WeakKeyDictionary()
 
-    def forward(self, inputs, **settings):
-        lengths = [len(ids) for ids in inputs["input_ids"]]
-        if len(lengths) * max(lengths) > seen.budget:
+    def spy(self, rows, prefix=None):
+        lengths = running.setdefault(self, {})
+        lengths |= {len(lengths) + i: len(row.inputs["input_ids"]) for i, row in enumerate(rows)}
+        together = [lengths[number] for number in self._rows] + [len(row.inputs["input_ids"]) for row in rows]
+        if len(together) * max(together) > seen.budget:
             raise MemoryError
-        seen.append(len(lengths))
-        return whole(self, inputs, **settings)
+        seen.append(len(rows))
+        seen.largest = max(seen.largest, len(together))
+        return add(self, rows, prefix)
 
-    monkeypatch.setattr(CausalPipeline, "_forward", forward)
+    monkeypatch.setattr(SlotBatch, "add", spy)
     return seen
 
 
-def test_one_long_record_does_not_shrink_later_batches(llmcli, chatty, forwards):
+def test_one_long_record_does_not_shrink_later_batches(llmcli, chatty, joins):
     lines = [f"the fox {i}" for i in range(300)]
     lines[3] = "the quick brown fox " * 60
     args = ("generate", "--lines", "-m", chatty, "--max-new-tokens", 1, "--batch-size", 64, "--temperature", 0)
     text = "".join(f"{line}\n" for line in lines).encode()
     whole = llmcli(*args, stdin=text)
-    forwards.clear()
-    forwards.budget = 64 * 20
+    joins.clear()
+    joins.budget = 64 * 20
     ran = llmcli(*args, stdin=text)
     assert (ran.exit_status, ran.stdout) == (0, whole.stdout)
-    assert sum(forwards) == 300
-    assert len(forwards) < 16  # 6 without the long record
+    assert sum(joins) == 300
+    assert joins.largest > 32  # 64 without the long record
     assert "warning: out of memory with a batch of " in ran.stderr
 
 
-def test_record_too_long_for_memory_fails_alone(llmcli, chatty, forwards):
-    forwards.budget = 64
+def test_record_too_long_for_memory_fails_alone(llmcli, chatty, joins):
+    joins.budget = 64
     lines = "the fox\n" * 20 + "the quick brown fox " * 40 + "\n"
     ran = llmcli("generate", "--jsonl", "-m", chatty, "--max-new-tokens", 1, stdin=b"", is_terminal=False)
     ran = llmcli("generate", "--lines", "--json", "-m", chatty, "--max-new-tokens", 1, stdin=lines.encode())
@@ -185,7 +181,7 @@ def test_seed_repeats_a_run_whatever_the_speed(llmcli, tiny, monkeypatch):
     assert llmcli(*args, stdin=lines).stdout == first.stdout
 
 
-def test_rows_near_the_context_length_share_batches(llmcli, tiny, forwards):
+def test_rows_near_the_context_length_share_batches(llmcli, tiny, joins):
     words = [" ".join(["the fox"] * (1 + i % 12)) for i in range(64)]
     text = "".join(f"{line}\n" for line in words).encode()
     args = (
@@ -202,10 +198,10 @@ def test_rows_near_the_context_length_share_batches(llmcli, tiny, forwards):
         "float32",
     )
     alone = llmcli(*args, "--batch-size", 1, stdin=text).records
-    forwards.clear()
+    joins.clear()
     together = llmcli(*args, stdin=text).records
     assert together == alone
-    assert len(forwards) <= 5
+    assert len(joins) <= 5
 
 
 def test_long_records_are_few_in_flight(tiny):

@@ -129,6 +129,24 @@ def test_custom_loop_gets_what_transformers_own_takes(model):
     assert {"attention_mask", "position_ids", "use_cache"} <= set(taken[0])
 
 
+def test_steps_of_generate_read_prompts_and_next_tokens(model):
+    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **settings):
+        logits, settings = transformers.read_next(model, input_ids, settings, generation_config)
+        assert cache.can_select_rows(model, settings, len(input_ids))
+        for rows in ([0, 1, 2], [0, 2], [1]):
+            index = torch.tensor(rows)
+            settings = {name: cache.select_rows(value, index, len(logits)) for name, value in settings.items()}
+            ids = torch.cat([input_ids, logits.argmax(-1, keepdim=True)], 1)[index]
+            with transformers.single_token_context(model):
+                logits, settings = transformers.read_next(model, ids, settings)
+            input_ids = ids
+        return torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+
+    ids, mask = torch.tensor([[5, 6, 7], [1, 8, 9], [7, 6, 5]]), torch.tensor([[1, 1, 1], [0, 1, 1], [1, 1, 1]])
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, custom_generate=decode, **options), model.generate(ids, **options)[2:])
+
+
 def test_eager_attention_is_set_and_reset(model):
     usual = model.config._attn_implementation
     with transformers.eager_attention(model):
@@ -205,10 +223,23 @@ def test_cpu_tells_its_capability():
 
 
 def test_gpu_memory_counts_what_pytorch_holds_but_does_not_use(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (100, 500))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: 70)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda index: 30)
-    assert kernels.free_gpu_memory(1) == 140
+    amounts = {"allocated_bytes.all.current": 30, "allocated_bytes.all.peak": 60, "reserved_bytes.all.current": 70}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 500))
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: amounts)
+    assert kernels.read_memory(torch.device("cuda:1")) == (30, 60, 140)
+
+
+def test_modules_of_devices_tell_their_memory():
+    """What `read_memory` and `has_failed_accelerator` call, where there is no device to call it on."""
+    assert torch.get_device_module() is getattr(
+        torch, (torch.accelerator.current_accelerator() or torch.device("cpu")).type
+    )
+    for module in (torch.cuda, torch.xpu):
+        names = "mem_get_info memory_stats memory_reserved reset_peak_memory_stats get_device_properties"
+        for name in (*names.split(), "is_initialized", "device_count", "synchronize", "empty_cache"):
+            assert callable(getattr(module, name))
+    for name in ("current_allocated_memory", "recommended_max_memory", "empty_cache"):
+        assert callable(getattr(torch.mps, name))
 
 
 def test_byte_level_decoder_is_told_by_its_name(tiny):

@@ -257,14 +257,14 @@ def test_a_surprise_in_one_record_harms_no_other(generate, monkeypatch, step):
 def test_one_bad_forward_pass_harms_no_other(generate, monkeypatch):
     from llmcli.pipelines.causal import CausalPipeline
 
-    forward = CausalPipeline._forward
+    pad = CausalPipeline.pad
 
-    def fails_for_foxes(self, inputs, **settings):
-        if any("fox" in text for text in map(self.tokenizer.decode, inputs["input_ids"])):
+    def fails_for_foxes(self, rows, **settings):
+        if any("fox" in text for text in map(self.tokenizer.decode, rows)):
             raise RuntimeError("no foxes")
-        return forward(self, inputs, **settings)
+        return pad(self, rows, **settings)
 
-    monkeypatch.setattr(CausalPipeline, "_forward", fails_for_foxes)
+    monkeypatch.setattr(CausalPipeline, "pad", fails_for_foxes)
     ran = generate("--lines", "--json", stdin=b"the dog\nthe fox\nthe sun\n")
     assert [record.get("error", {}).get("message") for record in ran.records] == [None, "RuntimeError: no foxes", None]
 

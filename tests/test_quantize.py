@@ -163,7 +163,7 @@ def gpu(monkeypatch):
     """A GPU for which everything is decided, but on which nothing can be loaded."""
     monkeypatch.setattr(loading, "choose_device", lambda name: "cuda:0" if name == "auto" else name)
     monkeypatch.setattr(loading, "choose_dtype", lambda name, device: torch.bfloat16)
-    monkeypatch.setattr(kernels, "free_gpu_memory", lambda index: 10**9)
+    monkeypatch.setattr(kernels, "read_memory", lambda device: (0, 0, 10**9))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_quantize_on_gpu_loads_through_bitsandbytes(llmcli, chatty, gpu, monkeyp
 def test_quantize_on_gpu_too_small_is_refused(llmcli, chatty, gpu, monkeypatch):
     """bitsandbytes has no layers in main memory, of which there is enough."""
     monkeypatch.setattr(quantizer, "find_spec", lambda name: name)
-    monkeypatch.setattr(kernels, "free_gpu_memory", lambda index: 1000)
+    monkeypatch.setattr(kernels, "read_memory", lambda device: (0, 0, 1000))
     ran = llmcli("generate", "the", "-m", chatty, "--quantize", "int4")
     assert (ran.exit_status, "but only 1.0 kB is available" in ran.stderr) == (4, True)
 

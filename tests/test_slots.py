@@ -4,6 +4,7 @@ import random
 
 import pytest
 import transformers
+from conftest import WORDS
 from test_architectures import CAUSAL, TEXTS, make, make_pipeline
 
 from llmcli.compat.transformers import uses_sdpa
@@ -179,3 +180,18 @@ def test_a_graph_is_made_again_for_another_size(llama, captured):
     batch.add([GeneratingRow(llama.preprocess(text), 12) for text in TEXTS.near * 4])
     batch.step()
     assert captured == [(24, 600), (32, 600)]
+
+
+@pytest.mark.parametrize("way", ["plain", "captured"])
+def test_records_have_the_same_text_at_every_batch_size(llmcli, tiny, way, request):
+    choose = random.Random(5)
+    lines = "".join(f"{' '.join(choose.choices(WORDS, k=choose.randint(1, 30)))}\n" for _ in range(60)).encode()
+    ends = ["-o", f"eos_token_id={list(range(5, 300, 9))}"]
+    options = ("-m", tiny, "--lines", "--temperature", "0", "--dtype", "float32", "--max-new-tokens", "30", *ends)
+    alone = llmcli("generate", *options, "--batch-size", "1", stdin=lines)
+    assert alone.exit_status == 0
+    if way == "captured":
+        request.getfixturevalue("captured")
+    for size in ("7", "auto"):
+        ran = llmcli("generate", *options, "--batch-size", size, stdin=lines)
+        assert (ran.exit_status, ran.stdout) == (0, alone.stdout)

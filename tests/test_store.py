@@ -676,8 +676,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from llmcli.compat import torch as compat
 
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(compat, "free_gpu_memory", lambda index: 10 * GIGABYTE)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(compat, "read_memory", lambda device: (0, 0, 10 * GIGABYTE))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * GIGABYTE))
 
 
@@ -685,10 +685,14 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     ("options", "device", "size", "expected"),
     [
         ({}, "cuda", 8, ({"": "cuda"}, None)),
-        ({}, "cuda", 12, ("auto", None)),
+        ({}, "cuda", 12, ("auto", {0: 9, 1: 9, "cpu": 90})),
+        ({}, "xpu", 12, ("auto", {0: 9, 1: 9, "cpu": 90})),
         ({"max_memory": 20 * GIGABYTE}, "cuda", 12, ("auto", {0: 9, 1: 9, "cpu": 20})),
         ({"device": "cuda:1"}, "cuda:1", 9.5, ({"": "cuda:1"}, None)),
-        ({"device": "cuda:1", "offload_folder": "disk"}, "cuda:1", 50, ("auto", {1: 9, "cpu": 100})),
+        ({"device": "cuda:1", "offload_folder": "disk"}, "cuda:1", 50, ("auto", {1: 9, "cpu": 90})),
+        ({"device": "mps", "offload_folder": "disk"}, "mps", 50, ("auto", {"mps": 9, "cpu": 0})),
+        ({"device": "mps"}, "mps", 9.5, ({"": "mps"}, None)),
+        ({"device": "cpu", "offload_folder": "disk"}, "cpu", 50, ("auto", {"cpu": 90})),
         ({"device": "cpu"}, "cpu", 99, ({"": "cpu"}, None)),
     ],
 )
@@ -706,14 +710,29 @@ def test_device_map_leaves_headroom_and_obeys_max_memory(options, device, size, 
 def test_device_map_warns_of_offload_to_main_memory(capsys):
     from llmcli.models import loading
 
-    assert loading._device_map(LoadOptions(), "cuda", 30 * GIGABYTE) == ("auto", None)
+    assert loading._device_map(LoadOptions(), "cuda", 30 * GIGABYTE)[0] == "auto"
     assert "warning: model does not fit in GPU memory" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("gpus")
+def test_device_map_leaves_other_gpus_alone_if_one_suffices(monkeypatch):
+    from llmcli.compat import torch as compat
+    from llmcli.models import loading
+
+    asked = []
+    monkeypatch.setattr(compat, "read_memory", lambda device: (asked.append(str(device)), 0, 10 * GIGABYTE))
+    assert loading._device_map(LoadOptions(), "cuda", 8 * GIGABYTE) == ({"": "cuda"}, None)
+    assert loading._device_map(LoadOptions(), "cuda:1", 8 * GIGABYTE) == ({"": "cuda:1"}, None)  # a rank of several
+    assert asked == ["cuda:0", "cuda:1"]
 
 
 @pytest.mark.usefixtures("gpus")
 def test_device_map_refuses_a_model_larger_than_its_gpu():
     from llmcli.errors import ModelTooLargeError
     from llmcli.models import loading
+
+    with pytest.raises(ModelTooLargeError, match=r"requires 110.0 GB of memory, but only 108.0 GB is available"):
+        loading._device_map(LoadOptions(), "cuda", 110 * GIGABYTE)  # A part of it would be on disk.
 
     with pytest.raises(ModelTooLargeError, match=r"requires 12.0 GB of memory, but only 10.0 GB is available"):
         loading._device_map(LoadOptions(device="cuda:1"), "cuda:1", 12 * GIGABYTE)

@@ -1,5 +1,6 @@
 """The warm worker: the same results as without it, for many calls at once, and for as long as it is wanted."""
 
+import functools
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from processes import check_line_by_line, is_running, start, wait_until
-from transformers import Pipeline
+from transformers import LlamaForCausalLM
 from workers import LONG, end, jobs, settle
 
 from llmcli import engines, pipelines
@@ -362,7 +363,7 @@ def test_worker_documents_over_limit_fail_their_record(local_worker, llmcli, cha
 def test_broken_device_ends_job_and_worker(local_worker, chatty, monkeypatch):
     job = Job("generate", str(chatty), {"max_new_tokens": 5, "do_sample": False})
     with monkeypatch.context() as patched:
-        patched.setattr(Pipeline, "forward", raises(RuntimeError("CUDA error: an illegal memory access\nmore")))
+        patched.setattr(LlamaForCausalLM, "forward", raises(RuntimeError("CUDA error: an illegal memory access\nmore")))
         with pytest.raises(LlmcliError, match=r"device failed: CUDA error: an illegal memory access$"):
             ask(job, "the quick", "dog")
     wait_until(lambda: local_worker.is_finished)
@@ -373,7 +374,7 @@ def test_broken_device_ends_job_and_worker(local_worker, chatty, monkeypatch):
 def test_model_that_fails_is_loaded_again(local_worker, chatty, monkeypatch):
     job = Job("generate", str(chatty), {"max_new_tokens": 5, "do_sample": False})
     with monkeypatch.context() as patched:
-        patched.setattr(Pipeline, "forward", raises(RuntimeError("tensor is on the meta device")))
+        patched.setattr(LlamaForCausalLM, "forward", raises(RuntimeError("tensor is on the meta device")))
         (result,) = ask(job, "the quick")
     assert result.failure.type == "internal_error"
     wait_until(lambda: not len(local_worker.models))
@@ -382,6 +383,7 @@ def test_model_that_fails_is_loaded_again(local_worker, chatty, monkeypatch):
 
 
 def raises(exc):
+    @functools.wraps(LlamaForCausalLM.forward)
     def raise_it(*args, **settings):
         raise exc
 

@@ -50,6 +50,10 @@ class ModelTooLargeError(ModelUnavailableError):
     """The model does not fit in the memory that is available."""
 
 
+class DeviceError(LlmcliError):
+    """The device has failed. Nothing can run on it in this process any more."""
+
+
 class RecordError(LlmcliError):
     """One record cannot be run; the others can. `kind` becomes the field `error.type` of the output."""
 

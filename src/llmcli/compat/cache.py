@@ -1,12 +1,16 @@
 """transformers' cache of keys and values: how to recognize it, one that grows in place, and one whose rows change."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import repeat
+from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import ModelOutput
 
 from llmcli.compat.transformers import takes
 
@@ -152,6 +156,29 @@ def growing_cache(model: PreTrainedModel, config: GenerationConfig) -> DynamicCa
     return cache
 
 
+def cached_layers(model: PreTrainedModel, config: PreTrainedConfig) -> list[tuple[int, float]]:
+    """Return for each layer with attention how many numbers it keeps of a token, and of how many tokens at most."""
+    is_latent = any(hasattr(module, "expand_kv") for module in model.modules())
+    found = []
+    try:
+        layers = DynamicCache(config=config).layers
+        for layer, own in zip(layers, getattr(config, "per_layer_config", None) or repeat(config), strict=False):
+            if isinstance(layer, DynamicLayer):
+                heads, rotary = own.num_attention_heads, getattr(own, "qk_rope_head_dim", None)
+                if rotary:
+                    expanded = heads * (own.qk_nope_head_dim + rotary + own.v_head_dim)
+                    size = own.kv_lora_rank + rotary if is_latent else expanded
+                else:
+                    get = partial(getattr, own)
+                    is_single = get("multi_query", False) and not get("new_decoder_architecture", False)
+                    shared = 1 if is_single else get("num_key_value_heads", None) or get("num_kv_heads", heads)
+                    size = 2 * shared * (get("head_dim", None) or own.hidden_size // heads)
+                found.append((size, getattr(layer, "sliding_window", None) or math.inf))
+    except Exception:  # The config of a model's own code may lack anything.
+        found.clear()
+    return found
+
+
 def key_value_cache(model: PreTrainedModel) -> DynamicCache | None:
     """Return an empty cache to read a text in parts, or None if the model keeps anything other than keys and values."""
     if cache := growing_cache(model, model.generation_config):
@@ -183,3 +210,30 @@ def repeat_cache(cache: DynamicCache, rows: int) -> DynamicCache:
     cache = copy.deepcopy(cache)
     cache.batch_repeat_interleave(rows)
     return cache
+
+
+def can_select_rows(model: PreTrainedModel, settings: Mapping[str, Any], total: int) -> bool:
+    """Return whether `select_rows` finds all that a model keeps of its rows, of which there are `total`.
+
+    Some models keep states in their modules, or in a cache of their own that beam search cannot use either.
+    """
+    others = [value for value in settings.values() if not isinstance(value, torch.Tensor | ModelOutput | int) and value]
+    if not all(isinstance(cache, Cache) and _reorders_all(type(cache)) for cache in others):
+        return False
+    own = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    return not any(state.dim() > 1 and len(state) == total for state in own)
+
+
+def _reorders_all(kind: type[Cache]) -> bool:
+    return next(owner for owner in kind.__mro__ if "reorder_cache" in vars(owner)).__module__ == kind.__module__
+
+
+def select_rows(value: Any, rows: torch.Tensor, total: int, dimension: int = -2) -> Any:
+    """Return what a forward pass takes beside tokens for some rows of that total. A cache changes in place."""
+    if isinstance(value, Cache):
+        value.reorder_cache(rows)  # `batch_select_indices` leaves the states of linear attention out
+    elif isinstance(value, ModelOutput):
+        return type(value)(**{name: select_rows(item, rows, total, 0) for name, item in value.items()})
+    elif isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[dimension] == total:
+        return value.index_select(dimension, rows.to(value.device))  # Positions may have a dimension before the rows'.
+    return value

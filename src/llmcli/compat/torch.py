@@ -22,11 +22,33 @@ def has_fast_bfloat16() -> bool:
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def free_gpu_memory(gpu: torch.device | int) -> int:
-    """Return the bytes of a GPU that new tensors may take: free ones, and those that PyTorch holds but does not use."""
-    # transformers' get_max_memory adds up the same two, but initializes every GPU of the machine to do so.
-    unused = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
-    return int(torch.cuda.mem_get_info(gpu)[0] + unused)
+def has_failed_accelerator() -> bool:
+    """Return whether an accelerator that this process uses is broken: then all that it is asked for fails."""
+    module = torch.get_device_module()
+    is_used = torch.accelerator.is_available() and getattr(module, "is_initialized", bool)()
+    try:
+        for index in range(module.device_count() if is_used else 0):
+            if module.memory_reserved(index):  # Otherwise, this would initialize a device that is not used.
+                module.synchronize(index)
+    except RuntimeError:
+        return True
+    return False
+
+
+def read_memory(device: torch.device) -> tuple[int, int, int]:
+    """Return the bytes of an accelerator that tensors take, their peak or 0 if it is not known, and what is left."""
+    # PyTorch holds more than tensors take. transformers' get_max_memory initializes every GPU of the machine.
+    if device.type == "mps":
+        used = torch.mps.current_allocated_memory()
+        return used, 0, torch.mps.recommended_max_memory() - used
+    module = torch.get_device_module(device)
+    try:
+        free, _ = module.mem_get_info(device)
+    except (AttributeError, NotImplementedError, RuntimeError):  # some drivers of Intel's do not tell
+        free = module.get_device_properties(device).total_memory - module.memory_reserved(device)
+    stats = module.memory_stats(device)  # once: each function for a single one reads them all
+    used, held = (stats.get(f"{name}_bytes.all.current", 0) for name in ("allocated", "reserved"))
+    return used, stats.get("allocated_bytes.all.peak", 0), free + held - used
 
 
 def can_pack_bfloat16() -> bool:

@@ -16,7 +16,27 @@ from transformers.quantizers import HfQuantizer
 
 # transformers' loop for greedy decoding and sampling, with what `generate` passes to a `custom_generate`.
 sample_tokens = transformers.GenerationMixin._sample
+# In this context, experts compute in the way that is faster for single tokens.
+single_token_context = transformers.GenerationMixin._optimize_model_for_decode
 FIXED_ROPE_TYPES = {None, "default", "linear", "llama3", "yarn"}
+
+
+def read_next(
+    model: PreTrainedModel, ids: torch.Tensor, settings: dict[str, Any], config: GenerationConfig | None = None
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Return the logits (B, V) after rows of tokens (B, T), and what the next forward pass takes beside tokens.
+
+    It reads the last tokens, or prompts if there is a config, as transformers' loop does.
+    """
+    if config:
+        output = model._prefill(ids, config, settings)
+    else:
+        length = 1 if settings["use_cache"] else None
+        inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=length, **settings)
+        output = model(**inputs, return_dict=True)
+    is_seq2seq = model.config.is_encoder_decoder
+    settings = model._update_model_kwargs_for_generation(output, settings, is_encoder_decoder=is_seq2seq)
+    return output.logits[:, -1].to(ids.device, torch.float32, copy=True), settings
 
 
 def read_processors(model: PreTrainedModel, config: GenerationConfig) -> LogitsProcessorList:

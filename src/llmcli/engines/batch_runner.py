@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from llmcli import console
 from llmcli.engines.batching import BatchPolicy
-from llmcli.engines.requests import OnText, Request, RequestSettings, Row, capture_errors, is_out_of_memory
+from llmcli.engines.requests import OnText, Request, RequestSettings, Row, capture_errors
 from llmcli.errors import LlmcliError, RecordError, UsageError
 from llmcli.job import JsonObject
+from llmcli.models.devices import device_error, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig, Pipeline
@@ -132,9 +133,8 @@ class BatchRunner:
 
     def _find_candidates(self) -> list[Row]:
         """Return the row that has waited longest, and all rows that may share a batch with it."""
-        running = {*self._running.values()}
-        rows = [row for row in self.queue if row not in running] if running else [*self.queue]
-        if not rows or len(self.queue) == 1:
+        rows = [*self.queue]
+        if len(rows) == 1:
             return rows
         first, maximum = rows[0], self.pipeline.max_batched_tokens
         if maximum is not None:  # The model computes longer rows otherwise than alone.
@@ -162,13 +162,14 @@ class BatchRunner:
 
     def _generate(self, on_text: OnText | None) -> None:
         """Go on with the running batch, or start one. Rows join it as soon as a quarter of its places is free."""
-        start, count = time.perf_counter(), len(self._running)
-        if not count:
+        start, count, known = time.perf_counter(), len(self._running), self._settings
+        if not (count and known):
             self._start_batch(on_text)
-        elif self._can_add and 4 * count <= 3 * self._places and count < min(len(self.queue), self._last_refusal):
-            self._let_join()
+        elif self._can_add and 4 * count <= 3 * known.max_rows and count < min(len(self.queue), self._last_refusal):
+            self._let_join(known)
         assert self._batch
-        count, places = len(self._running), self._places
+        assert self._settings
+        count, places = len(self._running), self._settings.max_rows
         if count > max(1, len(self.policy.largest)):
             self.policy.largest = self._own_lengths(self._running.values())
         outputs = self._batch.step()
@@ -185,45 +186,50 @@ class BatchRunner:
     def _can_add(self) -> bool:
         return self._batch is not None and self._batch.can_add
 
-    @property
-    def _places(self) -> int:
-        """How many rows the running batch may have now."""
-        return min(self.policy.size, self._settings.max_rows) if self._settings else 0
-
     def _start_batch(self, on_text: OnText | None) -> None:
         """Start with the row that has waited longest and similar ones: in the last batch, if it is suited."""
         from llmcli.pipelines.answers import DeltaStreamer
         from llmcli.pipelines.running import BatchSettings
 
         rows, last = self._find_candidates(), self._settings
-        lengths = self._own_lengths(rows)
-        chosen = [rows[i] for i in self.policy.choose(lengths)]
-        max_rows, longest = self.policy.plan(lengths, len(chosen))
-        max_length = max(row.total for row, length in zip(rows, lengths, strict=True) if length <= longest)
-        config, streamer = chosen[0].config, None
+        chosen = [rows[i] for i in self.policy.choose(self._own_lengths(rows))]
+        config, longest, limit = chosen[0].config, max(row.total for row in chosen), self.pipeline.max_shared_tokens
         assert config
-        if on_text and max_rows == 1 and self._is_single:
-            streamer = DeltaStreamer(self.pipeline.decoder(chosen[0].inputs), config.stop_strings or (), on_text)
-        is_larger = last is None or max_rows > last.max_rows or max_length > last.max_length
-        if not self._can_add or is_larger or streamer or chosen[0].group != self._group:
-            self._batch, self._added = None, 0
-            self._settings = BatchSettings(config, self._logprobs, streamer, self.on_token, max_rows, max_length)
+        max_rows, max_length, streamer = self.policy.size, longest, None
+        if len(rows) > 1:
+            if limit and longest <= limit:  # Longer rows would keep the others from leaving the batch when they end.
+                rows = [row for row in rows if row.total <= limit]
+            lengths = self._own_lengths(rows)
+            max_rows, max_own = self.policy.plan(lengths, self._own_lengths(chosen))
+            totals = [row.total for row, length in zip(rows, lengths, strict=True) if length <= max_own]
+            max_length = max([longest, *totals])
+        elif on_text or len(self.queue) > 1:  # No other row may join.
+            max_rows = 1
+            if on_text and self._is_single:
+                streamer = DeltaStreamer(self.pipeline.decoder(chosen[0].inputs), config.stop_strings or (), on_text)
+        is_suited = self._can_add and chosen[0].group == self._group and self._added < self.window
+        if last and is_suited and max_length <= last.max_length and min(max_rows, last.max_rows) > 1:
+            last.max_rows = max_rows
+        else:
+            given = config, self._logprobs, streamer, self.on_token, max_rows, max_length, self.policy.is_fixed
+            self._batch, self._added, self._settings = None, 0, BatchSettings(*given)
         if len(chosen) > 1:
             self.policy.memory.start_batch()
         self._add_rows(chosen)
 
-    def _let_join(self) -> None:
-        """Add the row that has waited longest, and similar ones, if they are suited to the running batch."""
-        assert self._settings
-        self._last_refusal = len(self._running)
-        rows, maximum = self._find_candidates(), self._settings.max_length
-        if rows and rows[0].group == self._group and rows[0].total <= maximum:
-            rows = [row for row in rows if row.total <= maximum]
-            lengths, running = self._own_lengths(rows), self._own_lengths(self._running.values())
-            max_rows, _ = self.policy.plan(lengths + running, len(running))
-            # A batch that was started when few rows waited makes way for a larger one.
-            if min(max_rows, self.policy.size) <= self._settings.max_rows:
-                self._add_rows([rows[i] for i in self.policy.choose(lengths, running, self._places)])
+    def _let_join(self, settings: "BatchSettings") -> None:
+        """Add rows that are suited to the running batch. The others wait, but not for ever."""
+        running = {*self._running.values()}
+        self._last_refusal = len(running)
+        first = next(row for row in self.queue if row not in running)
+        is_suited = first.group == self._group and first.total <= settings.max_length
+        if is_suited or self._added < self.window:
+            rows = [row for row in self.queue if row.group == self._group and row.total <= settings.max_length]
+            rows = [row for row in rows if row not in running]
+            if rows:
+                lengths, known = self._own_lengths(rows), self._own_lengths(running)
+                settings.max_rows, _ = self.policy.plan(lengths, known)
+                self._add_rows([rows[i] for i in self.policy.choose(lengths, known, settings.max_rows)])
 
     def _add_rows(self, rows: list[Row]) -> None:
         from llmcli.pipelines.running import GeneratingRow
@@ -253,7 +259,9 @@ class BatchRunner:
     def _recover(self, exc: Exception) -> None:
         """Leave the rows of a failed batch to smaller batches if it was out of memory, else to batches of one row."""
         rows, self._running, self._batch = [*self._running.values()], {}, None
-        if len(rows) == 1 and (not self._config or self._places == 1):
+        if error := device_error(exc):
+            raise error from exc
+        if len(rows) == 1 and (not self._config or self._added == 1):
             with capture_errors(rows[0].request):
                 raise exc
             self._finish(rows[0].request)
@@ -262,7 +270,7 @@ class BatchRunner:
             console.warning(f"out of memory with a batch of {len(rows)} records; retrying with smaller batches")
         else:
             for row in rows:
-                row.group = (id(row),)
+                row.group = (id(row),)  # alone
 
     def _own_lengths(self, rows: Collection[Row]) -> list[int]:
         """Return the tokens of each row after the prefix, and those that it may generate beyond the job's maximum."""

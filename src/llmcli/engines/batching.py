@@ -36,7 +36,7 @@ class BatchPolicy:
         self._tokens_per_row = TOKENS_PER_ROW.get(device, TOKENS_PER_ROW_ACCELERATOR)
         self._answer_tokens = answer_tokens
         self._is_settled = is_fixed or size is not None
-        self._is_fixed = is_fixed
+        self.is_fixed = is_fixed
         self._best_speed = 0.0
         self._forget_steps()
 
@@ -51,7 +51,7 @@ class BatchPolicy:
         If rows are `running`, return those that join them, up to `size` rows: none if memory does not allow it.
         """
         room = (size or self.size) - len(running)
-        while room:
+        while room > 0:
             batch = self._select(lengths, room)
             together = [*running, *(lengths[i] for i in batch)]
             if len(together) == 1 or self._fits(len(together), max(together)):
@@ -59,13 +59,17 @@ class BatchPolicy:
             room = max(not running, self._measure([lengths[i] for i in batch]) // 2)
         return []
 
-    def plan(self, lengths: Sequence[int], count: int) -> tuple[int, int]:
-        """Return how many rows a batch may come to have, `count` at first, and the longest of `lengths` to join it."""
-        longest = next((length for length in sorted({*lengths})[::-1] if self._fits(count, length)), max(lengths))
-        rows = min(self._max_size, 2 ** (len(lengths) - 1).bit_length())
-        while rows > count and not self._fits(rows, longest):
-            rows //= 2
-        return max(rows, count), longest
+    def plan(self, lengths: Sequence[int], chosen: Sequence[int]) -> tuple[int, int]:
+        """Return how many rows a batch of the `chosen` ones may come to have, and the maximum of their lengths.
+
+        The maximum is by the `lengths` of those that wait. The few that are far longer would make all others longer.
+        """
+        ordered, others = sorted(lengths), self.shared_tokens + self._answer_tokens
+        limit = 2 * (ordered[len(ordered) * 7 // 8] + others) - others
+        fitting = (length for length in reversed(ordered) if length <= limit and self._fits(len(chosen), length))
+        longest = max(next(fitting, 0), *chosen)
+        sizes = range(self.size, len(chosen), -1)
+        return next((size for size in sizes if self._fits(size, longest)), len(chosen)), longest
 
     def observe_step(self, ended: int, speed: float, is_full: bool) -> None:
         """Note the speed of a step of a running batch, and how many of its rows have ended."""
@@ -78,7 +82,7 @@ class BatchPolicy:
 
     def observe(self, lengths: Sequence[int], tokens_per_second: float) -> None:
         """Note the speed of a batch, 0 if it is unknown, and the memory that it has taken."""
-        self.memory.observe(self._count_tokens(len(lengths), max(lengths)))
+        self.memory.observe(self._count_tokens(len(lengths), max(lengths)), len(lengths))
         rows = self._measure(lengths)
         # The last rows of an input tell nothing about a full batch.
         if self._is_settled or rows <= self.size // 2 or not tokens_per_second:
@@ -104,8 +108,8 @@ class BatchPolicy:
         return rows * (self.shared_tokens + longest + self._answer_tokens)
 
     def _fits(self, rows: int, longest: int) -> bool:
-        fits = self.memory.is_below_failure if self._is_fixed else self.memory.fits
-        return fits(self._count_tokens(rows, longest))
+        tokens = self._count_tokens(rows, longest)
+        return self.memory.is_below_failure(tokens) if self.is_fixed else self.memory.fits(tokens, rows)
 
     def _select(self, lengths: Sequence[int], size: int) -> list[int]:
         """Return the indices of the first row and of rows of similar length, at most `size`.

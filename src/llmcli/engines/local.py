@@ -13,11 +13,12 @@ from llmcli import console, pipelines, tasks
 from llmcli.engines.batch_runner import BatchRunner
 from llmcli.engines.batching import BatchPolicy, TokenBatchPolicy
 from llmcli.engines.engine import TaskEngine
-from llmcli.engines.memory import MemoryEstimator, probe_memory
+from llmcli.engines.memory import MemoryEstimator, make_estimate, probe_memory
 from llmcli.engines.model_cache import ModelCache, ModelLease
 from llmcli.errors import ModelTooLargeError, ModelUnavailableError, UsageError
 from llmcli.job import Job
 from llmcli.models import generation, registry, store
+from llmcli.models.devices import is_out_of_memory
 from llmcli.models.folder_check import check_folder
 from llmcli.models.loading import quiet_libraries, translated_errors
 from llmcli.tasks import Strategy
@@ -45,7 +46,7 @@ class LocalEngine(TaskEngine):
     def make_runner(self, job: Job, strategy: Strategy, model: "Model") -> BatchRunner:
         pipeline = model.pipeline
         device = pipeline.device.type
-        memory = MemoryEstimator(partial(probe_memory, pipeline.model))
+        memory = partial(MemoryEstimator, partial(probe_memory, pipeline.model))
         parameters, defaults = strategy.parameters(job, model), strategy.defaults
         if job.think is not None or job.template_options:
             if not getattr(pipeline, "is_chat", False):
@@ -55,9 +56,9 @@ class LocalEngine(TaskEngine):
         is_fixed = job.load_options.tensor_parallel  # All processes run the same batches.
         if defaults is None:
             # A batch that is only read is measured in tokens, unless the user says how many rows it has.
-            policy = BatchPolicy if job.batch_size else TokenBatchPolicy
-            batches = policy(job.batch_size, device, memory, is_fixed=is_fixed)
-            return BatchRunner(pipeline, batches, parameters, truncate=job.truncate)
+            kind = BatchPolicy if job.batch_size else TokenBatchPolicy
+            policy = kind(job.batch_size, device, memory(make_estimate(pipeline.model)), is_fixed=is_fixed)
+            return BatchRunner(pipeline, policy, parameters, truncate=job.truncate)
         from transformers import set_seed
 
         is_seq2seq = pipeline.model.config.is_encoder_decoder
@@ -81,7 +82,8 @@ class LocalEngine(TaskEngine):
         # A seed repeats a run only if the batches do not depend on speed and free memory.
         is_fixed |= job.seed is not None and bool(config.do_sample or job.settings_field)
         answer_tokens = config.max_new_tokens or config.max_length or 0
-        batches = BatchPolicy(job.batch_size, device, memory, answer_tokens, is_fixed)
+        estimate = make_estimate(pipeline.model, (config.num_beams or 1) * (config.num_return_sequences or 1))
+        batches = BatchPolicy(job.batch_size, device, memory(estimate), answer_tokens, is_fixed)
         options = {"generation_config": config}
         if not is_seq2seq:
             options |= {"can_think": strategy.can_think, "think": job.think, "options": job.template_options}
@@ -150,7 +152,9 @@ class Model:
         with suspended_garbage_collection(), console.working(f"loading {self._job.model}"):
             try:
                 return pipelines.load(kind, self.folder, self._job.load_options)
-            except MemoryError as exc:
+            except Exception as exc:
+                if not is_out_of_memory(exc):
+                    raise
                 raise ModelTooLargeError(f"{self._job.model} does not fit in memory", "use a smaller model") from exc
 
     def _find_kind(self) -> str:

@@ -2,7 +2,6 @@
 
 import gc
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -103,12 +102,8 @@ class ModelCache:
 
     def _load(self, load: Load) -> "Pipeline":
         """Load a model. As long as it is too large, unload the idle model that was used least recently."""
+        return_freed_memory()  # The model is sized by what is free.
         while True:
-            if "torch" in sys.modules:
-                import torch
-
-                if torch.accelerator.is_available():  # The model is sized by what is free, without freed tensors.
-                    getattr(torch.accelerator, "empty_cache", torch.cuda.empty_cache)()  # torch 2.6 has only the latter
             try:
                 return load()
             except ModelTooLargeError:
@@ -116,24 +111,23 @@ class ModelCache:
                     idle = {key: model for key, model in self._models.items() if not model.users}
                 if not idle:
                     raise
-                key = min(idle, key=lambda key: idle[key].last_used)
-                console.notice(f"low memory; unloaded {idle[key].name}")
-                if not self._evict([key]):
-                    raise
+            # Out here, the exception no longer holds what was loaded.
+            key = min(idle, key=lambda key: idle[key].last_used)
+            console.notice(f"low memory; unloaded {idle[key].name}")
+            self._evict([key])
 
-    def _evict(self, keys: list[Hashable]) -> bool:
-        """Unload the models that are idle, and return whether any was."""
+    def _evict(self, keys: list[Hashable]) -> None:
+        """Unload those of the models that are idle."""
         with self._lock:
             idle = [key for key in keys if key in self._models and not self._models[key].users]
             for key in idle:
                 del self._models[key]
         if not idle:
-            return False
+            return
         gc.unfreeze()  # Models are frozen when they are loaded.
         gc.collect()
         gc.freeze()
         return_freed_memory()
-        return True
 
 
 class ModelLease:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llmcli.errors import LlmcliError, RecordError, first_line
+from llmcli.errors import LlmcliError, RecordError
 from llmcli.job import Failure, JsonObject
+from llmcli.models.devices import device_error, is_out_of_memory
 from llmcli.text.constraints import to_grammar
 
 if TYPE_CHECKING:
@@ -95,10 +96,6 @@ class Runner(Protocol):
         """
 
 
-class DeviceError(LlmcliError):
-    """The device is broken. Nothing can run on it in this process any more."""
-
-
 @contextmanager
 def capture_errors(request: Request) -> Iterator[None]:
     """Record an exception as the failure of a request, unless it concerns the whole job."""
@@ -109,10 +106,10 @@ def capture_errors(request: Request) -> Iterator[None]:
     except LlmcliError:
         raise
     except Exception as exc:
+        if error := device_error(exc):
+            raise error from exc
         if is_out_of_memory(exc):
             request.failure = Failure("out_of_memory", "out of memory")
-        elif type(exc).__name__ == "AcceleratorError" or any(text in str(exc) for text in ("CUDA error", "HIP error")):
-            raise DeviceError(f"device failed: {first_line(exc)}", "run again, or use --device cpu") from exc
         else:
             reason = str(exc).strip() or "no reason given"
             request.failure = Failure("internal_error", f"{type(exc).__name__}: {reason}")
@@ -121,14 +118,3 @@ def capture_errors(request: Request) -> Iterator[None]:
 def failure_from(exc: RecordError) -> Failure:
     """Return the failure of a record, with the hint in the same sentence."""
     return Failure(exc.kind, f"{exc.message}: {exc.hint}" if exc.hint else exc.message)
-
-
-def is_out_of_memory(exc: Exception) -> bool:
-    """Return whether a batch failed for lack of memory, on any device."""
-    if isinstance(exc, MemoryError):
-        return True
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    # accelerate knows the messages of CUDA, XPU, MPS and PyTorch's CPU allocator, but not these.
-    more = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "not enough memory", "can't allocate memory")
-    return bool(should_reduce_batch_size(exc)) or any(text in str(exc) for text in more)

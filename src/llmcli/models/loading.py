@@ -17,6 +17,7 @@ from llmcli import console
 from llmcli.config import world_size
 from llmcli.errors import LlmcliError, ModelTooLargeError, ModelUnavailableError, UsageError
 from llmcli.job import LoadOptions
+from llmcli.models.devices import device_error, is_out_of_memory
 from llmcli.models.folder_check import check_folder
 from llmcli.models.memory import available_memory, keep_freed_memory
 
@@ -30,7 +31,7 @@ FLOATS = {"F64", "F32", "F16", "BF16"}  # what dtype applies to; other tensors s
 EMBEDDING_TOKENS = 512  # of a text, for a sentence encoder that states no limit
 QUANTIZED_BYTES = {"int8": 1, "int4": 0.5625}  # of a weight with its share of the scale, in bitsandbytes
 QUANTIZED_NAME = re.compile(r"(?!.*\bexperts\b).*\.\d+\.")  # of the matrices that it quantizes
-HEADROOM = 0.9  # of a GPU's free memory for weights; the rest is for activations and the KV cache
+HEADROOM = 0.9  # of the free memory for weights; the rest is for activations and the KV cache
 
 
 def load(
@@ -112,9 +113,13 @@ def translated_errors(folder: Path) -> Iterator[None]:
     """Turn whatever a library raises at the files of a model into ModelUnavailableError."""
     try:
         yield
-    except (LlmcliError, MemoryError):
+    except LlmcliError:
         raise
     except Exception as exc:
+        if error := device_error(exc):
+            raise error from exc
+        if is_out_of_memory(exc):
+            raise
         lines = [line.strip() for line in str(exc).splitlines() if line.strip()] or [type(exc).__name__]
         text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
         if type(exc).__name__ == "SafetensorError":
@@ -237,22 +242,27 @@ def _device_map(
     """Return device_map and max_memory. Raises ModelUnavailableError if `size` bytes of weights do not fit."""
     import torch
 
-    from llmcli.compat.torch import free_gpu_memory
+    from llmcli.compat.torch import read_memory
 
+    kind, _, index = device.partition(":")
     memory = load_options.max_memory or available_memory()
-    spread = load_options.device == "auto" and device == "cuda"
-    gpus: dict[int, int] = {}
-    if device.startswith("cuda"):
-        indices = range(torch.cuda.device_count()) if spread else [torch.device(device).index or 0]
-        gpus = {index: free_gpu_memory(index) for index in indices}
-    # transformers leaves headroom itself, but only if it is given no limits.
-    limits: dict[int | str, int] = {"cpu": memory}
-    limits |= {index: int(HEADROOM * free) for index, free in gpus.items()}
+    if kind != "cpu" and load_options.quantize != "none":
+        memory = 0  # bitsandbytes has no layers in main memory
+    spread = load_options.device == "auto" and kind in ("cuda", "xpu") and not index
+    free: dict[int | str, int] = {}  # by accelerator
+    if kind == "mps":  # Its memory is the main memory.
+        free["mps"], memory = min(memory, read_memory(torch.device(device))[2]), 0
+    elif kind != "cpu":
+        free[int(index or 0)] = read_memory(torch.device(kind, int(index or 0)))[2]
+    if spread and size > HEADROOM * free[0]:  # The others stay untouched otherwise: a context takes memory.
+        free |= {i: read_memory(torch.device(kind, i))[2] for i in range(1, torch.accelerator.device_count())}
+    # transformers leaves headroom itself, but only on a single GPU, and if it is given no limits.
+    limits = {place: int(HEADROOM * room) for place, room in free.items()}
+    limits["cpu"] = memory if load_options.max_memory else int(HEADROOM * memory)
     if load_options.offload_folder:
         Path(load_options.offload_folder).mkdir(parents=True, exist_ok=True)
         return "auto", limits
-    is_quantized = load_options.quantize != "none"  # bitsandbytes has no layers in main memory
-    available = sum(gpus.values()) + (0 if gpus and (is_quantized or not spread) else memory)
+    available = sum((limits if spread else free or {"cpu": memory}).values())
     if size > available:
         from rich.filesize import decimal
 
@@ -262,11 +272,11 @@ def _device_map(
             f"model requires {decimal(size)} of memory, but only {decimal(available)} is available",
             hint="use a smaller model or --dtype bfloat16, or run it from disk, slowly: --offload-folder PATH",
         )
-    if not spread or size <= HEADROOM * gpus[0]:
+    if not spread or size <= limits[0]:
         return {"": device}, None
-    if size > HEADROOM * sum(gpus.values()):
+    if size > sum(limits[place] for place in free):
         console.warning("model does not fit in GPU memory; a part of it stays in main memory, which is slow")
-    return "auto", limits if load_options.max_memory else None
+    return "auto", limits
 
 
 def _damaged(path: Path, reason: str) -> ModelUnavailableError:

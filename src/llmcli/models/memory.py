@@ -67,8 +67,13 @@ def use_one_arena() -> None:
 
 
 def return_freed_memory() -> None:
-    """Return free memory to the system."""
+    """Return free memory to the system and to the accelerator, for other models and processes."""
     _call_glibc("malloc_trim", 0)
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.accelerator.is_available():
+            torch.get_device_module().empty_cache()
 
 
 def _call_glibc(name: str, *args: int) -> None:

@@ -2,7 +2,7 @@
 
 import bisect
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import groupby
@@ -26,6 +26,7 @@ from llmcli.pipelines.constraints import ConstraintProcessor, GrammarCompiler, R
 from llmcli.pipelines.decoding import RowSampler, sample_with
 from llmcli.pipelines.logprobs import TokenLogprobs, describe_logprobs
 from llmcli.pipelines.running import BatchSettings, RunningBatch, WholeBatch
+from llmcli.pipelines.segments import SegmentedBatch, decode_in_segments
 from llmcli.pipelines.spelling import PENDING
 from llmcli.pipelines.stopping import NewTextStopCriteria, RowLimitCriteria
 from llmcli.text.splitting import first_stop, stop_prefix
@@ -204,18 +205,19 @@ class GeneratingPipeline(TextPipeline):
 
     def start(self, settings: BatchSettings) -> RunningBatch:
         """Return an empty batch."""
-        return WholeBatch(self, settings)
+        return SegmentedBatch(self, settings) if SegmentedBatch.is_possible(settings) else WholeBatch(self, settings)
 
     def _generate(
         self, inputs: Inputs, ids: torch.Tensor, mask: torch.Tensor, config: GenerationConfig, *, start: int,
         max_new_tokens: Sequence[int] | None = None, criteria: Sequence[StoppingCriteria] = (),
         streamer: BaseStreamer | None = None, cache: DynamicCache | None = None,
         constraints: Sequence[str | None] | None = None, seeds: Sequence[int | None] | None = None,
-        logprobs: int | None = None,
+        logprobs: int | None = None, is_segmented: bool = False,
     ) -> Inputs:  # fmt: skip
         """Return the new sequences: what the model puts after `start` tokens, padding included.
 
-        Rows may have grammars and seeds of their own. `logprobs` is the number of alternatives to each token.
+        Rows may have grammars and seeds of their own. `logprobs` is the number of alternatives to each token. If
+        segmented, return as `parts` an iterator, which goes on until rows end, over what there is and those rows.
         """
         ends = [*criteria]
         if config.stop_strings:
@@ -239,12 +241,14 @@ class GeneratingPipeline(TextPipeline):
         settings: dict[str, Any] = {"logits_processor": LogitsProcessorList([constraint])} if constraint else {}
         if (constraint or seeds) and not is_plain and config.do_sample:
             raise UsageError("sampled beams cannot be used with a constraint or with seeds of records")
+        sampler, copies = RowSampler(ids.device), config.num_return_sequences or 1
         if seeds and config.do_sample:
-            sampler, copies = RowSampler(ids.device), config.num_return_sequences or 1
             for i, seed in enumerate(seeds):
                 for copy in range(copies if seed is not None else 0):
                     sampler.add(i * copies + copy, seed or 0, copy)
             settings["custom_generate"] = sample_with(sampler)
+        if is_segmented:
+            settings["custom_generate"] = decode_in_segments(sampler)
         with recorder or nullcontext():
             sequences = self.model.generate(
                 input_ids=ids,
@@ -255,14 +259,22 @@ class GeneratingPipeline(TextPipeline):
                 **cache_argument(self.model, cache),
                 **settings,
             )
-        sequences = getattr(sequences, "sequences", sequences)[:, start:]
-        outputs = {} if recorder is None else recorder.outputs(len(ids))
-        if constraint:
-            outputs["completion"] = constraint.completion(sequences.tolist(), max_new_tokens).reshape(len(ids), -1)
-        if max_new_tokens:
-            outputs["max_new_tokens"] = max_new_tokens
-        sequences = sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True)
-        return {"sequences": sequences, **outputs, **inputs}
+
+        def describe(sequences: torch.Tensor, rows: Sequence[int]) -> Inputs:
+            sequences = sequences[:, start:]
+            outputs = {} if recorder is None else recorder.outputs(len(ids))
+            if constraint:
+                states = constraint.completion(sequences.tolist(), max_new_tokens, rows)
+                outputs["completion"] = states.reshape(len(ids), -1)
+            if max_new_tokens:
+                outputs["max_new_tokens"] = max_new_tokens
+            sequences = sequences.reshape(len(ids), -1, sequences.shape[1]).numpy(force=True)
+            return {"sequences": sequences, **outputs, **inputs}
+
+        if is_segmented:
+            parts = sequences if isinstance(sequences, Iterator) else [(sequences, range(len(ids)))]
+            return {"parts": ((describe(*part), part[1]) for part in parts)}
+        return describe(getattr(sequences, "sequences", sequences), range(len(ids)))
 
     @functools.cached_property
     def compile_grammar(self) -> GrammarCompiler:

@@ -2,7 +2,7 @@
 
 import functools
 import os.path
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -136,14 +136,18 @@ class ConstraintProcessor(LogitsProcessor):  # type: ignore[misc]  # transformer
             self._rows.advance(i, tokens)
         return self._rows.mask(range(len(scores)), scores)
 
-    def completion(self, sequences: Sequence[list[int]], limits: Sequence[int] | None) -> np.ndarray:
-        """Return the state of each sequence of new tokens, as `RowConstraints.end` does.
+    def completion(
+        self, sequences: Sequence[list[int]], limits: Sequence[int] | None, ended: Collection[int]
+    ) -> np.ndarray:
+        """Return the state of each sequence of new tokens, as `RowConstraints.end` does, if its prompt's have ended.
 
         Padding follows the limit of a prompt, if it has one.
         """
         count = len(sequences) // self._count  # returned for each prompt
         states = np.ones(len(sequences), np.uint8)
         for place, tokens in enumerate(sequences):
+            if place // count not in ended:
+                continue
             i = place // count * self._copies + place % count
             states[place] = self._rows.end(i, tokens[: limits[place // count]] if limits else tokens)
         return states

@@ -62,7 +62,13 @@ def sample_with(sampler: RowSampler) -> Callable[..., torch.Tensor]:
 
 def can_adjust(processors: LogitsProcessorList) -> bool:
     """Return whether `adjust_scores` gives each row what it gets alone."""
-    return all(type(one).__name__.endswith((*SCORES, *TOKENS, *ORDER)) for one in processors)
+    return all(kind_of(one) in (*SCORES, *TOKENS, *ORDER) for one in processors)
+
+
+def kind_of(processor: LogitsProcessor) -> str:
+    """Return the name of a `LogitsProcessor`, without what tells warpers from each other."""
+    name = type(processor).__name__
+    return "Warper" if name.endswith("Warper") else name
 
 
 class TokenRow(Protocol):
@@ -75,12 +81,12 @@ class TokenRow(Protocol):
 def adjust_scores(processors: LogitsProcessorList, rows: Sequence[TokenRow], scores: torch.Tensor) -> torch.Tensor:
     """Return scores (R, V) as each `LogitsProcessor` of `generate` changes them for rows of different lengths."""
     for processor in processors:
-        name = type(processor).__name__
-        if name.endswith(ORDER):
+        kind = kind_of(processor)
+        if kind in ORDER:
             texts = [torch.tensor([[*row.prompt, *row.tokens]], device=scores.device) for row in rows]
             scores = torch.cat([processor(ids, row) for ids, row in zip(texts, scores.split(1), strict=True)])
         else:
-            scores = processor(_pad(rows, scores.device) if name.endswith(TOKENS) else None, scores)
+            scores = processor(_pad(rows, scores.device) if kind in TOKENS else None, scores)
     return scores
 
 

@@ -1,7 +1,7 @@
 """Batches that generate step by step: rows leave them when they end, and others may join."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,9 +25,9 @@ class GeneratingRow(NamedTuple):
     seed: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class BatchSettings:
-    """What applies to all rows of a batch."""
+    """What applies to all rows of a batch. Only `max_rows` may change while it runs."""
 
     config: "GenerationConfig"
     logprobs: int | None = None  # how many alternatives to each token; None: no log-probabilities
@@ -35,6 +35,7 @@ class BatchSettings:
     on_token: Callable[[], None] | None = None  # called after each token; may raise
     max_rows: int = 1  # that will be in the batch at any time
     max_length: int = 0  # tokens of the longest row that may be added later, answer included
+    is_fixed: bool = False  # whether the moments at which rows leave must not depend on time
 
 
 class RunningBatch(ABC):
@@ -83,7 +84,10 @@ class WholeBatch(RunningBatch):
     def step(self) -> "dict[int, Inputs]":
         outputs = self._pipeline.forward(self._inputs, **self._options)
         self.speed = self._timer.speed
+        return self._split(outputs, range(self._count))
+
+    def _split(self, outputs: "Inputs", rows: Iterable[int]) -> "dict[int, Inputs]":
         return {
             i: {name: value[i : i + 1] if hasattr(value, "shape") else value[i] for name, value in outputs.items()}
-            for i in range(self._count)
+            for i in rows
         }

@@ -7,12 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from llmcli.compat.cache import cache_argument, key_value_cache
+from llmcli.compat.torch import read_memory
 from llmcli.errors import UsageError
 from llmcli.io.units import round_float32
+from llmcli.models.memory import available_memory
 from llmcli.pipelines.base import CausalTextPipeline, Inputs, Parameters, as_batch, check_finite, check_tokens, make_row
 from llmcli.pipelines.spelling import first_token_bytes, token_texts
 
-LOGITS = 2**27  # numbers that a model with a cache may return at once: 0.5 GB in float32
+BYTES_PER_LOGIT = 16  # of free memory, for each number that a model with a cache returns at once
+LOGITS = 2**27  # of these numbers on a CPU at most: 0.5 GB in float32
 SLICE = 2**22  # of these, looked at together: a CPU's caches hold no more
 
 
@@ -60,14 +63,19 @@ class ScoringPipeline(CausalTextPipeline):
         batch = as_batch(inputs)
         (ids, mask), (targets, _) = self.pad(batch["input_ids"]), self.pad(batch["targets"])
         length = ids.shape[1]
-        width = max(1, LOGITS // (len(ids) * self.model.config.get_text_config().vocab_size))
+        is_cpu = self.device.type == "cpu"
+        free = available_memory() if is_cpu else read_memory(self.device)[2]
+        logits = min(free // BYTES_PER_LOGIT, LOGITS if is_cpu else free)
+        if self.model.tp_size:  # All processes read parts of the same length.
+            logits = LOGITS
+        width = max(1, logits // (len(ids) * self.model.config.get_text_config().vocab_size))
         cache = key_value_cache(self.model) if width < length and self.can_read_in_parts(length) else None
         settings = cache_argument(self.model, cache) or {"use_cache": False}
         parts = []
         for start in range(0, length, width if cache else length):
             part = slice(start, start + (width if cache else length))
             output = self.model(input_ids=ids[:, part], attention_mask=mask[:, : part.stop], **settings)
-            parts.append(_target_logprobs(output.logits, targets[:, part]))
+            parts.append(_target_logprobs(output.logits, targets[:, part], SLICE if is_cpu else logits // 8))
         return {"logprobs": torch.cat(parts, dim=1).numpy(force=True), **inputs}
 
     def postprocess(self, windows: Sequence[Inputs], token_logprobs: bool = False) -> Inputs:
@@ -105,9 +113,9 @@ def windows(length: int, first: int, size: int, stride: int) -> Iterator[tuple[i
             break
 
 
-def _target_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the log probability of each target (B, P), from logits (B, P, V)."""
-    size = max(1, SLICE // logits.shape[-1])
+def _target_logprobs(logits: torch.Tensor, targets: torch.Tensor, numbers: int) -> torch.Tensor:
+    """Return the log probability of each target (B, P), from logits (B, P, V), `numbers` of them at a time."""
+    size = max(1, numbers // logits.shape[-1])
     parts = zip(logits.flatten(0, 1).split(size), targets.flatten().split(size), strict=True)
     losses = [torch.nn.functional.cross_entropy(part.float(), of, reduction="none") for part, of in parts]
     return -torch.cat(losses).view(targets.shape)

@@ -106,7 +106,7 @@ class SlotBatch(RunningBatch):
             while self._rows:
                 self._advance()
                 passes += 1
-                is_late = time.perf_counter() - start > REPORT_S
+                is_late = not self._settings.is_fixed and time.perf_counter() - start > REPORT_S
                 if (self.can_add and not could_add) or (is_late and (self._ended or self.can_add)):
                     break
         self.speed = passes / (time.perf_counter() - start)
@@ -301,6 +301,9 @@ class SlotBatch(RunningBatch):
         if any(self._slots[known.slot] is known for known in sequences):
             return
         del self._rows[sequence.row]
+        if self._sampler:
+            for known in sequences:
+                self._sampler.remove(known.number)
         length, padding = max(len(known.tokens) for known in sequences), self._pipeline.tokenizer.pad_token_id
         ids = np.full((1, self._copies, length), padding)
         for i, known in enumerate(sequences):
@@ -330,7 +333,7 @@ class SlotBatch(RunningBatch):
             total = width + max(SPARE_COLUMNS, width // 4, columns)
         else:  # The size should stay the same, as a graph holds for one size.
             total = max(self._longest, width + columns) + SPARE_COLUMNS_ACCELERATOR
-            total, rows = max(self._cache.mask.shape[1], _round_up(total, 64)), _round_up(rows, 8)
+            total, rows = max(self._cache.mask.shape[1], _round_up(total, 64)), _round_up(rows, 8 if rows > 1 else 1)
         shift = width - self._cache.end
         self._cache.arrange([i for i, _ in used], rows, total, width)
         self._slots = [*(known for _, known in used), *[None] * (rows - len(used))]

@@ -4,7 +4,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -79,17 +79,19 @@ class DeviceLock(AbstractContextManager["DeviceLock"]):
         if "torch" in sys.modules:
             import torch
 
-            if self._rng_states:
-                cpu, *cuda = self._rng_states
-                torch.set_rng_state(cpu)
-                torch.cuda.set_rng_state_all(cuda)
-            else:
-                torch.seed()  # No job's random numbers follow from the seed of another.
+            with suppress(RuntimeError):  # of a device that has failed: what the job runs next raises it too
+                if self._rng_states:
+                    cpu, *cuda = self._rng_states
+                    torch.set_rng_state(cpu)
+                    torch.cuda.set_rng_state_all(cuda)
+                else:
+                    torch.seed()  # No job's random numbers follow from the seed of another.
 
     def _release(self) -> None:
         if "torch" in sys.modules:
             import torch
 
-            cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-            self._rng_states = [torch.get_rng_state(), *cuda]
+            self._rng_states = [torch.get_rng_state()]
+            with suppress(RuntimeError):
+                self._rng_states += torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         self._lock.release()

@@ -4,6 +4,7 @@ import math
 import os
 import resource
 import socketserver
+import sys
 import threading
 import time
 import traceback
@@ -18,12 +19,13 @@ from llmcli import console
 from llmcli.engines.batch_runner import BatchRunner
 from llmcli.engines.local import LocalEngine, Model
 from llmcli.engines.model_cache import ModelCache, ModelLease
-from llmcli.engines.requests import DeviceError, failure_from
+from llmcli.engines.requests import failure_from
 from llmcli.engines.worker import protocol
 from llmcli.engines.worker.device_lock import DeviceLock, FairLock
 from llmcli.engines.worker.protocol import Connection, ConnectionClosedError, MessageTooLargeError
-from llmcli.errors import ExitStatus, LlmcliError
+from llmcli.errors import DeviceError, ExitStatus, LlmcliError
 from llmcli.job import Failure, Job, JsonObject, Record
+from llmcli.models.devices import device_error
 from llmcli.models.memory import use_one_arena
 from llmcli.tasks import Strategy
 
@@ -46,6 +48,10 @@ def serve(keep_alive_s: float | None) -> None:
     with Worker(math.inf if keep_alive_s is None else keep_alive_s) as worker:
         while not worker.is_finished:
             worker.handle_request()
+    if worker.is_broken:
+        console.warning("device failed; restarting")
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # A device that stays open may keep this process's memory.
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
@@ -61,6 +67,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self.models = ModelCache(keep_alive_s)
         self.device_lock = FairLock()
         self.jobs = 0
+        self.is_broken = False
         self._keep_alive_s = keep_alive_s
         self._last_used = time.monotonic()
         self._state_lock = threading.RLock()
@@ -124,7 +131,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
                 self._lock.release()
 
     def stop(self) -> None:
-        self._is_stopped = True
+        self._is_stopped, self.is_broken = True, False
 
     def server_close(self) -> None:
         self.drain()
@@ -206,12 +213,14 @@ class ClientHandler(socketserver.BaseRequestHandler):
                             except MessageTooLargeError as exc:
                                 send(result=({}, "", failure_from(exc)))
             send(done=True)
-        except LlmcliError as exc:
-            if isinstance(exc, DeviceError):  # Another process can use the device.
-                self.server.drain()
-            send(error=(None, exc.message, exc.hint, exc.status, traceback.format_exc()))
         except Exception as exc:
-            send(error=(type(exc).__name__, str(exc), None, ExitStatus.FAILED, traceback.format_exc()))
+            known = exc if isinstance(exc, LlmcliError) else device_error(exc)
+            if isinstance(known, DeviceError):
+                self.server.is_broken = True  # Only another process can use the device.
+                self.server.drain()
+            unknown = type(exc).__name__, str(exc), None, ExitStatus.FAILED
+            error = (None, known.message, known.hint, known.status) if known else unknown
+            send(error=(*error, traceback.format_exc()))
         finally:
             # A model that may be broken is loaded again by the next call.
             lease.release(0 if is_broken else job.keep_alive if job else None)
