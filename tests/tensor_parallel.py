@@ -24,7 +24,7 @@ def compare(model_type: str, size: int) -> str | None:
     """Return how a tiny model of that type differs from its split copy, or "" if it does not; None if there is none."""
     try:
         config = small_config(model_type, is_causal=True)
-        settings = tensor_parallel_settings(config, size)
+        settings = tensor_parallel_settings(config, size, [config.model_type])
         with torch.device("meta"):
             meta = AutoModelForCausalLM.from_config(config)
         if not settings or sum(parameter.numel() for parameter in meta.parameters()) > MAX_PARAMETERS:

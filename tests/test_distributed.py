@@ -251,8 +251,12 @@ def test_tensor_parallel_odd_heads_are_refused_once(tiny, tmp_path):
     [
         ("1", (), "--tensor-parallel requires several processes\nhint: start it with torchrun"),
         ("2", ("--quantize", "int4"), "--tensor-parallel cannot be used with --quantize"),
-        ("2", ("--offload-folder", "x"), "--tensor-parallel cannot be used with --quantize or --offload-folder"),
-        ("2", ("--endpoint", "http://127.0.0.1:1"), "--tensor-parallel cannot be used with --endpoint"),
+        (
+            "2",
+            ("--offload-folder", "x"),
+            "--tensor-parallel cannot be used with --quantize, --offload-folder or --endpoint",
+        ),
+        ("2", ("--endpoint", "http://127.0.0.1:1"), "cannot be used with --quantize, --offload-folder or --endpoint"),
     ],
 )
 def test_tensor_parallel_unsuitable_options_are_refused(llmcli, tiny, monkeypatch, size, options, message):

@@ -1,7 +1,4 @@
-"""One run by several processes: rank 0 deals out the records, and collects every rank's results in input order.
-
-With tensor parallelism, every rank runs all records with its part of the model, and rank 0 alone has results.
-"""
+"""One run by several processes: rank 0 deals out the records, and collects every rank's results in input order."""
 
 import os
 import random
@@ -170,13 +167,12 @@ def _deal(records: Iterable[Record], remotes: list[_RemoteRank]) -> Iterator[Rec
 def _join(job: Job) -> None:
     """Join the other processes. Messages go over the CPU (gloo), tensors of parts of a model from GPU to GPU (NCCL)."""
     import torch
-    from accelerate import PartialState
 
+    has_nccl = job.load_options.tensor_parallel and torch.cuda.is_available()
+    timeout = LOAD_TIMEOUT if has_nccl else timedelta(seconds=JOIN_TIMEOUT_S)
     try:
         with console.working("waiting for the other processes"):
-            if job.load_options.tensor_parallel and torch.cuda.is_available():
-                torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=LOAD_TIMEOUT)
-            PartialState(cpu=True, timeout=timedelta(seconds=JOIN_TIMEOUT_S))
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=timeout)
             _group()
     except (RuntimeError, ValueError) as exc:
         why, *_ = str(exc).split("\n")

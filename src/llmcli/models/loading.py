@@ -42,7 +42,7 @@ def load(
     weights = _weights(folder, load_options)
     import torch
 
-    from llmcli.compat.transformers import share_key_value_heads
+    from llmcli.compat.transformers import share_key_value_heads, tensor_parallel_settings
 
     device = choose_device(load_options.device)
     if device == "cpu":
@@ -51,7 +51,12 @@ def load(
     dtype = choose_dtype(load_options.dtype, device)
     size = _size(weights, torch.finfo(dtype).bits // 8, QUANTIZED_BYTES[load_options.quantize] if quantization else 0)
     config = read_config(folder, load_options)
-    placement = _place(load_options, device, size, config)
+    parts = world_size() if load_options.tensor_parallel else 1
+    device_map, max_memory = _device_map(load_options, device, size // parts)
+    placement: dict[str, Any] = {"device_map": device_map, "max_memory": max_memory}
+    if parts > 1 and not (placement := tensor_parallel_settings(config, parts, architectures()["split"])):
+        hint = "--tensor-parallel requires a tested architecture whose heads can be divided by the number of processes"
+        raise ModelUnavailableError(f"this {config.model_type} model cannot be split among {parts} processes", hint)
     tokenizer = _load_tokenizer(folder, load_options)
     if (folder / "adapter_config.json").is_file():
         console.warning(f"'{folder}' has an adapter beside its weights, which is ignored")
@@ -139,8 +144,7 @@ def quiet_libraries() -> None:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.simplefilter("ignore")
-    for name in ("accelerate", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -218,22 +222,6 @@ def _size(weights: list[Path], float_bytes: int, quantized_bytes: float = 0) -> 
         except (SafetensorError, OSError) as exc:
             raise _damaged(file, str(exc)) from exc
     return int(total)
-
-
-def _place(load_options: LoadOptions, device: str, size: int, config: "PreTrainedConfig") -> dict[str, Any]:
-    """Return what `from_pretrained` takes to put the weights of `size` bytes on devices."""
-    from llmcli.compat.transformers import tensor_parallel_settings
-
-    if not load_options.tensor_parallel:
-        device_map, max_memory = _device_map(load_options, device, size)
-        return {"device_map": device_map, "max_memory": max_memory}
-    count, is_known = world_size(), config.model_type in architectures()["split"]
-    if not (is_known and (settings := tensor_parallel_settings(config, count))):
-        message = f"this {config.model_type} model cannot be split among {count} processes"
-        hint = "--tensor-parallel requires a tested architecture whose heads can be divided by the number of processes"
-        raise ModelUnavailableError(message, hint)
-    _device_map(load_options, device, size // count)  # raises if this process's part does not fit
-    return settings
 
 
 def _device_map(

@@ -108,8 +108,8 @@ class BatchModelOptions(ModelOptions):
         if self.tensor_parallel and config.world_size() == 1:
             hint = "start it with torchrun: `torchrun --nproc_per_node 2 -m llmcli ...`"
             raise UsageError("--tensor-parallel requires several processes", hint)
-        if self.tensor_parallel and (self.quantize != "none" or self.offload_folder):
-            raise UsageError("--tensor-parallel cannot be used with --quantize or --offload-folder")
+        if self.tensor_parallel and (self.quantize != "none" or self.offload_folder or getattr(self, "endpoint", None)):
+            raise UsageError("--tensor-parallel cannot be used with --quantize, --offload-folder or --endpoint")
         return replace(options, tensor_parallel=self.tensor_parallel)
 
     def _complete(self, job: Job) -> Job:
@@ -131,8 +131,6 @@ class ServedModelOptions(BatchModelOptions):
 
     def _complete(self, job: Job) -> Job:
         job = super()._complete(job)
-        if self.tensor_parallel and self.endpoint:
-            raise UsageError("--tensor-parallel cannot be used with --endpoint")
         return replace(job, endpoint=self.endpoint, concurrency=self.concurrency)
 
     def model_name(self, task: str, **languages: str | None) -> str:

@@ -1,6 +1,7 @@
 """Quantized weights, by bitsandbytes on GPUs and by a method of our own on CPUs; bfloat16 packed for oneDNN."""
 
 import inspect
+import logging
 import re
 import sys
 from dataclasses import replace
@@ -71,6 +72,7 @@ def check_options(folder: Path, load_options: LoadOptions, device: str) -> None:
 
 def bitsandbytes_config(load_options: LoadOptions, device: str) -> BitsAndBytesConfig:
     """Return how a GPU's weights are quantized while they are loaded."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # It warns when int8 rounds activations to float16.
     if load_options.quantize == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     dtype = loading.choose_dtype(load_options.dtype, device)
