@@ -5,6 +5,8 @@ import json
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager, nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -228,6 +230,48 @@ def test_gpu_memory_counts_what_pytorch_holds_but_does_not_use(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 500))
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: amounts)
     assert kernels.read_memory(torch.device("cuda:1")) == (30, 60, 140)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_step_that_waits_for_the_gpu_is_not_captured(monkeypatch, waits):
+    done, graph = [], Mock()
+
+    class Stream:
+        def __init__(self, name="side"):
+            self.name = name
+
+        def wait_stream(self, other):
+            done.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def capture(captured, *, stream, capture_error_mode):
+        assert captured is graph
+        done.append(f"capture {capture_error_mode} on {stream.name}")
+        yield
+
+    def step():
+        done.append("step")
+        if waits and done[-2] == "mode error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return torch.ones(1)
+
+    kernels._capture_stream.cache_clear()
+    for name in ("graph", "Stream", "CUDAGraph", "set_sync_debug_mode"):
+        assert hasattr(torch.cuda, name)
+    assert {"stream", "capture_error_mode"} <= inspect.signature(torch.cuda.graph.__init__).parameters.keys()
+    fakes = {
+        "graph": capture, "Stream": lambda device: Stream(), "CUDAGraph": lambda: graph,
+        "current_stream": lambda: Stream("current"), "stream": nullcontext, "device": nullcontext,
+        "get_sync_debug_mode": lambda: 0, "set_sync_debug_mode": lambda mode: done.append(f"mode {mode}"),
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    with pytest.raises(RuntimeError, match="synchronizing") if waits else nullcontext():
+        assert kernels.capture_graph(step, torch.device("cuda", 1)) == (graph.replay, torch.ones(1))
+    captured = [] if waits else ["mode 0", "capture thread_local on side", "step"]
+    begin = ["side waits for current", "step", "mode error", "step"]
+    assert done == [*begin, *captured, "mode 0", "current waits for side"]
+    kernels._capture_stream.cache_clear()
 
 
 def test_modules_of_devices_tell_their_memory():

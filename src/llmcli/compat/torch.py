@@ -1,6 +1,7 @@
 """Kernels of PyTorch that have no public name, and what they run on."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -71,18 +72,29 @@ def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     return aten._convert_weight_to_int4pack_for_cpu(codes, 1)  # The CPU's kernel ignores the second argument.
 
 
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one for all graphs: cuBLAS keeps a workspace for each stream
+
+
 def capture_graph(step: Callable[[], torch.Tensor], device: torch.device) -> tuple[Callable[[], None], torch.Tensor]:
     """Return a function that repeats a computation of the GPU, and the tensor that has its result afterwards.
 
     Raises RuntimeError if it cannot be captured. See docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
     """
+    graph, mode = torch.cuda.CUDAGraph(), torch.cuda.get_sync_debug_mode()
     with torch.cuda.device(device):
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # Kernels are chosen, and their workspaces made, in the first calls.
-            for _ in range(2):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = step()
+        stream, current = _capture_stream(device), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(stream):
+                step()  # Kernels are chosen, and their workspaces made, in the first call.
+                torch.cuda.set_sync_debug_mode("error")
+                step()  # Where it waits for the GPU, a capture would fail, and PyTorch then frees no memory.
+                torch.cuda.set_sync_debug_mode(mode)
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    result = step()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            current.wait_stream(stream)
     return graph.replay, result
