@@ -242,8 +242,8 @@ class GeneratingPipeline(TextPipeline):
         if (constraint or seeds) and not is_plain and config.do_sample:
             raise UsageError("sampled beams cannot be used with a constraint or with seeds of records")
         sampler, copies = RowSampler(ids.device), config.num_return_sequences or 1
-        if seeds and config.do_sample:
-            for i, seed in enumerate(seeds):
+        if config.do_sample and is_plain and (seeds or ids.device.type != "cpu"):
+            for i, seed in enumerate(seeds or ()):
                 for copy in range(copies if seed is not None else 0):
                     sampler.add(i * copies + copy, seed or 0, copy)
             settings["custom_generate"] = sample_with(sampler)

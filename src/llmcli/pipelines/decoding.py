@@ -12,6 +12,7 @@ from llmcli.compat.cache import SlotCache
 from llmcli.compat.torch import capture_graph
 from llmcli.compat.transformers import sample_tokens
 from llmcli.errors import first_line
+from llmcli.pipelines.base import check_finite
 
 SEED_STRIDE = 0x9E3779B9  # between the seeds of a prompt's sequences: a CPU looks at 32 bits of each
 # Each `LogitsProcessor` by what it reads beside the scores: nothing, which tokens are there, and in which order.
@@ -37,12 +38,17 @@ class RowSampler(LogitsProcessor):  # type: ignore[misc]  # transformers has no 
         self._generators.pop(number, None)
 
     def draw(self, numbers: Sequence[int], scores: torch.Tensor) -> torch.Tensor:
-        """Return a token (R,) of each row, by its scores (R, V)."""
+        """Return a token (R,) of each row, by its scores (R, V), as `multinomial` does, which breaks a GPU at NaN."""
         probabilities = scores.softmax(-1)
-        if not self._generators:
-            return torch.multinomial(probabilities, 1).flatten()
-        rows = zip(probabilities, map(self._generators.get, numbers), strict=True)
-        return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+        noise = torch.empty_like(probabilities)
+        if self._generators:
+            for number, row in zip(numbers, noise, strict=True):
+                row.exponential_(generator=self._generators.get(number))
+        else:
+            noise.exponential_()
+        best, tokens = (probabilities / noise).max(-1)
+        check_finite(best.numpy(force=True))
+        return tokens
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         drawn = self.draw(range(len(scores)), scores)
