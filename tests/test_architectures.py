@@ -23,6 +23,7 @@ from llmcli.engines.requests import Request
 from llmcli.errors import RecordError
 from llmcli.models import generation, loading
 from llmcli.pipelines.base import TextPipeline, position_limit
+from llmcli.pipelines.slots import PREFILL_TOKENS
 
 NEW_TOKENS = 8
 LENGTHS = (1, 2, 3, 5, 8, 12, 18, 26)  # of 8 texts, in words of about 3 tokens
@@ -280,7 +281,7 @@ def make_phi3_with_two_scales() -> Any:
 
 @pytest.mark.parametrize("texts", [TEXTS.different, TEXTS.near, TEXTS.far], ids=["different", "near", "far"])
 def test_long_rope_does_not_change_shorter_records(texts, monkeypatch):
-    monkeypatch.setattr("llmcli.pipelines.causal.PREFILL_TOKENS", 128)  # parts of 16 tokens
+    monkeypatch.setitem(PREFILL_TOKENS, "cpu", 128)  # parts of 16 tokens
     monkeypatch.setattr("llmcli.pipelines.scoring.LOGITS", 16 * 600)
     model = make_phi3_with_two_scales()
     causal = make_pipeline("causal", model)
@@ -291,7 +292,7 @@ def test_long_rope_does_not_change_shorter_records(texts, monkeypatch):
 def test_prompts_are_read_in_parts_with_equal_text(monkeypatch):
     causal = make_pipeline("causal", make(transformers.AutoModelForCausalLM, "llama"))
     whole = generate(causal, TEXTS.different, 8)
-    monkeypatch.setattr("llmcli.pipelines.causal.PREFILL_TOKENS", 128)
+    monkeypatch.setitem(PREFILL_TOKENS, "cpu", 128)
     assert generate(causal, TEXTS.different, 8) == whole
 
 

@@ -1,15 +1,21 @@
 """Batches whose rows leave when they end, and give their places to others: the text is that of `generate` alone."""
 
+import gc
 import random
+import weakref
 
 import pytest
+import torch
 import transformers
+from architectures import make_model, small_config
 from conftest import WORDS
 from test_architectures import CAUSAL, TEXTS, make, make_pipeline
 
 from llmcli.compat.transformers import uses_sdpa
+from llmcli.errors import RecordError
 from llmcli.models import generation, loading
 from llmcli.pipelines import decoding, slots
+from llmcli.pipelines.decoding import SEED_STRIDE, RowSampler
 from llmcli.pipelines.running import BatchSettings, GeneratingRow
 from llmcli.pipelines.slots import SlotBatch
 
@@ -195,3 +201,68 @@ def test_records_have_the_same_text_at_every_batch_size(llmcli, tiny, way, reque
     for size in ("7", "auto"):
         ran = llmcli("generate", *options, "--batch-size", size, stdin=lines)
         assert (ran.exit_status, ran.stdout) == (0, alone.stdout)
+
+
+@pytest.mark.parametrize("way", ["plain", "captured"])
+@pytest.mark.parametrize("model_type", ["mistral", "gemma3_text"])
+def test_a_row_beyond_the_window_has_the_text_of_generate(model_type, way, request):
+    config = small_config(model_type, sliding_window=8)
+    pipeline = make_pipeline("causal", make_model(transformers.AutoModelForCausalLM, config))
+    if way == "captured":
+        request.getfixturevalue("captured")
+    options = {"max_new_tokens": 60, "eos_token_id": None}
+    assert run_batch(pipeline, TEXTS.far, [60] * 4, 1, **options) == run_alone(pipeline, TEXTS.far, [60] * 4, **options)
+
+
+@pytest.mark.parametrize("way", ["plain", "captured"])
+def test_values_that_overflow_stay_in_their_row(way, request):
+    pipeline = make_pipeline("causal", make(transformers.AutoModelForCausalLM, "llama"))
+    if way == "captured":
+        request.getfixturevalue("captured")
+    bad = pipeline.preprocess(TEXTS.different[0])["input_ids"][-1]
+    texts = [text for text in TEXTS.different + TEXTS.near if bad not in pipeline.preprocess(text)["input_ids"]]
+    pipeline.model.get_input_embeddings().weight.data[bad] = float("nan")
+    options = {"eos_token_id": None, "suppress_tokens": [bad]}
+    limits = [2, *[12] * len(texts)]
+    found = run_batch(pipeline, [TEXTS.different[0], *texts], limits, 2, **options)
+    assert len(texts) > 3
+    assert found[1:] == run_alone(pipeline, texts, limits[1:], **options)
+
+
+def test_a_dropped_batch_frees_its_memory_at_once(llama):
+    batch = llama.start(BatchSettings(make_config(llama), max_rows=4, max_length=100))
+    batch.add([GeneratingRow(llama.preprocess(text), 12) for text in TEXTS.near[:4]])
+    keys = weakref.ref(batch._cache.layers[0].keys)
+    gc.disable()
+    try:
+        del batch
+        assert keys() is None
+    finally:
+        gc.enable()
+
+
+def test_draws_are_those_of_multinomial():
+    scores, sampler = torch.randn(3, 600), RowSampler(torch.device("cpu"))
+    sampler.add(7, 5, 0)
+    sampler.add(9, 6, 1)
+    generators = [torch.Generator().manual_seed(seed % 2**64) for seed in (5, 6 + SEED_STRIDE)]
+    for _ in range(3):
+        drawn = sampler.draw([7, 9], scores[:2])
+        rows = zip(scores[:2].softmax(-1), generators, strict=True)
+        assert drawn.tolist() == [torch.multinomial(row, 1, generator=one).item() for row, one in rows]
+    with pytest.raises(RecordError, match="NaN"):
+        sampler.draw([7, 9, 3], scores.index_fill(0, torch.tensor([1]), float("nan")))
+
+
+def test_a_record_that_overflows_fails_alone_while_sampling(llmcli, tiny, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, tie_word_embeddings=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    lines = ["red lamp", "an old clock", "green"]
+    bad = tokenizer(lines[1])["input_ids"][-1]
+    model.get_input_embeddings().weight.data[bad] = float("nan")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    options = ("-m", tmp_path, "--lines", "--json", "--temperature", "1", "--seed", "3", "--max-new-tokens", "4")
+    ran = llmcli("generate", *options, stdin="\n".join(lines).encode())
+    kinds = [record.get("error", {}).get("type") for record in ran.records]
+    assert kinds == [None, "not_finite", None]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import repeat
@@ -91,14 +92,18 @@ class SlotCache(DynamicCache):  # type: ignore[misc]
 class _SlotLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, cache: SlotCache) -> None:
         super().__init__()
-        self._cache = cache
+        # In a cycle, memory would stay until it is collected.
+        self._cache: SlotCache = weakref.proxy(cache)  # type: ignore[assignment]
 
     def put(self, slots: Sequence[int], columns: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
-        if not self.is_initialized:  # Zeros: attention multiplies what is masked by 0, and NaN would stay NaN.
+        if not self.is_initialized:
             self.lazy_initialization(keys, values)
             rows, length = self._cache.mask.shape
             self.keys, self.values = (new.new_zeros(rows, new.shape[1], length, new.shape[3]) for new in (keys, values))
-        self.keys[slots, :, columns], self.values[slots, :, columns] = keys, values
+        for known, new in ((self.keys, keys), (self.values, values)):
+            # Attention multiplies what is masked by 0, and another row's NaN would stay NaN.
+            known.index_fill_(0, torch.tensor(slots, device=known.device), 0)
+            known[slots, :, columns] = new
 
     def move(self, rows: int, columns: int, kept: Sequence[int], source: slice, target: slice) -> None:
         if self.is_initialized:
@@ -130,10 +135,7 @@ def _move(
     """Return a tensor (B, ..., C) or (B, H, C, D) with the columns of the kept rows in their new place."""
     between = (slice(None),) * (known.ndim // 2 - 1)
     moved = known[(list(kept), *between, source)]  # a copy
-    if known.shape != shape:
-        known = known.new_zeros(shape)
-    elif known.dtype == torch.bool:
-        known.zero_()
+    known = known.zero_() if known.shape == shape else known.new_zeros(shape)
     known[(slice(len(kept)), *between, target)] = moved
     return known
 

@@ -23,12 +23,11 @@ from llmcli.pipelines.base import CausalTextPipeline, Inputs
 from llmcli.pipelines.chat_template import ChatTemplate
 from llmcli.pipelines.decoding import can_adjust
 from llmcli.pipelines.running import BatchSettings, Prefix, RunningBatch, WholeBatch
-from llmcli.pipelines.slots import SlotBatch
+from llmcli.pipelines.slots import PREFILL_TOKENS, SlotBatch
 from llmcli.pipelines.spelling import CONTEXT_TOKENS, token_texts
 from llmcli.tasks import Prompt
 from llmcli.text.thoughts import Thoughts
 
-PREFILL_TOKENS = 4096  # read by a CPU at once: more would not stay in its caches
 DECODED_TOKENS = 4  # of the prompt's end, decoded together with what follows
 
 
@@ -154,7 +153,7 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         """Return the keys and values of a shared prefix, as a cache of one row; None if the model keeps more."""
         if self.max_shared_tokens == 0:
             return None
-        with torch.inference_mode():
+        with self.device_placement(), torch.inference_mode():
             prefix = torch.tensor([ids], device=self.model.device)
             cache = growing_cache(self.model, self.model.generation_config)
             return filled_cache(self.model(prefix, use_cache=True, **cache_argument(self.model, cache)))
@@ -176,7 +175,7 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
             return ids, mask, repeat_cache(prefix[1], len(ids))
         cache = growing_cache(self.model, config)
         if cache and self.can_read_in_parts(ids.shape[1]):
-            config.prefill_chunk_size = config.prefill_chunk_size or max(16, PREFILL_TOKENS // len(ids))
+            config.prefill_chunk_size = config.prefill_chunk_size or max(16, PREFILL_TOKENS["cpu"] // len(ids))
         return ids, mask, cache
 
     def _read_next(

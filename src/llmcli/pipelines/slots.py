@@ -1,7 +1,9 @@
 """A batch of a causal language model whose rows leave when they end, and give their places to others."""
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList
 
 from llmcli.compat.cache import SlotCache, cache_argument, repeat_cache
-from llmcli.compat.transformers import takes, uses_sdpa
+from llmcli.compat.transformers import single_token_context, takes, uses_sdpa
 from llmcli.pipelines.answers import end_tokens
 from llmcli.pipelines.constraints import RowConstraints
 from llmcli.pipelines.decoding import DecodeGraph, RowSampler, adjust_scores
@@ -23,11 +25,9 @@ if TYPE_CHECKING:
     from llmcli.pipelines.base import Inputs
     from llmcli.pipelines.causal import CausalPipeline
 
-# What a forward pass costs whatever it reads, measured in tokens. A GPU reads all that a batch may have in that time.
-PASS_TOKENS = {"cpu": 64}
-PASS_TOKENS_ACCELERATOR = 4096
-PREFILL_TOKENS = {"cpu": 4096}  # of prompts, read at once: more would not stay in a CPU's caches
-PREFILL_TOKENS_ACCELERATOR = 2**14
+# By type of device: what a forward pass costs whatever it reads, in tokens. A GPU reads a whole batch in that time.
+PASS_TOKENS = defaultdict(lambda: 4096, cpu=64)
+PREFILL_TOKENS = defaultdict(lambda: 2**14, cpu=4096)  # of prompts, read at once: more leave a CPU's caches
 SPARE_COLUMNS = 64  # minimum room for later tokens
 SPARE_COLUMNS_ACCELERATOR = 128  # beyond the longest row
 GRAPH_STEPS = 32  # Fewer do not repay the capture of a graph.
@@ -93,14 +93,14 @@ class SlotBatch(RunningBatch):
         longest = max(length + row.max_new_tokens for length, row in zip(lengths, rows, strict=True))
         first, known = self._row_count, len(prefix[0]) if prefix else 0
         self._row_count += len(rows)
-        with torch.inference_mode():
+        with self._pipeline.device_placement(), torch.inference_mode():
             self._make_room(len(rows) * self._copies, max(lengths), longest)
-            for group in _group(lengths, known, PREFILL_TOKENS.get(self._device.type, PREFILL_TOKENS_ACCELERATOR)):
+            for group in _group(lengths, known, PREFILL_TOKENS[self._device.type]):
                 self._begin({first + i: rows[i] for i in group}, prefix)
 
     def step(self) -> "dict[int, Inputs]":
         start, passes, could_add = time.perf_counter(), 0, self.can_add
-        with torch.inference_mode():
+        with self._pipeline.device_placement(), torch.inference_mode():
             if self._is_cpu and self._slots.count(None) * FREE_SHARE >= len(self._slots):
                 self._arrange(len(self._slots) - self._slots.count(None))
             while self._rows:
@@ -122,7 +122,7 @@ class SlotBatch(RunningBatch):
         if prefix:
             mask = torch.cat([mask.new_ones(len(mask), known), mask], 1)
         is_padded, positions = len({*map(len, ids)}) > 1, (mask.cumsum(1) - 1).clamp(min=0)
-        width = max(1, PREFILL_TOKENS.get(self._device.type, PREFILL_TOKENS_ACCELERATOR) // len(read))
+        width = max(1, PREFILL_TOKENS[self._device.type] // len(read))
         for part in read.split(width, 1):
             begin, end = cache.get_seq_length(), cache.get_seq_length() + part.shape[1]
             logits = self._call(part, mask[:, :end] if is_padded else None, positions[:, begin:end], cache)
@@ -144,11 +144,10 @@ class SlotBatch(RunningBatch):
         config, settings = self._settings.config, self._settings
         if row.constraint and self._constraints is None:
             self._constraints = RowConstraints(self._pipeline.compile_grammar, end_tokens(config))
-        made = []
+        made, ids = [], row.inputs["input_ids"]
+        decode = self._pipeline.decoder(row.inputs) if self._texts else None
+        deadline = time.perf_counter() + (config.max_time or float("inf"))
         for i in range(self._copies):
-            decode = self._pipeline.decoder(row.inputs) if self._texts else None
-            deadline = time.perf_counter() + (config.max_time or float("inf"))
-            ids = row.inputs["input_ids"]
             made.append(_Sequence(self._sequence_count, number, ids, row.max_new_tokens, decode, deadline))
             if row.constraint and self._constraints:
                 self._constraints.add(self._sequence_count, row.constraint)
@@ -179,7 +178,7 @@ class SlotBatch(RunningBatch):
             # Padding takes room in an attention window, and the tokens that may still come need a column each.
             later = max(sequence.limit - len(sequence.tokens) for sequence in known)
             most = min(most, max(1, maximum - self._cache.end + self._cache.begin - later))
-        fixed = PASS_TOKENS.get(self._device.type, PASS_TOKENS_ACCELERATOR)
+        fixed = PASS_TOKENS[self._device.type]
 
         def speed(columns: int) -> float:
             return sum(min(count, columns) for count in counts) / (fixed + columns * len(self._slots))
@@ -237,13 +236,15 @@ class SlotBatch(RunningBatch):
 
     def _find_graph(self) -> DecodeGraph | None:
         """Return the graph of the step with the present size of the cache, captured if that is worth it."""
-        if not self._can_capture:
-            return None
+        maximum = self._pipeline.max_shared_tokens
+        if not self._can_capture or (maximum is not None and self._longest > maximum):
+            return None  # The graph's mask knows no windows.
         if self._graph is None or self._graph.shape != self._cache.mask.shape:
             self._graph = None  # frees its memory
             steps = max(known.limit - len(known.tokens) for known in self._slots if known)
             if steps >= GRAPH_STEPS:
-                self._graph = DecodeGraph.capture(self._call, self._cache)
+                with single_token_context(self._model) if len(self._slots) == 1 else nullcontext():
+                    self._graph = DecodeGraph.capture(self._call, self._cache)
                 self._can_capture = self._graph is not None
         return self._graph
 
