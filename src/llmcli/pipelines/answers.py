@@ -237,11 +237,14 @@ class GeneratingPipeline(TextPipeline):
             if not is_plain:
                 raise UsageError("--logprobs requires greedy decoding or sampling")
             ends.append(recorder := TokenLogprobs(self.model, logprobs))
-        constraint = self._constrain(constraints, config, start)
-        settings: dict[str, Any] = {"logits_processor": LogitsProcessorList([constraint])} if constraint else {}
+        settings, copies, constraint = dict[str, Any](), config.num_return_sequences or 1, None
+        if constraints and any(constraints):
+            grammars = RowConstraints(self.compile_grammar, end_tokens(config))
+            constraint = ConstraintProcessor(grammars, constraints, start, max(config.num_beams or 1, copies))
+            settings["logits_processor"] = LogitsProcessorList([constraint])
         if (constraint or seeds) and not is_plain and config.do_sample:
             raise UsageError("sampled beams cannot be used with a constraint or with seeds of records")
-        sampler, copies = RowSampler(ids.device), config.num_return_sequences or 1
+        sampler = RowSampler(ids.device)
         if config.do_sample and is_plain and (seeds or ids.device.type != "cpu"):
             for i, seed in enumerate(seeds or ()):
                 for copy in range(copies if seed is not None else 0):
@@ -280,14 +283,6 @@ class GeneratingPipeline(TextPipeline):
     def compile_grammar(self) -> GrammarCompiler:
         """Compiles grammars of constraints, to be used with `end_tokens` of a generation config."""
         return GrammarCompiler(self.tokenizer, self.model.config.get_text_config().vocab_size)
-
-    def _constrain(
-        self, grammars: Sequence[str | None] | None, config: GenerationConfig, start: int
-    ) -> ConstraintProcessor | None:
-        if not grammars or not any(grammars):
-            return None
-        copies = max(config.num_beams or 1, config.num_return_sequences or 1)
-        return ConstraintProcessor(RowConstraints(self.compile_grammar, end_tokens(config)), grammars, start, copies)
 
     def postprocess(self, output: Inputs, generation_config: GenerationConfig | None = None) -> Inputs:
         decode, config = self.decoder(output), generation_config or self.model.generation_config

@@ -75,7 +75,6 @@ class SlotBatch(RunningBatch):
         config = settings.config
         self._ends, self._copies = frozenset(end_tokens(config)), config.num_return_sequences or 1
         self._texts = StopTexts(config.stop_strings) if config.stop_strings else None
-        self._may_stop = bool(self._texts or config.max_time)
         self._processors, self._minimum = processors, (config.min_new_tokens or 0) if self._ends else 0
         self._constraints: RowConstraints | None = None
         self._sampler = RowSampler(self._device) if config.do_sample else None
@@ -92,9 +91,12 @@ class SlotBatch(RunningBatch):
         lengths = [len(row.inputs["input_ids"]) for row in rows]
         longest = max(length + row.max_new_tokens for length, row in zip(lengths, rows, strict=True))
         first, known = self._row_count, len(prefix[0]) if prefix else 0
-        self._row_count += len(rows)
+        self._row_count, self._longest = first + len(rows), max(longest, self._longest)
+        used = len(self._slots) - self._slots.count(None)
+        needed = used + len(rows) * self._copies
         with self._pipeline.device_placement(), torch.inference_mode():
-            self._make_room(len(rows) * self._copies, max(lengths), longest)
+            if needed > len(self._slots) or max(lengths) > self._cache.end or used == 0:
+                self._arrange(max(needed, 0 if self._is_cpu else len(self._slots)), 0, max(lengths))
             for group in _group(lengths, known, PREFILL_TOKENS[self._device.type]):
                 self._begin({first + i: rows[i] for i in group}, prefix)
 
@@ -287,13 +289,11 @@ class SlotBatch(RunningBatch):
         sequence.tokens.append(token)
         if self._settings.streamer:
             self._settings.streamer.put(torch.tensor([token]))
-        if token in self._ends or len(sequence.tokens) >= sequence.limit or (self._may_stop and self._stops(sequence)):
+        has_ended = token in self._ends or len(sequence.tokens) >= sequence.limit
+        if not has_ended and sequence.decode and self._texts:
+            has_ended = self._texts.end(sequence.decode, sequence.tokens)
+        if has_ended or time.perf_counter() > sequence.deadline:
             self._end(sequence)
-
-    def _stops(self, sequence: _Sequence) -> bool:
-        """Return whether a stop text, or the time, ends a sequence."""
-        is_late = time.perf_counter() > sequence.deadline
-        return is_late or bool(sequence.decode and self._texts and self._texts.end(sequence.decode, sequence.tokens))
 
     def _end(self, sequence: _Sequence) -> None:
         """Give the slot of a sequence free, and report its row once all sequences of the row have ended."""
@@ -317,13 +317,6 @@ class SlotBatch(RunningBatch):
         self._ended[sequence.row] = output
         if self._settings.streamer:
             self._settings.streamer.end()
-
-    def _make_room(self, count: int, length: int, longest: int) -> None:
-        """Make sure that there are free slots for new sequences, whose prompts have at most that many columns."""
-        self._longest = max(longest, self._longest)
-        used = len(self._slots) - self._slots.count(None)
-        if used + count > len(self._slots) or length > self._cache.end or used == 0:
-            self._arrange(max(used + count, 0 if self._is_cpu else len(self._slots)), 0, length)
 
     def _arrange(self, rows: int, columns: int = 0, width: int = 0) -> None:
         """Move the sequences to the first of that many slots, with room for columns, after at least `width` of them."""
