@@ -1,7 +1,8 @@
-"""Choosing the next tokens of rows, and a decoding step that is captured as a CUDA graph."""
+"""The sequences of a batch, the choice of their next tokens, and a step that is captured as a CUDA graph."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from llmcli.compat.torch import capture_graph
 from llmcli.compat.transformers import sample_tokens
 from llmcli.errors import first_line
 from llmcli.pipelines.base import check_finite
+
+if TYPE_CHECKING:
+    from llmcli.pipelines.answers import TokenDecoder
 
 SEED_STRIDE = 0x9E3779B9  # between the seeds of a prompt's sequences: a CPU looks at 32 bits of each
 # Each `LogitsProcessor` by what it reads beside the scores: nothing, which tokens are there, and in which order.
@@ -77,14 +81,48 @@ def kind_of(processor: LogitsProcessor) -> str:
     return "Warper" if name.endswith("Warper") else name
 
 
-class TokenRow(Protocol):
-    """A row of a batch: the tokens of its prompt, and new ones."""
+@dataclass(slots=True, eq=False)
+class TokenSequence:
+    """A sequence that a row generates: `number` of the batch, in a slot of the cache from column `begin` on."""
 
+    number: int
+    row: int
     prompt: Sequence[int]
-    tokens: list[int]
+    limit: int
+    decode: "TokenDecoder | None"  # if it may end with a stop text
+    deadline: float
+    slot: int = -1
+    begin: int = 0
+    tokens: list[int] = field(default_factory=list)  # new ones
+    read_count: int = 0  # of these, how many the model has read
+    logprobs: list[tuple[np.ndarray, ...]] = field(default_factory=list)  # of each new token
 
 
-def adjust_scores(processors: LogitsProcessorList, rows: Sequence[TokenRow], scores: torch.Tensor) -> torch.Tensor:
+def make_block(slots: Sequence[TokenSequence | None], columns: int) -> np.ndarray:
+    """Return the next tokens of all slots, at the right end, their positions, and a mask (3, B, columns).
+
+    Free slots read something too: without a token, they would have NaN.
+    """
+    if columns == 1:
+        for sequence in slots:
+            if sequence:
+                sequence.read_count += 1
+        tokens = [known.tokens[known.read_count - 1] if known else 0 for known in slots]
+        positions = [len(known.prompt) + known.read_count - 1 if known else 0 for known in slots]
+        return np.array([tokens, positions, [1] * len(tokens)])[..., None]
+    block = np.zeros((3, len(slots), columns), np.int64)
+    block[2, :, -1] = 1
+    for slot, sequence in enumerate(slots):
+        if sequence:
+            begin, first = sequence.read_count, len(sequence.prompt)
+            part = sequence.tokens[begin : begin + columns]
+            places = range(first + begin, first + begin + len(part))
+            block[:, slot, columns - len(part) :] = part, places, [1] * len(part)
+            sequence.read_count += len(part)
+    return block
+
+
+def adjust_scores(processors: LogitsProcessorList, rows: Sequence[TokenSequence], scores: torch.Tensor) -> torch.Tensor:
     """Return scores (R, V) as each `LogitsProcessor` of `generate` changes them for rows of different lengths."""
     for processor in processors:
         kind = kind_of(processor)
@@ -96,7 +134,7 @@ def adjust_scores(processors: LogitsProcessorList, rows: Sequence[TokenRow], sco
     return scores
 
 
-def _pad(rows: Sequence[TokenRow], device: torch.device) -> torch.Tensor:
+def _pad(rows: Sequence[TokenSequence], device: torch.device) -> torch.Tensor:
     """Return tokens (R, P) of rows, the shorter ones with their first token repeated."""
     length = max(len(row.prompt) + len(row.tokens) for row in rows)
     ids = np.empty((len(rows), length), np.int64)

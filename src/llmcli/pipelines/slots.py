@@ -4,7 +4,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,13 +14,12 @@ from llmcli.compat.cache import SlotCache, cache_argument, repeat_cache
 from llmcli.compat.transformers import single_token_context, takes, uses_sdpa
 from llmcli.pipelines.answers import end_tokens
 from llmcli.pipelines.constraints import RowConstraints
-from llmcli.pipelines.decoding import DecodeGraph, RowSampler, adjust_scores
+from llmcli.pipelines.decoding import DecodeGraph, RowSampler, TokenSequence, adjust_scores, make_block
 from llmcli.pipelines.logprobs import measure_logprobs, stack_logprobs
 from llmcli.pipelines.running import BatchSettings, GeneratingRow, Prefix, RunningBatch
 from llmcli.pipelines.stopping import StopTexts
 
 if TYPE_CHECKING:
-    from llmcli.pipelines.answers import TokenDecoder
     from llmcli.pipelines.base import Inputs
     from llmcli.pipelines.causal import CausalPipeline
 
@@ -33,23 +31,6 @@ SPARE_COLUMNS_ACCELERATOR = 128  # beyond the longest row
 GRAPH_STEPS = 32  # Fewer do not repay the capture of a graph.
 FREE_SHARE = 4  # Others may join once one place in so many is free.
 REPORT_S = 0.1  # in which rows leave at the latest after they have ended
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    """A sequence that a row generates: `number` of the batch, in a slot of the cache from column `begin` on."""
-
-    number: int
-    row: int
-    prompt: Sequence[int]
-    limit: int
-    decode: "TokenDecoder | None"  # if it may end with a stop text
-    deadline: float
-    slot: int = -1
-    begin: int = 0
-    tokens: list[int] = field(default_factory=list)  # new ones
-    read_count: int = 0  # of these, how many the model has read
-    logprobs: list[tuple[np.ndarray, ...]] = field(default_factory=list)  # of each new token
 
 
 class SlotBatch(RunningBatch):
@@ -67,8 +48,8 @@ class SlotBatch(RunningBatch):
         self._graph: DecodeGraph | None = None
         places = {*(getattr(self._model, "hf_device_map", None) or {"": self._device}).values()}
         self._can_capture = self._device.type == "cuda" and len(places) == 1 and uses_sdpa(self._model)
-        self._slots: list[_Sequence | None] = []
-        self._rows: dict[int, tuple[GeneratingRow, list[_Sequence]]] = {}  # unfinished
+        self._slots: list[TokenSequence | None] = []
+        self._rows: dict[int, tuple[GeneratingRow, list[TokenSequence]]] = {}  # unfinished
         self._ended: dict[int, Inputs] = {}
         self._row_count = self._sequence_count = 0
         self._longest = settings.max_length
@@ -142,7 +123,7 @@ class SlotBatch(RunningBatch):
         if unforced := [i for i, sequence in enumerate(sequences) if not sequence.tokens]:
             self._choose([sequences[i] for i in unforced], logits[unforced])
 
-    def _make_sequences(self, number: int, row: GeneratingRow) -> list[_Sequence]:
+    def _make_sequences(self, number: int, row: GeneratingRow) -> list[TokenSequence]:
         config, settings = self._settings.config, self._settings
         if row.constraint and self._constraints is None:
             self._constraints = RowConstraints(self._pipeline.compile_grammar, end_tokens(config))
@@ -150,7 +131,7 @@ class SlotBatch(RunningBatch):
         decode = self._pipeline.decoder(row.inputs) if self._texts else None
         deadline = time.perf_counter() + (config.max_time or float("inf"))
         for i in range(self._copies):
-            made.append(_Sequence(self._sequence_count, number, ids, row.max_new_tokens, decode, deadline))
+            made.append(TokenSequence(self._sequence_count, number, ids, row.max_new_tokens, decode, deadline))
             if row.constraint and self._constraints:
                 self._constraints.add(self._sequence_count, row.constraint)
             if row.seed is not None and self._sampler:
@@ -192,7 +173,7 @@ class SlotBatch(RunningBatch):
         cache = self._cache
         if cache.end + columns > cache.mask.shape[1]:
             self._arrange(len(self._slots), columns)
-        ids, positions, mask = torch.from_numpy(self._make_block(columns)).to(self._device)
+        ids, positions, mask = torch.from_numpy(make_block(self._slots, columns)).to(self._device)
         if columns == 1 and (graph := self._find_graph()):
             logits = graph(ids, positions)
         else:
@@ -203,29 +184,6 @@ class SlotBatch(RunningBatch):
             logits = self._call(ids, known.long() if is_padded else None, positions, cache)
         cache.end += columns
         return logits
-
-    def _make_block(self, columns: int) -> np.ndarray:
-        """Return the next tokens of all slots, at the right end, their positions, and a mask (3, B, columns).
-
-        Free slots read something too: without a token, they would have NaN.
-        """
-        if columns == 1:
-            for sequence in self._slots:
-                if sequence:
-                    sequence.read_count += 1
-            tokens = [known.tokens[known.read_count - 1] if known else 0 for known in self._slots]
-            positions = [len(known.prompt) + known.read_count - 1 if known else 0 for known in self._slots]
-            return np.array([tokens, positions, [1] * len(tokens)])[..., None]
-        block = np.zeros((3, len(self._slots), columns), np.int64)
-        block[2, :, -1] = 1
-        for slot, sequence in enumerate(self._slots):
-            if sequence:
-                begin, first = sequence.read_count, len(sequence.prompt)
-                part = sequence.tokens[begin : begin + columns]
-                places = range(first + begin, first + begin + len(part))
-                block[:, slot, columns - len(part) :] = part, places, [1] * len(part)
-                sequence.read_count += len(part)
-        return block
 
     def _call(
         self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: DynamicCache
@@ -250,7 +208,7 @@ class SlotBatch(RunningBatch):
                 self._can_capture = self._graph is not None
         return self._graph
 
-    def _choose(self, sequences: list[_Sequence], logits: torch.Tensor) -> None:
+    def _choose(self, sequences: list[TokenSequence], logits: torch.Tensor) -> None:
         """Choose the next token of each sequence by its logits (R, V)."""
         scores = logits = logits.to(self._device, torch.float32)
         numbers = [sequence.number for sequence in sequences]
@@ -271,7 +229,7 @@ class SlotBatch(RunningBatch):
         if self._constraints:
             self._append_forced_tokens(sequences)
 
-    def _append_forced_tokens(self, sequences: list[_Sequence]) -> None:
+    def _append_forced_tokens(self, sequences: list[TokenSequence]) -> None:
         """Let matchers read the new tokens of unfinished sequences, and append what must follow these."""
         assert self._constraints
         for sequence in sequences:
@@ -284,7 +242,7 @@ class SlotBatch(RunningBatch):
                 if self._slots[sequence.slot] is sequence:
                     self._append(sequence, token)
 
-    def _append(self, sequence: _Sequence, token: int) -> None:
+    def _append(self, sequence: TokenSequence, token: int) -> None:
         """Append a new token, which may end the sequence."""
         sequence.tokens.append(token)
         if self._settings.streamer:
@@ -295,7 +253,7 @@ class SlotBatch(RunningBatch):
         if has_ended or time.perf_counter() > sequence.deadline:
             self._end(sequence)
 
-    def _end(self, sequence: _Sequence) -> None:
+    def _end(self, sequence: TokenSequence) -> None:
         """Give the slot of a sequence free, and report its row once all sequences of the row have ended."""
         self._slots[sequence.slot] = None
         row, sequences = self._rows[sequence.row]
