@@ -54,15 +54,16 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no t
 class SlotCache(DynamicCache):  # type: ignore[misc]
     """A cache for a batch of which rows leave and others take their places, the slots.
 
-    All rows share C columns, which have room for later tokens, and each row has its newest token in the newest column.
-    A pass writes the columns after `end`; the caller counts them. What earlier rows left in a column is masked.
+    A pass may read fewer rows than there are slots: the first ones. All rows share C columns, which have room for later
+    tokens, and each row has its newest token in the newest column. A pass writes the columns after `end`; the caller
+    counts them. What earlier rows left in a column is masked.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.begin = self.end = 0  # of the columns in use
         self.column: torch.Tensor | None = None  # if set, where a pass writes; then attention is to all C columns
-        self.mask = torch.zeros(0, 0, dtype=torch.bool, device=device)  # (B, C): which columns hold tokens of the row
+        self.mask = torch.zeros(0, 0, dtype=torch.bool, device=device)  # which columns hold tokens of the row
 
     def put(self, slots: Sequence[int], cache: DynamicCache, mask: torch.Tensor) -> None:
         """Begin rows in free slots: their columns (R, P), and keys and values of these, which end in the newest one."""
@@ -78,11 +79,12 @@ class SlotCache(DynamicCache):  # type: ignore[misc]
             self.layers[i].put(slots, columns, layer.keys, layer.values)
 
     def arrange(self, kept: Sequence[int], rows: int, columns: int, end: int) -> None:
-        """Move rows to the first of that many slots, with that many columns, so that the newest column is before `end`.
+        """Move rows to the first of at least that many slots and columns, so that the newest column is before `end`.
 
-        Tensors that have this size already stay in their place in memory.
+        Tensors that are large enough stay in their place in memory.
         """
         source, target = slice(self.begin, self.end), slice(end - self.end + self.begin, end)
+        rows, columns = max(rows, self.mask.shape[0]), max(columns, self.mask.shape[1])
         self.mask = _move(self.mask, (rows, columns), kept, source, target)
         for layer in self.layers:
             layer.move(rows, columns, kept, source, target)
@@ -121,9 +123,9 @@ class _SlotLayer(DynamicLayer):  # type: ignore[misc]
         cache = self._cache
         if cache.column is not None:
             return known.index_copy_(2, cache.column, new)
-        end = cache.end + new.shape[2]
-        known[:, :, cache.end : end] = new
-        return known[:, :, cache.begin : end]
+        rows, end = len(new), cache.end + new.shape[2]
+        known[:rows, :, cache.end : end] = new
+        return known[:rows, :, cache.begin : end]
 
     def get_seq_length(self) -> int:
         return self._cache.end - self._cache.begin

@@ -178,8 +178,8 @@ class SlotBatch(RunningBatch):
             logits = graph(ids, positions)
         else:
             end = cache.end + columns
-            cache.mask[:, cache.end : end] = mask.bool()
-            known = cache.mask[:, cache.begin : end]
+            known = cache.mask[: len(ids), cache.begin : end]
+            known[:, -columns:] = mask.bool()
             is_padded = len(known) > 1 or not self._is_cpu or not bool(known.all())
             logits = self._call(ids, known.long() if is_padded else None, positions, cache)
         cache.end += columns
