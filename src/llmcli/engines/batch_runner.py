@@ -216,12 +216,12 @@ class BatchRunner:
         self._add_rows(chosen)
 
     def _let_join(self, settings: "BatchSettings") -> None:
-        """Add rows that are suited to the running batch. The others wait, but not for ever."""
+        """Add rows that are suited to the running batch. The others wait, but neither for ever nor for a slow input."""
         running = {*self._running.values()}
         self._last_refusal = len(running)
         first = next(row for row in self.queue if row not in running)
         is_suited = first.group == self._group and first.total <= settings.max_length
-        if is_suited or self._added < self.window:
+        if is_suited or (self._added < self.window and len(self.queue) >= settings.max_rows):
             rows = [row for row in self.queue if row.group == self._group and row.total <= settings.max_length]
             rows = [row for row in rows if row not in running]
             if rows:
