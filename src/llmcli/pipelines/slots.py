@@ -45,7 +45,7 @@ class _Sequence:
     limit: int
     decode: "TokenDecoder | None"  # if it may end with a stop text
     deadline: float
-    slot: int = -1
+    slot: int = -1  # none: it has ended
     begin: int = 0
     tokens: list[int] = field(default_factory=list)  # new ones
     read_count: int = 0  # of these, how many the model has read
@@ -272,13 +272,13 @@ class SlotBatch(RunningBatch):
         """Let matchers read the new tokens of unfinished sequences, and append what must follow these."""
         assert self._constraints
         for sequence in sequences:
-            if self._slots[sequence.slot] is not sequence:
+            if sequence.slot < 0:
                 continue
             if self._settings.logprobs is not None:  # A log-probability needs the logits before its token.
                 self._constraints.advance(sequence.number, sequence.tokens)
                 continue
             for token in self._constraints.read_forced_tokens(sequence.number, sequence.tokens):
-                if self._slots[sequence.slot] is sequence:
+                if sequence.slot >= 0:
                     self._append(sequence, token)
 
     def _append(self, sequence: _Sequence, token: int) -> None:
@@ -296,9 +296,9 @@ class SlotBatch(RunningBatch):
 
     def _end(self, sequence: _Sequence) -> None:
         """Give the slot of a sequence free, and report its row once all sequences of the row have ended."""
-        self._slots[sequence.slot] = None
+        self._slots[sequence.slot], sequence.slot = None, -1
         row, sequences = self._rows[sequence.row]
-        if any(self._slots[known.slot] is known for known in sequences):
+        if any(known.slot >= 0 for known in sequences):
             return
         del self._rows[sequence.row]
         if self._sampler:
