@@ -167,6 +167,20 @@ def test_force_gqa_is_a_variable_that_attention_reads(monkeypatch):
     assert sdpa_attention.use_gqa_in_sdpa(torch.zeros(1, 1, 2, 2), key, key)
 
 
+def test_llama_can_be_split_by_its_heads():
+    from transformers import LlamaConfig, T5Config
+
+    llama, known = LlamaConfig(num_attention_heads=4, num_key_value_heads=2), ("llama", "t5")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        (setting,) = transformers.tensor_parallel_settings(llama, 2, known).values()
+    assert "auto" in (setting, getattr(setting, "tp_plan", None))
+    assert transformers.tensor_parallel_settings(llama, 4, known) == {}
+    assert transformers.tensor_parallel_settings(llama, 2, ()) == {}
+    assert transformers.tensor_parallel_settings(T5Config(), 2, known) == {}
+    assert llama.base_model_tp_plan
+
+
 def test_quantizer_calls_the_hooks():
     from transformers.quantizers import HfQuantizer
 

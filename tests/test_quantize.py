@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from llmcli import config, pipelines
 from llmcli.compat import torch as kernels
 from llmcli.job import LoadOptions
+from llmcli.models import loading
 from llmcli.pipelines import quantizer
 from llmcli.pipelines.linears import GROUP, Int4Linear, Int8Linear, PackedLinear
 
@@ -157,6 +158,78 @@ def test_what_does_not_go_with_it(llmcli, chatty, options, why, tmp_path, monkey
     assert copies() == []
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU for which everything is decided, but on which nothing can be loaded."""
+    monkeypatch.setattr(loading, "choose_device", lambda name: "cuda:0" if name == "auto" else name)
+    monkeypatch.setattr(loading, "choose_dtype", lambda name, device: torch.bfloat16)
+    monkeypatch.setattr(kernels, "read_memory", lambda device: (0, 0, 10**9))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "on a GPU requires bitsandbytes, which is not installed\nhint: run `pip install 'llmcli[quantize]'`"),
+        (("--device", "mps"), "requires the CPU or CUDA, and the model would be loaded on mps"),
+    ],
+)
+def test_quantize_without_kernels_is_refused(llmcli, chatty, gpu, monkeypatch, options, message):
+    monkeypatch.setattr(quantizer, "find_spec", lambda name: None)
+    ran = llmcli("generate", "the", "-m", chatty, "--quantize", "int4", *options)
+    assert (ran.exit_status, message in ran.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("int8", 8), ("int4", 4)])
+def test_quantize_on_gpu_loads_through_bitsandbytes(llmcli, chatty, gpu, monkeypatch, scheme, bits):
+    asked = {}
+    monkeypatch.setattr(quantizer, "find_spec", lambda name: name)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda _, **settings: asked.update(settings))
+    ran = llmcli("generate", "the", "-m", chatty, "--quantize", scheme, "--dtype", "float16")
+    assert ran.exit_status == 4
+    assert asked["device_map"] == {"": "cuda:0"}
+    assert getattr(asked["quantization_config"], f"load_in_{bits}bit")
+    assert copies() == []
+    if scheme == "int4":
+        assert asked["quantization_config"].bnb_4bit_compute_dtype == torch.bfloat16
+
+
+def test_quantize_on_gpu_too_small_is_refused(llmcli, chatty, gpu, monkeypatch):
+    """bitsandbytes has no layers in main memory, of which there is enough."""
+    monkeypatch.setattr(quantizer, "find_spec", lambda name: name)
+    monkeypatch.setattr(kernels, "read_memory", lambda device: (0, 0, 1000))
+    ran = llmcli("generate", "the", "-m", chatty, "--quantize", "int4")
+    assert (ran.exit_status, "but only 1.0 kB is available" in ran.stderr) == (4, True)
+
+
+@pytest.mark.parametrize(("scheme", "maximum"), [("int8", 0.05), ("int4", 0.25)])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_quantize_by_bitsandbytes_has_the_expected_size(tmp_path, tiny, name, scheme, maximum):
+    pytest.importorskip("bitsandbytes")  # which also runs on CPUs
+    options = LoadOptions(device="cpu", dtype="bfloat16", quantize=scheme)
+    folder = make_causal(tmp_path, tiny, name)
+    exact, tokenizer = loading.load(folder, options, pipelines.pipeline_class("causal"))
+    config = quantizer.bitsandbytes_config(options, "cpu")
+    model, _ = loading.load(folder, options, pipelines.pipeline_class("causal"), config)
+    quantizer.check_layers(model, folder, scheme)
+    expected = loading._size(loading._weights(folder, options), 2, loading.QUANTIZED_BYTES[scheme])
+    # The scales of int4 do not count as parameters.
+    assert abs(expected - model.get_memory_footprint()) < 0.08 * expected
+    ids = torch.tensor([tokenizer("the quick brown fox")["input_ids"]])
+    with torch.inference_mode():
+        logits, close = exact(ids).logits.float(), model(ids).logits.float()
+    assert (close - logits).norm() < maximum * logits.norm()
+
+
+def make_causal(path, tiny, name):
+    from transformers import AutoConfig, AutoTokenizer
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_key_value_heads": 4}
+    config = AutoConfig.for_model(name, **sizes, num_attention_heads=4, vocab_size=400, max_position_embeddings=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(path)
+    return path
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_it_leaves_nothing_half(llmcli, chatty, tmp_path, number):
@@ -197,7 +270,7 @@ def test_layers_that_only_their_own_forward_reads_are_replaced():
 
     config = T5Config(vocab_size=64, d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=1)
     model = T5ForConditionalGeneration(config)
-    assert quantizer.quantize(model, "int8")
+    quantizer.quantize(model, "int8")
     left = {name.rpartition(".")[2] for name, module in model.named_modules() if type(module) is nn.Linear}
     assert left == {"wo"}  # which transformers keeps in float32
 

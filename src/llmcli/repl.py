@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from llmcli import config, console, engines
 from llmcli.engines.engine import Engine
-from llmcli.errors import ExitStatus, reason
+from llmcli.errors import ExitStatus, UsageError, reason
 from llmcli.io.output import Output, OutputFormat
 from llmcli.job import Job, Record
 from llmcli.tasks.chat import Message
@@ -33,6 +33,8 @@ def converse(job: Job) -> ExitStatus:
             with suppress(OSError):  # The disk may be full.
                 super().store_string(string)
 
+    if config.world_size() > 1:
+        raise UsageError("a conversation cannot run in several processes")
     history = config.cache_dir() / "chat_history"
     try:
         history.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
     if config.rank():
         from llmcli.engines.distributed import serve
 
-        return serve(engines.engine_for(job))
+        return serve(engines.engine_for(job), job)
     if job.logprobs is not None and spec.format not in (OutputFormat.JSON, OutputFormat.CSV):
         console.warning("--logprobs has no effect in text output: use --json")
     names = spec.name_fields(_output_names(job, spec.format))

@@ -3,6 +3,7 @@
 import platform
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 
 from llmcli import __version__, config
 from llmcli.io.output import print_lines, to_json
@@ -10,7 +11,8 @@ from llmcli.models import registry, store
 from llmcli.models.memory import available_memory
 from llmcli.options import Json, Quiet, Verbose, expand_options
 
-PACKAGES = ("transformers", "torch", "accelerate", "huggingface_hub", "tokenizers", "safetensors", "typer", "rich")
+PACKAGES = ("transformers", "torch", "accelerate", "huggingface_hub", "tokenizers", "safetensors", "typer", "rich",
+            "bitsandbytes")  # fmt: skip
 
 
 @expand_options
@@ -26,7 +28,7 @@ def env(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> N
         "llmcli": __version__,
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": platform.platform(),
-        **{name: version(name) for name in PACKAGES},
+        **{name: version(name) for name in PACKAGES if find_spec(name)},
         **_devices(),
         "cache": str(config.cache_dir()),
         "config": str(config.config_file()),

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
 from transformers.quantizers import HfQuantizer
 
 # transformers' loop for greedy decoding and sampling, with what `generate` passes to a `custom_generate`.
@@ -68,6 +69,19 @@ class TextPipelineMixin:
 def share_key_value_heads() -> None:
     """Let attention read the keys and values that several heads share in place, without copies for each head."""
     os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
+
+
+def tensor_parallel_settings(config: PreTrainedConfig, size: int, known: Collection[str]) -> dict[str, Any]:
+    """Return what `from_pretrained` takes to split a model among that many processes; empty if it cannot be split."""
+    text = config.get_text_config()
+    heads = {getattr(text, name, None) or size for name in ("num_attention_heads", "num_key_value_heads")}
+    has_plan = config.model_type in known and getattr(text, "base_model_tp_plan", None)
+    if not has_plan or any(count % size for count in heads):
+        return {}
+    try:
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    except TypeError:  # transformers 5.6
+        return {"tp_plan": "auto"}
 
 
 def is_causal_lm(config: PreTrainedConfig) -> bool:

@@ -1,5 +1,7 @@
 """One run by several processes: rank 0 deals out the records, and collects every rank's results in input order."""
 
+import os
+import random
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -9,17 +11,19 @@ from functools import cache
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from llmcli import console
+from llmcli import config, console
 from llmcli.engines.engine import MIN_WINDOW, Engine, OnResult
 from llmcli.engines.read_ahead import ReadAhead
 from llmcli.engines.requests import OnText
-from llmcli.errors import ExitStatus, LlmcliError
+from llmcli.errors import ExitStatus, LlmcliError, UsageError
 from llmcli.job import Job, Record, Result
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 JOIN_TIMEOUT_S = 300.0  # for all ranks to start
+LOAD_TIMEOUT = timedelta(hours=1)  # for all ranks to load their parts of a model
+REPORT_TIMEOUT_S = 10.0  # for rank 0 to exit with an error that this rank has too
 MESSAGE_TIMEOUT = timedelta(days=365)  # a rank may wait this long for input, or for a slow batch of another one
 
 EXIT_TAG = 1  # of a message that no rank sends
@@ -38,6 +42,10 @@ class DistributedEngine:
     def run(
         self, job: Job, records: Iterable[Record], on_text: OnText | None = None, on_result: OnResult | None = None
     ) -> Iterator[Result]:
+        _join(job)
+        if job.load_options.tensor_parallel:
+            yield from self._run_in_lockstep(job, records, on_text, on_result)
+            return
         remotes = [_RemoteRank(rank, job) for rank in range(1, _group().size())]
         own = self._engine.run(_job_of_rank(job), _deal(records, remotes), on_result=on_result)
         with ReadAhead(own, MIN_WINDOW) as results:  # goes on computing while other ranks are waited for
@@ -50,6 +58,34 @@ class DistributedEngine:
                         yield result
             for remote in remotes:
                 remote.results.take(1, minimum=1)  # the end: the rank is done
+        _leave()
+
+    def _run_in_lockstep(
+        self, job: Job, records: Iterable[Record], on_text: OnText | None, on_result: OnResult | None
+    ) -> Iterator[Result]:
+        """Let all ranks run the same batches at the same time, each with its part of the model."""
+        if "max_time" in job.generation:
+            raise UsageError("--tensor-parallel cannot be used with max_time: the processes would stop at other tokens")
+        if job.seed is None:
+            job = replace(job, seed=random.randrange(2**32))
+        ranks = range(1, _group().size())
+
+        def send(item: object) -> None:
+            for rank in ranks:
+                _send(item, rank)
+
+        def send_records() -> Iterator[Record]:
+            for record in records:
+                send(record)
+                yield record
+            send(None)
+
+        send((job, on_text is not None))
+        for result in self._engine.run(_job_of_rank(job), send_records(), on_text, on_result):
+            if result.failure and result.failure.type in ("internal_error", "out_of_memory"):
+                # It may be that of another rank, and from then on the ranks would run different batches.
+                raise LlmcliError(f"a batch failed: {result.failure.message}", "continue with --resume")
+            yield result
         _leave()
 
 
@@ -76,9 +112,11 @@ class _RemoteRank:
             _send(None, self._rank)
 
 
-def serve(engine: Engine) -> ExitStatus:
+def serve(engine: Engine, job: Job) -> ExitStatus:
     """Run the records that rank 0 sends to this process, whatever input its command line names."""
-    _group()  # raises if rank 0 cannot be joined
+    _join(job)
+    if job.load_options.tensor_parallel:
+        return _follow(engine)
     try:
         job = next(_receive(0))
         for result in engine.run(_job_of_rank(job), _receive(0)):
@@ -95,6 +133,26 @@ def serve(engine: Engine) -> ExitStatus:
     return ExitStatus.OK
 
 
+def _follow(engine: Engine) -> ExitStatus:
+    """Run what rank 0 runs, up to its exit."""
+
+    def exit_with_rank_0() -> None:
+        _wait_for_exit(0)
+        os._exit(ExitStatus.OK)  # This rank may be waiting for an answer of rank 0, within a batch.
+
+    watcher = threading.Thread(target=exit_with_rank_0, daemon=True)
+    watcher.start()
+    try:
+        job, is_streamed = next(_receive(0))
+        for _ in engine.run(_job_of_rank(job), _receive(0), (lambda text: None) if is_streamed else None):
+            pass
+    except LlmcliError:
+        watcher.join(REPORT_TIMEOUT_S)
+        raise
+    watcher.join()
+    return ExitStatus.OK
+
+
 def _deal(records: Iterable[Record], remotes: list[_RemoteRank]) -> Iterator[Record]:
     """Give each rank a record in turn, and at last None; yield those of this process."""
     for number, record in enumerate(records):
@@ -106,36 +164,48 @@ def _deal(records: Iterable[Record], remotes: list[_RemoteRank]) -> Iterator[Rec
         remote.to_send.put(None)
 
 
-@cache
-def _group() -> "ProcessGroup":
-    """Join the other processes. Messages go over the CPU (gloo), whatever device each process computes on."""
+def _join(job: Job) -> None:
+    """Join the other processes. Messages go over the CPU (gloo), tensors of parts of a model from GPU to GPU (NCCL)."""
     import torch
-    from accelerate import PartialState
 
+    has_nccl = job.load_options.tensor_parallel and torch.cuda.is_available()
+    timeout = LOAD_TIMEOUT if has_nccl else timedelta(seconds=JOIN_TIMEOUT_S)
     try:
         with console.working("waiting for the other processes"):
-            PartialState(cpu=True, timeout=timedelta(seconds=JOIN_TIMEOUT_S))
-            return torch.distributed.new_group(timeout=MESSAGE_TIMEOUT)
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=timeout)
+            _group()
     except (RuntimeError, ValueError) as exc:
         why, *_ = str(exc).split("\n")
         hint = "start all with torchrun; to run one process, unset RANK and WORLD_SIZE"
         raise LlmcliError(f"cannot join the other processes: {why}", hint) from exc
 
 
+@cache
+def _group() -> "ProcessGroup":
+    """Return the group for messages, whose processes may wait long for each other."""
+    import torch
+
+    return torch.distributed.new_group(timeout=MESSAGE_TIMEOUT, backend="gloo")
+
+
 def _job_of_rank(job: Job) -> Job:
-    """Return the job with this rank's own device, if there are several, and its own seed."""
+    """Return the job with this rank's own device, and its own seed unless all ranks run the same records."""
+    import torch
+
     from llmcli.models.loading import choose_device
 
-    if job.seed is not None:  # With one seed for all, equal records would get equal samples in every rank.
+    if job.seed is not None and not job.load_options.tensor_parallel:
+        # With one seed for all, equal records would get equal samples in every rank.
         job = replace(job, seed=(job.seed + _group().rank()) % 2**32)
     device = choose_device(job.load_options.device)
-    if job.load_options.device != "auto" or device == "cpu":
+    if device == "cpu":
+        if job.load_options.tensor_parallel and torch.accelerator.is_available():
+            raise UsageError("--tensor-parallel requires the GPUs of this machine, not --device cpu")
         return job
-    import torch
-    from accelerate import PartialState
-
-    index = PartialState().local_process_index % torch.accelerator.device_count()
-    return replace(job, load_options=replace(job.load_options, device=f"{device}:{index}"))
+    kind, _, index = device.partition(":")
+    number = int(index or os.environ.get("LOCAL_RANK") or config.rank()) % torch.accelerator.device_count()
+    torch.accelerator.set_device_index(number)  # Without it, libraries would also take memory of the first device.
+    return replace(job, load_options=replace(job.load_options, device=f"{kind}:{number}"))
 
 
 def _leave() -> None:

@@ -72,6 +72,7 @@ class TaskEngine(ABC):
         """Yield the results in the order of the records. The model is loaded when the first record needs it."""
         # A seed repeats a sampled run only if the batches do not depend on how fast the input arrives.
         is_seeded = job.seed is not None and bool(job.settings_field or job.generation.get("do_sample") is not False)
+        is_seeded |= job.load_options.tensor_parallel  # All processes run the same batches.
         run = JobRun(self, job, on_text, on_result)
         with ReadAhead(map(PendingRecord, records), MIN_WINDOW, attrgetter("size"), MAX_CHARACTERS) as source:
             while run.in_flight or not source.has_ended:

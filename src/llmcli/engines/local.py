@@ -53,10 +53,11 @@ class LocalEngine(TaskEngine):
                 message = f"--think and --template-option require a chat template, but {job.model} has none"
                 raise UsageError(message, hint="use a chat model: -m NAME")
             pipeline.chat_template.check(job.think, job.template_options)
+        is_fixed = job.load_options.tensor_parallel  # All processes run the same batches.
         if defaults is None:
             # A batch that is only read is measured in tokens, unless the user says how many rows it has.
             kind = BatchPolicy if job.batch_size else TokenBatchPolicy
-            policy = kind(job.batch_size, device, memory(make_estimate(pipeline.model)))
+            policy = kind(job.batch_size, device, memory(make_estimate(pipeline.model)), is_fixed=is_fixed)
             return BatchRunner(pipeline, policy, parameters, truncate=job.truncate)
         from transformers import set_seed
 
@@ -79,7 +80,7 @@ class LocalEngine(TaskEngine):
         if job.seed is not None:
             set_seed(job.seed)
         # A seed repeats a run only if the batches do not depend on speed and free memory.
-        is_fixed = job.seed is not None and bool(config.do_sample or job.settings_field)
+        is_fixed |= job.seed is not None and bool(config.do_sample or job.settings_field)
         answer_tokens = config.max_new_tokens or config.max_length or 0
         estimate = make_estimate(pipeline.model, (config.num_beams or 1) * (config.num_return_sequences or 1))
         batches = BatchPolicy(job.batch_size, device, memory(estimate), answer_tokens, is_fixed)

@@ -32,7 +32,8 @@ SYNC_INTERVAL_S = 1.0  # work that a power cut may take
 ENTRIES_PER_COPY = 1024
 ENCODE = json.JSONEncoder(sort_keys=True, default=str).encode
 RESUME_HINT = "to continue: rerun with --resume"
-RESUME_IGNORED_FIELDS = ("batch_size", "concurrency", "keep_alive", "offline", "max_memory", "offload_folder")
+RESUME_IGNORED_FIELDS = ("batch_size", "concurrency", "keep_alive", "offline", "max_memory", "offload_folder",
+                         "tensor_parallel")  # fmt: skip
 
 
 class Journal(AbstractContextManager["Journal"]):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcli import console
+from llmcli.config import world_size
 from llmcli.errors import LlmcliError, ModelTooLargeError, ModelUnavailableError, UsageError
 from llmcli.job import LoadOptions
 from llmcli.models.devices import device_error, is_out_of_memory
@@ -22,32 +23,40 @@ from llmcli.models.memory import available_memory, keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llmcli.pipelines.base import TextPipeline
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # what dtype applies to; other tensors stay as they are
 EMBEDDING_TOKENS = 512  # of a text, for a sentence encoder that states no limit
+QUANTIZED_BYTES = {"int8": 1, "int4": 0.5625}  # of a weight with its share of the scale, in bitsandbytes
+QUANTIZED_NAME = re.compile(r"(?!.*\bexperts\b).*\.\d+\.")  # of the matrices that it quantizes
 HEADROOM = 0.9  # of the free memory for weights; the rest is for activations and the KV cache
 
 
 def load(
-    folder: Path, load_options: LoadOptions, pipeline_type: "type[TextPipeline]"
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a model for a pipeline of that class, and its tokenizer."""
+    folder: Path, load_options: LoadOptions, pipeline_type: "type[TextPipeline]",
+    quantization: "BitsAndBytesConfig | None" = None,
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":  # fmt: skip
+    """Load a model for a pipeline of that class, and its tokenizer. `quantization` applies while it is loaded."""
     weights = _weights(folder, load_options)
     import torch
 
-    from llmcli.compat.transformers import share_key_value_heads
+    from llmcli.compat.transformers import share_key_value_heads, tensor_parallel_settings
 
     device = choose_device(load_options.device)
     if device == "cpu":
         keep_freed_memory()
         share_key_value_heads()
     dtype = choose_dtype(load_options.dtype, device)
-    size = _size(weights, torch.finfo(dtype).bits // 8)
-    device_map, max_memory = _device_map(load_options, device, size)
+    size = _size(weights, torch.finfo(dtype).bits // 8, QUANTIZED_BYTES[load_options.quantize] if quantization else 0)
     config = read_config(folder, load_options)
+    parts = world_size() if load_options.tensor_parallel else 1
+    device_map, max_memory = _device_map(load_options, device, size // parts)
+    placement: dict[str, Any] = {"device_map": device_map, "max_memory": max_memory}
+    if parts > 1 and not (placement := tensor_parallel_settings(config, parts, architectures()["split"])):
+        hint = "--tensor-parallel requires a tested architecture whose heads can be divided by the number of processes"
+        raise ModelUnavailableError(f"this {config.model_type} model cannot be split among {parts} processes", hint)
     tokenizer = _load_tokenizer(folder, load_options)
     if (folder / "adapter_config.json").is_file():
         console.warning(f"'{folder}' has an adapter beside its weights, which is ignored")
@@ -57,9 +66,9 @@ def load(
         load_options,
         config=config,
         dtype=dtype,
-        device_map=device_map,
-        max_memory=max_memory,
+        **placement,
         offload_folder=load_options.offload_folder,
+        quantization_config=quantization,
         use_safetensors=not load_options.allow_pickle or weights[0].suffix == ".safetensors",
         output_loading_info=True,
         adapter_kwargs={"subfolder": "no-adapter"},  # With peft, transformers would apply an adapter that it finds.
@@ -190,7 +199,7 @@ def _weights(folder: Path, load_options: LoadOptions) -> list[Path]:
     return pickled
 
 
-def _size(weights: list[Path], float_bytes: int) -> int:
+def _size(weights: list[Path], float_bytes: int, quantized_bytes: float = 0) -> int:
     """Return the bytes that the weights take once loaded, from the files' headers."""
     from safetensors import SafetensorError, safe_open
 
@@ -206,7 +215,10 @@ def _size(weights: list[Path], float_bytes: int) -> int:
                     kind = tensor.get_dtype()  # F32, BF16, I64, F8_E4M3, BOOL, ...
                     bits = re.search(r"\d+", kind)
                     width = float_bytes if kind in FLOATS else int(bits[0]) / 8 if bits else 1
-                    total += math.prod(tensor.get_shape()) * width
+                    shape = tensor.get_shape()
+                    if quantized_bytes and kind in FLOATS and len(shape) == 2 and QUANTIZED_NAME.match(name):
+                        width = quantized_bytes
+                    total += math.prod(shape) * width
         except (SafetensorError, OSError) as exc:
             raise _damaged(file, str(exc)) from exc
     return int(total)
@@ -222,6 +234,8 @@ def _device_map(
 
     kind, _, index = device.partition(":")
     memory = load_options.max_memory or available_memory()
+    if kind != "cpu" and load_options.quantize != "none":
+        memory = 0  # bitsandbytes has no layers in main memory
     spread = load_options.device == "auto" and kind in ("cuda", "xpu") and not index
     free: dict[int | str, int] = {}  # by accelerator
     if kind == "mps":  # Its memory is the main memory.

@@ -33,7 +33,7 @@ class ModelOptions:
         help="Device: auto, cpu, cuda[:N], mps or xpu. [env: LLMCLI_DEVICE]")] = None
     dtype: Annotated[config.DType | None, Option(help="Data type of the weights. [env: LLMCLI_DTYPE]")] = None
     quantize: Annotated[Literal["none", "int8", "int4"], Option(
-        help="Weight-only quantization (CPU only); the result is cached.")] = "none"
+        help="Quantize the weights, on a CPU or a CUDA GPU.")] = "none"
     max_memory: Annotated[str | None, Option(metavar="SIZE", help="Maximum RAM for model weights, e.g. 8GB.")] = None
     offload_folder: Annotated[Path | None, Option(metavar="PATH",
         help="Directory for weights that do not fit in memory.")] = None
@@ -100,6 +100,17 @@ class BatchModelOptions(ModelOptions):
 
     batch_size: Annotated[str, Option(metavar="N|auto",
         help="Records per batch, or auto to tune it during the run.")] = "auto"  # fmt: skip
+    tensor_parallel: Annotated[bool, Option("--tensor-parallel",
+        help="Split each layer among the processes of torchrun.")] = False  # fmt: skip
+
+    def load_options(self) -> LoadOptions:
+        options = super().load_options()
+        if self.tensor_parallel and config.world_size() == 1:
+            hint = "start it with torchrun: `torchrun --nproc_per_node 2 -m llmcli ...`"
+            raise UsageError("--tensor-parallel requires several processes", hint)
+        if self.tensor_parallel and (self.quantize != "none" or self.offload_folder or getattr(self, "endpoint", None)):
+            raise UsageError("--tensor-parallel cannot be used with --quantize, --offload-folder or --endpoint")
+        return replace(options, tensor_parallel=self.tensor_parallel)
 
     def _complete(self, job: Job) -> Job:
         job = super()._complete(job)

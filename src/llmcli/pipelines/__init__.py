@@ -35,11 +35,19 @@ def load(kind: str, folder: Path, load_options: LoadOptions) -> "TextPipeline":
     pipeline_type = pipeline_class(kind)
     from llmcli.pipelines import quantizer
 
-    if load_options.quantize != "none":
-        folder = quantizer.quantized(folder, load_options, pipeline_type)
-        load_options = replace(load_options, dtype="bfloat16")  # on every CPU: the kernels read no other rows
-    model, tokenizer = loading.load(folder, load_options, pipeline_type)
-    if model.device.type == "cpu" and not load_options.offload_folder:
+    scheme, source, quantization = load_options.quantize, folder, None
+    if scheme != "none":
+        device = loading.choose_device(load_options.device)
+        quantizer.check_options(folder, load_options, device)
+        if device == "cpu":
+            source = quantizer.make_copy(folder, load_options, pipeline_type)
+            load_options = replace(load_options, dtype="bfloat16")  # on every CPU: the kernels read no other rows
+        else:
+            quantization = quantizer.bitsandbytes_config(load_options, device)
+    model, tokenizer = loading.load(source, load_options, pipeline_type, quantization)
+    if quantization:
+        quantizer.check_layers(model, folder, scheme)
+    if model.device.type == "cpu" and not (load_options.offload_folder or load_options.tensor_parallel):
         quantizer.pack(model)
     return _make(kind, model, tokenizer)
 

@@ -67,6 +67,8 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
 
     def start(self, settings: BatchSettings) -> RunningBatch:
         """Return an empty batch whose rows leave when they end, if the model and the settings allow that."""
+        if self.model.tp_size:  # Rows would join and leave at other times in other processes.
+            return WholeBatch(self, settings)
         if (processors := self._find_processors(settings)) is not None:
             return SlotBatch(self, settings, processors)
         return super().start(settings)

@@ -1,15 +1,17 @@
-"""Weight-only quantization as a quantization method of transformers, and bfloat16 layers packed for oneDNN."""
+"""Quantized weights, by bitsandbytes on GPUs and by a method of our own on CPUs; bfloat16 packed for oneDNN."""
 
 import inspect
+import logging
 import re
 import sys
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -51,36 +53,56 @@ class WeightOnlyQuantizer(WeightQuantizer):
                 module.align()
 
 
-def quantized(folder: Path, load_options: LoadOptions, pipeline_type: type[TextPipeline]) -> Path:
-    """Return a directory with the same model, quantized as the options say; it is made if it does not exist."""
-    scheme, device = load_options.quantize, loading.choose_device(load_options.device)
-    if device != "cpu":
-        raise UsageError(
-            f"--quantize {scheme} requires the CPU, and the model would be loaded on {device}",
-            hint="pass --device cpu; or, if the model is too large for the GPU, --offload-folder PATH",
-        )
-    if (dtype := load_options.dtype) not in ("auto", "bfloat16"):
+def check_options(folder: Path, load_options: LoadOptions, device: str) -> None:
+    """Raise UsageError if a model cannot be quantized on that device as the options say."""
+    scheme, dtype = load_options.quantize, load_options.dtype
+    if device != "cpu" and not device.startswith("cuda"):
+        message = f"--quantize {scheme} requires the CPU or CUDA, and the model would be loaded on {device}"
+        raise UsageError(message, hint="pass --device cpu")
+    if device != "cpu" and not find_spec("bitsandbytes"):
+        hint = "run `pip install 'llmcli[quantize]'`, or pass --device cpu"
+        raise UsageError(f"--quantize {scheme} on a GPU requires bitsandbytes, which is not installed", hint)
+    if dtype not in ("auto", "bfloat16", *["float16"] * (device != "cpu")):
         raise UsageError(f"--quantize {scheme} requires bfloat16, not --dtype {dtype}", hint="leave --dtype out")
     if load_options.offload_folder:
         raise UsageError("--quantize cannot be used with --offload-folder")
-    config = loading.read_config(folder, load_options)
-    if getattr(config, "quantization_config", None):
+    if getattr(loading.read_config(folder, load_options), "quantization_config", None):
         raise UsageError(f"{folder} is already quantized", hint="leave --quantize out")
+
+
+def bitsandbytes_config(load_options: LoadOptions, device: str) -> BitsAndBytesConfig:
+    """Return how a GPU's weights are quantized while they are loaded."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # It warns when int8 rounds activations to float16.
+    if load_options.quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    dtype = loading.choose_dtype(load_options.dtype, device)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def check_layers(model: PreTrainedModel, folder: Path, scheme: str) -> None:
+    """Raise UsageError if no layer of the model has been quantized."""
+    if not any(parameter.dtype in (torch.int8, torch.uint8) for parameter in model.parameters()):
+        raise UsageError(f"{folder} has no layer that can be {scheme}", hint="leave --quantize out")
+
+
+def make_copy(folder: Path, load_options: LoadOptions, pipeline_type: type[TextPipeline]) -> Path:
+    """Return a directory with the same model, quantized for this CPU; it is made if it does not exist."""
+    scheme = load_options.quantize
 
     def make(target: Path) -> None:
         console.notice(f"quantizing the weights to {scheme}, once")
         # From the weights as they are: rounding to bfloat16 first would lose some of them.
-        dtype = str(config.dtype or "float32").removeprefix("torch.")
+        dtype = str(loading.read_config(folder, load_options).dtype or "float32").removeprefix("torch.")
         model, _ = loading.load(folder, replace(load_options, dtype=dtype), pipeline_type)
-        if not quantize(model, scheme):
-            raise UsageError(f"{folder} has no layer that can be {scheme}", hint="leave --quantize out")
+        quantize(model, scheme)
+        check_layers(model, folder, scheme)
         model.save_pretrained(target)
 
     return copies.get_or_create(folder, f"{scheme}-{pipeline_type.auto_class}-{cpu_capability()}", make)
 
 
-def quantize(model: PreTrainedModel, scheme: str) -> bool:
-    """Replace the layers of a loaded model that the kernels can multiply; False if there are none."""
+def quantize(model: PreTrainedModel, scheme: str) -> None:
+    """Replace the layers of a loaded model that the kernels can multiply."""
     head, layers = model.get_output_embeddings(), dict[str, str]()
     skipped = float32_modules(model)
     with torch.no_grad():
@@ -93,7 +115,6 @@ def quantize(model: PreTrainedModel, scheme: str) -> bool:
                 replace_module(model, name, LAYERS[layer].from_linear(module))
     model.to(torch.bfloat16)
     mark_quantized(model, WeightOnlyQuantizer(WeightOnlyConfig(scheme, layers, cpu_capability())))
-    return bool(layers)
 
 
 def pack(model: PreTrainedModel) -> None:

@@ -66,6 +66,8 @@ class ScoringPipeline(CausalTextPipeline):
         is_cpu = self.device.type == "cpu"
         free = available_memory() if is_cpu else read_memory(self.device)[2]
         logits = min(free // BYTES_PER_LOGIT, LOGITS if is_cpu else free)
+        if self.model.tp_size:  # All processes read parts of the same length.
+            logits = LOGITS
         width = max(1, logits // (len(ids) * self.model.config.get_text_config().vocab_size))
         cache = key_value_cache(self.model) if width < length and self.can_read_in_parts(length) else None
         settings = cache_argument(self.model, cache) or {"use_cache": False}
