@@ -213,3 +213,18 @@ def test_killed_run_has_written_what_had_ended(tiny, tmp_path, llmcli, monkeypat
     assert 10 <= written.count("\n") <= 20
     assert llmcli(*args).exit_status == 0
     assert path.read_bytes().decode() == whole
+
+
+def test_long_record_of_slow_input_is_not_passed_by_all(tiny, trace):
+    trace.steps = lambda number: 400 + 100 * (number % 8)
+    known = []
+
+    def arrive():
+        for i in range(200):
+            while len(known) < i - 12:
+                time.sleep(0.0001)
+            yield Record({"text": "the " * 20 if i == 20 else f"the {i}"})
+
+    list(run(tiny, arrive(), on_result=lambda result: known.append(result.record.fields["text"])))
+    assert len(known) == 200
+    assert known.index("the " * 20) < 60

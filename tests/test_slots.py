@@ -124,6 +124,13 @@ def test_options_apply_to_rows_that_join_later(llama, options, way, request):
     assert run_batch(llama, TEXTS.different, limits, 3, **options, **ends) == expected
 
 
+def test_copies_of_a_row_may_end_when_others_go_on(llama):
+    limits = [12] * len(TEXTS.different)
+    ends = {"eos_token_id": [2, *range(300, 500)], "do_sample": True, "temperature": 2.0, "num_return_sequences": 3}
+    transformers.set_seed(1)
+    assert len(run_batch(llama, TEXTS.different, limits, 4, **ends)) == len(limits)
+
+
 @pytest.mark.parametrize("way", ["plain", "captured"])
 def test_rows_that_join_may_share_a_prefix(llama, way, request):
     if way == "captured":

@@ -143,6 +143,8 @@ class BatchRunner:
 
     def _read(self) -> None:
         """Run the pipeline's forward pass with the row that has waited longest, and similar ones."""
+        from llmcli.pipelines.running import split_outputs
+
         rows = self._find_candidates()
         if is_measured := len(self.queue) > 1:  # A single record tells nothing about batches.
             rows = [rows[i] for i in self.policy.choose(self._own_lengths(rows))]
@@ -155,10 +157,7 @@ class BatchRunner:
         if is_measured:
             lengths = self._own_lengths(rows)
             self.policy.observe(lengths, len(rows) * max(lengths) / (time.perf_counter() - start))
-        self._take_outputs({
-            i: {name: value[i : i + 1] if hasattr(value, "shape") else value[i] for name, value in outputs.items()}
-            for i in range(len(rows))
-        })  # fmt: skip
+        self._take_outputs(split_outputs(outputs, range(len(rows))))
 
     def _generate(self, on_text: OnText | None) -> None:
         """Go on with the running batch, or start one. Rows join it as soon as a quarter of its places is free."""
@@ -216,19 +215,17 @@ class BatchRunner:
         self._add_rows(chosen)
 
     def _let_join(self, settings: "BatchSettings") -> None:
-        """Add rows that are suited to the running batch. The others wait, but not for ever."""
+        """Add rows that are suited to the running batch. The others wait, but neither for ever nor for a slow input."""
         running = {*self._running.values()}
         self._last_refusal = len(running)
-        first = next(row for row in self.queue if row not in running)
-        is_suited = first.group == self._group and first.total <= settings.max_length
-        if is_suited or self._added < self.window:
-            rows = [row for row in self.queue if row.group == self._group and row.total <= settings.max_length]
-            rows = [row for row in rows if row not in running]
-            if rows:
-                lengths, known = self._own_lengths(rows), self._own_lengths(running)
-                settings.max_rows, _ = self.policy.plan(lengths, known)
-                if chosen := self.policy.choose(lengths, known, settings.max_rows):
-                    self._add_rows([rows[i] for i in chosen])
+        waiting = [row for row in self.queue if row not in running]
+        rows = [row for row in waiting if row.group == self._group and row.total <= settings.max_length]
+        may_pass = self._added < self.window and len(self.queue) >= settings.max_rows
+        if rows and (may_pass or rows[0] is waiting[0]):
+            lengths, known = self._own_lengths(rows), self._own_lengths(running)
+            settings.max_rows, _ = self.policy.plan(lengths, known)
+            if chosen := self.policy.choose(lengths, known, settings.max_rows):
+                self._add_rows([rows[i] for i in chosen])
 
     def _add_rows(self, rows: list[Row]) -> None:
         from llmcli.pipelines.running import GeneratingRow

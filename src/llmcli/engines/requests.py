@@ -52,10 +52,6 @@ class Request:
         key = self.input if isinstance(self.input, str) else repr(self.input)
         return f"{self.settings.key}{key}" if self.settings else key
 
-    @property
-    def is_finished(self) -> bool:
-        return self.output is not None or self.failure is not None
-
 
 @dataclass(slots=True, eq=False)
 class Row:

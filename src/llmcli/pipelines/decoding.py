@@ -91,7 +91,7 @@ class TokenSequence:
     limit: int
     decode: "TokenDecoder | None"  # if it may end with a stop text
     deadline: float
-    slot: int = -1
+    slot: int = -1  # none: it has ended
     begin: int = 0
     tokens: list[int] = field(default_factory=list)  # new ones
     read_count: int = 0  # of these, how many the model has read

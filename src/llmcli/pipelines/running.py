@@ -84,10 +84,12 @@ class WholeBatch(RunningBatch):
     def step(self) -> "dict[int, Inputs]":
         outputs = self._pipeline.forward(self._inputs, **self._options)
         self.speed = self._timer.speed
-        return self._split(outputs, range(self._count))
+        return split_outputs(outputs, range(self._count))
 
-    def _split(self, outputs: "Inputs", rows: Iterable[int]) -> "dict[int, Inputs]":
-        return {
-            i: {name: value[i : i + 1] if hasattr(value, "shape") else value[i] for name, value in outputs.items()}
-            for i in rows
-        }
+
+def split_outputs(outputs: "Inputs", rows: Iterable[int]) -> "dict[int, Inputs]":
+    """Return the outputs of some rows of a batch by number, arrays with a batch size of 1."""
+    return {
+        i: {name: value[i : i + 1] if hasattr(value, "shape") else value[i] for name, value in outputs.items()}
+        for i in rows
+    }

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from llmcli.compat.cache import can_select_rows, select_rows
 from llmcli.compat.transformers import read_next, single_token_context
 from llmcli.pipelines.decoding import ORDER, SCORES, RowSampler, kind_of
-from llmcli.pipelines.running import BatchSettings, WholeBatch
+from llmcli.pipelines.running import BatchSettings, WholeBatch, split_outputs
 
 if TYPE_CHECKING:
     from llmcli.pipelines.base import Inputs
@@ -44,7 +44,7 @@ class SegmentedBatch(WholeBatch):
         with self._pipeline.device_placement(), self._pipeline.get_inference_context()():
             outputs, ended = next(self._parts)
         self.speed = self._timer.speed
-        return self._split(outputs, ended)
+        return split_outputs(outputs, ended)
 
 
 def decode_in_segments(sampler: RowSampler) -> Callable[..., Iterator[tuple[torch.Tensor, list[int]]]]:

@@ -233,13 +233,13 @@ class SlotBatch(RunningBatch):
         """Let matchers read the new tokens of unfinished sequences, and append what must follow these."""
         assert self._constraints
         for sequence in sequences:
-            if self._slots[sequence.slot] is not sequence:
+            if sequence.slot < 0:
                 continue
             if self._settings.logprobs is not None:  # A log-probability needs the logits before its token.
                 self._constraints.advance(sequence.number, sequence.tokens)
                 continue
             for token in self._constraints.read_forced_tokens(sequence.number, sequence.tokens):
-                if self._slots[sequence.slot] is sequence:
+                if sequence.slot >= 0:
                     self._append(sequence, token)
 
     def _append(self, sequence: TokenSequence, token: int) -> None:
@@ -255,9 +255,9 @@ class SlotBatch(RunningBatch):
 
     def _end(self, sequence: TokenSequence) -> None:
         """Give the slot of a sequence free, and report its row once all sequences of the row have ended."""
-        self._slots[sequence.slot] = None
+        self._slots[sequence.slot], sequence.slot = None, -1
         row, sequences = self._rows[sequence.row]
-        if any(self._slots[known.slot] is known for known in sequences):
+        if any(known.slot >= 0 for known in sequences):
             return
         del self._rows[sequence.row]
         if self._sampler:
