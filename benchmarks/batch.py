@@ -57,14 +57,6 @@ for prompt in prompts:
 """
 ENDING, MAX_TOKENS, END_EVERY = 2000, 128, 64  # records, tokens of an answer, and which tokens end one
 SAMPLING = {"max_new_tokens": MAX_TOKENS, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-WHOLE = """
-import sys
-from llmcli.cli import main
-from llmcli.pipelines.causal import CausalPipeline
-from llmcli.pipelines.running import WholeBatch
-CausalPipeline.start = lambda self, settings: WholeBatch(self, settings)
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 def prompts(count: int) -> list[str]:
@@ -114,7 +106,8 @@ def main() -> list[str]:
 
 
 def ends() -> list[str]:
-    """The rows of a table in Markdown: records whose answers end at random, as one token in END_EVERY ends them."""
+    """The rows of a table in Markdown: records whose answers end at random, as one token in END_EVERY ends them.
+    `EARLIER_SRC`, the folder `src` of an earlier checkout, adds a row."""
     with tempfile.TemporaryDirectory() as scratch:
         model = shutil.copytree(smollm2(), Path(scratch, "model"))
         settings = model / "generation_config.json"
@@ -127,11 +120,13 @@ def ends() -> list[str]:
         args = ["generate", "--jsonl", "-m", str(model), "-f", str(whole), "--dtype", "bfloat16", "--temperature", "1",
                 "--top-k", "0", "--top-p", "1", "--max-new-tokens", str(MAX_TOKENS)]  # fmt: skip
         peer = [str(model), str(part), json.dumps(SAMPLING), "32"]
+        ours = [sys.executable, "-m", "llmcli", *args]
         variants = {
-            "llmcli": ([LLMCLI, *args], ENDING),
-            "llmcli, rows wait for the last one of their batch": ([sys.executable, "-c", WHOLE, *args], ENDING),
+            "llmcli": (ours, ENDING),
             "`transformers.pipeline`, batches of 32": ([sys.executable, "-c", PIPELINE, *peer], len(lines[::8])),
         }
+        if earlier := os.environ.get("EARLIER_SRC"):
+            variants["llmcli, earlier version"] = (["env", f"PYTHONPATH={earlier}", *ours], ENDING)
         speeds = {name: count / seconds(command, out) for name, (command, count) in variants.items()}
     return [f"| {name} | {speed:.2f} | {speeds['llmcli'] / speed:.2f} |" for name, speed in speeds.items()]
 
