@@ -108,7 +108,7 @@ def make(setup: Setup) -> None:
     words = [" " + "".join(chance.choices(letters, k=chance.randint(3, 9))) for _ in range(60_000)]
     trained = ByteLevelBPETokenizer()
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    trained.train_from_iterator([decode.text(), *words], VOCABULARY, 2, False, [*special.values()])
+    trained.train_from_iterator([decode.text(), *words], VOCABULARY, 0, False, [*special.values()])
     trained.save(str(folder / "tokenizer.json"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="</s>", **special)
     for name, shape, dtype in (("parity", PARITY_SHAPE, torch.float32), ("model", size.shape, torch.bfloat16)):
