@@ -56,7 +56,7 @@ for prompt in prompts:
     print(json.dumps({"text": output["choices"][0]["text"]}))
 """
 ENDING, ENDING_WORDS = 2000, 40  # prompts whose answers end at random, and their maximum length
-MAX_TOKENS, END_EVERY = 128, 64  # of such an answer; of the vocabulary, one token in so many ends it
+MAX_TOKENS, END_EVERY = 32, 16  # of such an answer; of the vocabulary, one token in so many ends it
 SAMPLING = {"max_new_tokens": MAX_TOKENS, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
@@ -119,14 +119,14 @@ def ends() -> list[str]:
         whole, part, out = Path(scratch, "whole.jsonl"), Path(scratch, "part.jsonl"), Path(scratch, "out")
         lines = [json.dumps({"text": prompt}) + "\n" for prompt in prompts(ENDING, ENDING_WORDS)]
         whole.write_text("".join(lines))
-        part.write_text("".join(lines[::8]))  # for the pipeline, which takes several times as long
+        part.write_text("".join(lines[::16]))  # for the pipeline, which takes several times as long
         args = ["generate", "--jsonl", "-m", str(model), "-f", str(whole), "--dtype", "bfloat16", "--temperature", "1",
                 "--top-k", "0", "--top-p", "1", "--max-new-tokens", str(MAX_TOKENS)]  # fmt: skip
         peer = [str(model), str(part), json.dumps(SAMPLING), "32"]
         ours = [sys.executable, "-m", "llmcli", *args]
         variants = {
             "llmcli": (ours, ENDING),
-            "`transformers.pipeline`, batches of 32": ([sys.executable, "-c", PIPELINE, *peer], len(lines[::8])),
+            "`transformers.pipeline`, batches of 32": ([sys.executable, "-c", PIPELINE, *peer], len(lines[::16])),
         }
         if earlier := os.environ.get("EARLIER_SRC"):
             variants["llmcli, earlier version"] = (["env", f"PYTHONPATH={earlier}", *ours], ENDING)
