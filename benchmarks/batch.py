@@ -55,23 +55,16 @@ for prompt in prompts:
     output = model(prompt, max_tokens=int(sys.argv[3]), temperature=0, logit_bias={model.token_eos(): -100.0})
     print(json.dumps({"text": output["choices"][0]["text"]}))
 """
-ENDING, MAX_TOKENS, END_EVERY = 2000, 128, 64  # records, tokens of an answer, and which tokens end one
+ENDING, ENDING_WORDS = 2000, 40  # prompts whose answers end at random, and their maximum length
+MAX_TOKENS, END_EVERY = 32, 16  # of such an answer; of the vocabulary, one token in so many ends it
 SAMPLING = {"max_new_tokens": MAX_TOKENS, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-WHOLE = """
-import sys
-from llmcli.cli import main
-from llmcli.pipelines.causal import CausalPipeline
-from llmcli.pipelines.running import WholeBatch
-CausalPipeline.start = lambda self, settings: WholeBatch(self, settings)
-sys.exit(main(sys.argv[1:]))
-"""
 
 
-def prompts(count: int) -> list[str]:
-    """Runs of 4 to 200 words, from the project's licence."""
+def prompts(count: int, maximum: int = 200) -> list[str]:
+    """Runs of 4 to `maximum` words, from the project's licence."""
     words = Path(__file__).parents[1].joinpath("LICENSE").read_text().split()
     chance = random.Random(7)
-    lengths = [chance.randint(4, 200) for _ in range(count)]
+    lengths = [chance.randint(4, maximum) for _ in range(count)]
     starts = [chance.randrange(len(words) - length) for length in lengths]
     return [" ".join(words[start : start + length]) for start, length in zip(starts, lengths, strict=True)]
 
@@ -114,25 +107,33 @@ def main() -> list[str]:
 
 
 def ends() -> list[str]:
-    """The rows of a table in Markdown: records whose answers end at random, as one token in END_EVERY ends them."""
+    """The rows of a table in Markdown: records whose answers end at random, as one token in END_EVERY ends them.
+    `EARLIER_SRC`, the folder `src` of an earlier checkout, adds a row:
+
+    git worktree add ../earlier REVISION && EARLIER_SRC=../earlier/src python benchmarks/run.py ends"""
     with tempfile.TemporaryDirectory() as scratch:
         model = shutil.copytree(smollm2(), Path(scratch, "model"))
         settings = model / "generation_config.json"
         known = json.loads(settings.read_text()) if settings.exists() else {}
         settings.write_text(json.dumps(known | {"eos_token_id": list(range(2, 49152, END_EVERY))}))
         whole, part, out = Path(scratch, "whole.jsonl"), Path(scratch, "part.jsonl"), Path(scratch, "out")
-        lines = [json.dumps({"text": prompt}) + "\n" for prompt in prompts(ENDING)]
+        lines = [json.dumps({"text": prompt}) + "\n" for prompt in prompts(ENDING, ENDING_WORDS)]
         whole.write_text("".join(lines))
-        part.write_text("".join(lines[::8]))  # for the pipeline, which takes ten minutes and more for all
+        part.write_text("".join(lines[::16]))  # for the pipeline, which takes several times as long
         args = ["generate", "--jsonl", "-m", str(model), "-f", str(whole), "--dtype", "bfloat16", "--temperature", "1",
                 "--top-k", "0", "--top-p", "1", "--max-new-tokens", str(MAX_TOKENS)]  # fmt: skip
         peer = [str(model), str(part), json.dumps(SAMPLING), "32"]
+        ours = [sys.executable, "-m", "llmcli", *args]
         variants = {
-            "llmcli": ([LLMCLI, *args], ENDING),
-            "llmcli, rows wait for the last one of their batch": ([sys.executable, "-c", WHOLE, *args], ENDING),
-            "`transformers.pipeline`, batches of 32": ([sys.executable, "-c", PIPELINE, *peer], len(lines[::8])),
+            "llmcli": (ours, ENDING),
+            "`transformers.pipeline`, batches of 32": ([sys.executable, "-c", PIPELINE, *peer], len(lines[::16])),
         }
-        speeds = {name: count / seconds(command, out) for name, (command, count) in variants.items()}
+        if earlier := os.environ.get("EARLIER_SRC"):
+            variants["llmcli, earlier version"] = (["env", f"PYTHONPATH={earlier}", *ours], ENDING)
+        speeds = {}
+        for name, (command, count) in variants.items():
+            speeds[name] = count / seconds(command, out)
+            print(name, f"{speeds[name]:.2f}", file=sys.stderr, flush=True)
     return [f"| {name} | {speed:.2f} | {speeds['llmcli'] / speed:.2f} |" for name, speed in speeds.items()]
 
 
