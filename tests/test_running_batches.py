@@ -215,6 +215,22 @@ def test_killed_run_has_written_what_had_ended(tiny, tmp_path, llmcli, monkeypat
     assert path.read_bytes().decode() == whole
 
 
+def test_longer_record_of_slow_input_joins_the_first_one(tiny, trace):
+    trace.steps = lambda number: 50 if number else 5000
+    texts = ["the fox", "the quick brown fox"]
+
+    def arrive():
+        yield Record({"text": texts[0]})
+        while not trace.joins:
+            time.sleep(0.001)
+        yield Record({"text": texts[1]})
+
+    known = []
+    list(run(tiny, arrive(), on_result=lambda result: known.append(result.record.fields["text"])))
+    assert known == texts[::-1]
+    assert len(trace.batches) == 1
+
+
 def test_long_record_of_slow_input_is_not_passed_by_all(tiny, trace):
     trace.steps = lambda number: 400 + 100 * (number % 8)
     known = []

@@ -203,6 +203,8 @@ class BatchRunner:
             max_rows = 1
             if on_text and self._is_single:
                 streamer = DeltaStreamer(self.pipeline.decoder(chosen[0].inputs), config.stop_strings or (), on_text)
+        if max_rows > 4 * len(rows):  # The input is slow, or short: later rows may be longer.
+            max_length = max(max_length, min(2 * max_length, limit or 2 * max_length))
         is_open = self._batch and self._batch.can_add and self._added < self.window
         is_suited = last and max_length <= last.max_length and chosen[0].group == self._group
         if last and is_open and is_suited and min(max_rows, last.max_rows) > 1:
