@@ -300,16 +300,24 @@ def test_prompts_are_read_in_parts_with_equal_text(monkeypatch):
     ("model_type", "window"),
     [("gpt_neo", "window_size"), ("mistral", "sliding_window"), ("llama4_text", "attention_chunk_size")],
 )
-def test_prefix_is_shared_within_the_window_alone(model_type, window):
+def test_prefix_is_shared_within_the_window_alone(model_type, window, monkeypatch):
     config = small_config(model_type, is_causal=True, **{window: 64})
     causal = make_pipeline("causal", make_model(transformers.AutoModelForCausalLM, config))
     assert causal.max_shared_tokens == 64
-    prefixes = []
-    forward = causal._forward
-    causal._forward = lambda inputs, **settings: (prefixes.append("prefix" in settings), forward(inputs, **settings))[1]
+    joined = []  # how long the rows are that begin together, and whether they share a prefix
+    find = BatchRunner._find_prefix
+
+    def find_prefix(runner, rows):
+        prefix = find(runner, rows)
+        joined.append((max(row.total for row in rows), prefix is not None))
+        return prefix
+
+    monkeypatch.setattr(BatchRunner, "_find_prefix", find_prefix)
     generate(causal, TEXTS.near, 8)
+    assert [is_shared for _, is_shared in joined] == [True]
     generate(causal, TEXTS.far, 8)
-    assert prefixes == [True, False]
+    assert max(length for length, _ in joined) > 64
+    assert all(length <= 64 for length, is_shared in joined if is_shared)
 
 
 @pytest.mark.parametrize("pooling", ["cls_token", "mean_tokens"])
