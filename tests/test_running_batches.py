@@ -216,7 +216,7 @@ def test_killed_run_has_written_what_had_ended(tiny, tmp_path, llmcli, monkeypat
 
 
 def test_longer_record_of_slow_input_joins_the_first_one(tiny, trace):
-    trace.steps = lambda number: 50 if number else 5000
+    trace.steps = lambda number: 50 if number else 200_000
     texts = ["the fox", "the quick brown fox"]
 
     def arrive():
