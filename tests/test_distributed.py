@@ -41,6 +41,13 @@ def said(ran):
 
 
 @pytest.mark.slow
+def torchrun(tmp_path, code, *args):
+    """Run a program in the place of llmcli in each rank."""
+    program = tmp_path / "program.py"
+    program.write_text(code)
+    return subprocess.run([*TORCHRUN[:-2], program, *args], capture_output=True, timeout=120)
+
+
 def test_distributed_results_are_in_input_order(command, lines, whole):
     ran = subprocess.run([*TORCHRUN, *command, "-f", lines], capture_output=True, timeout=120)
     assert ran.stdout == whole
@@ -92,10 +99,9 @@ def test_distributed_resumes_after_killed_rank(command, lines, whole, tmp_path, 
         f"if os.environ['RANK'] == '{rank}': LocalEngine.run = run_and_die\n"
         "sys.exit(cli.main())\n"
     )
-    program, path = tmp_path / "program.py", tmp_path / "out.jsonl"
-    program.write_text(code)
+    path = tmp_path / "out.jsonl"
     args = [*command, "-f", lines, "--output", path, "--resume"]
-    assert subprocess.run([*TORCHRUN[:-2], program, *args], capture_output=True, timeout=120).returncode == 1
+    assert torchrun(tmp_path, code, *args).returncode == 1
     begun = path.read_bytes()
     assert whole.startswith(begun[: begun.rfind(b"\n") + 1])
     assert len(begun) < len(whole)
@@ -125,9 +131,7 @@ def test_distributed_remote_error_is_reported_once(command, lines, tmp_path):
         "if os.environ['RANK'] == '1': loading.load = load\n"
         "sys.exit(cli.main())\n"
     )
-    program = tmp_path / "program.py"
-    program.write_text(code)
-    ran = subprocess.run([*TORCHRUN[:-2], program, *command, "-f", lines], capture_output=True, timeout=120)
+    ran = torchrun(tmp_path, code, *command, "-f", lines)
     assert ran.returncode == 1
     assert [line for line in said(ran) if "lacks" not in line and "missing field" not in line] == [
         "error: process 1: the disk is gone",
@@ -215,10 +219,9 @@ def test_tensor_parallel_killed_rank_ends_all(command, lines, whole, tmp_path, r
         f"if os.environ['RANK'] == '{rank}': CausalPipeline._forward = forward_and_die\n"
         "sys.exit(cli.main())\n"
     )
-    program, path = tmp_path / "program.py", tmp_path / "out.jsonl"
-    program.write_text(code)
+    path = tmp_path / "out.jsonl"
     args = [*command, "-f", lines, "--output", path, "--resume"]
-    ran = subprocess.run([*TORCHRUN[:-2], program, *args, "--tensor-parallel"], capture_output=True, timeout=120)
+    ran = torchrun(tmp_path, code, *args, "--tensor-parallel")
     begun = path.read_bytes()
     assert (ran.returncode, begun.count(b"\n") > 50, len(begun) < len(whole)) == (1, True, True)
     subprocess.run([sys.executable, "-m", "llmcli", *args], capture_output=True, timeout=120)

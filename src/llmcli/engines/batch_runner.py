@@ -165,7 +165,7 @@ class BatchRunner:
         can_join = self._batch and self._batch.can_add and count < min(len(self.queue), self._last_refusal)
         if not (count and known):
             self._start_batch(on_text)
-        elif can_join and 4 * count <= 3 * known.max_rows:
+        elif can_join and known.has_room(count):
             self._let_join(known)
         assert self._batch
         assert self._settings

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from llmcli.pipelines.base import Inputs
 
+FREE_FRACTION = 0.25  # of a batch, of which fewer rows do not repay to read others, or to copy the rest
 Prefix = tuple[list[int], "DynamicCache"]  # tokens that all rows begin with, and their keys and values
 
 
@@ -36,6 +37,10 @@ class BatchSettings:
     max_rows: int = 1  # that will be in the batch at any time
     max_length: int = 0  # tokens of the longest row that may be added later, answer included
     is_fixed: bool = False  # whether the moments at which rows leave must not depend on time
+
+    def has_room(self, rows: int) -> bool:
+        """Return whether others may join that many rows."""
+        return rows <= (1 - FREE_FRACTION) * self.max_rows
 
 
 class RunningBatch(ABC):

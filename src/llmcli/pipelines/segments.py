@@ -10,12 +10,11 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from llmcli.compat.cache import can_select_rows, select_rows
 from llmcli.compat.transformers import read_next, single_token_context
 from llmcli.pipelines.decoding import ORDER, SCORES, RowSampler, kind_of
-from llmcli.pipelines.running import BatchSettings, WholeBatch, split_outputs
+from llmcli.pipelines.running import FREE_FRACTION, BatchSettings, WholeBatch, split_outputs
 
 if TYPE_CHECKING:
     from llmcli.pipelines.base import Inputs
 
-MIN_ENDED_FRACTION = 0.25  # of the rows that the model reads: to drop fewer is not worth a copy of the others' cache
 # Each `LogitsProcessor` that changes scores of a row by this row alone, and keeps nothing of it.
 BY_ROW = {
     *SCORES, *ORDER, "ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor", "MinLengthLogitsProcessor",
@@ -93,7 +92,7 @@ class _Rows:
             is_done = self.criteria(self.ids, None).tolist()
             ended += [i for i in self.unfinished if is_done[i]]
             self.unfinished = [i for i in self.unfinished if not is_done[i]]
-        if 0 < len(self.unfinished) <= (1 - MIN_ENDED_FRACTION) * len(self.places):
+        if 0 < len(self.unfinished) <= (1 - FREE_FRACTION) * len(self.places):
             kept = torch.tensor([self.places.index(i) for i in self.unfinished], device=self.ids.device)
             total, self.places = len(self.places), self.unfinished
             self.settings = {name: select_rows(value, kept, total) for name, value in self.settings.items()}

@@ -16,7 +16,7 @@ from llmcli.pipelines.answers import end_tokens
 from llmcli.pipelines.constraints import RowConstraints
 from llmcli.pipelines.decoding import DecodeGraph, RowSampler, TokenSequence, adjust_scores, make_block
 from llmcli.pipelines.logprobs import measure_logprobs, stack_logprobs
-from llmcli.pipelines.running import BatchSettings, GeneratingRow, Prefix, RunningBatch
+from llmcli.pipelines.running import FREE_FRACTION, BatchSettings, GeneratingRow, Prefix, RunningBatch
 from llmcli.pipelines.stopping import StopTexts
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ PREFILL_TOKENS = defaultdict(lambda: 2**14, cpu=4096)  # of prompts, read at onc
 SPARE_COLUMNS = 64  # minimum room for later tokens
 SPARE_COLUMNS_ACCELERATOR = 128  # beyond the longest row
 GRAPH_STEPS = 32  # Fewer do not repay the capture of a graph.
-FREE_SHARE = 4  # Others may join once one place in so many is free.
 REPORT_S = 0.1  # in which rows leave at the latest after they have ended
 
 
@@ -66,7 +65,7 @@ class SlotBatch(RunningBatch):
 
     @property
     def can_add(self) -> bool:  # type: ignore[override]
-        return FREE_SHARE * len(self._rows) <= (FREE_SHARE - 1) * self._settings.max_rows
+        return self._settings.has_room(len(self._rows))
 
     def add(self, rows: Sequence[GeneratingRow], prefix: Prefix | None = None) -> None:
         lengths = [len(row.inputs["input_ids"]) for row in rows]
@@ -84,7 +83,7 @@ class SlotBatch(RunningBatch):
     def step(self) -> "dict[int, Inputs]":
         start, passes, could_add = time.perf_counter(), 0, self.can_add
         with self._pipeline.device_placement(), torch.inference_mode():
-            if self._is_cpu and self._slots.count(None) * FREE_SHARE >= len(self._slots):
+            if self._is_cpu and self._slots.count(None) >= FREE_FRACTION * len(self._slots):
                 self._arrange(len(self._slots) - self._slots.count(None))
             while self._rows:
                 self._advance()
