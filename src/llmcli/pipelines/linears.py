@@ -1,4 +1,4 @@
-"""Linear layers with weights as the CPU's own kernels read them: bfloat16 packed by oneDNN, or quantized."""
+"""Linear layers with weights as the CPU's own kernels read them: packed by oneDNN, or quantized."""
 
 from typing import Self
 
@@ -13,11 +13,15 @@ Weights = tuple[Tensor, Tensor]  # quantized, and scales
 
 
 class PackedLinear(nn.Module):  # type: ignore[misc]  # torch has no types for mypy
-    """A bfloat16 layer as torch.compile would call it: nn.Linear reads one row's weights at half the memory's speed."""
+    """A layer as torch.compile would call it. nn.Linear reads bfloat16 weights of one row at half the memory's speed.
+
+    In float32, it is up to twice as fast as nn.Linear for 4 to 64 rows, and a row's result is the same to the last bit
+    whatever other rows there are.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.register_buffer("weight", kernels.pack_bfloat16(weight.detach()), persistent=False)
+        self.register_buffer("weight", kernels.pack_weight(weight.detach()), persistent=False)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Quantized weights, by bitsandbytes on GPUs and by a method of our own on CPUs; bfloat16 packed for oneDNN."""
+"""Quantized weights, by bitsandbytes on GPUs and by a method of our own on CPUs; weights packed for oneDNN."""
 
 import inspect
 import logging
@@ -16,7 +16,7 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmcli import console
-from llmcli.compat.torch import can_pack_bfloat16, cpu_capability
+from llmcli.compat.torch import cpu_capability, packable_dtypes
 from llmcli.compat.transformers import WeightQuantizer, float32_modules, mark_quantized, replace_module
 from llmcli.errors import ModelUnavailableError, UsageError
 from llmcli.job import LoadOptions
@@ -118,13 +118,14 @@ def quantize(model: PreTrainedModel, scheme: str) -> None:
 
 
 def pack(model: PreTrainedModel) -> None:
-    """Pack the bfloat16 layers if oneDNN has kernels for it. Weights that an embedding shares then exist twice."""
-    if not can_pack_bfloat16():
-        return
+    """Pack the layers that oneDNN multiplies faster. Weights that an embedding shares then exist twice."""
+    dtypes, head, total = packable_dtypes(), model.get_output_embeddings(), model.num_parameters()
     with torch.no_grad():
         for name, module in list(model.named_modules()):
-            is_plain = type(module) is nn.Linear and module.weight.dtype == torch.bfloat16
-            if is_plain and not _reads_weight(model, name):
+            is_plain = type(module) is nn.Linear and module.weight.dtype in dtypes
+            # The head of a small model with many tokens is most of it, and twice as large in float32 as in bfloat16.
+            is_large = module is head and module.weight.dtype == torch.float32 and 2 * module.weight.numel() > total
+            if is_plain and not is_large and not _reads_weight(model, name):
                 model.set_submodule(name, PackedLinear(module.weight, module.bias))
 
 
