@@ -121,7 +121,8 @@ def pack(model: PreTrainedModel) -> None:
     """Pack the layers that oneDNN multiplies faster. Weights that an embedding shares then exist twice."""
     dtypes, head, total = packable_dtypes(), model.get_output_embeddings(), model.num_parameters()
     with torch.no_grad():
-        for name, module in list(model.named_modules()):
+        for name in [name for name, _ in model.named_modules()]:  # A list of modules would keep all weights in memory.
+            module = model.get_submodule(name)
             is_plain = type(module) is nn.Linear and module.weight.dtype in dtypes
             # The head of a small model with many tokens is most of it, and twice as large in float32 as in bfloat16.
             is_large = module is head and module.weight.dtype == torch.float32 and 2 * module.weight.numel() > total
