@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from llmcli.compat import torch as kernels
 
+WIDENED_ROWS = 8  # for which it pays to make float32 weights of bfloat16 ones
 GROUP = 32  # input features that share a scale in int4, as in GGUF's Q4 types
 ALIGNMENT_BYTES = 64
 Weights = tuple[Tensor, Tensor]  # quantized, and scales
@@ -26,6 +27,16 @@ class PackedLinear(nn.Module):  # type: ignore[misc]  # torch has no types for m
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.packed_linear(x, self.weight, self.bias)
+
+
+class WideningLinear(nn.Linear):  # type: ignore[misc]
+    """A bfloat16 layer for a CPU that multiplies a single row of bfloat16 fast, but many rows only in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[:-1].numel() < WIDENED_ROWS:
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(x.float(), self.weight.float(), bias).to(x.dtype)
 
 
 class QuantizedLinear(nn.Module):  # type: ignore[misc]

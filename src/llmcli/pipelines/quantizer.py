@@ -23,7 +23,7 @@ from llmcli.job import LoadOptions
 from llmcli.models import loading
 from llmcli.models.store import quantized as copies
 from llmcli.pipelines.base import TextPipeline
-from llmcli.pipelines.linears import Int4Linear, Int8Linear, PackedLinear, QuantizedLinear
+from llmcli.pipelines.linears import Int4Linear, Int8Linear, PackedLinear, QuantizedLinear, WideningLinear
 
 METHOD = "llmcli-weight-only"
 get_source = cache(inspect.getsource)
@@ -117,16 +117,23 @@ def quantize(model: PreTrainedModel, scheme: str) -> None:
     mark_quantized(model, WeightOnlyQuantizer(WeightOnlyConfig(scheme, layers, cpu_capability())))
 
 
-def pack(model: PreTrainedModel) -> None:
-    """Pack the layers that oneDNN multiplies faster. Weights that an embedding shares then exist twice."""
-    dtypes, head, total = packable_dtypes(), model.get_output_embeddings(), model.num_parameters()
+def pack(model: PreTrainedModel, one_stream: bool = False) -> None:
+    """Let the CPU multiply linear layers fast: packed if oneDNN can, which it does slower for one row of float32.
+
+    Packed weights that an embedding shares exist twice.
+    """
+    dtypes = packable_dtypes() - ({torch.float32} if one_stream else set())
+    head, total = model.get_output_embeddings(), model.num_parameters()
     with torch.no_grad():
         for name in [name for name, _ in model.named_modules()]:  # A list of modules would keep all weights in memory.
             module = model.get_submodule(name)
-            is_plain = type(module) is nn.Linear and module.weight.dtype in dtypes
+            if type(module) is not nn.Linear or _reads_weight(model, name):
+                continue
+            if module.weight.dtype == torch.bfloat16 and torch.bfloat16 not in dtypes:
+                module.__class__ = WideningLinear
             # The head of a small model with many tokens is most of it, and twice as large in float32 as in bfloat16.
             is_large = module is head and module.weight.dtype == torch.float32 and 2 * module.weight.numel() > total
-            if is_plain and not is_large and not _reads_weight(model, name):
+            if module.weight.dtype in dtypes and not is_large:
                 model.set_submodule(name, PackedLinear(module.weight, module.bias))
 
 
