@@ -19,9 +19,11 @@ def cpu_capability() -> str:
 
 
 def has_fast_bfloat16() -> bool:
-    """Return whether the CPU multiplies bfloat16 in hardware."""
+    """Return whether the CPU multiplies bfloat16 in hardware, and oneDNN may use it (ONEDNN_MAX_CPU_ISA)."""
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 in packable_dtypes() and any(
+        capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")
+    )
 
 
 def has_failed_accelerator() -> bool:
