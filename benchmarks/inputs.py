@@ -5,12 +5,13 @@ import os
 import random
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from measure import pull
+from measure import execute, pull
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -143,7 +144,7 @@ def make_bart(folder: Path) -> None:
     config = BartConfig(
         vocab_size=VOCABULARY, d_model=768, encoder_layers=6, decoder_layers=6, encoder_attention_heads=12,
         decoder_attention_heads=12, encoder_ffn_dim=3072, decoder_ffn_dim=3072, init_std=0.05,
-        forced_bos_token_id=None, forced_eos_token_id=None,
+        forced_bos_token_id=None, forced_eos_token_id=None, normalize_before=False, normalize_embedding=True,
     )  # fmt: skip
     random_model(config, "AutoModelForSeq2SeqLM").save_pretrained(folder)
 
@@ -156,7 +157,6 @@ def make_bert(folder: Path, size: int = 30_522) -> None:
     trained = BertWordPieceTokenizer()
     trained.train_from_iterator([text(), *pseudowords()], size, 0, show_progress=False)
     trained.save_model(str(folder))
-    trained.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "BertTokenizer", "model_max_length": 512, "do_lower_case": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     random_model(BertConfig(vocab_size=size), "AutoModelForQuestionAnswering").save_pretrained(folder)
@@ -168,17 +168,22 @@ MAKERS: dict[str, Callable[[Path], None]] = {
 
 
 def model(name: str) -> str:
-    """The folder of a model, made or fetched if need be."""
+    """The folder of a model, made or fetched if need be, in another process, so that this one stays small."""
     if name not in MAKERS:
         return pull(name)
     if not (folder := MODELS / name).exists():
-        MODELS.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=MODELS) as scratch:
-            MAKERS[name](Path(scratch))
-            shutil.copytree(scratch, folder)
+        execute([sys.executable, __file__, name])
     return str(folder)
 
 
+def main() -> None:
+    MODELS.mkdir(parents=True, exist_ok=True)
+    for name in sys.argv[1:] or MAKERS:
+        if not (MODELS / name).exists():
+            with tempfile.TemporaryDirectory(dir=MODELS) as scratch:
+                MAKERS[name](Path(scratch))
+                shutil.copytree(scratch, MODELS / name)
+
+
 if __name__ == "__main__":
-    for name in MAKERS:
-        print(model(name))
+    main()

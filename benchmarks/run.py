@@ -98,8 +98,8 @@ new tokens each, greedy. {WHOLE} Transformers has its faster data type and its b
     "ends": (
         "Answers of different lengths",
         f"""{generation.ENDING:,} prompts of 4 to {generation.ENDING_WORDS} words, SmolLM2, bfloat16, sampled. One token
-in {generation.END_EVERY} ends an answer, and an answer has at most {generation.MAX_TOKENS} tokens. {WHOLE} One run each.
-The pipeline runs every 16th prompt.""",
+in {generation.END_EVERY} ends an answer, and an answer has at most {generation.MAX_TOKENS} tokens. {WHOLE} One run
+each. The pipeline runs every 16th prompt.""",
         SPEED.format("records/s"),
         generation.ends,
     ),
@@ -127,8 +127,8 @@ difference from the last row in a component of a vector.""",
     "qa": (
         "Extractive question answering",
         f"""{encoders.PAIRS} pairs with contexts of {encoders.CONTEXT_WORDS[0]} to {encoders.CONTEXT_WORDS[1]} words, a
-BERT base with random weights. {WHOLE} The pipeline has its best batch size of {", ".join(map(str, encoders.ROWS))}. The last
-column counts the records with the same answer as the last row.""",
+BERT base with random weights. {WHOLE} The pipeline has its best batch size of {", ".join(map(str, encoders.ROWS))}. The
+last column counts the records with the same answer as the last row.""",
         SPEED.format("pairs/s").replace("memory |", "memory | same answer |") + "---|",
         encoders.qa,
     ),
