@@ -103,6 +103,7 @@ def time_stream(new: int, *args: str) -> None:
         _, seconds = call("generate", PROMPT, "--no-full-text", *greedy(count), *args)
     from transformers import PreTrainedModel
 
+    gc.unfreeze()
     loaded = next(thing for thing in gc.get_objects() if isinstance(thing, PreTrainedModel))
     print(json.dumps([seconds, str(loaded.dtype).removeprefix("torch.")]))
 
@@ -161,19 +162,18 @@ def plain(name: str = "smollm2") -> list[str]:
     options = json.dumps({"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False})
     with tempfile.TemporaryDirectory() as scratch:
         whole, part = Path(scratch, "whole.jsonl"), Path(scratch, "part.jsonl")
+        amounts = {whole: len(texts) * TOKENS, part: len(texts[::TRIAL]) * TOKENS}
         write_records(whole, texts), write_records(part, texts[::TRIAL])
-        amount = len(texts) * TOKENS
 
         def peer(script: str, path: Path, dtype: str, rows: int) -> Variant:
-            return functools.partial(
-                execute, [*PYTHON, script, model(name), str(path), options, dtype, str(rows)], amount
-            )
+            command = [*PYTHON, script, model(name), str(path), options, dtype, str(rows)]
+            return functools.partial(execute, command, amounts[path])
 
         dtype = choose({dtype: peer(LOOP, part, dtype, ROWS[1]) for dtype in ("bfloat16", "float32")})
         rows = int(choose({str(rows): peer(PIPELINE, part, dtype, rows) for rows in ROWS}))
         about = f"{dtype}, batches of {rows}"
         variants = {
-            "llmcli": ours(name, whole, amount),
+            "llmcli": ours(name, whole, amounts[whole]),
             f"`transformers.pipeline`, {about}": peer(PIPELINE, whole, dtype, rows),
             f"loop of `generate` by length, {about}": peer(LOOP, whole, dtype, rows),
         }
