@@ -10,6 +10,8 @@ import functools
 import json
 import os
 import platform
+import re
+import textwrap
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -204,14 +206,14 @@ def name_machine(limit: str | None) -> str:
     sets = [name for flag, name in INSTRUCTIONS.items() if flag in flags]
     name = about.get("model name") or platform.processor() or platform.machine()
     sets = [f"limited to {limit.upper()}"] if limit else [f"with {', '.join(sets)}"] if sets else []
-    return ", ".join([" ".join(name.replace("Processor", "").split()), *sets, f"{os.cpu_count()} cores"])
+    return ", ".join([" ".join(re.sub(r"\(R\)|Processor", "", name).split()), *sets, f"{os.cpu_count()} cores"])
 
 
 def describe_run(given: argparse.Namespace) -> str:
     """The versions, and how this run differs from the usual one."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("llmcli", "transformers", "torch"))
     share = [f"{given.scale:.0%} of the records"] if given.scale != 1 else []
-    return "; ".join([f"Python {platform.python_version()}, {packages}", f"{given.rounds} rounds", *share])
+    return "; ".join([f"Python {platform.python_version()}, {packages}", f"rounds: {given.rounds}", *share])
 
 
 def write_page(known: dict[str, dict[str, dict[str, str]]]) -> None:
@@ -219,11 +221,9 @@ def write_page(known: dict[str, dict[str, dict[str, str]]]) -> None:
     page = HEAD
     for name, (title, about, _, _) in PARTS.items():
         if name in known:
-            tables = (
-                f"**{machine}** ({run['about']}; {run['date']})\n\n{run['table']}\n"
-                for machine, run in known[name].items()
-            )
-            page += "\n".join([f"## {title}\n\n{about}\n", *tables, ""])
+            page += f"## {title}\n\n{textwrap.fill(' '.join(about.split()), 120)}\n\n"
+            for machine, run in known[name].items():
+                page += f"**{machine}** ({run['date']}; {run['about']})\n\n{run['table']}\n\n"
     RESULTS.with_name("RESULTS.md").write_text(page.rstrip("\n") + "\n")
 
 
