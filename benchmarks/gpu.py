@@ -8,7 +8,6 @@ peers are what people write with Transformers, also in bfloat16.
 
 import argparse
 import faulthandler
-import io
 import json
 import math
 import multiprocessing
@@ -21,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -29,29 +28,26 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import batch
-import decode
-import score
+import generation
+import inputs
 
 STARTED = time.time()
 SECONDS = 345  # for all parts together
 RUNS = 3  # of a short part
 ENOUGH_S = 45  # of a long part, which runs nothing again after that
-VOCABULARY = 49_152  # as SmolLM2 has
-ENDS = list(range(2, VOCABULARY, 64))  # one token in 64, for answers that end at random
+ENDS = list(range(2, inputs.VOCABULARY, 64))  # one token in 64, for answers that end at random
 PARITY_SHAPE, PARITY_TOKENS = (256, 4, 4, 2, 704), 48  # in float32, where only texts matter
 PROFILE_TOKENS = (48, 112)
 LONG_WORDS, FREE = 700, 0.1  # of prompts while another process leaves that share of the card
 LLMCLI = [sys.executable, "-m", "llmcli"]
 WITHOUT_GRAPHS = mock.patch("llmcli.pipelines.decoding.DecodeGraph.capture", return_value=None)
-SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 @dataclass(frozen=True)
 class Size:
     """How large the model is, and how much work it gets."""
 
-    shape: tuple[int, ...] = (2048, 22, 32, 4, 5632)  # see SHAPE
+    shape: tuple[int, ...] = inputs.BILLION
     records: int = 2048
     new_tokens: int = 64
     max_tokens: int = 256  # of an answer that ends at random
@@ -100,37 +96,25 @@ class Setup:
 def make(setup: Setup) -> None:
     """Make models and inputs."""
     import torch
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     size, folder, chance = setup.size, setup.folder, random.Random(7)
-    letters = "aabcdeefghiijklmnooprstuvwyz"
-    words = [" " + "".join(chance.choices(letters, k=chance.randint(3, 9))) for _ in range(60_000)]
-    trained = ByteLevelBPETokenizer()
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    trained.train_from_iterator([decode.text(), *words], VOCABULARY, 0, False, [*special.values()])
-    trained.save(str(folder / "tokenizer.json"))
+    inputs.train_bpe([*special.values()]).save(str(folder / "tokenizer.json"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="</s>", **special)
-    for name, shape, dtype in (("parity", PARITY_SHAPE, torch.float32), ("model", size.shape, torch.bfloat16)):
-        config = LlamaConfig(
-            **dict(zip(SHAPE, shape, strict=True)), vocab_size=VOCABULARY, max_position_embeddings=8192,
-            bos_token_id=1, eos_token_id=2, pad_token_id=2,
-        )  # fmt: skip
-        torch.manual_seed(0)
-        with torch.device(setup.device):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for name, shape, dtype in (("parity", PARITY_SHAPE, "float32"), ("model", size.shape, "bfloat16")):
+        model = inputs.random_llama(shape, dtype, setup.device)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     if setup.device != "cpu":
         (folder / "gpu.txt").write_text(torch.cuda.get_device_name(setup.device))
     setup.note("read bytes", 2 * (model.num_parameters() - model.get_input_embeddings().weight.numel()))
 
-    known = decode.ROOT.joinpath("LICENSE").read_text().split()
-    prompts, lines = batch.prompts(size.records), score.lines(size.lines)
-    longs = [" ".join(chance.choices(known, k=LONG_WORDS)) for _ in range(size.long_records)]
-    inputs = {"prompts": prompts, "one": prompts[:1], "parity": prompts[: min(32, size.records // 16)], "long": longs}
-    for name, texts in inputs.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prompts, lines = inputs.prompts(size.records), inputs.lines(size.lines)
+    longs = [" ".join(chance.choices(inputs.words(), k=LONG_WORDS)) for _ in range(size.long_records)]
+    parity = prompts[: min(32, size.records // 16)]
+    for name, texts in {"prompts": prompts, "one": prompts[:1], "parity": parity, "long": longs}.items():
+        inputs.write_records(folder / f"{name}.jsonl", texts)
     for name, texts in {"lines": lines, "line": lines[:1]}.items():
         (folder / f"{name}.txt").write_text("".join(f"{text}\n" for text in texts))
 
@@ -214,25 +198,9 @@ def peer_score(setup: Setup) -> None:
 # llmcli, in a process that keeps the model
 
 
-@cache
-def engine() -> Any:
-    from llmcli.engines.local import LocalEngine
-
-    return LocalEngine()
-
-
 def call(setup: Setup, *args: object) -> tuple[list[str], float]:
     """Run the real main(), and return its output and seconds."""
-    from llmcli import cli
-
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
-    with mock.patch("llmcli.engines.engine_for", return_value=engine()), redirect_stdout(out), redirect_stderr(err):
-        start = time.perf_counter()
-        status = cli.main([*map(str, args), "--device", setup.device])
-        seconds = time.perf_counter() - start
-    written, errors = (stream.seek(0) or stream.read() for stream in (out, err))
-    assert status == 0, f"exit code {status}: {errors[-400:]}"
-    return written.splitlines(), seconds
+    return generation.call(*args, "--device", setup.device)
 
 
 def generate(
@@ -247,13 +215,9 @@ def generate(
     return tokens / seconds, seconds, [record["generated_text"] for record in records]
 
 
-def greedy(new: int) -> tuple[object, ...]:
-    return ("--temperature", 0, "--max-new-tokens", new, "--min-new-tokens", new)
-
-
 def llmcli_batch(setup: Setup) -> None:
-    generate(setup, *greedy(2), file="one")
-    begun, options = time.perf_counter(), greedy(setup.size.new_tokens)
+    generate(setup, *generation.greedy(2), file="one")
+    begun, options = time.perf_counter(), generation.greedy(setup.size.new_tokens)
     for rows in ("auto", *setup.size.batches, "auto", "auto"):
         if rows != "auto" or time.perf_counter() - begun < ENOUGH_S:
             setup.note(f"llmcli, {rows}", generate(setup, *options, "--batch-size", rows)[0])
@@ -269,13 +233,13 @@ def llmcli_ends(setup: Setup) -> None:
 
 def llmcli_stream(setup: Setup) -> None:
     short, long = setup.size.stream
-    generate(setup, *greedy(short), file="one")
+    generate(setup, *generation.greedy(short), file="one")
     for _ in range(RUNS):
-        brief, whole = (generate(setup, *greedy(new), file="one")[1] for new in (short, long))
+        brief, whole = (generate(setup, *generation.greedy(new), file="one")[1] for new in (short, long))
         setup.note("llmcli, stream", long / whole)
         setup.note("llmcli, stream, each further token", (long - short) / (whole - brief))
     with WITHOUT_GRAPHS:
-        setup.note("llmcli, no graphs, stream", generate(setup, *greedy(long), file="one")[0])
+        setup.note("llmcli, no graphs, stream", generate(setup, *generation.greedy(long), file="one")[0])
 
 
 def llmcli_profile(setup: Setup) -> None:
@@ -288,7 +252,7 @@ def llmcli_profile(setup: Setup) -> None:
     totals = []
     for new in PROFILE_TOKENS:
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            generate(setup, *greedy(new), file="one")
+            generate(setup, *generation.greedy(new), file="one")
         events = seen.key_averages()
         kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
         busy = sum(event.self_device_time_total for event in kernels) / 1e6
@@ -313,7 +277,7 @@ def count_differing(some: list[str], others: list[str]) -> int:
 
 def llmcli_parity(setup: Setup) -> None:
     def texts(size: object = "auto") -> list[str]:
-        return generate(setup, *greedy(PARITY_TOKENS), "--batch-size", size, file="parity", parity=True)[2]
+        return generate(setup, *generation.greedy(PARITY_TOKENS), "--batch-size", size, file="parity", parity=True)[2]
 
     expected = texts()
     for size in (1, 7):
@@ -331,7 +295,7 @@ def llmcli_parity(setup: Setup) -> None:
 
 def llmcli_golden(setup: Setup) -> None:
     """Run the tests of golden parity: the answers of Transformers 4.57."""
-    sys.path.append(str(decode.ROOT / "tests"))
+    sys.path.append(str(inputs.ROOT / "tests"))
     import test_golden
 
     def run(*args: object, stdin: bytes) -> SimpleNamespace:
@@ -369,7 +333,7 @@ def run_process(setup: Setup, *args: object) -> tuple[float, list[str], str]:
 
 
 def whole_processes(setup: Setup) -> None:
-    args = ("generate", "--jsonl", *greedy(setup.size.new_tokens), "-f", setup.folder / "prompts.jsonl")
+    args = ("generate", "--jsonl", *generation.greedy(setup.size.new_tokens), "-f", setup.folder / "prompts.jsonl")
     setup.note("llmcli, whole process", run_process(setup, *args)[0])
     for name in ("line", "lines"):
         seconds, *_ = run_process(setup, "score", "--lines", "-f", setup.folder / f"{name}.txt")
@@ -384,7 +348,7 @@ def whole_memory(setup: Setup) -> None:
         free, total = torch.cuda.mem_get_info(setup.device)
         taken = torch.empty(int(free - FREE * total), dtype=torch.uint8, device=setup.device)  # noqa: F841
     for rows in ("auto", setup.size.long_records):
-        args = ("generate", "--jsonl", *greedy(16), "--batch-size", rows, "-f", setup.folder / "long.jsonl")
+        args = ("generate", "--jsonl", *generation.greedy(16), "--batch-size", rows, "-f", setup.folder / "long.jsonl")
         seconds, lines, errors = run_process(setup, *args)
         setup.note(f"memory, {rows}, seconds", seconds)
         done = sum("error" not in json.loads(line) for line in lines)

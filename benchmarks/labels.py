@@ -5,17 +5,15 @@ records, against what one writes without it. `python benchmarks/labels.py --quic
 import json
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from measure import LLMCLI, smollm2
-from score import lines
+from inputs import lines, write_records
+from measure import LLMCLI, PYTHON, execute, pull, report
 
 SENTENCES = Path(__file__).parents[1] / "tests" / "data" / "sentences.jsonl"
 LABELS = {
@@ -78,7 +76,7 @@ def accuracy(every: int = 1) -> list[str]:
     rows, scored = [], []
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "in.jsonl")
-        path.write_text("".join(json.dumps({"text": sentence["text"]}) + "\n" for sentence in sentences))
+        write_records(path, (sentence["text"] for sentence in sentences))
         common = ["--jsonl", "-f", str(path), "--dtype", "float32"]
         for field, labels in LABELS.items():
             truths = [sentence[field] for sentence in sentences]
@@ -120,10 +118,7 @@ def accuracy(every: int = 1) -> list[str]:
 
 def run(command: str, *args: str) -> list[dict[str, object]]:
     """The records that llmcli writes."""
-    done = subprocess.run([LLMCLI, command, *args], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in execute([LLMCLI, command, *args]).output.splitlines()]
 
 
 def find_label(answer: str, labels: Sequence[str]) -> str | None:
@@ -161,7 +156,7 @@ def describe_bins(scores: Sequence[float], rights: Sequence[bool]) -> str:
 # Speed
 
 
-def write_records(count: int, is_long: bool = False) -> list[str]:
+def make_texts(count: int, is_long: bool = False) -> list[str]:
     """Texts that are all different: of 3 to 15 words, or of one to three of the sentences."""
     if not is_long:
         return lines(count)
@@ -172,41 +167,33 @@ def write_records(count: int, is_long: bool = False) -> list[str]:
     return list(found)
 
 
-def time_process(command: Sequence[str], path: Path, out: Path) -> float:
-    """Wall time in seconds. The command has the file in the place of FILE."""
-    filled = [str(path) if part == "FILE" else part for part in command]
-    with out.open("w") as stdout:
-        start = time.perf_counter()
-        subprocess.run(filled, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.DEVNULL, check=True)
-        return time.perf_counter() - start
-
-
 def speed(count: int = RECORDS, part: int = PART, runs: int = RUNS, is_long: bool = False) -> list[str]:
     """The rows of the table of speed in Markdown."""
-    model, texts = smollm2(), write_records(count, is_long)
+    model, texts = pull("smollm2"), make_texts(count, is_long)
     labels = ",".join(LABELS["topic"])
     with tempfile.TemporaryDirectory() as scratch:
-        whole, few, single, out = (Path(scratch, name) for name in ("whole", "few", "single", "out"))
+        whole, few, single = (Path(scratch, name) for name in ("whole", "few", "single"))
         for path, some in ((whole, texts), (few, texts[:: count // part]), (single, texts[:1])):
-            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
+            write_records(path, some)
         common = ["--jsonl", "-f", "FILE", "--dtype", "bfloat16", "--keep-alive", "0"]
         question = ["--prompt", write_question(QUESTION, "topic"), "--temperature", "0"]
-        peer = [sys.executable, "-c"]
         rows = {
             "`llmcli classify`": ([LLMCLI, "classify", *common, "--labels", labels], whole, count),
             f"`llmcli generate --prompt`, {NEW_TOKENS} tokens": (
                 [LLMCLI, "generate", *common, *question, "--max-new-tokens", str(NEW_TOKENS)], whole, count
             ),
-            "`decision` pipeline of Transformers": ([*peer, DECISION, model, labels, "FILE"], few, part),
-            "loop over the forward pass": ([*peer, LOOP, model, labels, "FILE"], few, part),
+            "`decision` pipeline of Transformers": ([*PYTHON, DECISION, model, labels, "FILE"], few, part),
+            "loop over the forward pass": ([*PYTHON, LOOP, model, labels, "FILE"], few, part),
         }  # fmt: skip
         times: dict[str, list[float]] = {name: [] for name in rows}
         for _ in range(runs):
             for name, (command, path, size) in rows.items():
-                start = time_process(command, single, out)
-                took = time_process(command, path, out)
+                start, took = (
+                    execute([str(file) if part == "FILE" else part for part in command]).seconds
+                    for file in (single, path)
+                )
                 times[name].append((took - start) / (size - 1))
-                print(name, f"{start:.1f} s, {took:.1f} s, {1 / times[name][-1]:.1f}/s", file=sys.stderr, flush=True)
+                report(name, f"{start:.1f} s, {took:.1f} s, {1 / times[name][-1]:.1f}/s")
     ours = times["`llmcli classify`"]
     return [
         f"| {name} | {1 / statistics.median(each):.0f} |"

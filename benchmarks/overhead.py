@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import smollm2
+from measure import pull
 
 FEW, MANY = 10_000, 1_000_000
 CHILD = """
@@ -80,7 +80,7 @@ def run(tokenizer: str, model: str, inputs: Path) -> tuple[float, int]:
 
 def main() -> list[str]:
     """The rows of a table in Markdown."""
-    model = smollm2()
+    model = pull("smollm2")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         few, many = (records(Path(scratch, f"{count}.jsonl"), count) for count in (FEW, MANY))

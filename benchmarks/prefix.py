@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measure import LLMCLI, seconds, smollm2
+from measure import LLMCLI, execute, pull
 
 RECORDS, TOKENS, RUNS = 512, 8, 3
 PROMPT = """Translate each English phrase into French. Give only the translation, on one line, without any \
@@ -24,7 +24,9 @@ French: deux vieux livres
 
 English: {text}
 French:"""
-APART = "from llmcli.engines import runner; runner.LEAST_SHARED = 10**9; from llmcli.cli import run; run()"
+APART = (
+    "from llmcli.engines import batch_runner; batch_runner.MIN_PREFIX_TOKENS = 10**9; from llmcli.cli import run; run()"
+)
 
 
 def phrases() -> list[str]:
@@ -37,14 +39,14 @@ def phrases() -> list[str]:
 
 def main() -> list[str]:
     """The rows of a table in Markdown."""
-    smollm2()
+    pull("smollm2")
     with tempfile.TemporaryDirectory() as scratch:
         inputs = Path(scratch, "in.jsonl")
         inputs.write_text("".join(json.dumps({"text": phrase}) + "\n" for phrase in phrases()[:RECORDS]))
         args = ["generate", "--jsonl", "-f", str(inputs), "--prompt", PROMPT, "--dtype", "bfloat16",
                 "--temperature", "0", "--max-new-tokens", str(TOKENS), "--stop", "\n"]  # fmt: skip
         apart = [sys.executable, "-c", APART, *args]
-        pairs = [(seconds([LLMCLI, *args]), seconds(apart)) for _ in range(RUNS + 1)][1:]
+        pairs = [(execute([LLMCLI, *args]).seconds, execute(apart).seconds) for _ in range(RUNS + 1)][1:]
     ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratio = statistics.median(peer / mine for mine, peer in pairs)
     return [f"| {RECORDS} records with a common prefix | {ours:.1f} s | {theirs:.1f} s | {ratio:.2f} | 1.7 |"]

@@ -1,18 +1,16 @@
-"""10,000 short lines scored: llmcli, against llmcli with one line a batch and the loop that people write, in the same
-precision and in the one that the weights' folder names. Lines a second of whole processes, less what they take for a
-single line: imports and loading."""
+"""Perplexity of each data type; and 10,000 short lines scored, against llmcli with one line per batch and the loop that
+people write. Lines per second of whole processes, less the time for a single line: imports and loading."""
 
-import random
+import json
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
-from measure import LLMCLI, smollm2
+from inputs import lines, model, text
+from measure import LLMCLI, PYTHON, execute, report, rounds, scaled
 
-LINES, PART, RUNS = 10_000, 1000, 3  # PART of the lines go one at a time
+LINES, PART = 10_000, 1000  # PART of the lines go one at a time
+TOKENS = 10_000  # for perplexity
 LOOP = """
 import math, sys
 import torch
@@ -27,45 +25,30 @@ for line in lines:
 """
 
 
-def lines(count: int) -> list[str]:
-    """Runs of 3 to 15 words from the project's licence, all different."""
-    words = Path(__file__).parents[1].joinpath("LICENSE").read_text().split()
-    chance, found = random.Random(7), dict[str, None]()
-    while len(found) < count:
-        length = chance.randint(3, 15)
-        start = chance.randrange(len(words) - length)
-        found[" ".join(words[start : start + length])] = None
-    return list(found)
-
-
 def rate(command: list[str], path: Path, count: int, single: Path) -> float:
-    """Lines a second, what a single one takes taken off. The command has the file in the place of FILE."""
-    times = []
-    for file in (single, path):
-        start = time.perf_counter()
-        filled = [str(file) if part == "FILE" else part for part in command]
-        subprocess.run(filled, stdin=subprocess.DEVNULL, capture_output=True, check=True)
-        times.append(time.perf_counter() - start)
-    return (count - 1) / (times[1] - times[0])
+    """Lines per second, less the time for a single one. The command has the file in the place of FILE."""
+    one, all_lines = (execute([str(file) if part == "FILE" else part for part in command]) for file in (single, path))
+    return (count - 1) / (all_lines.seconds - one.seconds)
 
 
 def main() -> list[str]:
     """The rows of a table in Markdown."""
-    model, texts = smollm2(), lines(LINES)
+    folder, total, few = model("smollm2"), scaled(LINES), scaled(PART)
+    texts = lines(total)
     with tempfile.TemporaryDirectory() as scratch:
         whole, part, single = (Path(scratch, f"{name}.txt") for name in ("whole", "part", "single"))
-        for path, some in ((whole, texts), (part, texts[:: LINES // PART]), (single, texts[:1])):
+        for path, some in ((whole, texts), (part, texts[:few]), (single, texts[:1])):
             path.write_text("".join(f"{text}\n" for text in some))
         ours = [LLMCLI, "score", "--keep-alive", "0", "--lines", "--dtype", "bfloat16", "-f", "FILE"]
-        loop = [sys.executable, "-c", LOOP, model, "FILE"]
+        loop = [*PYTHON, LOOP, folder, "FILE"]
         rows = {
-            "llmcli": (ours, whole, LINES),
-            "llmcli, `--batch-size 1`": ([*ours, "--batch-size", "1"], part, PART),
-            "a loop over the model, bfloat16": ([*loop, "bfloat16"], part, PART),
-            "a loop over the model, float32, its default": ([*loop, "float32"], part, PART),
+            "llmcli": (ours, whole, total),
+            "llmcli, `--batch-size 1`": ([*ours, "--batch-size", "1"], part, few),
+            "a loop over the model, bfloat16": ([*loop, "bfloat16"], part, few),
+            "a loop over the model, float32, its default": ([*loop, "float32"], part, few),
         }
         found: dict[str, list[float]] = {name: [] for name in rows}
-        for _ in range(RUNS):
+        for _ in range(rounds()):
             for name, (command, path, count) in rows.items():
                 found[name].append(rate(command, path, count, single))
     best = found["llmcli"]
@@ -74,6 +57,31 @@ def main() -> list[str]:
         f" {statistics.median(mine / each for mine, each in zip(best, rates, strict=True)):.1f} |"
         for name, rates in found.items()
     ]
+
+
+def perplexity() -> list[str]:
+    """The rows of a table in Markdown: the same text by each data type and quantization, through the real command."""
+    from tokenizers import Tokenizer
+
+    rows = []
+    for name in ("smollm2", "gemma3-270m"):
+        tokenizer = Tokenizer.from_file(f"{model(name)}/tokenizer.json")
+        count = scaled(TOKENS)
+        some = tokenizer.decode(tokenizer.encode(text(), add_special_tokens=False).ids[:count])
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch, "in.txt")
+            path.write_text(some)
+            command = [LLMCLI, "score", "--json", "-m", model(name), "-f", str(path), "--keep-alive", "0"]
+            expected = None
+            for option in ("--dtype float32", "", "--dtype bfloat16", "--quantize int8", "--quantize int4"):
+                run = execute([*command, *option.split()])
+                found = json.loads(run.output)["perplexity"]
+                expected = expected or found
+                report(name, option, found, f"{run.seconds:.1f} s")
+                rows.append(
+                    f"| {name} | {f'`{option}`' if option else 'default'} | {found:.3f} | {found / expected - 1:+.2%} |"
+                )
+    return rows
 
 
 if __name__ == "__main__":

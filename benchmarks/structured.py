@@ -8,25 +8,25 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import jsonschema
 import torch
-from measure import LLMCLI, generate, smollm2
+from measure import LLMCLI, pull, report, rounds
 
 from llmcli import pipelines
 from llmcli.job import LoadOptions
 from llmcli.models import generation
+from llmcli.pipelines.running import BatchSettings, GeneratingRow
 from llmcli.pipelines.slots import SlotBatch
 from llmcli.text.constraints import to_grammar
 
-RECORDS, TOKENS, RUNS, BATCH = int(os.environ.get("RECORDS", "500")), 160, 3, 16
+RECORDS, TOKENS, BATCH = int(os.environ.get("RECORDS", "500")), 160, 16
 
 
 def closed(properties: dict[str, Any]) -> dict[str, Any]:
@@ -80,9 +80,21 @@ def check_records(folder: Path) -> list[str]:
     return [f"| {RECORDS} records, 5 schemas | {valid} valid | {failed} errors | {different} differ at batch 1 |"]
 
 
+def generate(pipeline: Any, rows: Sequence[Any], config: Any, constraint: str | None = None) -> list[Any]:
+    """Do what the engine does with preprocessed rows of one batch, and return their outputs."""
+    new = config.max_new_tokens
+    length = new + max(len(row["input_ids"]) for row in rows)
+    batch = pipeline.start(BatchSettings(config, max_rows=len(rows), max_length=length))
+    batch.add([GeneratingRow(row, new, constraint) for row in rows])
+    outputs: dict[int, Any] = {}
+    while len(outputs) < len(rows):
+        outputs |= batch.step()
+    return [pipeline.postprocess(outputs[i], config) for i in range(len(rows))]
+
+
 def measure_speed() -> list[str]:
     """Rows of a table: tokens per second with and without a constraint, and with and without forced tokens."""
-    pipeline: Any = pipelines.load("causal", Path(smollm2()), LoadOptions())
+    pipeline: Any = pipelines.load("causal", Path(pull("smollm2")), LoadOptions())
     own = pipeline.model.generation_config
     prompts = [[{"role": "user", "content": f"Describe {PEOPLE[i % 4]} ({i}) as JSON."}] for i in range(BATCH)]
     rows = [pipeline.preprocess(prompt) for prompt in prompts]
@@ -97,7 +109,7 @@ def measure_speed() -> list[str]:
         return sum(int(output["usage"]["completion_tokens"]) for output in outputs) / elapsed
 
     def ratio(name: str, one: Callable[[], float], other: Callable[[], float]) -> str:
-        pairs = [(one(), other()) for _ in range(RUNS + 1)][1:]
+        pairs = [(one(), other()) for _ in range(rounds() + 1)][1:]
         mine, theirs = (statistics.median(values) for values in zip(*pairs, strict=True))
         factor = statistics.median(first / second for first, second in pairs)
         return f"| {name} | {mine:.1f} tokens/s | {theirs:.1f} tokens/s | {factor:.2f} |"
@@ -122,7 +134,7 @@ def main() -> list[str]:
     """The rows of tables in Markdown."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     rows = measure_speed()
-    print("\n".join(rows), file=sys.stderr, flush=True)
+    report(*rows)
     with tempfile.TemporaryDirectory() as scratch:
         return [*rows, *check_records(Path(scratch))]
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from measure import LLMCLI, compare, seconds
+from measure import LLMCLI, compare, execute
 from startup import BARE_TYPER
 
 from llmcli import engines
@@ -76,7 +76,10 @@ def main() -> list[str]:
         call = compare("a call of 1 token", [*CALL, "1"], [*CALL, "1", "--keep-alive", "0"], RUNS)
         bare = compare("", [*CALL, "1"], [sys.executable, str(script), "--help"], 2 * RUNS + 1)
         loops = [
-            (seconds(loop(WARM_LOOP)) / WARM_LOOP, seconds(loop(COLD_LOOP, "--keep-alive", "0")) / COLD_LOOP)
+            (
+                execute(loop(WARM_LOOP)).seconds / WARM_LOOP,
+                execute(loop(COLD_LOOP, "--keep-alive", "0")).seconds / COLD_LOOP,
+            )
             for _ in range(RUNS)
         ]
         warm, cold = (statistics.median(times) for times in zip(*loops, strict=True))
