@@ -6,7 +6,7 @@ from statistics import median
 
 from llmcli.engines.memory import MemoryEstimator
 
-INITIAL_ROWS = {"cpu": 32}
+INITIAL_ROWS = {"cpu": 16}
 INITIAL_ROWS_ACCELERATOR = 256  # fewer do not keep it busy
 MAX_ROWS = {"cpu": 64}  # larger batches gain nothing there
 MAX_ROWS_ACCELERATOR = 1024
