@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -13,7 +14,15 @@ import torch
 from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, DynamicCache, LlamaConfig, T5Config
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    DynamicCache,
+    LlamaConfig,
+    T5Config,
+)
 from transformers import __version__ as transformers_version
 
 from llmcli.compat import cache, tokenizers, transformers
@@ -129,6 +138,46 @@ def test_custom_loop_gets_what_transformers_own_takes(model):
     usual = model.generate(ids, **options)
     assert torch.equal(model.generate(ids, custom_generate=decode, **options), usual)
     assert {"attention_mask", "position_ids", "use_cache"} <= set(taken[0])
+
+
+def test_beam_search_gets_what_transformers_own_takes(model):
+    def search(model, input_ids, **settings):
+        return transformers.beam_search(model, input_ids, **settings)
+
+    ids, options = torch.tensor([[5, 6, 7], [8, 9, 10]]), {"max_new_tokens": 6, "do_sample": False, "num_beams": 3}
+    usual = model.generate(ids, **options)
+    grown = cache.cache_argument(model, cache.growing_cache(model, model.generation_config))
+    assert torch.equal(model.generate(ids, custom_generate=search, **grown, **options), usual)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"bad_words_ids": [[5], [7]]}, ([5, 7], math.inf)),
+        ({"bad_words_ids": [[5], [7, 8]]}, None),
+        ({"min_length": 4, "eos_token_id": [1, 2]}, ([1, 2], 4)),
+        ({"min_length": 4, "min_new_tokens": 6, "max_new_tokens": 9, "eos_token_id": 2}, ([2], 7)),
+        ({"repetition_penalty": 1.2}, None),
+    ],
+)
+def test_processors_tell_the_tokens_that_they_exclude(model, options, expected):
+    def decode(model, input_ids, logits_processor, **settings):
+        return [transformers.excluded_tokens(processor) for processor in logits_processor]
+
+    ids = torch.tensor([[5]])
+    assert model.generate(ids, custom_generate=decode, do_sample=False, **options)[-1] == expected
+
+
+def test_attention_reads_a_source_once_for_all_its_beams():
+    transformers.share_sources()
+    attend = AttentionInterface()["sdpa"]
+    queries, keys, values = torch.randn(6, 4, 1, 8), torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 8)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()[:, None, None]
+    shared, _ = attend(torch.nn.Module(), queries, keys, values, mask)
+    copies = (part.repeat_interleave(3, 0) for part in (keys, values, mask))
+    alone, _ = attend(torch.nn.Module(), queries, *copies)
+    assert shared.shape == alone.shape
+    torch.testing.assert_close(shared, alone)
 
 
 def test_steps_of_generate_read_prompts_and_next_tokens(model):

@@ -8,7 +8,7 @@ import transformers
 from test_architectures import CAUSAL, SEQ2SEQ, TEXTS, make, make_pipeline
 
 from llmcli.models import generation, loading
-from llmcli.pipelines import segments
+from llmcli.pipelines import answers, segments, seq2seq
 from llmcli.pipelines.running import BatchSettings, GeneratingRow, RunningBatch, WholeBatch
 from llmcli.pipelines.segments import SegmentedBatch
 from llmcli.text.constraints import to_grammar
@@ -130,6 +130,40 @@ def test_batch_is_segmented_in_plain_decoding_alone(settings, options, expected)
     pipeline = load("seq2seq", "t5")
     batch = pipeline.start(BatchSettings(make_config(pipeline, **options), **settings))
     assert type(batch) is expected
+
+
+SOURCES = loading.architectures()["sources"]
+
+
+@pytest.mark.parametrize("model_type", [pytest.param(m, marks=[pytest.mark.slow] * (m not in FAST)) for m in SEQ2SEQ])
+def test_beams_of_a_source_share_its_keys_and_values(model_type, monkeypatch):
+    caches, growing_cache = [], seq2seq.growing_cache
+    monkeypatch.setattr(seq2seq, "growing_cache", lambda *args: (caches.append(growing_cache(*args)), caches[-1])[1])
+    pipeline, options = load("seq2seq", model_type), {"num_beams": 3, "min_new_tokens": 4}
+    outputs = run(pipeline, WholeBatch, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(seq2seq, "growing_cache", lambda *_: None)
+        patch.setattr(answers, "search_beams", None)
+        assert run(pipeline, WholeBatch, **options) == outputs
+    if caches[0] is not None:
+        kept = caches[0].cross_attention_cache.layers[0].keys.shape[0]
+        is_shared = model_type in SOURCES and pipeline.model.config._attn_implementation == "sdpa"
+        assert kept == len(TEXTS.different) * (1 if is_shared else 3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"bad_words_ids": [[5], [7]]}, {"bad_words_ids": [[5], [7, 8]]}, {"min_length": 9, "num_beams": 2}]
+)
+def test_excluded_tokens_are_those_of_generate(options):
+    pipeline = load("seq2seq", "bart")
+    config = make_config(pipeline, min_new_tokens=5, **options)
+    ids, mask = pipeline.pad([pipeline.preprocess(text)["input_ids"] for text in TEXTS.different])
+    plain = pipeline.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    steps = run(pipeline, SegmentedBatch if config.num_beams == 1 else WholeBatch, min_new_tokens=5, **options)
+    count = [count_tokens(output) for output in flatten(steps)]
+    ends = [next((i for i, token in enumerate(row) if token in ENDS), len(row)) for row in plain[:, 1:].tolist()]
+    assert count == [min(end + 1, NEW_TOKENS) for end in ends]
+    assert min(count) > 5
 
 
 @pytest.mark.parametrize("option", ["encoder_no_repeat_ngram_size", "guidance_scale"])

@@ -9,7 +9,14 @@ from itertools import repeat
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
@@ -49,6 +56,22 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers has no t
             self._buffers[name] = buffer
         buffer[..., length:total, :] = new
         return buffer[..., :total, :]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        if len(beam_idx) < len(self.keys):
+            super().reorder_cache(beam_idx)
+            return
+        moved = (beam_idx != torch.arange(len(beam_idx), device=beam_idx.device)).nonzero().flatten()
+        for known in (self.keys, self.values):
+            known.index_copy_(0, moved, known.index_select(0, beam_idx[moved]))
+
+
+class SourceLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer that keeps what the encoder returned for each source. Beams stay with their source."""
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        if len(beam_idx) < len(self.keys):
+            super().reorder_cache(beam_idx)
 
 
 class SlotCache(DynamicCache):  # type: ignore[misc]
@@ -142,22 +165,31 @@ def _move(
     return known
 
 
-def growing_cache(model: PreTrainedModel, config: GenerationConfig) -> DynamicCache | None:
+def growing_cache(model: PreTrainedModel, config: GenerationConfig) -> Cache | None:
     """Return an empty cache that grows in place.
 
     None if the model keeps anything other than the keys and values of all tokens, if the generation config asks for
-    another cache or for beams, or on a GPU, where copies are cheap.
+    another cache, or on a GPU, where copies are cheap.
     """
     uses_cache = getattr(model.config, "use_cache", True) if config.use_cache is None else config.use_cache
-    if (config.num_beams or 1) > 1 or not uses_cache or config.cache_implementation:
+    if not uses_cache or config.cache_implementation or model.device.type != "cpu":
         return None
-    if model.device.type != "cpu" or not model._supports_default_dynamic_cache() or not _cache_name(model):
+    if not model._supports_default_dynamic_cache() or not _cache_name(model):
         return None
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache, sources = (DynamicCache(config=model.config.get_text_config(decoder=True)) for _ in range(2))
     if not all(type(layer) is DynamicLayer for layer in cache.layers):
         return None
+    sources.layers = [SourceLayer() for _ in cache.layers]
     cache.layers = [GrowingLayer() for _ in cache.layers]
-    return cache
+    return EncoderDecoderCache(cache, sources) if model.config.is_encoder_decoder else cache
+
+
+def shares_sources(settings: Mapping[str, Any]) -> bool:
+    """Return whether what a forward pass takes has a cache in which the beams of a source can share what it has."""
+    cache = next((settings[name] for name in CACHE_NAMES if settings.get(name) is not None), None)
+    return isinstance(cache, EncoderDecoderCache) and any(
+        type(layer) is SourceLayer for layer in cache.cross_attention_cache.layers
+    )
 
 
 def cached_layers(model: PreTrainedModel, config: PreTrainedConfig) -> list[tuple[int, float]]:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.quantizers import HfQuantizer
 
 # transformers' loop for greedy decoding and sampling, with what `generate` passes to a `custom_generate`.
 sample_tokens = transformers.GenerationMixin._sample
+beam_search = transformers.GenerationMixin._beam_search
 # In this context, experts compute in the way that is faster for single tokens.
 single_token_context = transformers.GenerationMixin._optimize_model_for_decode
 FIXED_ROPE_TYPES = {None, "default", "linear", "llama3", "yarn"}
@@ -36,7 +38,20 @@ def read_next(
         output = model(**inputs, return_dict=True)
     is_seq2seq = model.config.is_encoder_decoder
     settings = model._update_model_kwargs_for_generation(output, settings, is_encoder_decoder=is_seq2seq)
-    return output.logits[:, -1].to(ids.device, torch.float32, copy=True), settings
+    # A copy, so that not all logits of the prompts are kept.
+    return output.logits[:, -1].to(ids.device, torch.float32, copy=config is not None), settings
+
+
+def excluded_tokens(processor: LogitsProcessor) -> tuple[list[int], float] | None:
+    """Return the tokens that a `LogitsProcessor` excludes from rows below a length; None if it does anything else."""
+    match processor:
+        case transformers.NoBadWordsLogitsProcessor(sequence_bias=words) if all(len(word) == 1 for word in words):
+            return [word[0] for word in words], math.inf
+        case transformers.MinNewTokensLengthLogitsProcessor(eos_token_id=ends, prompt_length_to_skip=start):
+            return ends.tolist(), start + processor.min_new_tokens
+        case transformers.MinLengthLogitsProcessor(eos_token_id=ends, min_length=length):
+            return ends.tolist(), length
+    return None
 
 
 def read_processors(model: PreTrainedModel, config: GenerationConfig) -> LogitsProcessorList:
@@ -69,6 +84,23 @@ class TextPipelineMixin:
 def share_key_value_heads() -> None:
     """Let attention read the keys and values that several heads share in place, without copies for each head."""
     os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
+
+
+def share_sources() -> None:
+    """Let attention read the keys and values (S, H, P, D) of S sources by queries (S * N, H, 1, D), N for each."""
+
+    def attend(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **settings: Any
+    ) -> tuple[torch.Tensor, None]:
+        if len(query) == len(key):
+            return plain(module, query, key, *args, **settings)  # type: ignore[no-any-return]
+        query = query.unflatten(0, (len(key), -1)).flatten(2, 3).transpose(1, 2)
+        output, _ = plain(module, query, key, *args, **{**settings, "is_causal": False})
+        return output.flatten(0, 1)[:, None], None
+
+    plain = transformers.AttentionInterface()["sdpa"]
+    if plain.__module__ != __name__:
+        transformers.AttentionInterface.register("sdpa", attend)
 
 
 def tensor_parallel_settings(config: PreTrainedConfig, size: int, known: Collection[str]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from llmcli.pipelines.constraints import ConstraintProcessor, GrammarCompiler, R
 from llmcli.pipelines.decoding import RowSampler, sample_with
 from llmcli.pipelines.logprobs import TokenLogprobs, describe_logprobs
 from llmcli.pipelines.running import BatchSettings, RunningBatch, WholeBatch
-from llmcli.pipelines.segments import SegmentedBatch, decode_in_segments
+from llmcli.pipelines.segments import SegmentedBatch, decode_in_segments, search_beams
 from llmcli.pipelines.spelling import PENDING
 from llmcli.pipelines.stopping import NewTextStopCriteria, RowLimitCriteria
 from llmcli.text.splitting import first_stop, stop_prefix
@@ -250,6 +250,8 @@ class GeneratingPipeline(TextPipeline):
                 for copy in range(copies if seed is not None else 0):
                     sampler.add(i * copies + copy, seed or 0, copy)
             settings["custom_generate"] = sample_with(sampler)
+        if config.get_generation_mode() in ("beam_search", "beam_sample"):
+            settings["custom_generate"] = search_beams
         if is_segmented:
             settings["custom_generate"] = decode_in_segments(sampler)
         with recorder or nullcontext():

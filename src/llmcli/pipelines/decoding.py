@@ -59,6 +59,11 @@ class RowSampler(LogitsProcessor):  # type: ignore[misc]  # transformers has no 
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)
 
 
+def find_best(scores: torch.Tensor) -> torch.Tensor:
+    """Return the best token (R,) by scores (R, V). On a CPU, `argmax` is five times as slow as NumPy's."""
+    return torch.from_numpy(scores.numpy().argmax(-1)) if scores.device.type == "cpu" else scores.argmax(-1)
+
+
 def sample_with(sampler: RowSampler) -> Callable[..., torch.Tensor]:
     """Return a `custom_generate` that samples as `generate` does, but draws tokens by a sampler."""
 

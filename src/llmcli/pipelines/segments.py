@@ -1,15 +1,29 @@
 """Batches of any model that `generate` decodes greedily or by sampling: rows leave them when they end."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 
-from llmcli.compat.cache import can_select_rows, select_rows
-from llmcli.compat.transformers import read_next, single_token_context
-from llmcli.pipelines.decoding import ORDER, SCORES, RowSampler, kind_of
+from llmcli.compat.cache import can_select_rows, select_rows, shares_sources
+from llmcli.compat.transformers import (
+    beam_search,
+    excluded_tokens,
+    read_next,
+    share_sources,
+    single_token_context,
+    uses_sdpa,
+)
+from llmcli.models.loading import architectures
+from llmcli.pipelines.decoding import ORDER, SCORES, RowSampler, find_best, kind_of
 from llmcli.pipelines.running import FREE_FRACTION, BatchSettings, WholeBatch, split_outputs
 
 if TYPE_CHECKING:
@@ -46,6 +60,39 @@ class SegmentedBatch(WholeBatch):
         return split_outputs(outputs, ended)
 
 
+class TokenExclusion(LogitsProcessor):  # type: ignore[misc]  # transformers has no types
+    """Excludes tokens from rows that are shorter than a length, in place."""
+
+    def __init__(self, tokens: Sequence[int], length: float) -> None:
+        self._tokens, self._length = torch.tensor(tokens, dtype=torch.int64), length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] < self._length:
+            scores.index_fill_(1, self._tokens.to(scores.device), -torch.inf)
+        return scores
+
+
+def exclude_in_place(processors: LogitsProcessorList) -> LogitsProcessorList:
+    """Return each `LogitsProcessor`, without the copies (B, V) that transformers' own make to exclude a few tokens."""
+    known = ((processor, excluded_tokens(processor)) for processor in processors)
+    return LogitsProcessorList(TokenExclusion(*tokens) if tokens else processor for processor, tokens in known)
+
+
+def search_beams(
+    model: PreTrainedModel, ids: torch.Tensor, logits_processor: LogitsProcessorList, *,
+    generation_config: GenerationConfig, **settings: Any,
+) -> torch.Tensor:  # fmt: skip
+    """Search beams as `generate` does, but read what the model has of a source once for all beams of that source."""
+    is_known = model.config.model_type in architectures()["sources"]
+    if is_known and uses_sdpa(model) and shares_sources(settings):
+        share_sources()
+        sources = torch.arange(0, len(ids), generation_config.num_beams, device=ids.device)
+        for name in ("encoder_outputs", "attention_mask"):
+            settings[name] = select_rows(settings[name], sources, len(ids))
+    processors = exclude_in_place(logits_processor)
+    return beam_search(model, ids, processors, generation_config=generation_config, **settings)
+
+
 def decode_in_segments(sampler: RowSampler) -> Callable[..., Iterator[tuple[torch.Tensor, list[int]]]]:
     """Return a `custom_generate` that decodes as `generate` does, but draws tokens by a sampler.
 
@@ -73,9 +120,10 @@ class _Rows:
         stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig, **settings: Any,
     ) -> None:  # fmt: skip
         self.sampler, self.model, self.ids, self.config = sampler, model, ids, generation_config
-        self.processors, self.criteria = logits_processor, stopping_criteria
+        self.criteria = stopping_criteria
         self.places, self.unfinished = list(range(len(ids))), list(range(len(ids)))
         self.is_by_row = all(kind_of(processor) in BY_ROW for processor in logits_processor)
+        self.processors = exclude_in_place(logits_processor)
         self.logits, self.settings = read_next(model, ids, settings, generation_config)
         has_own_cache = generation_config.cache_implementation is not None
         self.can_leave = not has_own_cache and can_select_rows(model, self.settings, len(ids))
@@ -105,7 +153,7 @@ class _Rows:
             logits = logits.new_zeros(len(self.ids), logits.shape[1])
             logits[places], places = self.logits, list(range(len(self.ids)))
         scores = self.processors(self.ids[places], logits)
-        chosen = self.sampler.draw(places, scores) if self.config.do_sample else scores.argmax(-1)
+        chosen = self.sampler.draw(places, scores) if self.config.do_sample else find_best(scores)
         tokens = torch.zeros_like(self.ids[:, -1])
         tokens[places] = chosen
         return tokens

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from llmcli.compat.cache import growing_cache
 from llmcli.compat.transformers import is_seq2seq_lm
 from llmcli.models import loading
 from llmcli.pipelines.answers import GeneratingPipeline, TokenDecoder
@@ -66,7 +67,8 @@ class Seq2SeqPipeline(GeneratingPipeline):
     def _forward(self, inputs: Inputs, generation_config: "GenerationConfig | None" = None, **settings: Any) -> Inputs:
         config = copy.copy(generation_config or self.model.generation_config)
         ids, mask = self.pad(as_batch(inputs)["input_ids"])
-        return self._generate(inputs, ids, mask, config, start=1, **settings)
+        cache = growing_cache(self.model, config)
+        return self._generate(inputs, ids, mask, config, start=1, cache=cache, **settings)
 
     def decoder(self, inputs: Mapping[str, Any]) -> TokenDecoder:
         return TokenDecoder(self.tokenizer, clean_up_tokenization_spaces=False)

@@ -14,7 +14,7 @@ from llmcli.compat.cache import SlotCache, cache_argument, repeat_cache
 from llmcli.compat.transformers import single_token_context, takes, uses_sdpa
 from llmcli.pipelines.answers import end_tokens
 from llmcli.pipelines.constraints import RowConstraints
-from llmcli.pipelines.decoding import DecodeGraph, RowSampler, TokenSequence, adjust_scores, make_block
+from llmcli.pipelines.decoding import DecodeGraph, RowSampler, TokenSequence, adjust_scores, find_best, make_block
 from llmcli.pipelines.logprobs import measure_logprobs, stack_logprobs
 from llmcli.pipelines.running import FREE_FRACTION, BatchSettings, GeneratingRow, Prefix, RunningBatch
 from llmcli.pipelines.stopping import StopTexts
@@ -218,7 +218,7 @@ class SlotBatch(RunningBatch):
             scores = adjust_scores(self._processors, sequences, scores)
         if self._constraints:
             scores = self._constraints.mask(numbers, scores)
-        chosen = self._sampler.draw(numbers, scores) if self._sampler else scores.argmax(-1)
+        chosen = self._sampler.draw(numbers, scores) if self._sampler else find_best(scores)
         if self._settings.logprobs is not None:
             measured = measure_logprobs(logits, chosen, self._settings.logprobs)
             for sequence, logprobs in zip(sequences, measured, strict=True):
