@@ -1,4 +1,4 @@
-"""The sequences of a batch, the choice of their next tokens, and a step that is captured as a CUDA graph."""
+"""The sequences of a batch, the choice of their next tokens, and a step without the Python code of the model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from llmcli import console
 from llmcli.compat.cache import SlotCache
+from llmcli.compat.recording import Recording, RecordingError
 from llmcli.compat.torch import capture_graph
 from llmcli.compat.transformers import sample_tokens
 from llmcli.errors import first_line
@@ -184,3 +185,38 @@ class DecodeGraph:
         self._column.fill_(self._cache.end)
         self._replay()
         return self._logits
+
+
+class RecordedStep:
+    """A pass of a CPU that reads one token of each row of a cache, without the Python code of the model's modules.
+
+    Its first two calls are recorded. If they made the same calls of PyTorch, later ones make these alone.
+    """
+
+    def __init__(self) -> None:
+        self._first: Recording | None = None
+        self._run: Callable[..., torch.Tensor] | None = None
+        self.has_failed = False
+
+    def __call__(self, call: Callable[..., torch.Tensor], *arguments: object) -> torch.Tensor:
+        """Return the logits (B, V) that the call of a model returns for these arguments."""
+        if self._run:
+            return self._run(*arguments)
+        try:
+            return self._record(call, *arguments)
+        except Exception as exc:  # What is wrong with the arguments is wrong without a recording, too.
+            self._first, self.has_failed = None, True
+            if console.verbose:
+                console.notice(f"decoding without a recorded step: {first_line(exc)}")
+            return call(*arguments)
+
+    def _record(self, call: Callable[..., torch.Tensor], *arguments: object) -> torch.Tensor:
+        recording = Recording(call, *arguments)
+        if self._first:
+            run = self._first.compile()
+            is_same = self._first.has_same_calls(recording)
+            if not is_same or not torch.allclose(run(*arguments), recording.result, 0, 0, equal_nan=True):
+                raise RecordingError("it computes something else in each step")
+            self._run = run
+        self._first = None if self._first else recording
+        return recording.result

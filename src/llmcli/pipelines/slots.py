@@ -14,7 +14,7 @@ from llmcli.compat.cache import SlotCache, cache_argument, repeat_cache
 from llmcli.compat.transformers import single_token_context, takes, uses_sdpa
 from llmcli.pipelines.answers import end_tokens
 from llmcli.pipelines.constraints import RowConstraints
-from llmcli.pipelines.decoding import DecodeGraph, RowSampler, TokenSequence, adjust_scores, make_block
+from llmcli.pipelines.decoding import DecodeGraph, RecordedStep, RowSampler, TokenSequence, adjust_scores, make_block
 from llmcli.pipelines.logprobs import measure_logprobs, stack_logprobs
 from llmcli.pipelines.running import FREE_FRACTION, BatchSettings, GeneratingRow, Prefix, RunningBatch
 from llmcli.pipelines.stopping import StopTexts
@@ -29,6 +29,7 @@ PREFILL_TOKENS = defaultdict(lambda: 2**14, cpu=4096)  # of prompts, read at onc
 SPARE_COLUMNS = 64  # minimum room for later tokens
 SPARE_COLUMNS_ACCELERATOR = 128  # beyond the longest row
 GRAPH_STEPS = 32  # Fewer do not repay the capture of a graph.
+RECORD_STEPS = 8
 REPORT_S = 0.1  # in which rows leave at the latest after they have ended
 
 
@@ -180,7 +181,10 @@ class SlotBatch(RunningBatch):
             known = cache.mask[: len(ids), cache.begin : end]
             known[:, -columns:] = mask.bool()
             is_padded = len(known) > 1 or not self._is_cpu or not bool(known.all())
-            logits = self._call(ids, known.long() if is_padded else None, positions, cache)
+            if columns == 1 and (step := self._find_step(is_padded)):
+                logits = step(self._call, ids, known[:, None, None] if is_padded else None, positions, cache)
+            else:
+                logits = self._call(ids, known.long() if is_padded else None, positions, cache)
         cache.end += columns
         return logits
 
@@ -192,6 +196,18 @@ class SlotBatch(RunningBatch):
         output = self._model(input_ids=ids, **inputs, **{self._cache_name: cache}, **self._options)
         logits: torch.Tensor = output.logits[:, -1]
         return logits
+
+    def _find_step(self, is_padded: bool) -> RecordedStep | None:
+        """Return the recorded step of a CPU for the present number of rows, if there is one or it is worth it."""
+        maximum, key = self._pipeline.max_shared_tokens, (len(self._slots), is_padded)
+        is_windowed = maximum is not None and self._cache.end - self._cache.begin >= maximum
+        if not self._is_cpu or is_windowed or (is_padded and not uses_sdpa(self._model)):
+            return None
+        steps = self._pipeline.recorded_steps
+        if key not in steps and max(known.limit - len(known.tokens) for known in self._slots if known) >= RECORD_STEPS:
+            steps[key] = RecordedStep()
+        step = steps.get(key)
+        return None if step is None or step.has_failed else step
 
     def _find_graph(self) -> DecodeGraph | None:
         """Return the graph of the step with the present size of the cache, captured if that is worth it."""
