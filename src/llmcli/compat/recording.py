@@ -17,7 +17,6 @@ SHAPED_BY_DATA = {
     aten.argwhere.default, aten.nonzero_numpy.default, aten.one_hot.default, aten.repeat_interleave.self_Tensor,
     aten.tensor_split.tensor_indices_or_sections, aten.where.default,
 }  # fmt: skip
-Compute = Callable[..., Tensor]
 
 
 class RecordingError(Exception):
@@ -25,35 +24,42 @@ class RecordingError(Exception):
 
 
 class Recording(TorchFunctionMode):  # type: ignore[misc]  # torch has no types for mypy
-    """The calls that a computation of some objects makes, as source, and its result.
+    """The calls that a computation makes with some objects, at a length of its input, as source, and its result.
 
     A call that runs no operator, and returns no tensor, is left out. What it returns, as a size, is a constant then.
     """
 
-    def __init__(self, compute: Compute, *arguments: object) -> None:
+    def __init__(self, compute: Callable[..., Tensor], arguments: Sequence[object], length: int) -> None:
         super().__init__()
         self._names = dict[int, tuple[str, Callable[[], object]]]()  # by ID, with a reference that is weak
-        self._constants, self._lines, self._count = dict[object, tuple[str, object]](), list[str](), 0
-        for i, value in enumerate(arguments):
+        self._constants, self._keys = list[object](), dict[int, str]()
+        self._lines, self._count = list[str](), 0
+        self._arguments, self._length, self._operators = [f"a{i}" for i in range(len(arguments))], length, _Operators()
+        for name, value in zip(self._arguments, arguments, strict=True):
             if value is not None:
-                self._names[id(value)] = f"a{i}", weakref.ref(value)
-        self._operators = _Operators()
+                self._names[id(value)] = name, weakref.ref(value)
         with self._operators, self:
             self.result = compute(*arguments)
-        end = f"return {self._refer(self.result)}"
-        body = "\n  ".join([*_delete_early([*self._lines, end]), end])
-        bound = ", ".join(name for name, _ in self._constants.values())
-        parameters = ", ".join(f"a{i}" for i in range(len(arguments)))
-        self._source = f"def bind({bound}):\n def run({parameters}):\n  {body}\n return run"
+        self._lines.append(f"return {self._refer(self.result)}")
 
-    def has_same_calls(self, other: "Recording") -> bool:
-        """Return whether another recording has the same calls, with the same weights and settings."""
-        pairs = zip(self._constants.values(), other._constants.values(), strict=True)
-        return self._source == other._source and all(_is_same(one, two) for (_, one), (_, two) in pairs)
+    def bind(self, later: "Recording") -> Callable[..., Tensor]:
+        """Return a function of arguments and a length that makes the calls of both recordings alone.
 
-    def compile(self) -> Compute:
-        """Return a function that makes the same calls with other arguments."""
-        run: Compute = _compile(self._source)(*(value for _, value in self._constants.values()))
+        A number that has grown as much as the length will grow with it. Raises RecordingError if other things differ.
+        """
+        names, values = [f"c{i}" for i in range(len(self._constants))], list[object]()
+        if self._lines != later._lines:
+            raise RecordingError("its calls are others in each step")
+        body = "\n  ".join(_delete_early(self._lines))
+        for name, one, two in zip(names, self._constants, later._constants, strict=True):
+            if type(one) is type(two) is int and one != two == one + later._length - self._length:
+                body, one = re.sub(rf"\b{name}\b", f"({name} + length)", body), one - self._length
+            elif one is not two and (type(one) is not type(two) or isinstance(one, Tensor) or (one == two) is not True):
+                raise RecordingError("it computes with other values in each step")
+            values.append(one)
+        parameters = ", ".join([*self._arguments, "length"])
+        source = f"def bind({', '.join(names)}):\n def run({parameters}):\n  {body}\n return run"
+        run: Callable[..., Tensor] = _compile(source)(*values)
         return run
 
     def __torch_function__(self, function: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
@@ -84,21 +90,24 @@ class Recording(TorchFunctionMode):  # type: ignore[misc]  # torch has no types 
         return name
 
     def _find(self, value: object) -> str | None:
-        name, reference = self._names.get(id(value), (None, lambda: None))
+        name, reference = self._names.get(id(value), (None, object))
         return name if reference() is value else None
 
     def _refer(self, value: Any) -> str:
         """Return an expression of a value in a call."""
-        if isinstance(value, list):
-            return f"[{', '.join(map(self._refer, value))}]"
-        if isinstance(value, tuple):
-            return f"({''.join(f'{self._refer(one)}, ' for one in value)})"
+        if isinstance(value, tuple | list):
+            parts = "".join(f"{self._refer(one)}, " for one in value)
+            return f"[{parts}]" if isinstance(value, list) else f"({parts})"
         if isinstance(value, dict):
-            return f"{{{', '.join(f'{key!r}: {self._refer(one)}' for key, one in value.items())}}}"
+            return f"{{{', '.join(f'{name!r}: {self._refer(one)}' for name, one in value.items())}}}"
         if isinstance(value, slice):
             return f"slice({self._refer(value.start)}, {self._refer(value.stop)}, {self._refer(value.step)})"
-        key = (type(value), repr(value)) if isinstance(value, int | float | str | None) else id(value)
-        return self._find(value) or self._constants.setdefault(key, (f"c{len(self._constants)}", value))[0]
+        if not (name := self._find(value) or self._keys.get(id(value))):
+            name = f"c{len(self._constants)}"
+            self._constants.append(value)
+            if not isinstance(value, int):  # Two numbers may be equal at one length alone.
+                self._keys[id(value)] = name
+        return name
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[misc]
@@ -118,22 +127,19 @@ class _Operators(TorchDispatchMode):  # type: ignore[misc]
         return function(*args, **(kwargs or {}))
 
 
-def _is_same(one: object, two: object) -> bool:
-    is_equal = type(one) is type(two) and not isinstance(one, Tensor) and (one == two) is True
-    return one is two or is_equal
-
-
 def _delete_early(lines: Sequence[str]) -> list[str]:
     """Return lines that also delete each variable after its last use."""
-    used = [set(re.findall(r"\bv\d+\b", line)) for line in lines]
-    last = {name: i for i, names in enumerate(used) for name in names}
-    ended = [[name for name in names if last[name] == i] for i, names in enumerate(used[:-1])]
-    return [f"{line}; del {', '.join(names)}" if names else line for line, names in zip(lines, ended, strict=False)]
+    found, used = list[str](), set[str]()
+    for line in reversed(lines):
+        ended = {*re.findall(r"\bv\d+\b", line)} - used
+        found.append(f"{line}; del {', '.join(sorted(ended))}" if ended and used else line)
+        used |= ended
+    return found[::-1]
 
 
 @lru_cache(maxsize=16)
-def _compile(source: str) -> Callable[..., Compute]:
+def _compile(source: str) -> Callable[..., Any]:
     names: dict[str, Any] = {}
     exec(source, names)
-    bind: Callable[..., Compute] = names["bind"]
+    bind: Callable[..., Any] = names["bind"]
     return bind

@@ -190,33 +190,36 @@ class DecodeGraph:
 class RecordedStep:
     """A pass of a CPU that reads one token of each row of a cache, without the Python code of the model's modules.
 
-    Its first two calls are recorded. If they made the same calls of PyTorch, later ones make these alone.
+    Its first two calls are recorded. If both made the same calls of PyTorch, the next ones make these alone.
     """
 
     def __init__(self) -> None:
-        self._first: Recording | None = None
+        self._recording: Recording | None = None
         self._run: Callable[..., torch.Tensor] | None = None
         self.has_failed = False
 
-    def __call__(self, call: Callable[..., torch.Tensor], *arguments: object) -> torch.Tensor:
-        """Return the logits (B, V) that the call of a model returns for these arguments."""
+    def __call__(
+        self, call: Callable[..., torch.Tensor], *inputs: torch.Tensor | None, cache: SlotCache
+    ) -> torch.Tensor:
+        """Return the logits (B, V) that the call of a model returns."""
         if self._run:
-            return self._run(*arguments)
+            return self._run(*inputs, cache, cache.get_seq_length())
         try:
-            return self._record(call, *arguments)
-        except Exception as exc:  # What is wrong with the arguments is wrong without a recording, too.
-            self._first, self.has_failed = None, True
+            return self._record(call, *inputs, cache)
+        except Exception as exc:  # If it has another cause, the same call without a recording will raise it, too.
+            self._recording, self.has_failed = None, True
             if console.verbose:
                 console.notice(f"decoding without a recorded step: {first_line(exc)}")
-            return call(*arguments)
+            return call(*inputs, cache)
 
-    def _record(self, call: Callable[..., torch.Tensor], *arguments: object) -> torch.Tensor:
-        recording = Recording(call, *arguments)
-        if self._first:
-            run = self._first.compile()
-            is_same = self._first.has_same_calls(recording)
-            if not is_same or not torch.allclose(run(*arguments), recording.result, 0, 0, equal_nan=True):
-                raise RecordingError("it computes something else in each step")
-            self._run = run
-        self._first = None if self._first else recording
+    def _record(self, call: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+        length = arguments[-1].get_seq_length()
+        recording, self._recording = Recording(call, arguments, length), self._recording
+        if not self._recording:
+            self._recording = recording
+            return recording.result
+        run, self._recording = self._recording.bind(recording), None
+        if not torch.allclose(run(*arguments, length), recording.result, 0, 0, equal_nan=True):
+            raise RecordingError("it computes something else in each step")
+        self._run = run
         return recording.result

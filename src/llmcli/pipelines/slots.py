@@ -182,7 +182,7 @@ class SlotBatch(RunningBatch):
             known[:, -columns:] = mask.bool()
             is_padded = len(known) > 1 or not self._is_cpu or not bool(known.all())
             if columns == 1 and (step := self._find_step(is_padded)):
-                logits = step(self._call, ids, known[:, None, None] if is_padded else None, positions, cache)
+                logits = step(self._call, ids, known[:, None, None] if is_padded else None, positions, cache=cache)
             else:
                 logits = self._call(ids, known.long() if is_padded else None, positions, cache)
         cache.end += columns
