@@ -91,26 +91,6 @@ class SlotCache(DynamicCache):  # type: ignore[misc]
             layer.move(rows, columns, kept, source, target)
         self.begin, self.end = target.start, target.stop
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **settings: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        known: tuple[torch.Tensor, torch.Tensor] = _append(self, layer_idx, key_states, value_states)
-        return known
-
-
-@wrap_torch_function(lambda _cache, _index, *states: states)  # type: ignore[untyped-decorator]  # one call to record
-def _append(cache: SlotCache, index: int, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Write new keys and values after the newest column, and return all in use."""
-    found, layer = [], cache.layers[index]
-    for known, new in zip((layer.keys, layer.values), states, strict=True):
-        if cache.column is not None:
-            found.append(known.index_copy_(2, cache.column, new))
-        else:
-            rows, end = len(new), cache.end + new.shape[2]
-            known[:rows, :, cache.end : end] = new
-            found.append(known[:rows, :, cache.begin : end])
-    return tuple(found)
-
 
 class _SlotLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, cache: SlotCache) -> None:
@@ -134,6 +114,20 @@ class _SlotLayer(DynamicLayer):  # type: ignore[misc]
                 _move(known, (rows, known.shape[1], columns, known.shape[3]), kept, source, target)
                 for known in (self.keys, self.values)
             )
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **settings: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._append("keys", key_states), self._append("values", value_states)
+
+    @wrap_torch_function(lambda _layer, _name, new: (new,))  # type: ignore[untyped-decorator]
+    def _append(self, name: str, new: torch.Tensor) -> torch.Tensor:  # for a `Recording`, a single call
+        cache, known = self._cache, getattr(self, name)
+        if cache.column is not None:
+            return known.index_copy_(2, cache.column, new)
+        rows, end = len(new), cache.end + new.shape[2]
+        known[:rows, :, cache.end : end] = new
+        return known[:rows, :, cache.begin : end]
 
     def get_seq_length(self) -> int:
         return self._cache.end - self._cache.begin

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,9 +53,9 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         return has_fixed_rotary_positions(self.model)
 
     @functools.cached_property
-    def recorded_steps(self) -> dict[tuple[int, bool], RecordedStep]:
-        """Steps of decoding on a CPU, by number of rows and whether there is a mask."""
-        return {}
+    def recorded_steps(self) -> defaultdict[int, RecordedStep]:
+        """Steps of decoding on a CPU by number of rows."""
+        return defaultdict(RecordedStep)
 
     @functools.cached_property
     def max_shared_tokens(self) -> int | None:  # type: ignore[override]

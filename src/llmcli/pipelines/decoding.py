@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from llmcli import console
@@ -190,36 +191,30 @@ class DecodeGraph:
 class RecordedStep:
     """A pass of a CPU that reads one token of each row of a cache, without the Python code of the model's modules.
 
-    Its first two calls are recorded. If both made the same calls of PyTorch, the next ones make these alone.
+    Its first two calls are recorded. If both made the same calls of PyTorch, later ones make these alone.
     """
 
     def __init__(self) -> None:
-        self._recording: Recording | None = None
-        self._run: Callable[..., torch.Tensor] | None = None
+        self._first: Recording | None = None
+        self._run: Callable[..., Tensor] | None = None
         self.has_failed = False
 
-    def __call__(
-        self, call: Callable[..., torch.Tensor], *inputs: torch.Tensor | None, cache: SlotCache
-    ) -> torch.Tensor:
-        """Return the logits (B, V) that the call of a model returns."""
+    def __call__(self, call: Callable[..., Tensor], *inputs: Tensor | None, cache: SlotCache) -> Tensor:
+        """Return the logits (B, V) that the call of a model returns for inputs and a cache."""
+        arguments, length = (*inputs, *cache.layers), cache.get_seq_length()
         if self._run:
-            return self._run(*inputs, cache, cache.get_seq_length())
+            return self._run(*arguments, length)
+        if self.has_failed:
+            return call(*inputs, cache)
         try:
-            return self._record(call, *inputs, cache)
+            first, self._first = self._first, Recording(lambda *_: call(*inputs, cache), arguments, length)
+            logits, run = self._first.result, first.bind(self._first) if first else None
+            if run and not torch.allclose(run(*arguments, length), logits, 0, 0, equal_nan=True):
+                raise RecordingError("it computes something else in each step")
         except Exception as exc:  # If it has another cause, the same call without a recording will raise it, too.
-            self._recording, self.has_failed = None, True
+            self._first, self.has_failed = None, True
             if console.verbose:
                 console.notice(f"decoding without a recorded step: {first_line(exc)}")
             return call(*inputs, cache)
-
-    def _record(self, call: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
-        length = arguments[-1].get_seq_length()
-        recording, self._recording = Recording(call, arguments, length), self._recording
-        if not self._recording:
-            self._recording = recording
-            return recording.result
-        run, self._recording = self._recording.bind(recording), None
-        if not torch.allclose(run(*arguments, length), recording.result, 0, 0, equal_nan=True):
-            raise RecordingError("it computes something else in each step")
         self._run = run
-        return recording.result
+        return logits

@@ -28,8 +28,7 @@ PASS_TOKENS = defaultdict(lambda: 4096, cpu=64)
 PREFILL_TOKENS = defaultdict(lambda: 2**14, cpu=4096)  # of prompts, read at once: more leave a CPU's caches
 SPARE_COLUMNS = 64  # minimum room for later tokens
 SPARE_COLUMNS_ACCELERATOR = 128  # beyond the longest row
-GRAPH_STEPS = 32  # Fewer do not repay the capture of a graph.
-RECORD_STEPS = 8
+GRAPH_STEPS = 32  # Fewer do not repay the capture of a graph, or a recording.
 REPORT_S = 0.1  # in which rows leave at the latest after they have ended
 
 
@@ -47,7 +46,8 @@ class SlotBatch(RunningBatch):
         self._cache = SlotCache(self._device)
         self._graph: DecodeGraph | None = None
         places = {*(getattr(self._model, "hf_device_map", None) or {"": self._device}).values()}
-        self._can_capture = self._device.type == "cuda" and len(places) == 1 and uses_sdpa(self._model)
+        self._is_sdpa = uses_sdpa(self._model)
+        self._can_capture = self._device.type == "cuda" and len(places) == 1 and self._is_sdpa
         self._slots: list[TokenSequence | None] = []
         self._rows: dict[int, tuple[GeneratingRow, list[TokenSequence]]] = {}  # unfinished
         self._ended: dict[int, Inputs] = {}
@@ -182,7 +182,7 @@ class SlotBatch(RunningBatch):
             known[:, -columns:] = mask.bool()
             is_padded = len(known) > 1 or not self._is_cpu or not bool(known.all())
             if columns == 1 and (step := self._find_step(is_padded)):
-                logits = step(self._call, ids, known[:, None, None] if is_padded else None, positions, cache=cache)
+                logits = step(self._call, ids, known[:, None, None] if self._is_sdpa else None, positions, cache=cache)
             else:
                 logits = self._call(ids, known.long() if is_padded else None, positions, cache)
         cache.end += columns
@@ -198,16 +198,12 @@ class SlotBatch(RunningBatch):
         return logits
 
     def _find_step(self, is_padded: bool) -> RecordedStep | None:
-        """Return the recorded step of a CPU for the present number of rows, if there is one or it is worth it."""
-        maximum, key = self._pipeline.max_shared_tokens, (len(self._slots), is_padded)
-        is_windowed = maximum is not None and self._cache.end - self._cache.begin >= maximum
-        if not self._is_cpu or is_windowed or (is_padded and not uses_sdpa(self._model)):
+        """Return the step for the present number of rows, recorded if that is worth it."""
+        maximum, rows, steps = self._pipeline.max_shared_tokens, len(self._slots), self._pipeline.recorded_steps
+        has_window = maximum is not None and self._cache.get_seq_length() >= maximum
+        if not self._is_cpu or has_window or (is_padded and not self._is_sdpa):  # The mask would be the model's own.
             return None
-        steps = self._pipeline.recorded_steps
-        if key not in steps and max(known.limit - len(known.tokens) for known in self._slots if known) >= RECORD_STEPS:
-            steps[key] = RecordedStep()
-        step = steps.get(key)
-        return None if step is None or step.has_failed else step
+        return steps[rows] if rows in steps or self._count_steps() >= GRAPH_STEPS else None
 
     def _find_graph(self) -> DecodeGraph | None:
         """Return the graph of the step with the present size of the cache, captured if that is worth it."""
@@ -216,12 +212,14 @@ class SlotBatch(RunningBatch):
             return None  # The graph's mask knows no windows.
         if self._graph is None or self._graph.shape != self._cache.mask.shape:
             self._graph = None  # frees its memory
-            steps = max(known.limit - len(known.tokens) for known in self._slots if known)
-            if steps >= GRAPH_STEPS:
+            if self._count_steps() >= GRAPH_STEPS:
                 with single_token_context(self._model) if len(self._slots) == 1 else nullcontext():
                     self._graph = DecodeGraph.capture(self._call, self._cache)
                 self._can_capture = self._graph is not None
         return self._graph
+
+    def _count_steps(self) -> int:
+        return max(known.limit - len(known.tokens) for known in self._slots if known)
 
     def _choose(self, sequences: list[TokenSequence], logits: torch.Tensor) -> None:
         """Choose the next token of each sequence by its logits (R, V)."""
