@@ -20,7 +20,7 @@ from llmcli.pipelines.decoding import SEED_STRIDE, RowSampler
 from llmcli.pipelines.running import BatchSettings, GeneratingRow
 from llmcli.pipelines.slots import SlotBatch
 
-UNRECORDED = {"big_bird", "ctrl", "dbrx", "jetmoe", "longcat_flash", "megatron-bert", "rembert"}
+UNRECORDED = {"big_bird", "dbrx", "jetmoe", "longcat_flash", "megatron-bert", "rembert"}
 OTHER_CACHES = {"gemma3n_text", "minimax_m3_vl_text"}
 SHARED = sorted({*loading.architectures()["causal"]["shared"]} & {*CAUSAL} - OTHER_CACHES)
 WAYS = ["plain", "captured", "recorded"]
@@ -107,7 +107,9 @@ def test_rows_that_join_later_have_the_text_of_generate(model_type, monkeypatch,
     assert run_batch(pipeline, texts, limits, 4) == expected
     monkeypatch.setattr(slots, "GRAPH_STEPS", 1)
     assert run_batch(pipeline, texts, limits, 4) == expected
-    assert [run_batch(pipeline, [text], [limit], 1)[0] for text, limit in zip(texts, limits, strict=True)] == expected
+    if pipeline.can_read_in_parts(100):
+        found = [run_batch(pipeline, [text], [limit], 1)[0] for text, limit in zip(texts, limits, strict=True)]
+        assert found == expected
     if model_type not in UNRECORDED:
         assert not any(step.has_failed for step in pipeline.recorded_steps.values())
 

@@ -43,10 +43,9 @@ class SlotBatch(RunningBatch):
     def __init__(self, pipeline: "CausalPipeline", settings: BatchSettings, processors: LogitsProcessorList) -> None:
         self._pipeline, self._model, self._settings = pipeline, pipeline.model, settings
         self._device, self._is_cpu = self._model.device, self._model.device.type == "cpu"
-        self._cache = SlotCache(self._device)
+        self._cache, self._is_sdpa = SlotCache(self._device), uses_sdpa(self._model)
         self._graph: DecodeGraph | None = None
         places = {*(getattr(self._model, "hf_device_map", None) or {"": self._device}).values()}
-        self._is_sdpa = uses_sdpa(self._model)
         self._can_capture = self._device.type == "cuda" and len(places) == 1 and self._is_sdpa
         self._slots: list[TokenSequence | None] = []
         self._rows: dict[int, tuple[GeneratingRow, list[TokenSequence]]] = {}  # unfinished
