@@ -224,14 +224,18 @@ def test_model_names_its_float32_modules_and_tied_weights(model):
     assert isinstance(model.all_tied_weights_keys, dict)
 
 
-def test_packed_bfloat16_multiplies():
-    if not kernels.can_pack_bfloat16():
-        pytest.skip("oneDNN has no bfloat16 here")
-    linear = nn.Linear(32, 16).bfloat16()
-    x = torch.randn(3, 32).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_linear_multiplies(dtype):
+    if dtype not in kernels.packable_dtypes():
+        pytest.skip(f"oneDNN has no {dtype} here")
+    linear = nn.Linear(96, 80).to(dtype)
+    x = torch.randn(70, 96).to(dtype)
     with torch.inference_mode():
-        packed = kernels.packed_linear(x, kernels.pack_bfloat16(linear.weight.detach()), linear.bias)
-        assert torch.allclose(packed.float(), linear(x).float(), atol=0.05)
+        weight = kernels.pack_weight(linear.weight.detach())
+        packed = kernels.packed_linear(x, weight, linear.bias)
+        assert torch.allclose(packed.float(), linear(x).float(), atol=0.05 if dtype == torch.bfloat16 else 1e-5)
+        for rows in (1, 2, 5, 16, 33):
+            assert torch.equal(kernels.packed_linear(x[:rows], weight, linear.bias), packed[:rows])
 
 
 def test_int8_matmul_multiplies():

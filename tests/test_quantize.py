@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from llmcli import config, pipelines
 from llmcli.compat import torch as kernels
-from llmcli.job import LoadOptions
+from llmcli.engines.local import Model
+from llmcli.engines.model_cache import ModelCache, ModelLease
+from llmcli.job import Job, LoadOptions
 from llmcli.models import loading
 from llmcli.pipelines import quantizer
-from llmcli.pipelines.linears import GROUP, Int4Linear, Int8Linear, PackedLinear
+from llmcli.pipelines.linears import GROUP, Int4Linear, Int8Linear, PackedLinear, WideningLinear
 
 GOLDEN = Path(__file__).parent / "golden"
 GREEDY = ("--temperature", 0, "--max-new-tokens", 8)
@@ -118,6 +120,41 @@ def test_quantized_model_without_fast_bfloat16_runs(llmcli, encoder, chatty, mon
     assert llmcli("generate", "the quick", "-m", chatty, "--quantize", scheme, *GREEDY).exit_status == 0
 
 
+@pytest.mark.parametrize(
+    ("task", "one_stream", "dtype"),
+    [("generate", True, torch.bfloat16), ("generate", False, torch.float32), ("score", True, torch.float32)],
+)
+def test_dtype_without_fast_bfloat16_depends_on_load(chatty, monkeypatch, task, one_stream, dtype):
+    monkeypatch.setattr(kernels, "has_fast_bfloat16", lambda: False)
+    job = Job(task, str(chatty), load_options=LoadOptions(device="cpu", one_stream=one_stream))
+    assert Model(job, ModelLease(ModelCache())).pipeline.model.dtype == dtype
+
+
+def test_one_text_and_many_lines_load_as_they_need(llmcli, chatty, monkeypatch):
+    monkeypatch.setattr(kernels, "has_fast_bfloat16", lambda: False)
+    types = []
+    monkeypatch.setattr(quantizer, "pack", lambda model, _: types.append(model.dtype))
+    for args in (("the quick",), ("the quick", "--lines"), ("the quick", "--dtype", "float32")):
+        llmcli("generate", *args, "-m", chatty, *GREEDY)
+    assert types == [torch.bfloat16, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 40])
+@pytest.mark.parametrize("bias", [True, False])
+def test_widening_linear_equals_linear(rows, bias):
+    linear = nn.Linear(64, 32, bias=bias).bfloat16()
+    x = torch.randn(2, rows, 64).bfloat16()
+    expected = linear(x)
+    linear.__class__ = WideningLinear
+    assert torch.allclose(linear(x).float(), expected.float(), atol=0.02)
+
+
+def test_bfloat16_is_widened_where_it_cannot_be_packed(chatty, monkeypatch):
+    monkeypatch.setattr(quantizer, "packable_dtypes", lambda: {torch.float32})
+    model = pipelines.load("causal", Path(chatty), LoadOptions(device="cpu", dtype="bfloat16")).model
+    assert {type(layer) for layer in model.modules() if isinstance(layer, nn.Linear)} == {WideningLinear}
+
+
 def test_changed_weights_are_quantized_anew(llmcli, chatty, base, tmp_path):
     folder = shutil.copytree(chatty, tmp_path / "model")
     args = ("generate", "the quick brown", "-m", folder, "--quantize", "int4", *GREEDY)
@@ -162,7 +199,7 @@ def test_what_does_not_go_with_it(llmcli, chatty, options, why, tmp_path, monkey
 def gpu(monkeypatch):
     """A GPU for which everything is decided, but on which nothing can be loaded."""
     monkeypatch.setattr(loading, "choose_device", lambda name: "cuda:0" if name == "auto" else name)
-    monkeypatch.setattr(loading, "choose_dtype", lambda name, device: torch.bfloat16)
+    monkeypatch.setattr(loading, "choose_dtype", lambda *_: torch.bfloat16)
     monkeypatch.setattr(kernels, "read_memory", lambda device: (0, 0, 10**9))
 
 

@@ -16,6 +16,7 @@ class LoadOptions:
     device: str = "auto"  # or cpu, cuda, cuda:1, mps, xpu
     dtype: str = "auto"  # or float32, bfloat16, float16
     quantize: str = "none"  # or int8, int4
+    one_stream: bool = False  # texts run one by one: choose what is fastest for a single row
     tensor_parallel: bool = False  # each process of torchrun has a part of each layer
     max_memory: int | None = None  # bytes of main memory for the weights
     offload_folder: str | None = None  # for weights that do not fit in memory

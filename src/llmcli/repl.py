@@ -47,6 +47,7 @@ def converse(job: Job) -> ExitStatus:
         complete_while_typing=False,
         output=create_output(stdout=console.terminal()),  # `llmcli chat > answers.txt` saves the answers alone.
     )
+    job = dataclasses.replace(job, load_options=dataclasses.replace(job.load_options, one_stream=True))
     engine = engines.engine_for(job)
     engine.load(job)
     console.notice(f"{job.model}: type /help for commands, Ctrl-D to leave")

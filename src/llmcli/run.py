@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from llmcli import config, console, engines, tasks
@@ -21,6 +22,8 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
         return serve(engines.engine_for(job), job)
     if job.logprobs is not None and spec.format not in (OutputFormat.JSON, OutputFormat.CSV):
         console.warning("--logprobs has no effect in text output: use --json")
+    if not spec.has_records:
+        job = replace(job, load_options=replace(job.load_options, one_stream=True))
     names = spec.name_fields(_output_names(job, spec.format))
     names.setdefault("reasoning", None)
     with ExitStack() as stack:

@@ -14,8 +14,6 @@ from llmcli.job import Record, Result
 from llmcli.options import BatchModelOptions, OutputOptions, expand_options
 from llmcli.run import run
 
-BATCH_SIZE = 32  # passages, unless --batch-size is given
-
 
 @expand_options
 def search(
@@ -44,7 +42,6 @@ def search(
     if not inputs:
         console.warning("input is empty")
     job = model.job("search", {"limit": limit})
-    job = replace(job, batch_size=job.batch_size or BATCH_SIZE)
     records = [record for record in inputs if record.failure]
     texts = [{**record.fields, "file": record.file, "line": record.line} for record in inputs if not record.failure]
     if texts:

@@ -6,6 +6,7 @@ from functools import cache
 import torch
 
 aten = torch.ops.aten
+PACKED_ROWS = 32  # for which float32 weights are packed
 # Rows (M, K), int8 weights (N, K), scales (N,) -> (M, N).
 int8_matmul = aten._weight_int8pack_mm
 # Rows (M, K), packed int4 weights of (N, K), group size, scale and middle of each group (K / group, N, 2) -> (M, N).
@@ -18,9 +19,11 @@ def cpu_capability() -> str:
 
 
 def has_fast_bfloat16() -> bool:
-    """Return whether the CPU multiplies bfloat16 in hardware."""
+    """Return whether the CPU multiplies bfloat16 in hardware, and oneDNN may use it (ONEDNN_MAX_CPU_ISA)."""
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 in packable_dtypes() and any(
+        capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")
+    )
 
 
 def has_failed_accelerator() -> bool:
@@ -52,14 +55,19 @@ def read_memory(device: torch.device) -> tuple[int, int, int]:
     return used, stats.get("allocated_bytes.all.peak", 0), free + held - used
 
 
-def can_pack_bfloat16() -> bool:
-    """Return whether oneDNN has kernels for packed bfloat16 weights on this CPU."""
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def packable_dtypes() -> set[torch.dtype]:
+    """Return the types of weights for which oneDNN has kernels on this CPU that are faster than nn.Linear."""
+    if not torch.backends.mkldnn.is_available():
+        return set()
+    dtypes = {torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set()
+    # float32 was measured on x86 only.
+    return dtypes | {torch.float32} if cpu_capability() in ("AVX2", "AVX512") else dtypes
 
 
-def pack_bfloat16(weight: torch.Tensor) -> torch.Tensor:
-    """Return bfloat16 weights (N, K) in oneDNN's own order, for `packed_linear`."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Return weights (N, K) in oneDNN's own order, for `packed_linear`."""
+    # The order depends on the number of rows that is expected; bfloat16's is the same for any.
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 1 if weight.dtype == torch.bfloat16 else PACKED_ROWS)
 
 
 def packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -16,11 +16,10 @@ from llmcli.engines.engine import TaskEngine
 from llmcli.engines.memory import MemoryEstimator, make_estimate, probe_memory
 from llmcli.engines.model_cache import ModelCache, ModelLease
 from llmcli.errors import ModelTooLargeError, ModelUnavailableError, UsageError
-from llmcli.job import Job
-from llmcli.models import generation, registry, store
+from llmcli.job import Job, LoadOptions
+from llmcli.models import generation, loading, registry, store
 from llmcli.models.devices import is_out_of_memory
 from llmcli.models.folder_check import check_folder
-from llmcli.models.loading import quiet_libraries, translated_errors
 from llmcli.tasks import Strategy
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ class LocalEngine(TaskEngine):
         if generating:
             kind, defaults = generating[0]
             with suspended_garbage_collection():
-                quiet_libraries()
+                loading.quiet_libraries()
                 generation.check(job.generation, defaults, counts_prompt=kind == "causal")
         return Model(job, self._lease)
 
@@ -67,7 +66,7 @@ class LocalEngine(TaskEngine):
         @lru_cache(maxsize=1024)
         def merge(options: str, is_constrained: bool) -> "GenerationConfig":
             own, given = pipeline.model.generation_config, generation.override(job.generation, json.loads(options))
-            with translated_errors(model.folder):
+            with loading.translated_errors(model.folder):
                 config = generation.merge(own, given, defaults, parameters, counts_prompt=not is_seq2seq)
                 if is_constrained:
                     config.stop_strings = None  # that of a prompt may be a part of the answer
@@ -109,11 +108,21 @@ class Model:
         if self._pipeline is None:
             with suspended_garbage_collection():
                 head = pipelines.pipeline_class(self.kind).auto_class
-            # Kinds with the same head share one loaded model.
-            key = (self.folder, self._changed_ns, head, replace(self._job.load_options, offline=False))
-            with translated_errors(self.folder):
+            # Kinds with the same head share one loaded model, and so do jobs for which nothing depends on `one_stream`.
+            key = (self.folder, self._changed_ns, head, replace(self._load_options, offline=False))
+            with loading.translated_errors(self.folder):
                 self._pipeline = pipelines.wrap_as(self.kind, self._lease.get(self._job.model, key, self._load))
         return self._pipeline
+
+    @property
+    def _load_options(self) -> LoadOptions:
+        options = self._job.load_options
+        if not options.one_stream or self.kind != "causal":
+            return replace(options, one_stream=False)
+        device, name = loading.choose_device(options.device), options.dtype
+        types = {loading.choose_dtype(name, device, one_stream) for one_stream in (False, True)}
+        is_other = len(types) > 1 or name == "float32"  # which is packed for batches
+        return replace(options, one_stream=is_other)
 
     @property
     def fingerprint(self) -> str:
@@ -151,7 +160,7 @@ class Model:
         kind = self._find_kind()
         with suspended_garbage_collection(), console.working(f"loading {self._job.model}"):
             try:
-                return pipelines.load(kind, self.folder, self._job.load_options)
+                return pipelines.load(kind, self.folder, self._load_options)
             except Exception as exc:
                 if not is_out_of_memory(exc):
                     raise

@@ -48,6 +48,7 @@ class OutputSpec:
     extra_records: int = 0  # records that the command has read itself and passes on in another record
     is_styled: bool = False  # texts have colors of our own, and nothing else that controls a terminal
     has_files: bool = False  # results have the field `file`
+    has_records: bool = False  # the input has many records, as lines or rows do
     rename: Mapping[str, str] = field(default_factory=dict)  # new names of result fields
     select: Sequence[str] | None = None  # result fields to write; None: all
 

@@ -48,7 +48,7 @@ def load(
     if device == "cpu":
         keep_freed_memory()
         share_key_value_heads()
-    dtype = choose_dtype(load_options.dtype, device)
+    dtype = choose_dtype(load_options.dtype, device, load_options.one_stream)
     size = _size(weights, torch.finfo(dtype).bits // 8, QUANTIZED_BYTES[load_options.quantize] if quantization else 0)
     config = read_config(folder, load_options)
     parts = world_size() if load_options.tensor_parallel else 1
@@ -167,8 +167,11 @@ def choose_device(name: str) -> str:
     return name
 
 
-def choose_dtype(name: str, device: str) -> "torch.dtype":
-    """Return the data type: for `auto` bfloat16 if the hardware has it; else float16, on a CPU float32."""
+def choose_dtype(name: str, device: str, one_stream: bool = False) -> "torch.dtype":
+    """Return the data type: for `auto` bfloat16 if the hardware has it; else float16, on a CPU float32.
+
+    A CPU without it multiplies float32 faster, but a single row waits for the memory, which bfloat16 halves.
+    """
     import torch
 
     from llmcli.compat.torch import has_fast_bfloat16
@@ -181,7 +184,7 @@ def choose_dtype(name: str, device: str) -> "torch.dtype":
         return torch.bfloat16
     if device.startswith("mps"):
         return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
-    return torch.bfloat16 if has_fast_bfloat16() else torch.float32
+    return torch.bfloat16 if has_fast_bfloat16() or one_stream else torch.float32
 
 
 def _weights(folder: Path, load_options: LoadOptions) -> list[Path]:

@@ -118,6 +118,6 @@ class OutputOptions:
             format=format, path=path,
             fingerprint=fingerprint(texts, files) if path and format is not OutputFormat.TEXT else None,
             resume=self.resume, retry=self.retry_errors, stats=self.stats, stop_on_error=self.on_error == "stop",
-            has_files=bool(files), rename=rename,
+            has_files=bool(files), has_records=input_format is not InputFormat.WHOLE, rename=rename,
             select=None if self.select is None else [name.strip() for name in self.select.split(",")],
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Linear layers with weights as the CPU's own kernels read them: bfloat16 packed by oneDNN, or quantized."""
+"""Linear layers with weights as the CPU's own kernels read them: packed by oneDNN, or quantized."""
 
 from typing import Self
 
@@ -7,21 +7,36 @@ from torch import Tensor, nn
 
 from llmcli.compat import torch as kernels
 
+WIDENED_ROWS = 8  # for which it pays to make float32 weights of bfloat16 ones
 GROUP = 32  # input features that share a scale in int4, as in GGUF's Q4 types
 ALIGNMENT_BYTES = 64
 Weights = tuple[Tensor, Tensor]  # quantized, and scales
 
 
 class PackedLinear(nn.Module):  # type: ignore[misc]  # torch has no types for mypy
-    """A bfloat16 layer as torch.compile would call it: nn.Linear reads one row's weights at half the memory's speed."""
+    """A layer as torch.compile would call it. nn.Linear reads bfloat16 weights of one row at half the memory's speed.
+
+    In float32, it is up to twice as fast as nn.Linear for 4 to 64 rows, and a row's result is the same to the last bit
+    whatever other rows there are.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.register_buffer("weight", kernels.pack_bfloat16(weight.detach()), persistent=False)
+        self.register_buffer("weight", kernels.pack_weight(weight.detach()), persistent=False)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.packed_linear(x, self.weight, self.bias)
+
+
+class WideningLinear(nn.Linear):  # type: ignore[misc]
+    """A bfloat16 layer for a CPU that multiplies a single row of bfloat16 fast, but many rows only in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[:-1].numel() < WIDENED_ROWS:
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(x.float(), self.weight.float(), bias).to(x.dtype)
 
 
 class QuantizedLinear(nn.Module):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Quantized weights, by bitsandbytes on GPUs and by a method of our own on CPUs; bfloat16 packed for oneDNN."""
+"""Quantized weights, by bitsandbytes on GPUs and by a method of our own on CPUs; weights packed for oneDNN."""
 
 import inspect
 import logging
@@ -16,14 +16,14 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmcli import console
-from llmcli.compat.torch import can_pack_bfloat16, cpu_capability
+from llmcli.compat.torch import cpu_capability, packable_dtypes
 from llmcli.compat.transformers import WeightQuantizer, float32_modules, mark_quantized, replace_module
 from llmcli.errors import ModelUnavailableError, UsageError
 from llmcli.job import LoadOptions
 from llmcli.models import loading
 from llmcli.models.store import quantized as copies
 from llmcli.pipelines.base import TextPipeline
-from llmcli.pipelines.linears import Int4Linear, Int8Linear, PackedLinear, QuantizedLinear
+from llmcli.pipelines.linears import Int4Linear, Int8Linear, PackedLinear, QuantizedLinear, WideningLinear
 
 METHOD = "llmcli-weight-only"
 get_source = cache(inspect.getsource)
@@ -117,14 +117,23 @@ def quantize(model: PreTrainedModel, scheme: str) -> None:
     mark_quantized(model, WeightOnlyQuantizer(WeightOnlyConfig(scheme, layers, cpu_capability())))
 
 
-def pack(model: PreTrainedModel) -> None:
-    """Pack the bfloat16 layers if oneDNN has kernels for it. Weights that an embedding shares then exist twice."""
-    if not can_pack_bfloat16():
-        return
+def pack(model: PreTrainedModel, one_stream: bool = False) -> None:
+    """Let the CPU multiply linear layers fast: packed if oneDNN can, which it does slower for one row of float32.
+
+    Packed weights that an embedding shares exist twice.
+    """
+    dtypes = packable_dtypes() - ({torch.float32} if one_stream else set())
+    head, total = model.get_output_embeddings(), model.num_parameters()
     with torch.no_grad():
-        for name, module in list(model.named_modules()):
-            is_plain = type(module) is nn.Linear and module.weight.dtype == torch.bfloat16
-            if is_plain and not _reads_weight(model, name):
+        for name in [name for name, _ in model.named_modules()]:  # A list of modules would keep all weights in memory.
+            module = model.get_submodule(name)
+            if type(module) is not nn.Linear or _reads_weight(model, name):
+                continue
+            if module.weight.dtype == torch.bfloat16 and torch.bfloat16 not in dtypes:
+                module.__class__ = WideningLinear
+            # The head of a small model with many tokens is most of it, and twice as large in float32 as in bfloat16.
+            is_large = module is head and module.weight.dtype == torch.float32 and 2 * module.weight.numel() > total
+            if module.weight.dtype in dtypes and not is_large:
                 model.set_submodule(name, PackedLinear(module.weight, module.bias))
 
 

@@ -13,7 +13,7 @@ from llmcli.tasks import LocalModel, ModelCall, Strategy, Task, TaskGenerator, T
 from llmcli.text.splitting import split
 
 PASSAGE_TOKENS = 128  # maximum length of a passage, about a paragraph
-SAVE_INTERVAL = 64  # passages embedded before their vectors are saved
+SAVE_INTERVAL = 256  # passages embedded before their vectors are saved
 DEFAULT_LIMIT = 5
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS vectors (model TEXT, digest BLOB, vector BLOB, PRIMARY KEY (model, digest)) WITHOUT ROWID
