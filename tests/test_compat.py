@@ -24,10 +24,12 @@ from transformers import (
     T5Config,
 )
 from transformers import __version__ as transformers_version
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmcli.compat import cache, tokenizers, transformers
 from llmcli.compat import torch as kernels
 from llmcli.compat import typer as typer_names
+from llmcli.compat.recording import Recording
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +218,30 @@ def test_force_gqa_is_a_variable_that_attention_reads(monkeypatch):
     assert "TRANSFORMERS_SDPA_FORCE_GQA" in inspect.getsource(sdpa_attention)
     key = torch.ones(1, 1, 2, 4)
     assert sdpa_attention.use_gqa_in_sdpa(torch.zeros(1, 1, 2, 2), key, key)
+
+
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_a_single_query_attends_as_transformers_does(model, has_mask):
+    transformers.share_key_value_heads()
+    query, key, value = (torch.randn(2, heads, length, 8) for heads, length in ((4, 1), (2, 9), (2, 9)))
+    mask = torch.rand(2, 1, 1, 9) > 0.3 if has_mask else None
+    module = nn.Module()
+    module.num_key_value_groups = 2
+    found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=0.5)
+    both = (one.repeat_interleave(2, 1) for one in (key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *both, attn_mask=mask, scale=0.5)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+
+
+def test_recording_gets_a_function_of_python_as_one_call():
+    @torch.overrides.wrap_torch_function(lambda x: (x,))
+    def add_twice(x):
+        return x + 1 + 1
+
+    with torch.inference_mode():
+        one, two = (Recording(lambda x: add_twice(x), [torch.tensor([2.0])], length) for length in (1, 2))
+        assert one.bind(two)(torch.tensor([5.0]), 3).tolist() == [7.0]
+    assert "c1" not in one._source
 
 
 def test_llama_can_be_split_by_its_heads():

@@ -11,6 +11,7 @@ from architectures import make_model, small_config
 from conftest import WORDS
 from test_architectures import CAUSAL, TEXTS, make, make_pipeline
 
+from llmcli import console
 from llmcli.compat.transformers import uses_sdpa
 from llmcli.errors import RecordError
 from llmcli.models import generation, loading
@@ -19,8 +20,10 @@ from llmcli.pipelines.decoding import SEED_STRIDE, RowSampler
 from llmcli.pipelines.running import BatchSettings, GeneratingRow
 from llmcli.pipelines.slots import SlotBatch
 
+UNRECORDED = {"big_bird", "dbrx", "jetmoe", "longcat_flash", "megatron-bert", "rembert"}
 OTHER_CACHES = {"gemma3n_text", "minimax_m3_vl_text"}
 SHARED = sorted({*loading.architectures()["causal"]["shared"]} & {*CAUSAL} - OTHER_CACHES)
+WAYS = ["plain", "captured", "recorded"]
 BEGIN = " ".join(TEXTS.near[0].split()[:9])
 
 
@@ -45,6 +48,12 @@ def captured(monkeypatch):
 
     monkeypatch.setattr(SlotBatch, "__init__", create)
     return shapes
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Record the step of each number of rows."""
+    monkeypatch.setattr(slots, "GRAPH_STEPS", 1)
 
 
 def make_config(pipeline, **options):
@@ -96,6 +105,13 @@ def test_rows_that_join_later_have_the_text_of_generate(model_type, monkeypatch,
     assert bool(captured) == uses_sdpa(pipeline.model)
     monkeypatch.undo()
     assert run_batch(pipeline, texts, limits, 4) == expected
+    monkeypatch.setattr(slots, "GRAPH_STEPS", 1)
+    assert run_batch(pipeline, texts, limits, 4) == expected
+    if pipeline.can_read_in_parts(100):
+        found = [run_batch(pipeline, [text], [limit], 1)[0] for text, limit in zip(texts, limits, strict=True)]
+        assert found == expected
+    if model_type not in UNRECORDED:
+        assert not any(step.has_failed for step in pipeline.recorded_steps.values())
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +119,7 @@ def llama():
     return make_pipeline("causal", make(transformers.AutoModelForCausalLM, "llama"))
 
 
-@pytest.mark.parametrize("way", ["plain", "captured"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -116,8 +132,8 @@ def llama():
     ids=lambda options: next(iter(options)),
 )
 def test_options_apply_to_rows_that_join_later(llama, options, way, request):
-    if way == "captured":
-        request.getfixturevalue("captured")
+    if way != "plain":
+        request.getfixturevalue(way)
     limits = [3, 12, 12, 5, 9, 12, 1, 12]
     ends = {"eos_token_id": [2, *range(300, 340)]}
     expected = run_alone(llama, TEXTS.different, limits, **options, **ends)
@@ -131,10 +147,10 @@ def test_copies_of_a_row_may_end_when_others_go_on(llama):
     assert len(run_batch(llama, TEXTS.different, limits, 4, **ends)) == len(limits)
 
 
-@pytest.mark.parametrize("way", ["plain", "captured"])
+@pytest.mark.parametrize("way", WAYS)
 def test_rows_that_join_may_share_a_prefix(llama, way, request):
-    if way == "captured":
-        request.getfixturevalue("captured")
+    if way != "plain":
+        request.getfixturevalue(way)
     limits = [3, 12, 12, 5, 9, 12, 1, 12]
     tokens = llama.preprocess(BEGIN)["input_ids"].tolist()[:-1]
     prefix = tokens, llama.prefill(tokens)
@@ -179,6 +195,57 @@ def test_a_model_that_cannot_be_captured_decodes_without_a_graph(llama, monkeypa
     assert run_batch(llama, TEXTS.different, limits, 3) == run_alone(llama, TEXTS.different, limits)
 
 
+class Odd(torch.nn.Module):
+    """A layer that computes what cannot be recorded."""
+
+    def __init__(self, compute):
+        super().__init__()
+        self.compute, self.state = compute, torch.ones(1)
+
+    def forward(self, x):
+        return self.compute(self, x)
+
+
+def add_count(odd, x):
+    odd.count = getattr(odd, "count", 0) + 1
+    return x + odd.count / 100
+
+
+def keep_state(odd, x):
+    odd.state = odd.state * 1.01
+    return x * odd.state
+
+
+@torch.jit.script
+def double(x):
+    return x * 2
+
+
+@pytest.mark.parametrize(
+    ("compute", "reason"),
+    [
+        (lambda _, x: x * 2 if x.sum() > 0 else x, "reads numbers with __bool__"),
+        (lambda _, x: x * x[0, 0].tolist()[0], "reads numbers with tolist"),
+        (lambda _, x: x * torch.where(x > 0)[0].shape[0], "aten.where.default"),
+        (lambda _, x: x * len(x[x > 0]), "aten.index.Tensor"),
+        (lambda _, x: double(x), "TorchScript"),
+        (lambda _, x: x * torch.from_numpy(x.numpy() + 1), "reads numbers with numpy"),
+        (lambda _, x: x + torch.rand(1) / 1e6, "in each step"),
+        (add_count, "in each step"),
+        (keep_state, "in each step"),
+    ],
+    ids=["branch", "list", "where", "mask", "script", "numpy", "random", "count", "state"],
+)
+def test_a_step_that_differs_each_time_is_not_recorded(compute, reason, recorded, monkeypatch, capsys):
+    pipeline = make_pipeline("causal", make(transformers.AutoModelForCausalLM, "llama"))
+    pipeline.model.model.norm = Odd(compute)
+    monkeypatch.setattr(console, "verbose", True)
+    run_batch(pipeline, TEXTS.near, [12] * 8, 4)
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == len(pipeline.recorded_steps)
+    assert all("without a recorded step" in note and reason in note for note in notes)
+
+
 def test_a_graph_is_made_again_for_another_size(llama, captured):
     limits, config = [12] * 4, make_config(llama, eos_token_id=None)
     batch = llama.start(BatchSettings(config, max_rows=32))
@@ -195,7 +262,7 @@ def test_a_graph_is_made_again_for_another_size(llama, captured):
     assert captured == [(24, 600), (32, 600)]
 
 
-@pytest.mark.parametrize("way", ["plain", "captured"])
+@pytest.mark.parametrize("way", WAYS)
 def test_records_have_the_same_text_at_every_batch_size(llmcli, tiny, way, request):
     choose = random.Random(5)
     lines = "".join(f"{' '.join(choose.choices(WORDS, k=choose.randint(1, 30)))}\n" for _ in range(60)).encode()
@@ -203,29 +270,29 @@ def test_records_have_the_same_text_at_every_batch_size(llmcli, tiny, way, reque
     options = ("-m", tiny, "--lines", "--temperature", "0", "--dtype", "float32", "--max-new-tokens", "30", *ends)
     alone = llmcli("generate", *options, "--batch-size", "1", stdin=lines)
     assert alone.exit_status == 0
-    if way == "captured":
-        request.getfixturevalue("captured")
+    if way != "plain":
+        request.getfixturevalue(way)
     for size in ("7", "auto"):
         ran = llmcli("generate", *options, "--batch-size", size, stdin=lines)
         assert (ran.exit_status, ran.stdout) == (0, alone.stdout)
 
 
-@pytest.mark.parametrize("way", ["plain", "captured"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("model_type", ["mistral", "gemma3_text"])
 def test_a_row_beyond_the_window_has_the_text_of_generate(model_type, way, request):
     config = small_config(model_type, sliding_window=8)
     pipeline = make_pipeline("causal", make_model(transformers.AutoModelForCausalLM, config))
-    if way == "captured":
-        request.getfixturevalue("captured")
+    if way != "plain":
+        request.getfixturevalue(way)
     options = {"max_new_tokens": 60, "eos_token_id": None}
     assert run_batch(pipeline, TEXTS.far, [60] * 4, 1, **options) == run_alone(pipeline, TEXTS.far, [60] * 4, **options)
 
 
-@pytest.mark.parametrize("way", ["plain", "captured"])
+@pytest.mark.parametrize("way", WAYS)
 def test_values_that_overflow_stay_in_their_row(way, request):
     pipeline = make_pipeline("causal", make(transformers.AutoModelForCausalLM, "llama"))
-    if way == "captured":
-        request.getfixturevalue("captured")
+    if way != "plain":
+        request.getfixturevalue(way)
     bad = pipeline.preprocess(TEXTS.different[0])["input_ids"][-1]
     texts = [text for text in TEXTS.different + TEXTS.near if bad not in pipeline.preprocess(text)["input_ids"]]
     pipeline.model.get_input_embeddings().weight.data[bad] = float("nan")

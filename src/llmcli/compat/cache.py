@@ -9,6 +9,7 @@ from itertools import repeat
 from typing import Any
 
 import torch
+from torch.overrides import wrap_torch_function
 from transformers import (
     Cache,
     DynamicCache,
@@ -140,10 +141,11 @@ class _SlotLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **settings: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._append(self.keys, key_states), self._append(self.values, value_states)
+        return self._append("keys", key_states), self._append("values", value_states)
 
-    def _append(self, known: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        cache = self._cache
+    @wrap_torch_function(lambda _layer, _name, new: (new,))  # type: ignore[untyped-decorator]
+    def _append(self, name: str, new: torch.Tensor) -> torch.Tensor:  # for a `Recording`, a single call
+        cache, known = self._cache, getattr(self, name)
         if cache.column is not None:
             return known.index_copy_(2, cache.column, new)
         rows, end = len(new), cache.end + new.shape[2]

@@ -13,6 +13,8 @@ import transformers
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers import HfQuantizer
 
 # transformers' loop for greedy decoding and sampling, with what `generate` passes to a `custom_generate`.
@@ -20,6 +22,7 @@ sample_tokens = transformers.GenerationMixin._sample
 beam_search = transformers.GenerationMixin._beam_search
 # In this context, experts compute in the way that is faster for single tokens.
 single_token_context = transformers.GenerationMixin._optimize_model_for_decode
+OTHER_ATTENTION = {"cache", "position_bias", "softcap"}  # settings of attention that compute something else
 FIXED_ROPE_TYPES = {None, "default", "linear", "llama3", "yarn"}
 
 
@@ -84,6 +87,24 @@ class TextPipelineMixin:
 def share_key_value_heads() -> None:
     """Let attention read the keys and values that several heads share in place, without copies for each head."""
     os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attend
+
+
+def _attend(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **settings: Any
+) -> tuple[Any, None]:
+    """Attend to keys and values as transformers does. One token's queries of all heads that share keys are read as one.
+
+    The kernel then reads keys once: in float32, it is 1.2 to 3 times faster; in bfloat16, that takes 8 heads.
+    """
+    (rows, heads, tokens, _), (_, shared, length, _), mask = query.shape, key.shape, attention_mask
+    is_faster = query.is_cpu and heads // shared >= (2 if query.dtype == torch.float32 else 8)
+    is_plain = (mask is None or mask.shape[1::2] == (1, length)) and settings.keys().isdisjoint(OTHER_ATTENTION)
+    if tokens > 1 or not is_faster or not is_plain:
+        return sdpa_attention_forward(module, query, key, value, mask, **settings)  # type: ignore[no-any-return]
+    queries, scale = query.reshape(rows, shared, heads // shared, -1), settings.get("scaling")
+    output = nn.functional.scaled_dot_product_attention(queries, key, value, attn_mask=mask, scale=scale)
+    return output.reshape(rows, 1, heads, -1), None
 
 
 def share_sources() -> None:

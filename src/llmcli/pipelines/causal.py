@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from llmcli.pipelines import base
 from llmcli.pipelines.answers import GeneratingPipeline, TokenDecoder
 from llmcli.pipelines.base import CausalTextPipeline, Inputs
 from llmcli.pipelines.chat_template import ChatTemplate
-from llmcli.pipelines.decoding import can_adjust
+from llmcli.pipelines.decoding import RecordedStep, can_adjust
 from llmcli.pipelines.running import BatchSettings, Prefix, RunningBatch, WholeBatch
 from llmcli.pipelines.slots import PREFILL_TOKENS, SlotBatch
 from llmcli.pipelines.spelling import CONTEXT_TOKENS, token_texts
@@ -50,6 +51,11 @@ class CausalPipeline(GeneratingPipeline, CausalTextPipeline):
         depend on the length of the batch allow that: learned positions end there, and others change the other rows.
         """
         return has_fixed_rotary_positions(self.model)
+
+    @functools.cached_property
+    def recorded_steps(self) -> defaultdict[int, RecordedStep]:
+        """Steps of decoding on a CPU by number of rows."""
+        return defaultdict(RecordedStep)
 
     @functools.cached_property
     def max_shared_tokens(self) -> int | None:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""The sequences of a batch, the choice of their next tokens, and a step that is captured as a CUDA graph."""
+"""The sequences of a batch, the choice of their next tokens, and a step without the Python code of the model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from llmcli import console
 from llmcli.compat.cache import SlotCache
+from llmcli.compat.recording import Recording, RecordingError
 from llmcli.compat.torch import capture_graph
 from llmcli.compat.transformers import sample_tokens
 from llmcli.errors import first_line
@@ -189,3 +191,35 @@ class DecodeGraph:
         self._column.fill_(self._cache.end)
         self._replay()
         return self._logits
+
+
+class RecordedStep:
+    """A pass of a CPU that reads one token of each row of a cache, without the Python code of the model's modules.
+
+    Its first two calls are recorded. If both made the same calls of PyTorch, later ones make these alone.
+    """
+
+    def __init__(self) -> None:
+        self._first: Recording | None = None
+        self._run: Callable[..., Tensor] | None = None
+        self.has_failed = False
+
+    def __call__(self, call: Callable[..., Tensor], *inputs: Tensor | None, cache: SlotCache) -> Tensor:
+        """Return the logits (B, V) that the call of a model returns for inputs and a cache."""
+        arguments, length = (*inputs, *cache.layers), cache.get_seq_length()
+        if self._run:
+            return self._run(*arguments, length)
+        if self.has_failed:
+            return call(*inputs, cache)
+        try:
+            first, self._first = self._first, Recording(lambda *_: call(*inputs, cache), arguments, length)
+            logits, run = self._first.result, first.bind(self._first) if first else None
+            if run and not torch.allclose(run(*arguments, length), logits, 0, 0, equal_nan=True):
+                raise RecordingError("it computes something else in each step")
+        except Exception as exc:  # If it has another cause, the same call without a recording will raise it, too.
+            self._first, self.has_failed = None, True
+            if console.verbose:
+                console.notice(f"decoding without a recorded step: {first_line(exc)}")
+            return call(*inputs, cache)
+        self._run = run
+        return logits

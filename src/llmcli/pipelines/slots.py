@@ -14,7 +14,15 @@ from llmcli.compat.cache import SlotCache, cache_argument, repeat_cache
 from llmcli.compat.transformers import single_token_context, takes, uses_sdpa
 from llmcli.pipelines.answers import end_tokens
 from llmcli.pipelines.constraints import RowConstraints
-from llmcli.pipelines.decoding import DecodeGraph, RowSampler, TokenSequence, adjust_scores, find_best, make_block
+from llmcli.pipelines.decoding import (
+    DecodeGraph,
+    RecordedStep,
+    RowSampler,
+    TokenSequence,
+    adjust_scores,
+    find_best,
+    make_block,
+)
 from llmcli.pipelines.logprobs import measure_logprobs, stack_logprobs
 from llmcli.pipelines.running import FREE_FRACTION, BatchSettings, GeneratingRow, Prefix, RunningBatch
 from llmcli.pipelines.stopping import StopTexts
@@ -28,7 +36,7 @@ PASS_TOKENS = defaultdict(lambda: 4096, cpu=64)
 PREFILL_TOKENS = defaultdict(lambda: 2**14, cpu=4096)  # of prompts, read at once: more leave a CPU's caches
 SPARE_COLUMNS = 64  # minimum room for later tokens
 SPARE_COLUMNS_ACCELERATOR = 128  # beyond the longest row
-GRAPH_STEPS = 32  # Fewer do not repay the capture of a graph.
+GRAPH_STEPS = 32  # Fewer do not repay the capture of a graph, or a recording.
 REPORT_S = 0.1  # in which rows leave at the latest after they have ended
 
 
@@ -43,10 +51,10 @@ class SlotBatch(RunningBatch):
     def __init__(self, pipeline: "CausalPipeline", settings: BatchSettings, processors: LogitsProcessorList) -> None:
         self._pipeline, self._model, self._settings = pipeline, pipeline.model, settings
         self._device, self._is_cpu = self._model.device, self._model.device.type == "cpu"
-        self._cache = SlotCache(self._device)
+        self._cache, self._is_sdpa = SlotCache(self._device), uses_sdpa(self._model)
         self._graph: DecodeGraph | None = None
         places = {*(getattr(self._model, "hf_device_map", None) or {"": self._device}).values()}
-        self._can_capture = self._device.type == "cuda" and len(places) == 1 and uses_sdpa(self._model)
+        self._can_capture = self._device.type == "cuda" and len(places) == 1 and self._is_sdpa
         self._slots: list[TokenSequence | None] = []
         self._rows: dict[int, tuple[GeneratingRow, list[TokenSequence]]] = {}  # unfinished
         self._ended: dict[int, Inputs] = {}
@@ -180,7 +188,10 @@ class SlotBatch(RunningBatch):
             known = cache.mask[: len(ids), cache.begin : end]
             known[:, -columns:] = mask.bool()
             is_padded = len(known) > 1 or not self._is_cpu or not bool(known.all())
-            logits = self._call(ids, known.long() if is_padded else None, positions, cache)
+            if columns == 1 and (step := self._find_step(is_padded)):
+                logits = step(self._call, ids, known[:, None, None] if self._is_sdpa else None, positions, cache=cache)
+            else:
+                logits = self._call(ids, known.long() if is_padded else None, positions, cache)
         cache.end += columns
         return logits
 
@@ -193,6 +204,14 @@ class SlotBatch(RunningBatch):
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 
+    def _find_step(self, is_padded: bool) -> RecordedStep | None:
+        """Return the step for the present number of rows, recorded if that is worth it."""
+        maximum, rows, steps = self._pipeline.max_shared_tokens, len(self._slots), self._pipeline.recorded_steps
+        has_window = maximum is not None and self._cache.get_seq_length() >= maximum
+        if not self._is_cpu or has_window or (is_padded and not self._is_sdpa):  # The mask would be the model's own.
+            return None
+        return steps[rows] if rows in steps or self._count_steps() >= GRAPH_STEPS else None
+
     def _find_graph(self) -> DecodeGraph | None:
         """Return the graph of the step with the present size of the cache, captured if that is worth it."""
         maximum = self._pipeline.max_shared_tokens
@@ -200,12 +219,14 @@ class SlotBatch(RunningBatch):
             return None  # The graph's mask knows no windows.
         if self._graph is None or self._graph.shape != self._cache.mask.shape:
             self._graph = None  # frees its memory
-            steps = max(known.limit - len(known.tokens) for known in self._slots if known)
-            if steps >= GRAPH_STEPS:
+            if self._count_steps() >= GRAPH_STEPS:
                 with single_token_context(self._model) if len(self._slots) == 1 else nullcontext():
                     self._graph = DecodeGraph.capture(self._call, self._cache)
                 self._can_capture = self._graph is not None
         return self._graph
+
+    def _count_steps(self) -> int:
+        return max(known.limit - len(known.tokens) for known in self._slots if known)
 
     def _choose(self, sequences: list[TokenSequence], logits: torch.Tensor) -> None:
         """Choose the next token of each sequence by its logits (R, V)."""
