@@ -15,7 +15,6 @@ from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
-    AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
@@ -171,8 +170,8 @@ def test_processors_tell_the_tokens_that_they_exclude(model, options, expected):
 
 
 def test_attention_reads_a_source_once_for_all_its_beams():
-    transformers.share_sources()
-    attend = AttentionInterface()["sdpa"]
+    transformers.share_keys_and_values()
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
     queries, keys, values = torch.randn(6, 4, 1, 8), torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 8)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()[:, None, None]
     shared, _ = attend(torch.nn.Module(), queries, keys, values, mask)
@@ -212,7 +211,7 @@ def test_force_gqa_is_a_variable_that_attention_reads(monkeypatch):
 
     monkeypatch.setenv("TRANSFORMERS_SDPA_FORCE_GQA", "0")  # so that it is as before after this test
     monkeypatch.delenv("TRANSFORMERS_SDPA_FORCE_GQA")
-    transformers.share_key_value_heads()
+    transformers.share_keys_and_values()
     if Version(transformers_version) < Version("5.23"):
         pytest.skip("transformers copies the keys and values for each head: slower, with the same result")
     assert "TRANSFORMERS_SDPA_FORCE_GQA" in inspect.getsource(sdpa_attention)
@@ -222,7 +221,7 @@ def test_force_gqa_is_a_variable_that_attention_reads(monkeypatch):
 
 @pytest.mark.parametrize("has_mask", [False, True])
 def test_a_single_query_attends_as_transformers_does(model, has_mask):
-    transformers.share_key_value_heads()
+    transformers.share_keys_and_values()
     query, key, value = (torch.randn(2, heads, length, 8) for heads, length in ((4, 1), (2, 9), (2, 9)))
     mask = torch.rand(2, 1, 1, 9) > 0.3 if has_mask else None
     module = nn.Module()

@@ -42,12 +42,12 @@ def load(
     weights = _weights(folder, load_options)
     import torch
 
-    from llmcli.compat.transformers import share_key_value_heads, tensor_parallel_settings
+    from llmcli.compat.transformers import share_keys_and_values, tensor_parallel_settings
 
     device = choose_device(load_options.device)
     if device == "cpu":
         keep_freed_memory()
-        share_key_value_heads()
+        share_keys_and_values()
     dtype = choose_dtype(load_options.dtype, device, load_options.one_stream)
     size = _size(weights, torch.finfo(dtype).bits // 8, QUANTIZED_BYTES[load_options.quantize] if quantization else 0)
     config = read_config(folder, load_options)

@@ -1,6 +1,6 @@
 """The sequences of a batch, the choice of their next tokens, and a step without the Python code of the model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +103,17 @@ class TokenSequence:
     tokens: list[int] = field(default_factory=list)  # new ones
     read_count: int = 0  # of these, how many the model has read
     logprobs: list[tuple[np.ndarray, ...]] = field(default_factory=list)  # of each new token
+
+
+def group_by_length(lengths: Sequence[int], known: int, tokens: int) -> Iterator[list[int]]:
+    """Yield the indices of rows of similar lengths, which are read at once: at most `tokens` with padding."""
+    group: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if group and (len(group) + 1) * (lengths[i] - known) > tokens:
+            yield group
+            group = []
+        group.append(i)
+    yield group
 
 
 def make_block(slots: Sequence[TokenSequence | None], columns: int) -> np.ndarray:

@@ -18,7 +18,6 @@ from llmcli.compat.transformers import (
     beam_search,
     excluded_tokens,
     read_next,
-    share_sources,
     single_token_context,
     uses_sdpa,
 )
@@ -85,7 +84,6 @@ def search_beams(
     """Search beams as `generate` does, but read what the model has of a source once for all beams of that source."""
     is_known = model.config.model_type in architectures()["sources"]
     if is_known and uses_sdpa(model) and shares_sources(settings):
-        share_sources()
         sources = torch.arange(0, len(ids), generation_config.num_beams, device=ids.device)
         for name in ("encoder_outputs", "attention_mask"):
             settings[name] = select_rows(settings[name], sources, len(ids))

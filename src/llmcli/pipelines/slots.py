@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from llmcli.pipelines.decoding import (
     TokenSequence,
     adjust_scores,
     find_best,
+    group_by_length,
     make_block,
 )
 from llmcli.pipelines.logprobs import measure_logprobs, stack_logprobs
@@ -85,7 +86,7 @@ class SlotBatch(RunningBatch):
         with self._pipeline.device_placement(), torch.inference_mode():
             if needed > len(self._slots) or max(lengths) > self._cache.end or used == 0:
                 self._arrange(max(needed, 0 if self._is_cpu else len(self._slots)), 0, max(lengths))
-            for group in _group(lengths, known, PREFILL_TOKENS[self._device.type]):
+            for group in group_by_length(lengths, known, PREFILL_TOKENS[self._device.type]):
                 self._begin({first + i: rows[i] for i in group}, prefix)
 
     def step(self) -> "dict[int, Inputs]":
@@ -311,17 +312,6 @@ class SlotBatch(RunningBatch):
         self._slots = [*(known for _, known in used), *[None] * (rows - len(used))]
         for slot, (_, known) in enumerate(used):
             known.slot, known.begin = slot, known.begin + shift
-
-
-def _group(lengths: Sequence[int], known: int, tokens: int) -> Iterator[list[int]]:
-    """Yield the indices of rows of similar lengths, which are read at once: at most `tokens` with padding."""
-    group: list[int] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if group and (len(group) + 1) * (lengths[i] - known) > tokens:
-            yield group
-            group = []
-        group.append(i)
-    yield group
 
 
 def _round_up(number: int, step: int) -> int:
