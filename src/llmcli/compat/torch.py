@@ -18,6 +18,7 @@ def cpu_capability() -> str:
     return str(torch.backends.cpu.get_cpu_capability())
 
 
+@cache
 def has_fast_bfloat16() -> bool:
     """Return whether the CPU multiplies bfloat16 in hardware, and oneDNN may use it (ONEDNN_MAX_CPU_ISA)."""
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
