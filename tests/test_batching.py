@@ -32,6 +32,11 @@ def test_rows_are_dealt_into_equal_batches(memory):
     assert sorted(lengths[i] for i in BatchPolicy(4, "cpu", memory).choose(lengths)) == [11, 40, 41]
 
 
+def test_policy_starts_full_where_no_rows_join_later(memory):
+    policies = [BatchPolicy(*args, memory, starts_full=True) for args in ((None, "cpu"), (3, "cpu"), (None, "cuda"))]
+    assert [policy.size for policy in policies] == [64, 3, 256]
+
+
 @pytest.mark.parametrize(("speeds", "sizes"), [([100, 190, 300], [32, 64, 64]), ([100, 20, 500], [32, 16, 16])])
 def test_policy_auto_grows_while_throughput_improves(memory, speeds, sizes):
     policy = BatchPolicy(None, "cpu", memory)

@@ -20,19 +20,22 @@ class BatchPolicy:
     """Chooses batches. `choose` one, then report by `observe` or `observe_out_of_memory` how it went.
 
     A batch is measured in rows: for generation, where each step takes as long for long rows as for short ones. The
-    `size` of batches, if None, doubles while throughput improves, unless `is_fixed`. A batch also has to fit in
-    memory, with `answer_tokens` for each row. A batch that ran out of memory limits the tokens of later ones, not their
-    rows: one long record does not make batches of short records smaller.
+    `size` of batches, if None, doubles while throughput improves, unless `is_fixed`; on a CPU it `starts_full` where no
+    rows can join a small batch later. A batch also has to fit in memory, with `answer_tokens` for each row. A batch
+    that ran out of memory limits the tokens of later ones, not their rows: one long record does not make batches of
+    short records smaller.
     """
 
     def __init__(
-        self, size: int | None, device: str, memory: MemoryEstimator, answer_tokens: int = 0, is_fixed: bool = False
-    ) -> None:
+        self, size: int | None, device: str, memory: MemoryEstimator, answer_tokens: int = 0, is_fixed: bool = False,
+        starts_full: bool = False,
+    ) -> None:  # fmt: skip
         self.memory = memory
         self.shared_tokens = 0  # of each row, which no batch computes again, but copies
         self._min_size = INITIAL_ROWS.get(device, INITIAL_ROWS_ACCELERATOR)
-        self.size = size or self._min_size
-        self._max_size = size or (self.size if is_fixed else MAX_ROWS.get(device, MAX_ROWS_ACCELERATOR))
+        maximum = MAX_ROWS.get(device, MAX_ROWS_ACCELERATOR)
+        self.size = size or (maximum if starts_full and device == "cpu" else self._min_size)
+        self._max_size = size or (self.size if is_fixed else maximum)
         self._tokens_per_row = TOKENS_PER_ROW.get(device, TOKENS_PER_ROW_ACCELERATOR)
         self._answer_tokens = answer_tokens
         self._is_settled = is_fixed or size is not None

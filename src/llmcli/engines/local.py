@@ -82,7 +82,8 @@ class LocalEngine(TaskEngine):
         is_fixed |= job.seed is not None and bool(config.do_sample or job.settings_field)
         answer_tokens = config.max_new_tokens or config.max_length or 0
         estimate = make_estimate(pipeline.model, (config.num_beams or 1) * (config.num_return_sequences or 1))
-        batches = BatchPolicy(job.batch_size, device, memory(estimate), answer_tokens, is_fixed)
+        starts_full = is_seq2seq and (config.num_beams or 1) == 1  # With beams, a source is several rows.
+        batches = BatchPolicy(job.batch_size, device, memory(estimate), answer_tokens, is_fixed, starts_full)
         options = {"generation_config": config}
         if not is_seq2seq:
             options |= {"can_think": strategy.can_think, "think": job.think, "options": job.template_options}
