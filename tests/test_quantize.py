@@ -133,7 +133,7 @@ def test_dtype_without_fast_bfloat16_depends_on_load(chatty, monkeypatch, task, 
 def test_one_text_and_many_lines_load_as_they_need(llmcli, chatty, monkeypatch):
     monkeypatch.setattr(kernels, "has_fast_bfloat16", lambda: False)
     types = []
-    monkeypatch.setattr(quantizer, "pack", lambda model, _: types.append(model.dtype))
+    monkeypatch.setattr(quantizer, "pack", lambda model: types.append(model.dtype))
     for args in (("the quick",), ("the quick", "--lines"), ("the quick", "--dtype", "float32")):
         llmcli("generate", *args, "-m", chatty, *GREEDY)
     assert types == [torch.bfloat16, torch.float32, torch.float32]

@@ -120,10 +120,9 @@ class Model:
         options = self._job.load_options
         if not options.one_stream or self.kind != "causal":
             return replace(options, one_stream=False)
-        device, name = loading.choose_device(options.device), options.dtype
-        types = {loading.choose_dtype(name, device, one_stream) for one_stream in (False, True)}
-        is_other = len(types) > 1 or name == "float32"  # which is packed for batches
-        return replace(options, one_stream=is_other)
+        device = loading.choose_device(options.device)
+        types = {loading.choose_dtype(options.dtype, device, one_stream) for one_stream in (False, True)}
+        return replace(options, one_stream=len(types) > 1)
 
     @property
     def fingerprint(self) -> str:

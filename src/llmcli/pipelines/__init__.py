@@ -48,7 +48,7 @@ def load(kind: str, folder: Path, load_options: LoadOptions) -> "TextPipeline":
     if quantization:
         quantizer.check_layers(model, folder, scheme)
     if model.device.type == "cpu" and not (load_options.offload_folder or load_options.tensor_parallel):
-        quantizer.pack(model, load_options.one_stream)
+        quantizer.pack(model)
     return _make(kind, model, tokenizer)
 
 

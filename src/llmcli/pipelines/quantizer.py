@@ -26,7 +26,6 @@ from llmcli.pipelines.base import TextPipeline
 from llmcli.pipelines.linears import Int4Linear, Int8Linear, PackedLinear, QuantizedLinear, WideningLinear
 
 METHOD = "llmcli-weight-only"
-get_source = cache(inspect.getsource)
 LAYERS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
 
 
@@ -117,13 +116,9 @@ def quantize(model: PreTrainedModel, scheme: str) -> None:
     mark_quantized(model, WeightOnlyQuantizer(WeightOnlyConfig(scheme, layers, cpu_capability())))
 
 
-def pack(model: PreTrainedModel, one_stream: bool = False) -> None:
-    """Let the CPU multiply linear layers fast: packed if oneDNN can, which it does slower for one row of float32.
-
-    Packed weights that an embedding shares exist twice.
-    """
-    dtypes = packable_dtypes() - ({torch.float32} if one_stream else set())
-    head, total = model.get_output_embeddings(), model.num_parameters()
+def pack(model: PreTrainedModel) -> None:
+    """Pack the layers that oneDNN multiplies faster. Weights that an embedding shares then exist twice."""
+    dtypes, head, total = packable_dtypes(), model.get_output_embeddings(), model.num_parameters()
     with torch.no_grad():
         for name in [name for name, _ in model.named_modules()]:  # A list of modules would keep all weights in memory.
             module = model.get_submodule(name)
@@ -138,10 +133,17 @@ def pack(model: PreTrainedModel, one_stream: bool = False) -> None:
 
 
 def _reads_weight(model: PreTrainedModel, name: str) -> bool:
-    """Return whether the model's own code multiplies by the weights of that layer itself, as Mamba's does."""
+    """Return whether the model's own code uses the weights of that layer itself, as that of Mamba and RWKV does."""
     parent, _, child = name.rpartition(".")
+    return _mentions_weight(type(model.get_submodule(parent)).__module__, child)
+
+
+@cache
+def _mentions_weight(module: str, child: str) -> bool:
     try:
-        source = get_source(sys.modules[type(model.get_submodule(parent)).__module__])
+        source = inspect.getsource(sys.modules[module])
     except (OSError, TypeError):  # built in, or compiled
         return False
-    return bool(re.search(rf"\bself\.{child}\.weight\b(?!\.(?:dtype|device))", source))
+    # Initialization does not matter: weights are loaded here.
+    use = rf"^(?!.*init).*\.{child}\.weight\b(?!\.(?:dtype|device))"
+    return bool(re.search(use, source, re.MULTILINE))
