@@ -468,6 +468,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="1b", help="of the model (default: 1b)")
     parser.add_argument("--device", help="cuda, cuda:1, or cpu (default: cuda if there is a GPU)")
+    parser.add_argument("--only", nargs="+", choices=PROCESSES, default=PROCESSES, help="the parts to run (default: all)")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="where the figures go (default: gpu.json)")
     given = parser.parse_args()
     os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # Parts may be killed.
@@ -476,7 +477,7 @@ def main() -> None:
     device = given.device or ("cuda:0" if "cuda:0" in about["devices"] else "cpu")
     with tempfile.TemporaryDirectory(prefix="gpu") as folder:
         setup = Setup(Path(folder), SIZES[given.size], device, STARTED + SECONDS)
-        for name in PROCESSES:
+        for name in given.only:
             watch(setup, name)
             figures, parts = dict[str, list[float]](), dict[str, Any]()
             for event in setup.events():

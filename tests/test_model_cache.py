@@ -1,6 +1,7 @@
 """The cache of loaded models: one load for callers at once, what is unloaded, and the lock that jobs share."""
 
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -104,6 +105,23 @@ def test_model_cache_evicts_least_recently_used_on_low_memory():
     held[1].release(None)
     use("d")
     assert loads[-1] == "d"
+
+
+def test_model_cache_frees_evicted_model_before_next_load():
+    class Model:
+        pass
+
+    cache, freed = ModelCache(100), []
+    lease = ModelLease(cache)
+    weakref.finalize(lease.get("first", 1, Model), freed.append, 1)
+    lease.release(None)
+
+    def load():
+        if not freed:
+            raise ModelTooLargeError("the model needs more")
+        return Model()
+
+    assert isinstance(lease.get("second", 2, load), Model)
 
 
 def test_model_cache_evicts_expired_models_only():

@@ -108,12 +108,12 @@ class ModelCache:
                 return load()
             except ModelTooLargeError:
                 with self._lock:
-                    idle = {key: model for key, model in self._models.items() if not model.users}
+                    idle = {key: (one.last_used, one.name) for key, one in self._models.items() if not one.users}
                 if not idle:
                     raise
-            # Out here, the exception no longer holds what was loaded.
-            key = min(idle, key=lambda key: idle[key].last_used)
-            console.notice(f"low memory; unloaded {idle[key].name}")
+            # Out here, neither the exception nor a variable holds a model.
+            key = min(idle, key=lambda key: idle[key][0])
+            console.notice(f"low memory; unloaded {idle[key][1]}")
             self._evict([key])
 
     def _evict(self, keys: list[Hashable]) -> None:
