@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from llmcli import console
 from llmcli.engines.engine import TaskEngine
+from llmcli.engines.forwarding import error_text, forward
 from llmcli.engines.requests import OnText, Request, RequestSettings, capture_errors
 from llmcli.engines.structured import check_answer, constraint_options, read_logprobs, read_text, read_thought
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
@@ -30,12 +31,8 @@ MAX_RETRIES = 10  # with pauses of 0.5 to 8 seconds, or as long as the server sa
 TIMEOUT_S = 600  # for an answer
 POLL_S = 0.1  # after which the engine looks for new records
 BYTES_PER_TOKEN = 4  # an estimate
-PROTOCOL_NAMES = {
-    "max_new_tokens": "max_tokens",
-    "min_new_tokens": "min_tokens",
-    "stop_strings": "stop",
-    "num_return_sequences": "n",
-}
+PROTOCOL_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_strings": "stop",
+                  "num_return_sequences": "n"}  # fmt: skip
 SWITCHABLE = ("vllm", "sglang", "llamacpp")  # who owns the models of servers that accept chat_template_kwargs
 
 
@@ -149,12 +146,15 @@ class EndpointRunner:
         self.queue.difference_update(finished)
         return finished
 
-    def _complete(self, prompt: Prompt) -> JsonObject:
+    def _complete(self, prompt: Prompt | dict[str, Any]) -> JsonObject:
         with self._translated_errors():
+            if isinstance(prompt, dict):  # a request of a batch file
+                own = protocol_options(self._job, Strategy(self._strategy.run), self._model)
+                return forward(self._model.client, prompt["url"], {**own, **prompt["body"], "model": self._model.name})
             response = self._send(prompt)
             choices = response.choices or []
             if len(choices) < self._options.get("n", 1):
-                message = f"server returned {len(choices)} answers: {_error_text(response.to_dict())}"
+                message = f"server returned {len(choices)} answers: {error_text(response.to_dict())}"
                 raise RecordError("invalid_response", message)
             answers = [self._read_answer(choice, prompt) for choice in choices]
             several = {"generated_texts": [text for text, *_ in answers]} if len(answers) > 1 else {}
@@ -216,7 +216,7 @@ class EndpointRunner:
             yield
         except openai.APIStatusError as exc:
             code = exc.status_code
-            message = f"server returned HTTP {code}: {_error_text(exc.body or exc.message)}"
+            message = f"server returned HTTP {code}: {error_text(exc.body or exc.message)}"
             if code in (401, 403):
                 raise ModelUnavailableError(message, hint="set LLMCLI_API_KEY to the server's key") from exc
             if code == 404:
@@ -311,9 +311,3 @@ def _make_output(text: str, thoughts: str, reason: str, usage: "CompletionUsage 
     reasoning = {"reasoning": thoughts.strip()} if thoughts.strip() else {}
     end = {"finish_reason": "length" if reason == "length" else "stop", "usage": tokens}
     return {"generated_text": text, **reasoning, **end}
-
-
-def _error_text(body: object) -> str:
-    while isinstance(body, dict):
-        body = next((body[key] for key in ("error", "message", "detail") if key in body), str(body))
-    return " ".join(str(body).split())[:500]
