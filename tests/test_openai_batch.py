@@ -249,6 +249,7 @@ def test_batch_says_which_model_answers(batch, chatty):
         (["chat", "--prompt", "{text}!"], "--prompt or --preset cannot be used with --openai-batch"),
         (["generate", "--preset", "poem"], "--prompt or --preset cannot be used with --openai-batch"),
         (["chat", "-n", 2], "-n cannot be used with --openai-batch"),
+        (["chat", "--num-beams", 2], "--num-beams cannot be used with --openai-batch"),
         (["chat", "--field", "x"], "--field cannot be used with --openai-batch"),
         (["chat", "--regex", "a"], "--regex cannot be used with --openai-batch"),
         (["chat", "--settings-field", "x"], "--settings-field requires records with fields"),

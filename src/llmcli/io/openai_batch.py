@@ -25,8 +25,8 @@ SERVER_ERRORS = ("internal_error", "out_of_memory", "not_finite", "invalid_answe
 def read_requests(job: Job, records: Iterable[Record]) -> tuple[Job, Iterator[Record]]:
     """Return the job that runs requests, and these as its records."""
     roles, given = job.parameters.get("fields", {}), {f"--{kind}": True for kind in job.constraint or ()}
-    given |= {"--prompt or --preset": "prompt" in job.parameters, "-n": "num_return_sequences" in job.generation,
-              "--field": [*roles] != [*roles.values()]}  # fmt: skip
+    given |= {"--prompt or --preset": "prompt" in job.parameters, "--field": [*roles] != [*roles.values()],
+              "-n": "num_return_sequences" in job.generation, "--num-beams": "num_beams" in job.generation}  # fmt: skip
     if conflict := next(filter(given.get, given), None):
         raise UsageError(f"{conflict} cannot be used with --openai-batch", hint="requests have fields of their own")
     job = replace(job, task="serve_requests", settings_field=None if job.endpoint else "body")
