@@ -125,17 +125,17 @@ class BatchModelOptions(ModelOptions):
 class ServedModelOptions(BatchModelOptions):
     """Model"""
 
-    endpoint: Annotated[str | None, Option(metavar="URL",
-        help="URL of an OpenAI-compatible server to use instead.")] = None  # fmt: skip
-    concurrency: Annotated[int, Option(metavar="N", min=1, help="Maximum concurrent requests to the endpoint.")] = 16
+    endpoint: Annotated[list[str], Option(metavar="URL",
+        help="URL of an OpenAI-compatible server to use; repeatable.")] = field(default_factory=list)  # fmt: skip
+    concurrency: Annotated[int, Option(metavar="N", min=1, help="Maximum concurrent requests to each endpoint.")] = 16
 
     def _complete(self, job: Job) -> Job:
         job = super()._complete(job)
-        return replace(job, endpoint=self.endpoint, concurrency=self.concurrency)
+        return replace(job, endpoint=tuple(dict.fromkeys(self.endpoint)), concurrency=self.concurrency)
 
     def model_name(self, task: str, **languages: str | None) -> str:
         if self.model is None and self.endpoint:
-            from llmcli.engines.endpoint import only_model
+            from llmcli.engines.servers import only_model
 
             return only_model(self.endpoint)
         return super().model_name(task, **languages)
