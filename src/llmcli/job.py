@@ -46,6 +46,7 @@ class Job:
     endpoint: tuple[str, ...] = ()  # URLs of servers that run the model instead of this machine
     concurrency: int = 16  # maximum number of requests to each server at a time
     keep_alive: float | None = None  # seconds in a worker; 0: no worker; None: a worker that is already running
+    shard: tuple[int, int] | None = None  # (I, N): only the records whose number modulo N is I; None: all
 
     @classmethod
     def from_json(cls, fields: JsonObject) -> "Job":
