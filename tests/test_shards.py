@@ -98,6 +98,7 @@ def test_merge_refuses_what_does_not_fit(runs, llmcli, tmp_path):
     (tmp_path / "y.csv").write_text("b\n1\n")
     (tmp_path / "text.jsonl").write_text("text\n")
     (tmp_path / "half").write_text("{}")
+    (tmp_path / "table").write_bytes(b"PAR1")
     one, other = "out.0.jsonl", "out.2.jsonl"
     for files, message in (
         ([one, other], "expected shard 0 of 2, got 'out.0.jsonl', which is shard 0/3"),
@@ -113,6 +114,7 @@ def test_merge_refuses_what_does_not_fit(runs, llmcli, tmp_path):
         (["x.csv", "y.csv"], "'x.csv' and 'y.csv' are of different headers"),
         (["x.csv", "text.jsonl"], "'x.csv' and 'text.jsonl' are of different formats"),
         (["text.jsonl"], "'text.jsonl' is not JSON Lines"),
+        (["table"], "'table' is Parquet, which merge does not read"),
         (["half"], "'half' ends in the middle of a result"),
         (["missing"], "missing: no such file or directory"),
         (["."], ".: is a directory"),

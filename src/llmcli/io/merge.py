@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
+from io import BufferedReader
 from itertools import chain, count, takewhile
 from typing import BinaryIO
 
@@ -28,11 +29,13 @@ class Shard:
         self.place: tuple[int, ...] = ()  # I and N of --shard
         self._entries: Iterator[Entry] = iter(())
         try:
-            self._file = open(name, "rb", BUFFER_BYTES)  # noqa: SIM115
+            self._file: BufferedReader = open(name, "rb", BUFFER_BYTES)  # noqa: SIM115
             if os.path.exists(f"{name}.state"):
                 self._read_log(open(f"{name}.state", "rb", BUFFER_BYTES))  # noqa: SIM115
         except OSError as exc:
             raise UsageError(f"{exc.filename or name}: {reason(exc)}") from exc
+        if self._file.peek(4).startswith(b"PAR1"):
+            raise UsageError(f"'{name}' is Parquet, which merge does not read", hint="run the shards with --json")
         self._parts = self._split()
         self.header = next(self._parts, b"") if self.format is OutputFormat.CSV else b""
 
