@@ -89,9 +89,12 @@ def test_merge_refuses_what_does_not_fit(runs, llmcli, tmp_path):
     runs("jsonl", "--shard", "1/3", "--output", "stopped.jsonl", "--on-error", "stop")
     (tmp_path / "in.jsonl").write_text(WHOLE["jsonl"] + "\n{}\n")
     runs("jsonl", "--shard", "1/3", "--output", "input.jsonl")
-    for name, old, new in (("changed", b"fine 4", b"fine 40"), ("cut", b"}\n", b"")):
-        (tmp_path / f"{name}.jsonl").write_bytes((tmp_path / "out.1.jsonl").read_bytes().replace(old, new))
+    for name, old, new in (("changed", b"fine 4", b"fine 40"), ("cut", b"}\n", b""), ("long", b"", b"{}\n")):
+        text = (tmp_path / "out.1.jsonl").read_bytes()
+        (tmp_path / f"{name}.jsonl").write_bytes(text.replace(old, new) if old else text + new)
         (tmp_path / f"{name}.jsonl.state").write_bytes((tmp_path / "out.1.jsonl.state").read_bytes())
+    for end in ("jsonl", "jsonl.state"):
+        (tmp_path / f"copy.{end}").write_bytes((tmp_path / f"out.2.{end}").read_bytes())
     (tmp_path / "odd.jsonl").write_text("{}\n")
     (tmp_path / "odd.jsonl.state").write_text("[]\n")
     (tmp_path / "x.csv").write_text("a\n1\n")
@@ -102,7 +105,9 @@ def test_merge_refuses_what_does_not_fit(runs, llmcli, tmp_path):
     one, other = "out.0.jsonl", "out.2.jsonl"
     for files, message in (
         ([one, other], "expected shard 0 of 2, got 'out.0.jsonl', which is shard 0/3"),
-        ([one, other, other], "expected shard 1 of 3, got 'out.2.jsonl', which is shard 2/3"),
+        ([one, other, other], "'out.2.jsonl' is given twice"),
+        ([one, other, "copy.jsonl"], "expected shard 1 of 3, got 'out.2.jsonl', which is shard 2/3"),
+        ([one, "long.jsonl", other], "'long.jsonl' has changed since its run"),
         ([one, "seed.jsonl", other], "'out.0.jsonl' and 'seed.jsonl' are outputs of different commands or inputs"),
         ([one, "input.jsonl", other], "'out.0.jsonl' and 'input.jsonl' are outputs of different commands or inputs"),
         ([one, "all.jsonl", other], "'all.jsonl.state' is not the state of a run with --shard"),

@@ -5,9 +5,8 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
-from io import BufferedReader
+from io import BufferedReader, FileIO
 from itertools import chain, count, takewhile
-from typing import BinaryIO
 
 from llmcli.errors import UsageError, reason
 from llmcli.io.output import OutputFormat
@@ -29,9 +28,9 @@ class Shard:
         self.place: tuple[int, ...] = ()  # I and N of --shard
         self._entries: Iterator[Entry] = iter(())
         try:
-            self._file: BufferedReader = open(name, "rb", BUFFER_BYTES)  # noqa: SIM115
+            self._file = BufferedReader(FileIO(name), BUFFER_BYTES)
             if os.path.exists(f"{name}.state"):
-                self._read_log(open(f"{name}.state", "rb", BUFFER_BYTES))  # noqa: SIM115
+                self._read_log(BufferedReader(FileIO(f"{name}.state"), BUFFER_BYTES))
         except OSError as exc:
             raise UsageError(f"{exc.filename or name}: {reason(exc)}") from exc
         if self._file.peek(4).startswith(b"PAR1"):
@@ -39,13 +38,13 @@ class Shard:
         self._parts = self._split()
         self.header = next(self._parts, b"") if self.format is OutputFormat.CSV else b""
 
-    def _read_log(self, log: BinaryIO) -> None:
+    def _read_log(self, log: BufferedReader) -> None:
         start = len(line := log.readline())
         try:
             self.run = json.loads(line)
             self.format, self.place = OutputFormat(self.run["format"]), tuple(self.run["job"].pop("shard"))
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise UsageError(f"'{log.name}' is not the state of a run with --shard") from None
+            raise UsageError(f"'{self.name}.state' is not the state of a run with --shard") from None
         log.seek(-ENTRY_BYTES, os.SEEK_END)
         if not any(entry.state == COMPLETE for entry in read_entries(log)):
             raise UsageError(f"'{self.name}' is not complete", hint="finish its run with --resume")
@@ -59,7 +58,10 @@ class Shard:
             if len(result) != entry.size:
                 raise UsageError(f"'{self.name}' has changed since its run")
             yield result
-        yield from self._parts  # all, if there is no log
+        for result in self._parts:  # all, if there is no log
+            if self.place:
+                raise UsageError(f"'{self.name}' has changed since its run")
+            yield result
 
     def _split(self) -> Iterator[bytes]:
         """Yield lines, NUL-terminated strings, or rows of CSV, which can have line breaks."""
@@ -82,6 +84,8 @@ class Shard:
 
 def merge_shards(names: Sequence[str], format: OutputFormat | None) -> Iterator[bytes]:
     """Yield blocks of what one run would have written: the results of all shards by turns."""
+    if len(set(names)) < len(names):
+        raise UsageError(f"'{max(names, key=names.count)}' is given twice")
     logs = {f"{name}.state" for name in names}  # which a pattern such as `out.*` may bring
     shards = [Shard(name, format) for name in names if name not in logs]
     if all(shard.place for shard in shards):
@@ -109,9 +113,8 @@ def _check_fit(shards: Sequence[Shard]) -> None:
     first = shards[0]
     for number, shard in enumerate(shards):
         if shard.place and shard.place != (number, len(shards)):
-            message = (
-                f"expected shard {number} of {len(shards)}, got '{shard.name}', which is shard %d/%d" % shard.place
-            )
+            place = "/".join(map(str, shard.place))
+            message = f"expected shard {number} of {len(shards)}, got '{shard.name}', which is shard {place}"
             raise UsageError(message, hint="pass the outputs of all shards, each once and in order")
         for trait in ("format", "header", "run"):
             expected, own = getattr(first, trait), getattr(shard, trait)
