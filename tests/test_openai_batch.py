@@ -279,6 +279,15 @@ def test_batch_resumes_and_retries(batch, chatty, mixed, tmp_path):
     assert batch(chatty, *args, "--temperature", 1).exit_status == 2
 
 
+def test_batch_shards_merge_to_one_run(batch, llmcli, chatty, mixed, tmp_path):
+    source, paths = tmp_path / "in.jsonl", [tmp_path / f"{number}.jsonl" for number in range(3)]
+    source.write_bytes(mixed[0])
+    for number, path in enumerate(paths):
+        batch(chatty, "-f", source, "--shard", f"{number}/3", "--output", path, "--resume")
+    merged = llmcli("merge", *paths).stdout.encode()
+    assert without_times(merged) == without_times(batch(chatty, "-f", source).stdout.encode())
+
+
 @pytest.mark.slow
 def test_batch_is_the_same_in_worker_and_ranks(process, chatty, mixed, place):
     args = ["chat", "--openai-batch", "-m", str(chatty), "--dtype", "float32"]
