@@ -29,7 +29,7 @@ def embed(
     \b
     llmcli embed "The harbor clock was repaired in 1951."
     llmcli embed --lines -f sentences.txt > vectors.jsonl
-    llmcli embed -m google/embeddinggemma-300m --as query --dimensions 256 "Who repaired the clock?"
+    llmcli embed --as query "Who repaired the clock?"
     """
     format = input.format()
     output_format = OutputFormat.CSV if format is InputFormat.CSV and not output.json else OutputFormat.JSON

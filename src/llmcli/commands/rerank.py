@@ -1,19 +1,18 @@
 """llmcli rerank: rank texts by their relevance to a query."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import replace
 from typing import Annotated
 
 from typer import Argument, Option
 
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.io.formats import InputFormat
+from llmcli.io.output import OutputFormat
 from llmcli.io.records import open_inputs, read_records
 from llmcli.job import Result
 from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, expand_options
 from llmcli.run import run
-
-TEXT_FORMATS = InputFormat.LINES, InputFormat.NULL
 
 
 @expand_options
@@ -30,49 +29,40 @@ def rerank(
     file:line: text (score). --json adds the rank. Requires a cross-encoder: a reranker with one score.
 
     \b
-    llmcli rerank -m ms-marco-minilm "how to undo a commit" tips.txt
-    llmcli rerank -m bge-reranker "red shoes" --jsonl -n 10 < products.jsonl
+    llmcli rerank -m ms-marco-minilm "how to undo a commit" manual.txt
+    llmcli rerank -m ms-marco-minilm "good soup" --jsonl -n 10 < reviews.jsonl
     """
     if not query.strip():
         raise UsageError("QUERY must not be empty")
     if output.resume or output.retry_errors:
         raise UsageError("rerank does not support --resume or --retry-errors")
-    format, files = input.format(), [*paths, *input.files]
-    format = InputFormat.LINES if format is InputFormat.WHOLE else format
+    files = [*paths, *input.files]
+    format = InputFormat.LINES if input.format() is InputFormat.WHOLE else input.format()
     spec = output.spec(format, (), files)
     job = model.job("rerank", {"query": query, "fields": input.roles("text")})
     records = list(read_records(open_inputs([], files), format))
-    if format in TEXT_FORMATS:
+    if format in (InputFormat.LINES, InputFormat.NULL):
         records = [replace(record, fields={"line": record.line, **record.fields}) for record in records]
-    ranking = Ranking(len(records), limit, is_text=format in TEXT_FORMATS and not output.json)
-    return run(job, records, replace(spec, fingerprint=None, finish=ranking.add))
+    results: list[Result] = []
 
-
-@dataclass
-class Ranking:
-    """Collects the results of all records, and ranks them."""
-
-    count: int  # of the records
-    limit: int | None
-    is_text: bool
-    results: list[Result] = field(default_factory=list)
-
-    def add(self, result: Result) -> Sequence[Result]:
-        """Return the ranked results with the last of them; those without a score follow, if text mode can show them."""
-        self.results.append(result)
-        if len(self.results) < self.count:
+    def finish(result: Result) -> list[Result]:
+        """Return nothing until the last result, then all of them: the best first, those without a score at the end."""
+        results.append(result)
+        if len(results) < len(records):
             return []
-        scored = [result for result in self.results if result.output.get("score") is not None]
-        scored.sort(key=lambda result: result.output["score"], reverse=True)
-        ranked = [_add_rank(rank, result) for rank, result in enumerate(scored[: self.limit], start=1)]
-        others = [result for result in self.results if result.output.get("score") is None]
-        if self.limit is not None:  # A text that failed may be relevant.
-            others = [result for result in others if result.failure]
-        return ranked if self.is_text else [*ranked, *others]
+        results.sort(key=lambda r: -math.inf if r.output.get("score") is None else r.output["score"], reverse=True)
+        ranked = [_add_rank(result, rank) for rank, result in enumerate(results, start=1)]
+        kept = [result for i, result in enumerate(ranked) if result.failure or not limit or i < limit]
+        return kept if spec.format in (OutputFormat.JSON, OutputFormat.CSV) else [each for each in kept if each.text]
+
+    return run(job, records, replace(spec, fingerprint=None, finish=finish))
 
 
-def _add_rank(rank: int, result: Result) -> Result:
-    record, output = result.record, {"rank": rank, **result.output}
-    place = f"{f'{record.file}:' if record.file else ''}{record.line}: "
-    shown = f"{place}{' '.join(str(record.fields.get('text', '')).split())} ({output['score']:.3f})"
-    return replace(result, output=output, text=shown)
+def _add_rank(result: Result, rank: int) -> Result:
+    """Return a result with its rank, and the text for text mode; unchanged if it has no score."""
+    if (score := result.output.get("score")) is None:
+        return result
+    file, line = result.record.file, result.record.line
+    text = " ".join(str(result.record.fields.get("text")).split())
+    shown = f"{f'{file}:' if file else ''}{line}: {text} ({score:.3f})"
+    return replace(result, output={"rank": rank, **result.output}, text=shown)

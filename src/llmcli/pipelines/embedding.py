@@ -5,13 +5,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.functional import linear, normalize
 from transformers import PreTrainedConfig
 
 from llmcli.errors import ModelUnavailableError, UsageError
+from llmcli.job import JsonObject
 from llmcli.models import encoders
 from llmcli.pipelines import base
 from llmcli.pipelines.base import Inputs, Parameters, TextPipeline
-from llmcli.pipelines.encoder_layers import make_layer
+
+POOLING = {  # modes by their older names, in the order in which their vectors are joined
+    "cls_token": "cls", "max_tokens": "max", "mean_tokens": "mean", "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "weightedmean_tokens": "weightedmean", "lasttoken": "lasttoken",
+}  # fmt: skip
+Features = dict[str, torch.Tensor]  # of B texts: token_embeddings (B, P, D), sentence_embedding (B, D), ...
 
 
 class EmbeddingPipeline(TextPipeline):
@@ -23,7 +32,7 @@ class EmbeddingPipeline(TextPipeline):
     _forward     vectors, float32 (B, D); what preprocess gave, in lists of B
     postprocess  {"embedding": D numbers, or the first `dimensions` of them, "usage"} of one text
 
-    A text may have a `role`, query or document, of its own: {"text", "role"}. The model may have a prompt for it.
+    A text may have a `role` of its own, query or document, for which the model may have a prompt: {"text", "role"}.
     """
 
     auto_class = "AutoModel"
@@ -32,13 +41,16 @@ class EmbeddingPipeline(TextPipeline):
 
     def __init__(self, *args: object, **settings: object) -> None:
         super().__init__(*args, **settings)
-        self.encoder = encoders.read_encoder(Path(self.model.name_or_path))
-        self.context_length = self.encoder.context_length
-        self._layers = [make_layer(module, self.device) for module in self.encoder.modules]
-        self._normalizes = any(module.type == "Normalize" for module in self.encoder.modules)
-        self._prompt_lengths: dict[str | None, int] = {}  # by role
+        self._encoder = encoders.Encoder(Path(self.model.name_or_path))
+        self.context_length = self._encoder.context_length
+        self._modules = [
+            (kind, config, self._load_weights(folder) if kind == "Dense" else {})
+            for kind, config, folder in self._encoder.modules
+        ]
+        self._normalizes = any(name == "Normalize" for name, _, _ in self._encoder.modules)
+        self._prompt_lengths = {role: self._count_prompt_tokens(role) for role in self._encoder.prompts}
         special = [token for token in self.tokenizer.all_special_tokens if len(token) > 1]
-        for prompt in self.encoder.prompts.values():
+        for prompt in self._encoder.prompts.values():
             if any(token in prompt for token in special):
                 raise ModelUnavailableError(f"{self.model.name_or_path}: prompt {prompt!r} has a special token")
 
@@ -54,32 +66,31 @@ class EmbeddingPipeline(TextPipeline):
 
     def preprocess(self, inputs: str | Mapping[str, str], truncate: bool = False, role: str | None = None) -> Inputs:
         text, role = (inputs, role) if isinstance(inputs, str) else (inputs["text"], inputs["role"])
-        prompt = self.encoder.prompts[role]
-        if self.encoder.lowers_case:
-            prompt, text = encoders.lower(prompt), encoders.lower(text)
+        text = self._encoder.add_prompt(text, role)
         if not truncate:
-            base.check_length(prompt + text, self.context_length, self.count_tokens)
-        row = self.tokenize(prompt + text, self.context_length, truncate=truncate)
+            base.check_length(text, self.context_length, self.count_tokens)
+        row = self.tokenize(text, self.context_length, truncate=truncate)
         base.check_tokens(row["input_ids"])
-        return {**row, "prompt_length": self._count_prompt_tokens(role, prompt)}
+        return {**row, "prompt_length": self._prompt_lengths[role]}
 
-    def _count_prompt_tokens(self, role: str | None, prompt: str) -> int:
+    def _load_weights(self, folder: Path) -> Features:
+        loaded = load_file(folder / "model.safetensors", str(self.device))
+        return {name: tensor.float() for name, tensor in loaded.items()}
+
+    def _count_prompt_tokens(self, role: str | None) -> int:
         """Return the tokens of a prompt, without those that end every text."""
-        if role not in self._prompt_lengths:
-            ids = self.tokenizer(prompt)["input_ids"] if prompt else []
-            self._prompt_lengths[role] = len(ids) - sum(id in self.tokenizer.all_special_ids for id in ids[-1:])
-        return self._prompt_lengths[role]
+        prompt = self._encoder.add_prompt("", role)
+        ids = self.tokenizer(prompt)["input_ids"] if prompt else []
+        return len(ids) - sum(id in self.tokenizer.all_special_ids for id in ids[-1:])
 
     def _forward(self, inputs: Inputs) -> Inputs:
         batch = base.as_batch(inputs)
         ids, mask = self.pad(batch["input_ids"])  # on the right: a decoder's tokens do not see what follows them
-        features = {
-            "token_embeddings": self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float(),
-            "attention_mask": mask,
-            "prompt_length": torch.tensor(batch["prompt_length"], device=self.device),
-        }
-        for layer in self._layers:
-            layer(features)
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        lengths = torch.tensor(batch["prompt_length"], device=self.device)
+        features = {"token_embeddings": states, "attention_mask": mask, "prompt_length": lengths}
+        for module in self._modules:
+            _run_module(features, *module)
         return {"vectors": features["sentence_embedding"].numpy(force=True), **inputs}
 
     def postprocess(self, output: Inputs, dimensions: int | None = None, normalize: bool = False) -> Inputs:
@@ -87,10 +98,63 @@ class EmbeddingPipeline(TextPipeline):
         base.check_finite(vector)
         if dimensions and dimensions > len(vector):
             raise UsageError(f"--dimensions {dimensions} exceeds the {len(vector)} dimensions of the model's vectors")
-        kept = vector[: dimensions or self.encoder.dimensions]
+        vector = vector[: dimensions or self._encoder.dimensions]
         if normalize or (dimensions and self._normalizes):
-            kept = kept / max(np.linalg.norm(kept), 1e-12)
-        fields: Inputs = {"embedding": kept.tolist()}
+            vector = vector / max(np.linalg.norm(vector), 1e-12)
+        fields: Inputs = {"embedding": vector.tolist()}
         if output["cut"]:
             fields["truncated"] = output["cut"]
         return {**fields, "usage": {"prompt_tokens": len(output["input_ids"])}}
+
+
+def make_activation(*names: str | None, default: type[nn.Module]) -> nn.Module:
+    """Return the activation that the first name names, or the default if there is no name."""
+    name = next(filter(None, names), None)
+    kind = getattr(nn, name.rpartition(".")[2], None) if name and name.startswith("torch.nn.") else None
+    if name and not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise ModelUnavailableError(f"activation {name}, which is custom code, is not supported")
+    return (kind or default)()
+
+
+def _run_module(features: Features, kind: str, config: JsonObject, weights: Features) -> None:
+    """Change the features of a batch as a module of sentence-transformers does."""
+    source = config.get("module_input_name") or "sentence_embedding"
+    target = config.get("module_output_name") or source
+    if kind == "Pooling":
+        features["sentence_embedding"] = _pool(features, config)
+    elif kind == "Normalize":
+        features[target] = normalize(features[source], dim=-1)
+    elif kind == "Dense":
+        values, activation = features[source], make_activation(config.get("activation_function"), default=nn.Tanh)
+        features[target] = activation(linear(values, weights["linear.weight"], weights.get("linear.bias")))
+        if config.get("use_residual"):
+            projection = weights.get("residual.weight")
+            features[target] += values if projection is None else linear(values, projection)
+
+
+def _pool(features: Features, config: JsonObject) -> torch.Tensor:
+    """Return the vectors of texts (B, D), or several of each joined."""
+    states, mask = features["token_embeddings"], features["attention_mask"]
+    if not config.get("include_prompt", True):
+        mask = mask * (torch.arange(mask.shape[1], device=mask.device) >= features["prompt_length"].unsqueeze(1))
+    modes = config.get("pooling_mode") or [POOLING[name] for name in POOLING if config.get(f"pooling_mode_{name}")]
+    modes = [modes] if isinstance(modes, str) else modes or ["mean"]
+    return torch.cat([_pool_by(mode, states, mask) for mode in modes], dim=-1)
+
+
+def _pool_by(mode: str, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return one vector for each row of states (B, P, D) where the mask (B, P) is 1: (B, D)."""
+    weights = mask.unsqueeze(-1).float()
+    match mode:
+        case "cls" | "lasttoken":
+            index = mask.argmax(1) if mode == "cls" else mask.shape[1] - 1 - mask.flip(1).argmax(1)
+            return states[torch.arange(len(states), device=states.device), index]
+        case "max":
+            return states.masked_fill(weights == 0, -torch.inf).amax(1)
+        case "weightedmean":  # Later tokens count more: in a decoder, they have seen more.
+            weights = weights * torch.arange(1, mask.shape[1] + 1, device=mask.device).view(1, -1, 1)
+        case "mean_sqrt_len_tokens":
+            return (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9).sqrt()
+        case mode if mode != "mean":
+            raise ModelUnavailableError(f"pooling by {mode} is not supported")
+    return (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)

@@ -51,7 +51,7 @@ def run(job: Job, fields: JsonObject, model: LocalModel) -> TaskGenerator:
 def _split_passages(documents: Sequence[JsonObject], folder: Path) -> Iterator[JsonObject]:
     """Yield passages with their text, file and line, and their characters, `start` to `end` of document number `of`."""
     count_tokens, special_tokens = _load_counter(folder)
-    max_tokens = min(PASSAGE_TOKENS, encoders.read_encoder(folder).context_length - special_tokens)
+    max_tokens = min(PASSAGE_TOKENS, encoders.Encoder(folder).context_length - special_tokens)
     for number, document in enumerate(documents):
         text, file, line, counted = document["text"], document.get("file"), document.get("line") or 1, 0
         is_markdown = (file or "").endswith((".md", ".markdown"))
