@@ -67,7 +67,7 @@ TINY = {
     "bart": ["bart-large-cnn", "facebook/bart-large-cnn", "distilbart"],
     "tagger": ["bert-ner", "dslim/bert-base-NER"],
     "classifier": ["distilbert-sst2", "distilbert/distilbert-base-uncased-finetuned-sst-2-english"],
-    "reranker": ["ms-marco-minilm", "bge-reranker"],
+    "reranker": ["ms-marco-minilm"],
     "nli": ["bart-large-mnli", "facebook/bart-large-mnli"],
     "nllb": ["nllb-600m", "facebook/nllb-200-distilled-600M"],
     "marian": ["opus-mt-en-fr", "Helsinki-NLP/opus-mt-en-fr"],

@@ -93,7 +93,7 @@ def _default_modules(folder: Path) -> list[Module]:
 
 
 def _unsupported(folder: Path, what: str) -> ModelUnavailableError:
-    hint = "rank texts with it: llmcli rerank" if what == "CrossEncoder" else "use another model: -m NAME"
+    hint = "rank texts with it: `llmcli rerank`" if what == "CrossEncoder" else "use another model: -m NAME"
     return ModelUnavailableError(f"{folder}: {what} of sentence-transformers is not supported", hint)
 
 
