@@ -209,7 +209,6 @@ UNSUPPORTED = {  # what the error names, and a change of the folder
     "module custom_st.Transformer, which is custom code,": list_modules("custom_st.Transformer"),
     "in directory '../1_Pooling'": list_modules("Transformer", "Pooling", path="../1_Pooling"),
     "SparseEncoder": change(SETTINGS, model_type="SparseEncoder"),
-    "no prompt 'x'": change(SETTINGS, default_prompt_name="x"),
     "special token": change(SETTINGS, prompts={"query": "[SEP] "}),
     "setting query_length": change(TRANSFORMER, query_length=8),
     "setting revision": change(TRANSFORMER, model_args={"revision": "x"}),

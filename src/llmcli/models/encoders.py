@@ -11,7 +11,6 @@ from llmcli.job import JsonObject
 from llmcli.models import loading
 
 DEFAULT_TOKENS = 512  # of a text, for an encoder that states no limit
-DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # The first that a model has is for documents.
 MODULES = {"Pooling", "Dense", "Normalize", "Dropout"}
 # Settings of the transformer: those that change nothing here, or are read, and the only values of others.
 SETTINGS = {"max_seq_length", "do_lower_case", "model_args", "model_kwargs", "unpad_inputs"}
@@ -56,8 +55,8 @@ def read_settings(folder: Path) -> JsonObject:
 def read_prompts(settings: JsonObject) -> dict[str | None, str]:
     """Return the prompt, which may be empty, for each role of a text: query, document and None."""
     prompts = settings.get("prompts") or {}
-    names = {None: [settings.get("default_prompt_name")], "query": ["query"], "document": DOCUMENT_PROMPTS}
-    return {role: next((prompts[name] or "" for name in names[role] if name in prompts), "") for role in names}
+    names = {None: settings.get("default_prompt_name"), "query": "query", "document": "document"}
+    return {role: prompts.get(name) or "" for role, name in names.items()}
 
 
 def _read_transformer(folder: Path) -> JsonObject:
