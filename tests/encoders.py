@@ -51,7 +51,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # by the name of the published model, or 
         "kind": "distilbert", "prompts": {"query": "find: "},
         "modules": [
             ("Pooling", {"pooling_mode": ["max", "mean_sqrt_len_tokens", "cls", "lasttoken"], "include_prompt": False}),
-            ("Dropout", {"dropout": 0.1}), ("LayerNorm", {"dimension": 128}),
+            ("Dropout", {"dropout": 0.1}),
             dense(128, 16, activation_function="torch.nn.modules.activation.GELU", use_residual=True),
         ],
     },
@@ -105,16 +105,14 @@ def save_cross_encoder(folder: Path, kind: str, activation: str | None = None, *
 
 def make_weights(name: str, config: dict[str, Any]) -> dict[str, torch.Tensor]:
     torch.manual_seed(len(str(config)))
-    if name == "LayerNorm":
-        return {"norm.weight": torch.rand(config["dimension"]), "norm.bias": torch.rand(config["dimension"])}
     if name != "Dense":
         return {}
     outputs, inputs = config["out_features"], config["in_features"]
-    weights = {"linear.weight": torch.randn(outputs, inputs)}
+    weights = {"linear.weight": torch.randn(outputs, inputs) / inputs}
     if config["bias"]:
         weights["linear.bias"] = torch.randn(outputs)
     if config.get("use_residual") and inputs != outputs:
-        weights["residual.weight"] = torch.randn(outputs, inputs)
+        weights["residual.weight"] = torch.randn(outputs, inputs) / inputs
     return weights
 
 
