@@ -44,7 +44,7 @@ class EmbeddingPipeline(TextPipeline):
         self._encoder = encoders.Encoder(Path(self.model.name_or_path))
         self.context_length = self._encoder.context_length
         self._modules = [
-            (kind, config, self._load_weights(folder) if kind == "Dense" else {})
+            (kind, config, load_file(folder / "model.safetensors", str(self.device)) if kind == "Dense" else {})
             for kind, config, folder in self._encoder.modules
         ]
         self._normalizes = any(name == "Normalize" for name, _, _ in self._encoder.modules)
@@ -72,10 +72,6 @@ class EmbeddingPipeline(TextPipeline):
         row = self.tokenize(text, self.context_length, truncate=truncate)
         base.check_tokens(row["input_ids"])
         return {**row, "prompt_length": self._prompt_lengths[role]}
-
-    def _load_weights(self, folder: Path) -> Features:
-        loaded = load_file(folder / "model.safetensors", str(self.device))
-        return {name: tensor.float() for name, tensor in loaded.items()}
 
     def _count_prompt_tokens(self, role: str | None) -> int:
         """Return the tokens of a prompt, without those that end every text."""
@@ -126,6 +122,7 @@ def _run_module(features: Features, kind: str, config: JsonObject, weights: Feat
         features[target] = normalize(features[source], dim=-1)
     elif kind == "Dense":
         values, activation = features[source], make_activation(config.get("activation_function"), default=nn.Tanh)
+        weights = {name: tensor.float() for name, tensor in weights.items()}
         features[target] = activation(linear(values, weights["linear.weight"], weights.get("linear.bias")))
         if config.get("use_residual"):
             projection = weights.get("residual.weight")
