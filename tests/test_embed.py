@@ -5,7 +5,9 @@ import math
 import shutil
 
 import pytest
+import torch
 from encoders import SHAPES, save_encoder, write
+from safetensors.torch import save_file
 
 QUICK = ("qwen3", "gemma")  # shapes that the fast tests try
 TEXTS = ["The Clock was repaired", "Dog", "A lazy dog sleeps in the warm sun, and the Fox is quick", "Où est le chien?"]
@@ -206,6 +208,7 @@ UNSUPPORTED = {  # what the error names, and a change of the folder
     "Router": list_modules("Router"),
     "module Pooling": list_modules("Pooling", "Transformer"),
     "module LayerNorm": list_modules("Transformer", "LayerNorm"),
+    "modules.json without Pooling": list_modules("Transformer", "Normalize"),
     "module LSTM": list_modules("Transformer", "LSTM"),
     "module custom_st.Transformer, which is custom code,": list_modules("custom_st.Transformer"),
     "in directory '../1_Pooling'": list_modules("Transformer", "Pooling", path="../1_Pooling"),
@@ -216,6 +219,7 @@ UNSUPPORTED = {  # what the error names, and a change of the folder
     "modality_config": change(TRANSFORMER, modality_config={"message": {}}),
     "activation my.Swish": change("2_Dense/config.json", activation_function="my.Swish"),
     "2_Dense/model.safetensors": lambda folder: (folder / "2_Dense" / "model.safetensors").unlink(),
+    "linear.weight": lambda folder: save_file({"x": torch.ones(2)}, folder / "2_Dense" / "model.safetensors"),
     "damaged": lambda folder: (folder / "2_Dense" / "model.safetensors").write_bytes(b"x" * 64),
     "failed to load": lambda folder: (folder / "modules.json").write_text("[{]"),
 }

@@ -38,9 +38,11 @@ def assert_ranks_as_cross_encoder(llmcli, folder):
         assert [record["rank"] for record in records] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("activation", [None, IDENTITY])
-def test_rerank_equals_cross_encoder(llmcli, tmp_path, activation):
-    assert_ranks_as_cross_encoder(llmcli, save_cross_encoder(tmp_path / "model", "roberta", activation))
+@pytest.mark.parametrize(
+    "settings", [{}, {"activation": IDENTITY}, {"sbert_ce_default_activation_function": IDENTITY}], ids=str
+)
+def test_rerank_equals_cross_encoder(llmcli, tmp_path, settings):
+    assert_ranks_as_cross_encoder(llmcli, save_cross_encoder(tmp_path / "model", "roberta", **settings))
 
 
 @pytest.mark.slow

@@ -48,8 +48,7 @@ class Encoder:
 
 def read_settings(folder: Path) -> JsonObject:
     """Return the settings of an encoder or a cross-encoder; none if the model has no such file."""
-    settings: JsonObject = _read_json(folder / "config_sentence_transformers.json")
-    return settings
+    return _read_json(folder / "config_sentence_transformers.json")  # type: ignore[no-any-return]
 
 
 def read_prompts(settings: JsonObject) -> dict[str | None, str]:
@@ -80,6 +79,8 @@ def _read_modules(folder: Path, listed: Sequence[JsonObject]) -> list[Module]:
         if not re.fullmatch(r"\d[\w.-]*" if number else "", path):
             raise _unsupported(folder, f"module {name} in directory {path!r}")
         modules.append((name, _read_json(folder / path / "config.json"), folder / path))
+    if "Pooling" not in [name for name, _, _ in modules]:
+        raise _unsupported(folder, "modules.json without Pooling")
     return modules[1:]
 
 

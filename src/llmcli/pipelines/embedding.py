@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from llmcli.errors import ModelUnavailableError, UsageError
 from llmcli.job import JsonObject
-from llmcli.models import encoders
+from llmcli.models import encoders, loading
 from llmcli.pipelines import base
 from llmcli.pipelines.base import Inputs, Parameters, TextPipeline
 
@@ -49,9 +49,9 @@ class EmbeddingPipeline(TextPipeline):
         ]
         self._normalizes = any(name == "Normalize" for name, _, _ in self._encoder.modules)
         self._prompt_lengths = {role: self._count_prompt_tokens(role) for role in self._encoder.prompts}
-        special = [token for token in self.tokenizer.all_special_tokens if len(token) > 1]
-        for prompt in self._encoder.prompts.values():
-            if any(token in prompt for token in special):
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        for prompt in self._encoder.prompts.values():  # Names of special tokens would be read as text.
+            if any(token.special and token.content in prompt for token in added):
                 raise ModelUnavailableError(f"{self.model.name_or_path}: prompt {prompt!r} has a special token")
 
     @classmethod
@@ -85,8 +85,9 @@ class EmbeddingPipeline(TextPipeline):
         states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         lengths = torch.tensor(batch["prompt_length"], device=self.device)
         features = {"token_embeddings": states, "attention_mask": mask, "prompt_length": lengths}
-        for module in self._modules:
-            _run_module(features, *module)
+        with loading.translated_errors(Path(self.model.name_or_path)):
+            for module in self._modules:
+                _run_module(features, *module)
         return {"vectors": features["sentence_embedding"].numpy(force=True), **inputs}
 
     def postprocess(self, output: Inputs, dimensions: int | None = None, normalize: bool = False) -> Inputs:
