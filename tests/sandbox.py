@@ -69,6 +69,7 @@ TINY = {
     "bart": ["bart-large-cnn", "facebook/bart-large-cnn", "distilbart"],
     "tagger": ["bert-ner", "dslim/bert-base-NER"],
     "classifier": ["distilbert-sst2", "distilbert/distilbert-base-uncased-finetuned-sst-2-english"],
+    "reranker": ["ms-marco-minilm"],
     "nli": ["bart-large-mnli", "facebook/bart-large-mnli"],
     "nllb": ["nllb-600m", "facebook/nllb-200-distilled-600M"],
     "marian": ["opus-mt-en-fr", "Helsinki-NLP/opus-mt-en-fr"],
@@ -111,6 +112,7 @@ def tiny(scratch: Path, chat: Path, encoder: Path, server: str) -> Iterator[tupl
         "encoder": encoder,
         "tagger": heads.save_head(scratch / "tagger", "bert", "TokenClassification", heads.ENTITIES),
         "classifier": heads.save_head(scratch / "classifier", "distilbert", "SequenceClassification", heads.SENTIMENTS),
+        "reranker": heads.save_head(scratch / "reranker", "bert", "SequenceClassification", {0: "LABEL_0"}),
         "nli": heads.save_head(scratch / "nli", "bart", "SequenceClassification", heads.NLI),
     }
     tables = [

@@ -72,13 +72,17 @@ def test_pull_fetches_safetensors_and_configuration_into_the_shared_cache(hub: H
     other_formats = dict.fromkeys(
         ("onnx/model.onnx", "onnx/config.json", "pytorch_model.bin", "flax_model.msgpack", "README.md"), b"not wanted"
     )
-    commit = hub.add("org/name", MODEL | other_formats, license="mit")
+    model = MODEL | {
+        "2_Dense/config.json": b'{"in_features": 2}',
+        "2_Dense/model.safetensors": b"a layer of an encoder",
+    }
+    commit = hub.add("org/name", model | other_formats, license="mit")
 
     done = run("models", "pull", "org/name")
 
     assert pulled(done) == home / "huggingface" / "hub" / "models--org--name" / "snapshots" / commit
-    assert contents(pulled(done)) == MODEL
-    assert sorted(hub.downloads()) == sorted(MODEL)
+    assert contents(pulled(done)) == model
+    assert sorted(hub.downloads()) == sorted(model)
     assert done.stderr == "note: pulling org/name, 2 MB from the Hub (license: mit)\n"
 
 

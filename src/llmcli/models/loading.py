@@ -1,6 +1,5 @@
 """A ready directory -> model and tokenizer. Loads models, and chooses device and data type."""
 
-import json
 import logging
 import math
 import os
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from llmcli.pipelines.base import TextPipeline
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # what dtype applies to; other tensors stay as they are
-EMBEDDING_TOKENS = 512  # of a text, for a sentence encoder that states no limit
 QUANTIZED_BYTES = {"int8": 1, "int4": 0.5625}  # of a weight with its share of the scale, in bitsandbytes
 QUANTIZED_NAME = re.compile(r"(?!.*\bexperts\b).*\.\d+\.")  # of the matrices that it quantizes
 HEADROOM = 0.9  # of the free memory for weights; the rest is for activations and the KV cache
@@ -61,7 +59,7 @@ def load(
     if (folder / "adapter_config.json").is_file():
         console.warning(f"'{folder}' has an adapter beside its weights, which is ignored")
     model, report = _from_pretrained(
-        pipeline_type.auto_class,
+        pipeline_type.auto_classes.get(config.model_type, pipeline_type.auto_class),
         folder,
         load_options,
         config=config,
@@ -292,29 +290,3 @@ def max_positions(read: Callable[[str], Any]) -> int | None:
     padding = read("pad_token_id")
     is_offset = kind in architectures()["offset_positions"]
     return int(length - (1 if padding is None else padding) - 1) if is_offset else int(length)
-
-
-def embedding_context_length(folder: Path) -> int:
-    """Return the maximum number of tokens of a text for a sentence encoder, special ones included."""
-    limits = (
-        _read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
-        _read_json(folder / "tokenizer_config.json").get("model_max_length"),
-        max_positions(_read_json(folder / "config.json").get),
-    )
-    return int(min((limit for limit in limits if limit and limit > 0), default=EMBEDDING_TOKENS))
-
-
-def embedding_pooling(folder: Path) -> str:
-    """Return how a sentence encoder makes one vector of many: mean_tokens, or cls_token."""
-    modes = _read_json(folder / "1_Pooling" / "config.json")
-    modes_on: list[str] = [name.removeprefix("pooling_mode_") for name, is_on in modes.items() if is_on is True]
-    modules = _read_json(folder / "modules.json") or []
-    layers = {str(module["type"]).rpartition(".")[2] for module in modules} - {"Transformer", "Pooling", "Normalize"}
-    if layers or (modes_on and modes_on not in (["mean_tokens"], ["cls_token"])):
-        reason = f"pooling by {', '.join(sorted(layers) or modes_on)} is not supported"
-        raise ModelUnavailableError(f"{folder}: {reason}", hint="use another sentence encoder")
-    return modes_on[0] if modes_on else "mean_tokens"
-
-
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -23,6 +23,7 @@ CLASSES = {  # kind: module of this package, and class
     "extractive_qa": ("extractive_qa", "ExtractiveQaPipeline"),
     "label": ("labels", "LabelPipeline"),
     "next_token": ("causal", "NextTokenPipeline"),
+    "reranking": ("reranking", "RerankingPipeline"),
     "scoring": ("scoring", "ScoringPipeline"),
     "seq2seq": ("seq2seq", "Seq2SeqPipeline"),
     "sequence_classification": ("classification", "SequenceClassificationPipeline"),

@@ -84,9 +84,10 @@ def remove(source: HubSource) -> bool:
 
 
 def _patterns(weights: str) -> dict[str, list[str]]:
-    # Directories hold other formats, except sentence-transformers' numbered ones.
+    # Directories hold other formats, except sentence-transformers' numbered ones, which may have weights of layers.
     stem, suffix = weights.split(".")
-    return {"allow_patterns": [*CONFIGURATION, weights, f"{stem}-*.{suffix}"], "ignore_patterns": ["[!0-9]*/*"]}
+    wanted = [*CONFIGURATION, weights, f"{stem}-*.{suffix}", f"[0-9]*/{SAFETENSORS}"]
+    return {"allow_patterns": wanted, "ignore_patterns": ["[!0-9]*/*"]}
 
 
 def _weights(repo: str, files: set[str], *, allow_pickle: bool) -> str:

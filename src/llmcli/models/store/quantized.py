@@ -9,7 +9,7 @@ from llmcli.models.store import cache
 
 FORMAT = 1  # version of what `pipelines/quantizer.py` writes; a new one invalidates older copies
 SOURCE = "quantized-from.txt"  # in a copy: the directory that it was made from
-CONFIGURATION = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.py", "[0-9]*/*.json")
+CONFIGURATION = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.py", "[0-9]*/*.json", "[0-9]*/*.safetensors")
 
 
 def get_or_create(folder: Path, variant: str, make: Callable[[Path], None]) -> Path:
