@@ -21,6 +21,7 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -291,10 +292,31 @@ def test_adapter_of_another_model_is_refused(llmcli, others, encoder, tmp_path, 
     wide = make_tiny(tmp_path / "wide")
     config = json.loads((wide / "config.json").read_text())
     LlamaForCausalLM(LlamaConfig(**config | {"num_hidden_layers": 3})).save_pretrained(wide)
-    for command, model in (("generate", others / "gpt2"), ("generate", wide), ("embed", encoder)):
+    for command, model in (("generate", others / "gpt2"), ("generate", wide), ("embed", encoder), ("embed", wide)):
         ran = llmcli(command, PROMPT, "-m", model, "--adapter", lora)
         assert (ran.exit_status, ran.stdout) == (4, ""), ran.stderr
         assert str(lora) in ran.stderr
+
+
+def test_adapter_of_an_encoder_changes_embeddings(llmcli, encoder, tmp_path):
+    model = AutoModel.from_pretrained(encoder, dtype=torch.float32)
+    adapted = make_adapter(
+        tmp_path / "lora", model, LoraConfig(target_modules=["query"], task_type="FEATURE_EXTRACTION")
+    )
+    inputs = AutoTokenizer.from_pretrained(encoder)(PROMPT, return_tensors="pt")
+    with torch.inference_mode():
+        states = adapted(input_ids=inputs["input_ids"]).last_hidden_state[0]
+    command = ["embed", PROMPT, "-m", encoder, "--adapter", tmp_path / "lora", *GREEDY[:2]]
+    expected = torch.nn.functional.normalize(states.mean(0), dim=0)
+    assert llmcli(*command).records[0]["embedding"] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_adapter_requires_the_whole_model_in_memory(llmcli, tiny, lora, tmp_path):
+    options = ["--offload-folder", tmp_path / "disk", "--max-memory", "150KB", "--dtype", "float32"]
+    assert llmcli("generate", PROMPT, "-m", tiny, *options).exit_status == 0
+    ran = llmcli("generate", PROMPT, "-m", tiny, "--adapter", lora, *options)
+    assert ran.exit_status == 2
+    assert "an adapter requires weights that are whole, in memory and not quantized" in ran.stderr
 
 
 def test_adapter_passed_as_model_draws_a_hint(llmcli, lora):

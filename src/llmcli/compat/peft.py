@@ -21,7 +21,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path, settings: Mapping[str, o
         hint = "leave out --tensor-parallel, --offload-folder and, on a GPU, --quantize; or pass another base model"
         raise UsageError("an adapter requires weights that are whole, in memory and not quantized", hint)
     config = peft.PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = True
+    config.inference_mode, config.task_type = True, None  # The classes for tasks differ in how they are called.
     if ignored := sorted(name for name, value in settings.items() if value and not hasattr(config, name)):
         console.warning(f"adapter has settings that this version of PEFT ignores: {', '.join(ignored)}")
     adapted = peft.get_peft_model(model, config, NAME)
@@ -34,8 +34,8 @@ def merge_adapter(model: PreTrainedModel, folder: Path, settings: Mapping[str, o
         raise ModelUnavailableError(message, hint=f"it was trained on {settings.get('base_model_name_or_path')}")
     _untie(adapted)
     merged = adapted.base_model.merge_and_unload(safe_merge=True)
-    head, embeddings = merged.get_output_embeddings(), merged.get_input_embeddings()
-    if head is not None and head.weight is not embeddings.weight:
+    layers = merged.get_output_embeddings(), merged.get_input_embeddings()
+    if len({id(getattr(layer, "weight", None)) for layer in layers}) > 1:
         merged.config.tie_word_embeddings = False
     return merged.requires_grad_(False).eval()
 
