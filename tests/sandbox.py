@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import adapters
 import heads
 
 ROOT = Path(__file__).parent.parent
@@ -127,6 +128,7 @@ def tiny(scratch: Path, chat: Path, encoder: Path, server: str) -> Iterator[tupl
         "LLMCLI_SERVER": server,
     }
     _pulled(chat, scratch / "huggingface" / "hub" / "models--HuggingFaceTB--SmolLM2-360M-Instruct")
+    adapters.make_lora(scratch / "here" / "my-lora", chat)
     with _worker(scratch, own) as environment:
         yield fill(scratch / "here"), environment
 

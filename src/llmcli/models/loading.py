@@ -16,8 +16,8 @@ from llmcli import console
 from llmcli.config import world_size
 from llmcli.errors import LlmcliError, ModelTooLargeError, ModelUnavailableError, UsageError
 from llmcli.job import LoadOptions
+from llmcli.models import adapters
 from llmcli.models.devices import device_error, is_out_of_memory
-from llmcli.models.folder_check import check_folder
 from llmcli.models.memory import available_memory, keep_freed_memory
 
 if TYPE_CHECKING:
@@ -56,8 +56,6 @@ def load(
         hint = "--tensor-parallel requires a tested architecture whose heads can be divided by the number of processes"
         raise ModelUnavailableError(f"this {config.model_type} model cannot be split among {parts} processes", hint)
     tokenizer = _load_tokenizer(folder, load_options)
-    if (folder / "adapter_config.json").is_file():
-        console.warning(f"'{folder}' has an adapter beside its weights, which is ignored")
     model, report = _from_pretrained(
         pipeline_type.auto_classes.get(config.model_type, pipeline_type.auto_class),
         folder,
@@ -69,10 +67,12 @@ def load(
         quantization_config=quantization,
         use_safetensors=not load_options.allow_pickle or weights[0].suffix == ".safetensors",
         output_loading_info=True,
+        ignore_mismatched_sizes=load_options.adapter is not None,
         adapter_kwargs={"subfolder": "no-adapter"},  # With peft, transformers would apply an adapter that it finds.
     )
-    spare = pipeline_type.ignorable_weight_prefix
-    if missing := sorted(key for key in report["missing_keys"] if not (spare and key.startswith(spare))):
+    spare = tuple(filter(None, (*adapters.read_shapes(load_options), pipeline_type.ignorable_weight_prefix)))
+    absent = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    if missing := sorted(name for name in absent if not name.startswith(spare)):
         others = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise ModelUnavailableError(
             f"weights in {folder} are incomplete: missing {missing[0]}{others}",
@@ -80,27 +80,27 @@ def load(
         )
     if "disk" in list((getattr(model, "hf_device_map", None) or {}).values())[:1]:
         raise ModelUnavailableError("memory does not hold the first layer of the model", hint="increase --max-memory")
-    model.eval()
-    if tokenizer.pad_token_id is None:  # any token will do, as the attention mask hides it
+    model = adapters.merge(model, load_options)
+    rows = getattr(model.config.get_text_config(), "vocab_size", None) or math.inf
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:  # any token will do, as it is masked
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return model, tokenizer
 
 
 def tokenizer(folder: Path, load_options: LoadOptions) -> "PreTrainedTokenizerBase":
     quiet_libraries()
-    check_folder(folder, trusts_code=load_options.trust_remote_code)
     return _load_tokenizer(folder, load_options)
 
 
 def _load_tokenizer(folder: Path, load_options: LoadOptions) -> "PreTrainedTokenizerBase":
-    loaded = _from_pretrained("AutoTokenizer", folder, load_options)
+    loaded = _from_pretrained("AutoTokenizer", adapters.tokenizer_folder(folder, load_options), load_options)
     if not isinstance(limit := getattr(loaded, "model_max_length", None), int | float):
         raise ModelUnavailableError(f"{folder}: invalid model_max_length {limit!r} of the tokenizer")
     return loaded
 
 
 def read_config(folder: Path, load_options: LoadOptions) -> "PreTrainedConfig":
-    return _from_pretrained("AutoConfig", folder, load_options)
+    return adapters.adapt_config(_from_pretrained("AutoConfig", folder, load_options), load_options)
 
 
 def _from_pretrained(auto_class: str, folder: Path, load_options: LoadOptions, **settings: object) -> Any:

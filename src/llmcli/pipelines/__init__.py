@@ -42,7 +42,7 @@ def load(kind: str, folder: Path, load_options: LoadOptions) -> "TextPipeline":
         quantizer.check_options(folder, load_options, device)
         if device == "cpu":
             source = quantizer.make_copy(folder, load_options, pipeline_type)
-            load_options = replace(load_options, dtype="bfloat16")  # on every CPU: the kernels read no other rows
+            load_options = replace(load_options, dtype="bfloat16", adapter=None)  # The kernels read no other rows.
         else:
             quantization = quantizer.bitsandbytes_config(load_options, device)
     model, tokenizer = loading.load(source, load_options, pipeline_type, quantization)
