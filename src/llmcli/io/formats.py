@@ -43,6 +43,7 @@ class InputFormat(Enum):
     NULL = "null"
     JSONL = "jsonl"
     CSV = "csv"
+    OPENAI_BATCH = "openai-batch"  # a request per line
 
     @property
     def has_fields(self) -> bool:
@@ -256,5 +257,5 @@ def _describe_csv_error(exc: csv.Error) -> str:
 
 READERS: Mapping[InputFormat, Callable[[Stream, str | None], Iterator[Record]]] = {
     InputFormat.WHOLE: _read_whole, InputFormat.LINES: _read_lines, InputFormat.NULL: _read_null,
-    InputFormat.JSONL: _read_jsonl, InputFormat.CSV: _read_csv,
+    InputFormat.JSONL: _read_jsonl, InputFormat.CSV: _read_csv, InputFormat.OPENAI_BATCH: _read_jsonl,
 }  # fmt: skip
