@@ -41,6 +41,7 @@ def sections(command: tuple[str, ...]) -> dict[str, Options]:
     found: dict[str, Options] = {}
     for block in re.split(r"\n\n(?=\S)", help(command).rstrip()):
         title, _, rows = block.partition(":\n")
+        rows = re.sub(r"\A(?:  [A-Z].*\n)+", "", rows)  # arguments
         if "\n" in title or not re.match(r"  -", rows):
             continue
         options = found.setdefault(title, {})

@@ -106,7 +106,7 @@ def test_a_single_record_is_not_counted(llmcli, tiny, tmp_path):
 def test_what_is_done_within_stands_on_the_same_line(llmcli, encoder, tmp_path):
     (tmp_path / "notes").write_text("the fox")
     frames, _ = shown(llmcli("search", "a dog", tmp_path / "notes", "-m", encoder, is_terminal=True).stderr)
-    assert f"embedding 2 passages, loading {encoder}"[:77] in {frame[:77] for frame in frames}
+    assert f"embedding passages of file 1 of 1, loading {encoder}"[:77] in {frame[:77] for frame in frames}
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -30,7 +31,10 @@ def embedded(monkeypatch):
     monkeypatch.setattr(
         EmbeddingPipeline,
         "preprocess",
-        lambda self, text, **rest: (seen.append(text), preprocess(self, text, **rest))[1],
+        lambda self, text, **rest: (
+            seen.append(text if isinstance(text, str) else text["text"]),
+            preprocess(self, text, **rest),
+        )[1],
     )
     return seen
 
@@ -140,65 +144,250 @@ def test_more_files_than_may_be_open_are_searched(search, tmp_path):
     assert all("dog 2 (1.000)" in line for line in ran.stdout.splitlines())
 
 
-def test_cache_that_cannot_be_used_is_a_warning(search, home, monkeypatch, embedded):
-    cache = home / "cache" / "vectors.sqlite"
-    cache.parent.mkdir()
+class Full(sqlite3.Connection):
+    """A database on a disk that cannot be written."""
+
+    def execute(self, query, *args):
+        if query.startswith("BEGIN"):
+            raise sqlite3.OperationalError("attempt to write a readonly database")
+        return super().execute(query, *args)
+
+
+@pytest.fixture
+def make_read_only(monkeypatch):
+    def make():
+        connect = sqlite3.connect
+        kinds = {":memory:": sqlite3.Connection}
+        replacement = lambda path, *args, **rest: connect(path, *args, **rest, factory=kinds.get(path, Full))  # noqa: E731
+        monkeypatch.setattr(sqlite3, "connect", replacement)
+
+    return make
+
+
+@pytest.mark.parametrize("damage", ["garbage", "pages", "vectors", "empty"])
+def test_search_builds_damaged_index_again(search, home, embedded, tmp_path, damage):
+    (tmp_path / "a.txt").write_text(long_text(6))
+    expected = search("dog", tmp_path / "a.txt").stdout
+    (index,) = (home / "cache" / "search").glob("*/index.sqlite")
+    data = index.read_bytes()
+    if damage == "vectors":
+        with sqlite3.connect(index) as database:
+            database.execute("UPDATE parts SET vectors = randomblob(length(vectors))")
+    else:
+        index.write_bytes(
+            {"garbage": b"no index" * 9999, "pages": data[:50_000] + b"\0" * 90_000, "empty": b""}[damage]
+        )
+    embedded.clear()
+    ran = search("dog", tmp_path / "a.txt")
+    assert (ran.stdout, ran.exit_status, len(embedded)) == (expected, 0, 7)
+    assert ran.stderr.count("is damaged") == ran.stderr.count("\n") == (damage != "empty")
+    ran = search("dog", tmp_path / "a.txt")
+    assert (ran.stdout, ran.stderr, len(embedded)) == (expected, "", 7)
+
+
+def test_search_without_cache_is_a_warning(search, monkeypatch):
     expected = search("dog", stdin=b"dog\nfox\n").stdout
-    cache.write_bytes(b"no database at all" * 100)
-    ran = search("dog", stdin=b"dog\nfox\n")
-    assert (ran.stdout, ran.exit_status) == (expected, 0)
-    assert ran.stderr == f"warning: embeddings are not saved: {cache}: file is not a database\n"
     monkeypatch.setenv("LLMCLI_CACHE", "/dev/null/cache")
     ran = search("dog", stdin=b"dog\nfox\n")
     assert (ran.stdout, ran.exit_status) == (expected, 0)
-    assert ran.stderr.startswith("warning: embeddings are not saved: /dev/null/cache/vectors.sqlite: ")
+    assert ran.stderr.startswith("warning: embeddings are not saved: /dev/null/cache/search/")
+    assert ran.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("when", ["BEGIN", "INSERT"])
-def test_cache_that_fails_later_is_one_warning(search, monkeypatch, when):
-    class Full(sqlite3.Connection):
-        def execute(self, query, *args):
-            if query.startswith(when):
-                raise sqlite3.OperationalError("attempt to write a readonly database")
-            return super().execute(query, *args)
+def test_search_with_read_only_cache_uses_what_it_has(search, make_read_only, embedded, tmp_path):
+    (tmp_path / "a.txt").write_text(long_text(3))
+    expected = search("dog", tmp_path / "a.txt").stdout
+    make_read_only()
+    embedded.clear()
+    ran = search("dog", tmp_path / "a.txt")
+    assert (ran.stdout, ran.exit_status, ran.stderr, embedded) == (expected, 0, "", [])
+    (tmp_path / "b.txt").write_text("sun")
+    ran = search("sun", tmp_path / "a.txt", tmp_path / "b.txt", "-n", 1)
+    assert (ran.stdout, ran.exit_status) == (f"{tmp_path / 'b.txt'}:1: sun (1.000)\n", 0)
+    assert ran.stderr.count("attempt to write a readonly database") == ran.stderr.count("\n") == 1
+    assert set(embedded) == {"sun"}
 
-        def executemany(self, query, *args):
-            raise sqlite3.OperationalError("attempt to write a readonly database")
 
-    connect = sqlite3.connect
-    kinds = {":memory:": sqlite3.Connection}
-    monkeypatch.setattr(sqlite3, "connect", lambda path, **rest: connect(path, **rest, factory=kinds.get(path, Full)))
-    ran = search("dog", stdin="".join(f"dog {number}\n" for number in range(200)).encode())
-    assert (len(ran.stdout.splitlines()), ran.exit_status) == (5, 0)
-    assert ran.stderr.count("attempt to write a readonly database") == 1
+def test_search_deletes_old_indexes(search, home):
+    caches = home / "cache"
+    for name in ("search/0123", "search/4567"):
+        (caches / name).mkdir(parents=True)
+        (caches / name / "index.sqlite").write_bytes(b"")
+    os.utime(caches / "search" / "0123", (0, 0))
+    search("dog", stdin=b"dog\n")
+    assert not (caches / "search" / "0123").exists()
+    assert (caches / "search" / "4567").exists()
+
+
+def test_search_reads_only_files_that_changed(search, monkeypatch, tmp_path):
+    from llmcli.tasks import search as task
+
+    read = []
+    (folder := tmp_path / "notes").mkdir()
+    monkeypatch.setattr(task, "is_binary", lambda path: read.append(Path(path).name))
+    for name in "abc":
+        (folder / f"{name}.txt").write_text(f"dog {name}")
+    search("dog", "-r", folder, "-n", 1)
+    assert read[:3] == ["a.txt", "b.txt", "c.txt"]
+    read.clear()
+    times = (folder / "b.txt").stat()
+    (folder / "b.txt").write_text("fox b")
+    os.utime(folder / "b.txt", ns=(times.st_atime_ns, times.st_mtime_ns))  # as a copy or an archive does
+    ran = search("fox b", "-r", folder, "-n", 1)
+    assert (read, ran.stdout) == (["b.txt", "b.txt"], f"{folder / 'b.txt'}:1: fox b (1.000)\n")
+
+
+def test_search_skips_passages_that_change_meanwhile(search, monkeypatch, tmp_path):
+    from llmcli.tasks.search_index import SearchIndex
+
+    (tmp_path / "a.txt").write_text(long_text(3))
+    read = SearchIndex.read
+    change = lambda self, *args: ((tmp_path / "a.txt").write_text("sun"), read(self, *args))[1]  # noqa: E731
+    monkeypatch.setattr(SearchIndex, "read", change)
+    ran = search("dog", tmp_path / "a.txt", "-n", 1)
+    assert (ran.stdout, ran.exit_status) == ("", 0)
+    assert ran.stderr == f"warning: skipped a passage of {tmp_path / 'a.txt'}, which has changed during the search\n"
+
+
+def make_tree(folder: Path) -> None:
+    files = ("a.md", "b.txt", "docs/c.md", "docs/old/d.md", ".hidden.md", ".git/e.md", "docs/build/f.md")
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"dog in {name}")
+    (folder / "image.md").write_bytes(b"dog \0 fox")
+    (folder / "latin.md").write_bytes(b"caf\xe9")
+    (folder / "link.md").symlink_to("a.md")
+    (folder / "linked").symlink_to("docs")
+    (folder / "loop").symlink_to(".")
+    os.mkfifo(folder / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("globs", "expected"),
+    [
+        ([], ["a.md", "b.txt", "docs/c.md", "docs/build/f.md", "docs/old/d.md"]),
+        (["*.md"], ["a.md", "docs/c.md", "docs/build/f.md", "docs/old/d.md"]),
+        (["!*.md"], ["b.txt"]),
+        (["docs/*.md"], ["docs/c.md"]),
+        (["docs/**/*.md"], ["docs/c.md", "docs/build/f.md", "docs/old/d.md"]),
+        (["*.md", "!old"], ["a.md", "docs/c.md", "docs/build/f.md"]),
+        (["*.md", "!old/", "!docs/build/**"], ["a.md", "docs/c.md"]),
+        (["!docs", "docs/c.md"], []),
+        (["*.md", "!c.md", "c.*"], ["a.md", "docs/c.md", "docs/build/f.md", "docs/old/d.md"]),
+        (["*.txt", "!*.txt/"], ["b.txt"]),
+    ],
+)
+def test_search_finds_files_in_directories(search, tmp_path, monkeypatch, globs, expected):
+    folder = tmp_path / "notes"
+    make_tree(folder)
+    monkeypatch.chdir(folder)
+    options = [part for glob in globs for part in ("--glob", glob)]
+    ran = search("dog", "-r", "--json", "-n", 9, *options)
+    if expected:
+        assert sorted(record["file"] for record in ran.records) == sorted(expected)
+        assert ran.exit_status == 0
+        reason = "not UTF-8: byte 0xe9 at offset 3"
+        assert ran.stderr in ("", f"warning: skipped latin.md: {reason}: convert it with iconv\n")
+    else:
+        assert (ran.exit_status, "error: no file to search\nhint: check --glob" in ran.stderr) == (2, True)
+    if not globs:
+        named = search("dog", "-r", folder / "docs", "b.txt", "./image.md", "--json", "-n", 9)
+        places = [str(folder / name) for name in expected[2:]] + ["b.txt", "./image.md"]
+        assert sorted(record["file"] for record in named.records) == sorted(places)
+
+
+def test_glob_requires_recursion(search, tmp_path):
+    ran = search("dog", tmp_path, "--glob", "*.md")
+    assert (ran.exit_status, "--glob requires -r" in ran.stderr) == (2, True)
+
+
+@pytest.fixture(scope="module")
+def reranker(encoder, tmp_path_factory):
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-reranker"
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
+    torch.manual_seed(1)
+    config = BertConfig.from_pretrained(encoder, num_labels=1, initializer_range=0.5, max_position_embeddings=512)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def test_search_ranks_again_with_cross_encoder(search, llmcli, reranker, tmp_path, monkeypatch):
+    lines = [f"{word} {other}" for word in ("the dog", "a fox", "warm sun") for other in ("sleeps", "in", "upon")]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    ranked = llmcli("rerank", "dog", "-m", reranker, "--dtype", "float32", "--json", stdin="\n".join(lines).encode())
+    expected = [(record["text"], pytest.approx(record["score"], abs=1e-6)) for record in ranked.records][:2]
+    for option in (["--rerank", reranker], [f"--rerank={reranker}"]):
+        ran = search(*option, "dog", "--json", "-n", 2, stdin="\n".join(lines).encode())
+        assert [(record["text"], record["score"]) for record in ran.records] == expected
+    monkeypatch.chdir(reranker.parent)  # a model directory may be relative
+    ran = search("dog", "-n", 2, "--rerank", reranker.name, stdin="\n".join(lines).encode())
+    assert ran.stdout.startswith(f"{lines.index(expected[0][0]) + 1}: {expected[0][0]} (")
+
+
+def test_rerank_without_default_model_is_an_error(search, tmp_path):
+    (tmp_path / "a.txt").write_text("the dog")
+    ran = search("--rerank", "the fox", tmp_path / "a.txt")
+    assert (ran.exit_status, "--rerank requires a model\nhint: pass one: --rerank=" in ran.stderr) == (2, True)
+
+
+def test_search_uses_prompts_of_the_model(llmcli, encoder, tmp_path):
+    folder = tmp_path / "prompted"
+    shutil.copytree(encoder, folder)
+    prompts = {"prompts": {"query": "warm sun ", "document": "once upon "}}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    options = ["-m", folder, "--dtype", "float32"]
+    (query,) = llmcli("embed", "dog", "--as", "query", *options).records
+    (document,) = llmcli("embed", "a fox", "--as", "document", *options).records
+    expected = sum(a * b for a, b in zip(query["embedding"], document["embedding"], strict=True))
+    (record,) = llmcli("search", "dog", *options, "--json", stdin=b"a fox").records
+    assert record["score"] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.slow
-def test_a_kill_loses_no_vector_that_was_kept(encoder, home, tmp_path):
-    (tmp_path / "a.txt").write_text("\n".join(f"{'the quick brown fox ' * 5}{i}" for i in range(20_000)))
-    command = [sys.executable, "-m", "llmcli", "search", "dog", "-m", str(encoder)]
-    with (tmp_path / "a.txt").open() as lines:
-        running = subprocess.Popen(command, stdin=lines, stdout=subprocess.DEVNULL, env=os.environ)
-    cache = home / "cache" / "vectors.sqlite"
+def test_killed_search_loses_no_vector_that_was_kept(encoder, home, tmp_path):
+    lines = "".join(f"{'the quick brown fox ' * 5}{number}\n" for number in range(3000))
+    (tmp_path / "a.txt").write_text(lines)
+    command = [
+        sys.executable,
+        "-m",
+        "llmcli",
+        "search",
+        "dog",
+        "-m",
+        str(encoder),
+        "-r",
+        str(tmp_path),
+        "--glob",
+        "a.*",
+    ]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not (count := kept(cache)):
+    while not (count := count_vectors(home)):
         assert running.poll() is None
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.02)
     running.send_signal(signal.SIGKILL)
     running.wait()
-    assert kept(cache) >= count > 0
+    assert count_vectors(home) >= count > 0
     assert running.returncode == -signal.SIGKILL
+    others = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    outputs = {other.communicate(timeout=100) for other in others}  # at the same time
+    fresh = subprocess.run(command, capture_output=True, env=os.environ | {"LLMCLI_CACHE": str(tmp_path / "fresh")})
+    assert outputs == {(fresh.stdout, b"")}
+    assert fresh.stdout.count(b"\n") == 5
 
 
-def kept(cache: Path) -> int:
-    if not cache.exists():
-        return 0
-    try:
-        with sqlite3.connect(cache) as database:
-            return int(database.execute("SELECT count(*) FROM vectors").fetchone()[0])
-    except sqlite3.OperationalError:  # not yet made, or busy
-        return 0
+def count_vectors(home: Path) -> int:
+    for index in (home / "cache").glob("search/*/index.sqlite"):
+        try:
+            with sqlite3.connect(index) as database:
+                return int(database.execute("SELECT coalesce(sum(length(places)), 0) / 32 FROM parts").fetchone()[0])
+        except sqlite3.OperationalError:  # not yet made, or busy
+            pass
+    return 0
 
 
 NAMES = (

@@ -26,7 +26,7 @@ class RunCounts:
     def add(self, result: Result, written: int = 1) -> None:
         """Count a record of which `written` results were written."""
         self.records += 1
-        self.failed += result.failure is not None
+        self.failed += (result.failure is not None) + len(result.output.get("failures", ()))
         self.carried_over += result.is_carried_over
         self.written += written
         for name, count in result.output.get("usage", {}).items():  # Counter.update is four times slower.

@@ -85,6 +85,12 @@ def resolve_adapter(name: str, home: Path = Path()) -> ModelSpec:
     return ModelSpec(name if source else str(path.resolve()), source or FolderSource(path.resolve()), is_adapter=True)
 
 
+def is_model(word: str) -> bool:
+    """Return whether a word, which may be a text or a file, most likely names a model."""
+    is_known = word in models() or Path(word, "config.json").is_file()
+    return is_known or bool(_hub_source(word) and not Path(word).exists())
+
+
 def default_names(task: str, source: str | None = None, target: str | None = None) -> list[str]:
     """Return the models of a task without --model, the preferred one first.
 

@@ -5,14 +5,16 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
 from llmcli.compat.typer import TyperCommand, TyperGroup
 from llmcli.errors import ExitStatus, UsageError
+from llmcli.models import registry
 
+OPTIONAL_VALUES = {"[N]": (str.isdecimal, "0"), "[MODEL]": (registry.is_model, "")}  # what one is, and the default
 PROBABLY_TEXT = re.compile(r"--?[^\s=]*\s|-\d")  # a word that begins like an option
 
 
@@ -25,8 +27,10 @@ class Command(TyperCommand):
         hint = "\nhint: quote a text of several words; name a file with -f" if has_text else ""
         ctx.fail = lambda message: fail(f"{message}{hint if 'extra argument' in message else ''}")
         texts = [word for word in args if has_text and PROBABLY_TEXT.match(word)]
-        optional = {name for param in self.get_params(ctx) if param.metavar == "[N]" for name in param.opts}
-        args = _add_optional_values(args, optional)
+        kinds = {
+            name: OPTIONAL_VALUES.get(param.metavar or "") for param in self.get_params(ctx) for name in param.opts
+        }
+        args = _add_optional_values(args, kinds)
         try:
             rest: list[str] = super().parse_args(ctx, args)
         except Exception as exc:
@@ -66,11 +70,14 @@ class Group(TyperGroup):
         return rest
 
 
-def _add_optional_values(args: list[str], options: set[str]) -> list[str]:
-    """Return arguments with `=0` after those of the options, whose value is optional, that no number follows."""
+def _add_optional_values(args: list[str], kinds: Mapping[str, tuple[Callable[[str], bool], str] | None]) -> list[str]:
+    """Return arguments with `=` and a default after those options, whose value is optional, that no value follows."""
     end = args.index("--") if "--" in args else len(args)
-    pairs = zip(args[:end], [*args[1:], ""], strict=False)
-    return [f"{word}=0" if word in options and not value.isdecimal() else word for word, value in pairs] + args[end:]
+    completed = []
+    for word, value in zip(args[:end], [*args[1:], ""], strict=False):
+        kind = kinds.get(word)
+        completed.append(f"{word}={kind[1]}" if kind and not kind[0](value) else word)
+    return completed + args[end:]
 
 
 def _check_utf8(param: Any, value: object) -> None:

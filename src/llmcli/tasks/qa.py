@@ -79,7 +79,7 @@ def run_prompted(job: Job, question: Question, model: TaskModel) -> TaskGenerato
     else:
         encoder = registry.default_names("search")[0]
         search = Job("search", encoder, parameters={"limit": MAX_PASSAGES}, load_options=job.load_options)
-        (result,) = yield ModelCall([{"query": question.text, "texts": documents}], job=search)
+        (result,) = yield ModelCall([{"query": question.text, "documents": documents}], job=search)
         places = sorted((match["of"], match["start"], match["end"]) for match in result["matches"])
         passages = [_make_passage(documents[number], start, end) for number, start, end in places]
         context = "\n\n".join(passage["passage"] for passage in passages)

@@ -7,6 +7,10 @@ def split(
     text: str, count_tokens: Callable[[str], int], max_tokens: int, *, markdown: bool = False
 ) -> Iterator[tuple[int, str]]:
     """Yield the start and the text of pieces as long as possible, split between paragraphs, sentences or words."""
+    if len(text.encode("utf-8", "surrogatepass")) <= max_tokens:  # A token has at least one byte.
+        if text.strip():
+            yield len(text) - len(text.lstrip()), text.strip()
+        return
     from semantic_text_splitter import MarkdownSplitter, TextSplitter
 
     kind = MarkdownSplitter if markdown else TextSplitter

@@ -1,0 +1,54 @@
+"""Find the files in directories, as ripgrep does: without hidden files and symbolic links."""
+
+import os
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import PurePath
+
+from llmcli import console
+from llmcli.errors import reason
+
+START_BYTES = 1 << 13  # of a file: a NUL among them tells that it is binary
+
+
+def find_files(directory: str, globs: Sequence[str]) -> Iterator[str]:
+    """Yield the paths of the regular files in a directory and below, "" being the working directory.
+
+    The last of the `globs` that matches a path decides. With `!`, it leaves out a file, or a directory with its files.
+    `*.md` and `docs/*.md` match the end of a path; `**` matches any directories.
+    """
+    directories = [directory]
+    while directories:
+        directory = directories.pop()
+        try:
+            with os.scandir(directory or ".") as entries:
+                visible = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
+        except OSError as exc:
+            console.warning(f"skipped {directory!r}: {reason(exc)}")
+            continue
+        below = []
+        for entry in visible:
+            path, is_directory = os.path.join(directory, entry.name), entry.is_dir(follow_symlinks=False)
+            if _is_selected(path, globs, is_directory):
+                below += [path] * is_directory
+                if entry.is_file(follow_symlinks=False):
+                    yield path
+        directories += reversed(below)
+
+
+def is_binary(path: str) -> bool:
+    with open(path, "rb") as file:
+        return b"\0" in file.read(START_BYTES)
+
+
+def _is_selected(path: str, globs: Sequence[str], is_directory: bool) -> bool:
+    for glob in reversed(globs):
+        pattern = glob.removeprefix("!").removesuffix("/")
+        if (is_directory or not glob.endswith("/")) and _matches(path, pattern):
+            return not glob.startswith("!")
+    return is_directory or all(glob.startswith("!") for glob in globs)
+
+
+def _matches(path: str, pattern: str) -> bool:
+    is_similar = fnmatchcase(f"/{path}", f"*/{pattern.replace('**/', '*')}")  # In it, * matches / too.
+    return is_similar and ("**" in pattern or PurePath(path).match(pattern))
