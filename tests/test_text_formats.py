@@ -299,6 +299,21 @@ def test_compressed_output_cut_anywhere_is_completed(generate, suffix, lines, tm
     assert generate(*args).stderr.startswith(f"note: '{path}' is already complete\n")
 
 
+@pytest.mark.parametrize("name", ["out.csv", "out.csv.zst"])
+def test_cut_csv_is_continued_with_its_mark_and_delimiter(generate, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(compression, "MEMBER_BYTES", 500)
+    data = "\ufeffsep=;\nid;text\n".encode() + b"".join(b"%d;the fox\n" % i for i in range(40))
+    args, path = ("--csv", "--resume", "--output", tmp_path / name), tmp_path / name
+    assert generate(*args, stdin=data).exit_status == 0
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert generate(*args, stdin=data).exit_status == 0
+    text = (zstd.decompress if name.endswith("t") else bytes)(path.read_bytes())
+    assert text == (zstd.decompress if name.endswith("t") else bytes)(whole)
+    assert text.startswith(b"\xef\xbb\xbfid;text;generated_text;")
+    assert text.count(b"\n") == 41
+
+
 def test_compressed_output_in_every_format(generate, lines, tmp_path):
     table, empty = ["--csv", "text\nthe fox\na dog\n"], ["--lines", "-f", "/dev/null"]
     for args in (["--lines", "-f", lines], table, empty, ["the fox"]):
@@ -342,7 +357,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.slow
 def test_killed_run_with_compressed_output_is_completed(tiny, many_lines, tmp_path):
     choose, path, plain = random.Random(1), tmp_path / "out.csv.gz", tmp_path / "plain.csv"
-    records = [json.loads(line) for line in many_lines(600).read_text().splitlines()]
+    records = [json.loads(line) for line in many_lines(400).read_text().splitlines()]
     with (tmp_path / "in.csv").open("w") as file:
         csv.writer(file).writerows([("id", "text"), *((record["id"], record.get("text", "")) for record in records)])
     program = [sys.executable, "-c", PROGRAM, "generate", "-m", tiny, "--csv", "-f", tmp_path / "in.csv", "--resume",
@@ -351,7 +366,7 @@ def test_killed_run_with_compressed_output_is_completed(tiny, many_lines, tmp_pa
     program = [str(word) for word in program]
     subprocess.run([*program, plain], check=True, capture_output=True)
     size = 0
-    for _ in range(4):
+    for _ in range(3):
         running = subprocess.Popen([*program, path], stderr=subprocess.DEVNULL)
         while running.poll() is None and (not path.exists() or path.stat().st_size <= size):
             time.sleep(0.001)
