@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import adapters
 import heads
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +36,8 @@ TEXTS = {
     "notes/monday.txt": STORY,
     "notes/a b.txt": "The pump was stopped.\nIt was started again.\n",
     "docs/adding-a-task.md": (ROOT / "docs" / "adding-a-task.md").read_text(encoding="utf-8"),
+    "shard.0.jsonl": '{"text": "The sky is"}\n',
+    "shard.1.jsonl": '{"text": "Once upon a time"}\n',
     "README.md": "# A title\n\nThe sky is blue.\n",
     ".venv/bin/activate": "",
     "constraints.txt": "",
@@ -67,6 +70,7 @@ TINY = {
     "bart": ["bart-large-cnn", "facebook/bart-large-cnn", "distilbart"],
     "tagger": ["bert-ner", "dslim/bert-base-NER"],
     "classifier": ["distilbert-sst2", "distilbert/distilbert-base-uncased-finetuned-sst-2-english"],
+    "reranker": ["ms-marco-minilm"],
     "nli": ["bart-large-mnli", "facebook/bart-large-mnli"],
     "nllb": ["nllb-600m", "facebook/nllb-200-distilled-600M"],
     "marian": ["opus-mt-en-fr", "Helsinki-NLP/opus-mt-en-fr"],
@@ -109,6 +113,7 @@ def tiny(scratch: Path, chat: Path, encoder: Path, server: str) -> Iterator[tupl
         "encoder": encoder,
         "tagger": heads.save_head(scratch / "tagger", "bert", "TokenClassification", heads.ENTITIES),
         "classifier": heads.save_head(scratch / "classifier", "distilbert", "SequenceClassification", heads.SENTIMENTS),
+        "reranker": heads.save_head(scratch / "reranker", "bert", "SequenceClassification", {0: "LABEL_0"}),
         "nli": heads.save_head(scratch / "nli", "bart", "SequenceClassification", heads.NLI),
     }
     tables = [
@@ -123,6 +128,7 @@ def tiny(scratch: Path, chat: Path, encoder: Path, server: str) -> Iterator[tupl
         "LLMCLI_SERVER": server,
     }
     _pulled(chat, scratch / "huggingface" / "hub" / "models--HuggingFaceTB--SmolLM2-360M-Instruct")
+    adapters.make_lora(scratch / "here" / "my-lora", chat)
     with _worker(scratch, own) as environment:
         yield fill(scratch / "here"), environment
 

@@ -28,9 +28,11 @@ BOM = "\ufeff"
 
 @pytest.fixture
 def generate(llmcli, tiny):
-    return lambda *args, stdin=None: llmcli(
-        "generate", "-m", tiny, "--max-new-tokens", 1, "--temperature", 0, *args, stdin=stdin
-    )
+    def run(*args, stdin=None):
+        return llmcli("generate", "-m", tiny, "--max-new-tokens", 1, "--temperature", 0, *args, stdin=stdin)
+
+    run.main = llmcli
+    return run
 
 
 def rows(ran, delimiter=","):
@@ -323,6 +325,18 @@ def test_compressed_output_in_every_format(generate, lines, tmp_path):
         assert sorted(os.listdir(tmp_path))[-2:] == ["out.gz", "plain"]
         plain.unlink()
         path.unlink()
+
+
+def test_compressed_shards_are_merged(generate, tmp_path):
+    (tmp_path / "in.csv").write_bytes(b"\xef\xbb\xbfid;text\n" + b"".join(b'%d;"the\nfox"\n' % i for i in range(9)))
+    args = ("--csv", "--delimiter", ";", "-f", tmp_path / "in.csv", "--resume", "--dtype", "float32")
+    whole, paths = generate(*args[:-3], *args[-2:]), [tmp_path / f"{i}.csv.gz" for i in range(2)]
+    for i, path in enumerate(paths):
+        assert generate(*args, "--output", path, "--shard", f"{i}/2").exit_status == 0
+    assert generate.main("merge", *paths).stdout == whole.stdout
+    for path in paths:
+        (tmp_path / f"{path.name}.state").unlink()
+    assert generate.main("merge", *paths).stdout == whole.stdout
 
 
 def test_retry_of_compressed_output_is_refused_with_a_way(generate, lines, tmp_path):

@@ -20,6 +20,7 @@ class LoadOptions:
     tensor_parallel: bool = False  # each process of torchrun has a part of each layer
     max_memory: int | None = None  # bytes of main memory for the weights
     offload_folder: str | None = None  # for weights that do not fit in memory
+    adapter: str | None = None  # directory that the engine found, to merge into the weights
     offline: bool = False
     allow_pickle: bool = False  # load pickled weights, which can run code
     trust_remote_code: bool = False  # run Python code of the model
@@ -33,6 +34,7 @@ class Job:
     model: str  # registry alias, directory, .gguf file or Hub ID
     generation: JsonObject = field(default_factory=dict)  # GenerationConfig fields that the user gave
     parameters: JsonObject = field(default_factory=dict)  # of the task: prompt, system, fields, full_text, ...
+    adapter: str | None = None  # directory or Hub ID, instead of the one that the alias names
     load_options: LoadOptions = LoadOptions()
     batch_size: int | None = None  # rows per batch; None: the engine chooses
     seed: int | None = None
@@ -43,9 +45,10 @@ class Job:
     logprobs: int | None = None  # number of alternatives to each token; None: no log-probabilities
     think: bool | None = None  # before an answer; None: as the task and the chat template say
     template_options: JsonObject = field(default_factory=dict)  # variables of the chat template
-    endpoint: str | None = None  # URL of a server that runs the model instead of this machine
-    concurrency: int = 16  # maximum number of requests to the server at a time
+    endpoint: tuple[str, ...] = ()  # URLs of servers that run the model instead of this machine
+    concurrency: int = 16  # maximum number of requests to each server at a time
     keep_alive: float | None = None  # seconds in a worker; 0: no worker; None: a worker that is already running
+    shard: tuple[int, int] | None = None  # (I, N): only the records whose number modulo N is I; None: all
 
     @classmethod
     def from_json(cls, fields: JsonObject) -> "Job":

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from llmcli import config, console, engines, tasks
@@ -37,7 +38,10 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
             list(_engine_for(job).run(job, ()))  # Other processes wait for the end.
             return _report_end(counts, spec)
         progress = Progress(counts)
-        records = progress.track(records)
+        index, count = job.shard or (0, 1)
+        records = progress.track(islice(records, index, None, count))
+        if index and job.seed is not None and not job.endpoint:
+            job = replace(job, seed=(job.seed + index) % 2**32)  # so that equal records get different samples
         if journal:
             records = journal.remaining(records)
         if spec.retry and not reads_error(job.parameters):

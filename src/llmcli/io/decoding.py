@@ -98,7 +98,7 @@ class _ChunkStream(io.RawIOBase):
         return len(part)
 
 
-def open_text(source: Stream, encoding: str, name: str | None) -> Stream:
+def open_text(source: Stream, encoding: str, name: str | None) -> io.BufferedReader:
     """Return a stream of UTF-8: the source itself, if it is UTF-8 and not compressed."""
     stream = source if isinstance(source, io.BufferedReader) else io.BufferedReader(cast(io.RawIOBase, source))
     codec = find_codec(stream.peek(1))

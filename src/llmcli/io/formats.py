@@ -235,7 +235,7 @@ def _describe_error(exc: csv.Error) -> str:
 def read_columns(path: Path, dialect: Dialect) -> list[str]:
     """Return the columns of a CSV output."""
     with path.open("rb") as file, open_text(file, "utf-8", None) as stream:
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")  # type: ignore[type-var]
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
         return next(csv.reader(text, delimiter=dialect.found_delimiter), [])
 
 

@@ -43,7 +43,7 @@ class Journal(AbstractContextManager["Journal"]):
     def __init__(self, spec: OutputSpec, job: Job) -> None:
         assert spec.path
         self.path = path = spec.path
-        self._resumes = spec.resume
+        self._resumes, self._is_shard = spec.resume, bool(job.shard)
         self._state, self._new_state = Path(f"{path}.state"), Path(f"{path}.state.retry")
         self._new_output = path.resolve().parent / f"{path.name}.state.new"
         command = {**_identify(job), "rename": spec.rename, "select": spec.select}
@@ -135,7 +135,8 @@ class Journal(AbstractContextManager["Journal"]):
                 exc.hint = "; ".join(filter(None, (exc.hint, RESUME_HINT)))
             elif is_begun and exc and not isinstance(exc, UsageError):
                 console.print_line(f"hint: {RESUME_HINT}")
-            if not self._resumes and (self.is_complete or not is_begun):
+            keeps_state = self._resumes or (self._is_shard and self.is_complete)  # which `llmcli merge` reads
+            if not keeps_state and (self.is_complete or not is_begun):
                 self._state.unlink()
                 if exc:
                     self.path.unlink()

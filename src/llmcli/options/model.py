@@ -9,9 +9,9 @@ from typer import Option
 
 from llmcli import config
 from llmcli.errors import UsageError
-from llmcli.io.units import parse_duration, parse_size
+from llmcli.io.units import parse_duration, parse_shard, parse_size
 from llmcli.job import Job, JsonObject, LoadOptions
-from llmcli.models import registry, store
+from llmcli.models import adapters, registry, store
 from llmcli.options import completion
 from llmcli.options.generation import CommonGenerationOptions, parse_key_value
 
@@ -29,6 +29,8 @@ class ModelOptions:
 
     # fmt: off
     model: Model = None
+    adapter: Annotated[str | None, Option(metavar="PATH|ID",
+        help="LoRA adapter to merge into the model: directory or Hub ID.")] = None
     device: Annotated[str | None, Option(metavar="DEVICE", autocompletion=completion.devices,
         help="Device: auto, cpu, cuda[:N], mps or xpu. [env: LLMCLI_DEVICE]")] = None
     dtype: Annotated[config.DType | None, Option(help="Data type of the weights. [env: LLMCLI_DTYPE]")] = None
@@ -66,6 +68,7 @@ class ModelOptions:
             model=self.model_name(task.partition("_")[0], **languages),  # inspect_next shares the default of inspect
             generation={**defaults, **(generation.config() if generation else {})},
             parameters=parameters,
+            adapter=self.adapter,
             load_options=self.load_options(),
             seed=generation.seed if generation else None,
             truncate=generation.truncate if generation else truncate,
@@ -80,6 +83,10 @@ class ModelOptions:
     def model_name(self, task: str, **languages: str | None) -> str:
         if self.model is not None:
             return self.model
+        if self.adapter is not None:
+            if self.trust_remote_code or self.allow_pickle:
+                raise UsageError("--adapter requires -m with --trust-remote-code and --allow-pickle")
+            return adapters.find_base(self.adapter, self.load_options())
         return store.choose(registry.default_names(task, **languages), self.load_options())
 
     def load_options(self) -> LoadOptions:
@@ -102,6 +109,8 @@ class BatchModelOptions(ModelOptions):
         help="Records per batch, or auto to tune it during the run.")] = "auto"  # fmt: skip
     tensor_parallel: Annotated[bool, Option("--tensor-parallel",
         help="Split each layer among the processes of torchrun.")] = False  # fmt: skip
+    shard: Annotated[str | None, Option(metavar="I/N", rich_help_panel="Input",
+        help="Run only the records whose number modulo N is I, from 0.")] = None  # fmt: skip
 
     def load_options(self) -> LoadOptions:
         options = super().load_options()
@@ -114,6 +123,10 @@ class BatchModelOptions(ModelOptions):
 
     def _complete(self, job: Job) -> Job:
         job = super()._complete(job)
+        if self.shard is not None:
+            if config.world_size() > 1:
+                raise UsageError("--shard cannot be used with torchrun", hint="it distributes the records itself")
+            job = replace(job, shard=parse_shard(self.shard))
         if self.batch_size == "auto":
             return job
         if not self.batch_size.isdecimal() or int(self.batch_size) < 1:
@@ -125,17 +138,20 @@ class BatchModelOptions(ModelOptions):
 class ServedModelOptions(BatchModelOptions):
     """Model"""
 
-    endpoint: Annotated[str | None, Option(metavar="URL",
-        help="URL of an OpenAI-compatible server to use instead.")] = None  # fmt: skip
-    concurrency: Annotated[int, Option(metavar="N", min=1, help="Maximum concurrent requests to the endpoint.")] = 16
+    endpoint: Annotated[list[str], Option(metavar="URL",
+        help="URL of an OpenAI-compatible server to use; repeatable.")] = field(default_factory=list)  # fmt: skip
+    concurrency: Annotated[int, Option(metavar="N", min=1, help="Maximum concurrent requests to each endpoint.")] = 16
 
     def _complete(self, job: Job) -> Job:
         job = super()._complete(job)
-        return replace(job, endpoint=self.endpoint, concurrency=self.concurrency)
+        return replace(job, endpoint=tuple(dict.fromkeys(self.endpoint)), concurrency=self.concurrency)
 
     def model_name(self, task: str, **languages: str | None) -> str:
+        if self.endpoint and self.adapter:
+            hint = "pass the name by which the server knows the adapter: -m NAME"
+            raise UsageError("--adapter cannot be used with --endpoint", hint)
         if self.model is None and self.endpoint:
-            from llmcli.engines.endpoint import only_model
+            from llmcli.engines.servers import only_model
 
             return only_model(self.endpoint)
         return super().model_name(task, **languages)
