@@ -54,6 +54,14 @@ RECORDS = {
         {"text": "Is it late?", "schema": {"type": "boolean"}},
         {"text": "Pick a number", "settings": {"choice": ["one", "two"], "seed": 7}, "schema": None},
     ],
+    "batch": [
+        {
+            "custom_id": "1",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 9},
+        },
+    ],
     "conversations": [{"messages": [{"role": "user", "content": "Hello"}]}, {"text": "Hello"}],
 }
 FUNCTIONS = """

@@ -8,6 +8,7 @@ from typing import Any
 
 from llmcli import config, console, engines, tasks
 from llmcli.errors import ExitStatus, UsageError
+from llmcli.io.openai_batch import read_requests
 from llmcli.io.output import Output, OutputFormat, OutputSpec
 from llmcli.io.progress import Progress, RunCounts, print_statistics
 from llmcli.io.resume import RESUME_HINT, Journal
@@ -21,7 +22,9 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
         from llmcli.engines.distributed import serve
 
         return serve(engines.engine_for(job), job)
-    if job.logprobs is not None and spec.format not in (OutputFormat.JSON, OutputFormat.CSV):
+    if spec.format is OutputFormat.OPENAI_BATCH:
+        job, records = read_requests(job, records)
+    elif job.logprobs is not None and spec.format not in (OutputFormat.JSON, OutputFormat.CSV):
         console.warning("--logprobs has no effect in text output: use --json")
     if not spec.has_records:
         job = replace(job, load_options=replace(job.load_options, one_stream=True))

@@ -6,7 +6,8 @@ from typer import Option
 
 from llmcli.errors import ExitStatus
 from llmcli.io.output import OutputFormat
-from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, Texts, expand_options
+from llmcli.options import BatchModelOptions, OutputOptions, Texts, expand_options
+from llmcli.options.input_output import RequestInputOptions
 from llmcli.run import run
 
 
@@ -18,7 +19,7 @@ def embed(
     dimensions: Annotated[int | None, Option(metavar="N", min=1,
         help="Keep the first N dimensions (Matryoshka models).")] = None,
     truncate: Annotated[bool, Option("--truncate", help="Truncate inputs longer than the context length.")] = False,
-    *, input: InputOptions, model: BatchModelOptions, output: OutputOptions,
+    *, input: RequestInputOptions, model: BatchModelOptions, output: OutputOptions,
 ) -> ExitStatus:  # fmt: skip
     """Compute text embeddings.
 

@@ -173,7 +173,8 @@ class Model:
             reasons = pipelines.check_compatibility(self.folder, options, strategies)
             if kind := next((kind for kind, reason in reasons.items() if reason is None), None):
                 return kind
-            kinds_by_task = {name: set(tasks.load_task(name).strategies) for name in tasks.task_names()}
+            names = [name for name in tasks.task_names() if name != "serve_requests"]  # which has no command
+            kinds_by_task = {name: set(tasks.load_task(name).strategies) for name in names}
             others = pipelines.check_compatibility(self.folder, options, set().union(*kinds_by_task.values()))
         able = [name for name, kinds in kinds_by_task.items() if any(others[kind] is None for kind in kinds)]
         raise ModelUnavailableError(

@@ -32,6 +32,7 @@ class InputFormat(Enum):
     NULL = "null"
     JSONL = "jsonl"
     CSV = "csv"
+    OPENAI_BATCH = "openai-batch"  # a request per line
 
     @property
     def has_fields(self) -> bool:
@@ -249,5 +250,5 @@ def format_row(cells: Sequence[object], dialect: Dialect) -> str:
 
 READERS: Mapping[InputFormat, Callable[[Stream, str | None], Iterator[Record]]] = {  # `read_csv` reads the rest
     InputFormat.WHOLE: _read_whole, InputFormat.LINES: _read_lines, InputFormat.NULL: _read_null,
-    InputFormat.JSONL: _read_jsonl,
+    InputFormat.JSONL: _read_jsonl, InputFormat.OPENAI_BATCH: _read_jsonl,
 }  # fmt: skip

@@ -16,6 +16,7 @@ from llmcli.errors import NO_ANSWER, LlmcliError, OutputClosedError, UsageError,
 from llmcli.io.compression import MemberWriter, find_compressor
 from llmcli.io.decoding import BOM, Dialect
 from llmcli.io.formats import format_row, read_columns
+from llmcli.io.openai_batch import make_response
 from llmcli.job import Result
 from llmcli.text.terminal import Sanitizer, sanitize
 
@@ -31,6 +32,7 @@ class OutputFormat(Enum):
     NULL = "null"  # terminated by NUL
     JSON = "json"
     CSV = "csv"
+    OPENAI_BATCH = "openai-batch"  # a response per line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +170,8 @@ class Output(AbstractContextManager["Output"]):
             console.warning(f"{result.record.where}{NO_ANSWER}")
         if self.format is OutputFormat.JSON:
             return self._sink.write(to_json(self._fields(result)) + "\n")
+        if self.format is OutputFormat.OPENAI_BATCH:
+            return self._sink.write(to_json(make_response(result, self.model)) + "\n")
         if self.format is OutputFormat.CSV:
             return self._sink.write(self._format_cells(result.record.fields, self._fields(result)))
         if result.failure and self.format is OutputFormat.TEXT and not self._streamed:

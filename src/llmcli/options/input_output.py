@@ -30,6 +30,7 @@ Verbose = Annotated[bool, Option("--verbose", "-v", callback=console.set_verbose
 FORMATS = {
     InputFormat.WHOLE: OutputFormat.TEXT, InputFormat.LINES: OutputFormat.LINES, InputFormat.NULL: OutputFormat.NULL,
     InputFormat.JSONL: OutputFormat.JSON, InputFormat.CSV: OutputFormat.CSV,
+    InputFormat.OPENAI_BATCH: OutputFormat.OPENAI_BATCH,
 }  # fmt: skip
 
 
@@ -52,7 +53,7 @@ class InputOptions:
 
     def format(self) -> InputFormat:
         """Return the record format that was chosen; raise UsageError if there are several."""
-        chosen = [format for format in InputFormat if getattr(self, format.value, False)]
+        chosen = [format for format in InputFormat if getattr(self, format.value.replace("-", "_"), False)]
         if len(chosen) > 1:
             raise UsageError(f"--{chosen[0].value} cannot be used with --{chosen[1].value}")
         return chosen[0] if chosen else InputFormat.WHOLE
@@ -92,6 +93,14 @@ class InputOptions:
 
 
 @dataclass
+class RequestInputOptions(InputOptions):
+    """Input"""
+
+    openai_batch: Annotated[bool, Option("--openai-batch",
+        help="Read requests and write responses of the OpenAI API.")] = False  # fmt: skip
+
+
+@dataclass
 class OutputOptions:
     """Output"""
 
@@ -118,6 +127,7 @@ class OutputOptions:
         """
         input_format, files = input.format(), input.files
         format = format or (OutputFormat.JSON if self.json else FORMATS[input_format])
+        format = OutputFormat.OPENAI_BATCH if input_format is InputFormat.OPENAI_BATCH else format
         if (self.rename or self.select is not None) and format not in (OutputFormat.JSON, OutputFormat.CSV):
             option = "--rename" if self.rename else "--select"
             raise UsageError(f"{option} requires --json, --jsonl or --csv")

@@ -62,6 +62,9 @@ class ModelCall:
         shown: Text that precedes the answer. If it is not None, a terminal may show the answer while it is generated.
         strip: Whether generated texts lose the white space around them.
         is_final: Whether the output is the record's answer, to which a schema or another constraint applies.
+        copies: Number of outputs for each input, one after the other. A seed of the record differs among them.
+        logprobs: Number of alternatives to each token in log-probabilities. None: as the job says.
+        is_shared: Whether the other job runs once for all records that wait for it.
     """
 
     inputs: Sequence[object]
@@ -69,6 +72,9 @@ class ModelCall:
     shown: str | None = None
     strip: bool = False
     is_final: bool = True
+    copies: int = 1
+    logprobs: int | None = None
+    is_shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
