@@ -13,7 +13,7 @@ NO_JSON = ("invalid_json", "not JSON: ")
 NO_OBJECT = ("invalid_json", "expected a JSON object, got ")
 NO_TEXT = ("missing_field", "missing field 'text': available fields: none")
 NOT_A_TEXT = ("wrong_type", "field 'text' must be a string")
-NO_UTF8 = ("invalid_utf8", "not UTF-8: byte 0x")
+NO_UTF8 = ("invalid_utf8", "cannot decode byte 0x")
 BLANK = ("invalid_json", "blank line")
 HALF = ("invalid_text", "field 'text': lone surrogate at character ")
 TOO_LONG = ("context_length_exceeded", "text has over 128 tokens, which exceeds the context length of 64: ")
@@ -49,7 +49,7 @@ BAD = {
         (rb'{"text": "the fox", "by": "\ud83d"}', RUNS),
     ],
     "not in UTF-8": [
-        (b'{"text": "caf\xe9"}', (NO_UTF8[0], "not UTF-8: byte 0xe9 at offset 13")),
+        (b'{"text": "caf\xe9"}', (NO_UTF8[0], "cannot decode byte 0xe9 at offset 13")),
         (b'{"text": "\xc0\x80"}', NO_UTF8),
         (b'{"text": "\xed\xa0\x80"}', NO_UTF8),
         (b'{"text": "the fox\xf0\x9f\x98"}', NO_UTF8),

@@ -73,10 +73,8 @@ def test_a_failed_line_is_an_empty_line(generate):
     assert (failed, end) == ("", "")
     assert first.startswith("the")
     assert last.startswith("dog")
-    assert (
-        ran.stderr
-        == "error: line 2: not UTF-8: byte 0xff at offset 4: convert it with iconv\nerror: 1 of 3 records failed\n"
-    )
+    why = "cannot decode byte 0xff at offset 4: use --encoding, or convert it to UTF-8 with iconv"
+    assert ran.stderr == f"error: line 2: {why}\nerror: 1 of 3 records failed\n"
     assert ran.exit_status == 3
 
 
@@ -122,7 +120,8 @@ def test_stop_on_error_keeps_what_is_done(generate):
 def test_a_single_failed_input_exits_1(generate):
     ran = generate(stdin=b"\xff")
     assert (ran.stdout, ran.exit_status) == ("", 1)
-    assert ran.stderr == "error: not UTF-8: byte 0xff at offset 0: convert it with iconv\n"
+    why = "cannot decode byte 0xff at offset 0: use --encoding, or convert it to UTF-8 with iconv"
+    assert ran.stderr == f"error: {why}\n"
 
 
 def test_no_model_is_touched_without_work(llmcli):
@@ -144,7 +143,7 @@ def test_file_names_travel(generate, tmp_path):
     path.write_text("the quick\n")
     assert generate("-f", path, "--json").records[0]["file"] == str(path)
     path.write_bytes(b"ok\n\xff\n")
-    assert f"error: {path}:2: not UTF-8" in generate("-f", path, "--lines").stderr
+    assert f"error: {path}:2: cannot decode byte" in generate("-f", path, "--lines").stderr
 
 
 def test_output_goes_to_a_new_file(generate, tmp_path):

@@ -104,7 +104,7 @@ def test_what_cannot_be_searched(search, tmp_path):
     (tmp_path / "good.txt").write_text("dog")
     ran = search("dog", tmp_path / "bad.txt", tmp_path / "good.txt")
     assert ran.stdout.startswith(f"{tmp_path / 'good.txt'}:1: dog")
-    why = "expected UTF-8, got UTF-16: convert it with iconv -f UTF-16 -t UTF-8"
+    why = "expected UTF-8, got UTF-16: use --encoding utf-16, or convert it with iconv"
     assert ran.stderr == f"error: {tmp_path / 'bad.txt'}: {why}\nerror: 1 of 2 records failed\n"
     assert ran.exit_status == 3
     assert search("dog", tmp_path).exit_status == 2

@@ -117,8 +117,9 @@ def test_a_file_that_is_no_text_harms_no_other(llmcli, tmp_path):
     files = ("-f", tmp_path / "photo.jpg", "-f", tmp_path / "a.txt")
     ran = llmcli("summarize", "-m", GOLDEN / "bart", *files, "--json", "--max-new-tokens", 4)
     failed, done = ran.records
+    why = "cannot decode byte 0xff at offset 0: use --encoding, or convert it to UTF-8 with iconv"
     assert failed == {
-        "error": {"type": "invalid_utf8", "message": "not UTF-8: byte 0xff at offset 0: convert it with iconv"},
+        "error": {"type": "invalid_utf8", "message": why},
         "file": str(files[1]),
     }  # fmt: skip
     assert (done["file"], bool(done["summary_text"]), ran.exit_status) == (str(files[3]), True, 3)

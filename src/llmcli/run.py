@@ -50,8 +50,10 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
         if spec.retry and not reads_error(job.parameters):
             records = map(Record.drop_error, records)
         path = journal.output if journal else spec.path
-        append, is_styled = journal is not None, spec.is_styled
-        output = Output(spec.format, path=path, names=names, model=job.model, append=append, is_styled=is_styled)
+        append, is_styled, dialect = journal is not None, spec.is_styled, spec.dialect
+        output = Output(
+            spec.format, job.model, path=path, names=names, append=append, is_styled=is_styled, dialect=dialect
+        )
         shows = console.is_watched() and not output.is_watched
         with output, console.live_status(progress.line) if shows else nullcontext():
             on_text, on_result = output.stream if output.streams else None, progress.done.add if shows else None

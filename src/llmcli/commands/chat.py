@@ -7,7 +7,6 @@ from typer import Argument, Option
 
 from llmcli.errors import ExitStatus
 from llmcli.io.output import OutputSpec
-from llmcli.io.records import read_prompts
 from llmcli.options import ChatModelOptions, GenerationOptions, OutputOptions, Prompt, expand_options
 from llmcli.options.input_output import RequestInputOptions
 from llmcli.options.structure import AnswerOptions
@@ -33,8 +32,8 @@ def chat(
     llmcli chat --jsonl < conversations.jsonl        fields: messages, or text
     llmcli chat                                      /system, /clear, /exit
     """
-    format, texts = input.format(), [] if text is None else [text]
-    spec = output.spec(format, texts, input.files)
+    texts = [] if text is None else [text]
+    spec = output.spec(input, texts)
     parameters = {"fields": input.roles("text", "messages"), "system": system} | build_prompt_parameters(prompt)
     job = model.job("chat", parameters, generation, fields=structure.job_fields(input, generation))
     has_input = texts or input.files or prompt or job.shard or spec != OutputSpec()
@@ -42,4 +41,4 @@ def chat(
         from llmcli.repl import converse
 
         return converse(job)
-    return run(job, read_prompts(texts, input.files, format), spec)
+    return run(job, input.read_prompts(texts), spec)

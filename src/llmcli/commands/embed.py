@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 from typer import Option
 
 from llmcli.errors import ExitStatus
-from llmcli.io.formats import InputFormat
 from llmcli.io.output import OutputFormat
 from llmcli.options import BatchModelOptions, OutputOptions, Texts, expand_options
 from llmcli.options.input_output import RequestInputOptions
@@ -32,9 +31,7 @@ def embed(
     llmcli embed --lines -f sentences.txt > vectors.jsonl
     llmcli embed --as query "Who repaired the clock?"
     """
-    format = input.format()
-    output_format = OutputFormat.CSV if format is InputFormat.CSV and not output.json else OutputFormat.JSON
-    spec = output.spec(format, texts, input.files, format=output_format)
+    spec = output.spec(input, texts, format=None if input.format().has_fields else OutputFormat.JSON)
     parameters = {"fields": input.roles("text"), "role": role, "dimensions": dimensions}
     job = model.job("embed", parameters, truncate=truncate)
     return run(job, input.read(texts), spec)

@@ -5,7 +5,6 @@ from typing import Annotated
 from typer import Option
 
 from llmcli.errors import ExitStatus, UsageError
-from llmcli.io.records import read_prompts
 from llmcli.options import GenerationOptions, OutputOptions, Prompt, Texts, completion
 from llmcli.options.expand import expand_options
 from llmcli.options.input_output import RequestInputOptions
@@ -36,11 +35,10 @@ def generate(
     llmcli generate --lines -f openings.txt --max-new-tokens 40
     llmcli generate --jsonl --prompt "Sentiment of {text}:" < reviews.jsonl
     """
-    format = input.format()
     if prompt is not None and preset is not None:
         raise UsageError("--prompt cannot be used with --preset")
     fields = structure.job_fields(input, generation)
     chosen, defaults = load_preset(preset)
     parameters = {"fields": input.roles("text"), "full_text": full_text, **build_prompt_parameters(prompt), **chosen}
     job = model.job("generate", parameters, generation, defaults=defaults, fields=fields)
-    return run(job, read_prompts(texts, input.files, format), output.spec(format, texts, input.files))
+    return run(job, input.read_prompts(texts), output.spec(input, texts))

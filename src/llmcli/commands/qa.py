@@ -52,14 +52,14 @@ def qa(
     """
     constraint = structure.job_fields(input, generation)
     format = input.format()
-    spec = output.spec(format, [text for text in (question, context) if text is not None], input.files)
+    spec = output.spec(input, [text for text in (question, context) if text is not None])
     roles = input.roles("question", "context")
     given = {roles["question"]: question, roles["context"]: context}
     fields = {name: text for name, text in given.items() if text is not None}
     records: Iterable[Record]
     documents = None
     if question is not None and context is None and format is InputFormat.WHOLE and input.files:
-        records, documents = read_documents(input.files, fields)
+        records, documents = read_documents(input.read(), fields)
     else:
         retry = output.retry_errors or reads_error({"fields": roles, "prompt": prompt})
         records = _read_questions(input, fields, roles, retry=retry)

@@ -9,7 +9,6 @@ from typer import Argument, Option
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.io.formats import InputFormat
 from llmcli.io.output import OutputFormat
-from llmcli.io.records import open_inputs, read_records
 from llmcli.job import Result
 from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, expand_options
 from llmcli.run import run
@@ -36,11 +35,11 @@ def rerank(
         raise UsageError("QUERY must not be empty")
     if output.resume or output.retry_errors or model.shard:
         raise UsageError("rerank does not support --resume, --retry-errors or --shard")
-    files = [*paths, *input.files]
-    format = InputFormat.LINES if input.format() is InputFormat.WHOLE else input.format()
-    spec = output.spec(format, (), files)
+    is_whole = input.format() is InputFormat.WHOLE
+    input = replace(input, files=[*paths, *input.files], lines=input.lines or is_whole)
+    format, spec = input.format(), output.spec(input)
     job = model.job("rerank", {"query": query, "fields": input.roles("text")})
-    records = list(read_records(open_inputs([], files), format))
+    records = list(input.read())
     if format in (InputFormat.LINES, InputFormat.NULL):
         records = [replace(record, fields={"line": record.line, **record.fields}) for record in records]
     results: list[Result] = []

@@ -52,7 +52,7 @@ def score(
     llmcli score --tokens "The cat sat on the moon."
     """
     format, roles = input.format(), input.roles("text")
-    spec = output.spec(format, texts, input.files)
+    spec = output.spec(input, texts)
     is_text = spec.format not in (OutputFormat.JSON, OutputFormat.CSV)
     finisher = ScoreFinisher(
         field=roles["text"], minimum=min_perplexity, maximum=max_perplexity, is_text=is_text,

@@ -9,12 +9,13 @@ from typer import Argument, Option
 
 from llmcli import config, console
 from llmcli.errors import ExitStatus, LlmcliError, UsageError
+from llmcli.io.decoding import printable
 from llmcli.io.folders import find_files
-from llmcli.io.formats import InputFormat, printable
+from llmcli.io.formats import InputFormat
 from llmcli.io.records import open_inputs, read_records
 from llmcli.job import JsonObject, Record, Result
 from llmcli.models import registry
-from llmcli.options import BatchModelOptions, OutputOptions, expand_options
+from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, expand_options
 from llmcli.run import run
 
 
@@ -89,7 +90,7 @@ def search(
         return results
 
     extra = count - len(records)
-    spec = replace(output.spec(InputFormat.WHOLE), fingerprint=None, finish=expand_matches, extra_records=extra)
+    spec = replace(output.spec(InputOptions()), fingerprint=None, finish=expand_matches, extra_records=extra)
     return run(job, records, spec)
 
 

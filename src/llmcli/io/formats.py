@@ -1,4 +1,4 @@
-"""Record formats: parse a stream of bytes into Records."""
+"""Record formats: parse a stream of UTF-8 into Records, and format rows of CSV."""
 
 import csv
 import io
@@ -6,33 +6,22 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from itertools import chain
+from pathlib import Path
 
 from llmcli.errors import RecordError
+from llmcli.io.compression import CHUNK_BYTES
+from llmcli.io.decoding import BOM, Dialect, Stream, check_signature, decode_utf8, open_text, printable, read_lines
 from llmcli.job import Failure, JsonObject, Record
 
-Stream = io.BufferedIOBase
-BOM = "\ufeff"
-CHUNK_BYTES = 1 << 16
 MAX_JSON_DEPTH = 500  # Python's own limit, 1,000, counts the frames of callers too
 TOO_DEEP = f"nested more than {MAX_JSON_DEPTH} levels deep"
 SURROGATE = re.compile("[\ud800-\udfff]")
-SIGNATURES = {  # how files begin that are not UTF-8, what they are, and what converts them
-    rb"\xff\xfe\0\0|\0\0\xfe\xff": ("UTF-32", "iconv -f UTF-32 -t UTF-8"),
-    rb"[^\0]\0\0\0[^\0]\0\0\0": ("UTF-32", "iconv -f UTF-32LE -t UTF-8"),
-    rb"\0\0\0[^\0]\0\0\0[^\0]": ("UTF-32", "iconv -f UTF-32BE -t UTF-8"),
-    rb"\xff\xfe|\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8"),
-    rb"[^\0]\0[^\0]\0": ("UTF-16", "iconv -f UTF-16LE -t UTF-8"),
-    rb"\0[^\0]\0[^\0]": ("UTF-16", "iconv -f UTF-16BE -t UTF-8"),
-    rb"\x1f\x8b": ("gzip", "zcat"),
-    rb"BZh[1-9]1AY&SY": ("bzip2", "bzcat"),
-    rb"\xfd7zXZ": ("xz", "xzcat"),
-    rb"\x28\xb5\x2f\xfd": ("Zstandard", "zstdcat"),
-    rb"PK\x03\x04": ("a zip archive", "unzip -p"),
-}
+DELIMITERS = ",;\t|"  # usual ones of CSV
+DELIMITER_LINE = re.compile(r'"?sep=([^\r\n\0"])"?[\r\n]*', re.IGNORECASE)  # begins CSV for spreadsheet programs
 
 
 class InputFormat(Enum):
@@ -54,50 +43,22 @@ def _strip_line_end(data: bytes) -> bytes:
     return data[:-1].removesuffix(b"\r") if data.endswith(b"\n") else data
 
 
-def decode_utf8(data: bytes) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as exc:
-        line = data.count(b"\n", 0, exc.start) + 1
-        place = f"offset {exc.start}, line {line}" if b"\n" in data else f"offset {exc.start}"
-        message = f"not UTF-8: byte 0x{data[exc.start]:02x} at {place}"
-        raise RecordError("invalid_utf8", message, hint="convert it with iconv") from None
-
-
-def printable(text: str) -> str:
-    """Return a text that the system gave, with escapes such as `\\xff` for bytes that are not UTF-8."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _check_signature(start: bytes) -> None:
-    for pattern, (kind, command) in SIGNATURES.items():
-        if re.match(pattern, start):
-            raise RecordError("invalid_utf8", f"expected UTF-8, got {kind}", hint=f"convert it with {command}")
-
-
-def _lines(stream: Stream) -> Iterator[bytes]:
-    """Return the lines of a file. Raises RecordError if it is not UTF-8."""
-    first = stream.readline()
-    _check_signature(first)
-    return chain([first] * bool(first), stream)
-
-
 def _failed(fields: JsonObject, name: str | None, number: int | None, exc: RecordError) -> Record:
     hint = f": {exc.hint}" if exc.hint else ""
     return Record(fields, name, number, Failure(exc.kind, exc.message + hint))
 
 
 def _read_whole(stream: Stream, name: str | None) -> Iterator[Record]:
-    data = stream.read()
     try:
-        _check_signature(data)
+        data = stream.read()
+        check_signature(data)
         yield _text_record(_strip_line_end(data), name)
     except RecordError as exc:
         yield _failed({}, name, None, exc)
 
 
 def _read_lines(stream: Stream, name: str | None) -> Iterator[Record]:
-    for number, line in enumerate(_lines(stream), start=1):
+    for number, line in enumerate(read_lines(stream), start=1):
         yield _text_record(_strip_line_end(line), name, number)
 
 
@@ -105,7 +66,7 @@ def _read_null(stream: Stream, name: str | None) -> Iterator[Record]:
     parts, number = [b""], 0  # of the next string, which can be longer than a chunk
     while chunk := stream.read1(CHUNK_BYTES):
         if len(parts) == 1 and not number:
-            _check_signature(chunk.replace(b"\0", b" "))  # NULs are no sign of UTF-16 here.
+            check_signature(chunk.replace(b"\0", b" "))  # NULs are no sign of UTF-16 here.
         part, *others = chunk.split(b"\0")
         parts.append(part)
         for part in others:
@@ -126,7 +87,7 @@ def _text_record(data: bytes, name: str | None, number: int | None = None) -> Re
 
 def _read_jsonl(stream: Stream, name: str | None) -> Iterator[Record]:
     blank: list[int] = []  # numbers of blank lines; those at the end of a file are no records
-    for number, line in enumerate(_lines(stream), start=1):
+    for number, line in enumerate(read_lines(stream), start=1):
         try:
             # Concatenated files can have a byte order mark on any line.
             text = decode_utf8(_strip_line_end(line)).removeprefix(BOM)
@@ -199,17 +160,33 @@ def _build_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 JSON = json.JSONDecoder(parse_constant=_parse_float, parse_float=_parse_float, object_pairs_hook=_build_object)
 
 
-def _read_csv(stream: Stream, name: str | None) -> Iterator[Record]:
+def read_csv(stream: Stream, name: str | None, dialect: Dialect) -> Iterator[Record]:
+    """Yield the rows of a file as Records. Raises RecordError if its first row is not a header."""
     csv.field_size_limit(2**31 - 1)  # the maximum on every platform
-    lines = _lines(stream)
-    first = next(lines, b"").removeprefix(BOM.encode())
+    lines = read_lines(stream)
+    first = next(lines, b"")
+    has_bom, first = first.startswith(BOM.encode()), first.removeprefix(BOM.encode())
+    if not first.endswith(b"\n"):  # It is the whole file, whose lines may end with CR.
+        lines = iter(first.splitlines(keepends=True))
+        first = next(lines, b"")
+    delimiter, skipped = dialect.delimiter, 0
+    if match := DELIMITER_LINE.fullmatch(decode_utf8(first)):
+        if match[1] != (delimiter or match[1]):
+            raise RecordError("invalid_csv", f"line 1 sets the delimiter {match[1]!r}, --delimiter sets {delimiter!r}")
+        delimiter, skipped, first = match[1], 1, next(lines, b"")
+    while first and not first.strip(b"\r\n"):
+        skipped, first = skipped + 1, next(lines, b"")
     # Undecodable bytes become surrogates, so that they are reported with their row.
-    rows = csv.reader((line.decode("utf-8", "surrogateescape") for line in chain([first], lines)), strict=True)
-    header = _read_header(rows, first)
+    texts = (line.decode("utf-8", "surrogateescape") for line in chain([first], lines))
+    rows = csv.reader(texts, delimiter=delimiter or ",", strict=True)
+    header = _read_header(rows, first, delimiter)
+    if not dialect.header:
+        dialect.header, dialect.found_delimiter = header, delimiter or ","
+        dialect.has_bom = has_bom or dialect.encoding != "utf-8"
     while True:
         fields: dict[str, str | None] = dict.fromkeys(header, "")
         row: list[str] = []
-        failure, start = None, rows.line_num + 1
+        failure, start = None, rows.line_num + skipped + 1
         try:
             row = next(rows)
             fields |= zip(header, row, strict=False)
@@ -217,8 +194,8 @@ def _read_csv(stream: Stream, name: str | None) -> Iterator[Record]:
         except StopIteration:
             return
         except csv.Error as exc:
-            place = f" in the row that begins on line {start}" if start < rows.line_num else ""
-            failure = Failure("invalid_csv", f"{_describe_csv_error(exc)}{place}")
+            place = f" in the row that begins on line {start}" if start < rows.line_num + skipped else ""
+            failure = Failure("invalid_csv", f"{_describe_error(exc)}{place}")
         except UnicodeEncodeError:
             for column, cell in zip(header, row, strict=False):
                 try:
@@ -230,32 +207,48 @@ def _read_csv(stream: Stream, name: str | None) -> Iterator[Record]:
             extra = f"; extra fields: {printable(', '.join(row[len(header) :]))}" if len(row) > len(header) else ""
             failure = Failure("invalid_csv", f"expected {len(header)} fields, got {len(row)}{extra}")
         if row or failure:
-            yield Record(fields, name, rows.line_num, failure, is_row=True)
+            yield Record(fields, name, rows.line_num + skipped, failure, is_row=True)
 
 
-def _read_header(rows: Iterator[list[str]], first: bytes) -> list[str]:
+def _read_header(rows: Iterator[list[str]], first: bytes, delimiter: str | None) -> list[str]:
     """Return the names of the columns. Raises RecordError if `first`, the first line, is not the header of a CSV."""
-    text, header, error = decode_utf8(first), [], ""
+    text, header, error, hint = decode_utf8(first), [], "", None
     try:
         header = next(filter(None, rows), [])
         decode_utf8("".join(header).encode("utf-8", "surrogateescape"))
     except csv.Error as exc:
-        error = _describe_csv_error(exc)
-    delimiter = max(";\t|", key=text.count)
-    if (error or (len(header) == 1 and not text.startswith('"'))) and delimiter in text:
-        error = f"expected commas between columns, got {delimiter!r}"
+        error = _describe_error(exc)
+    likely = max(DELIMITERS, key=re.sub('"[^"]*"', "", text).count)
+    if delimiter is None and likely != ",":
+        error = f"expected commas between columns, got {likely!r}"
+        hint = f"use --delimiter {likely!r}, or --delimiter , if commas are right"
     elif duplicates := [name for name, count in Counter(header).items() if count > 1]:
         error = f"duplicate column {duplicates[0]!r}"
     if error:
-        raise RecordError("invalid_csv", f"invalid header: {error}")
+        raise RecordError("invalid_csv", f"invalid header: {error}", hint)
     return header
 
 
-def _describe_csv_error(exc: csv.Error) -> str:
+def _describe_error(exc: csv.Error) -> str:
     return f"not CSV: {str(exc).partition(' - ')[0]}"  # The rest of a message is advice for programmers.
 
 
-READERS: Mapping[InputFormat, Callable[[Stream, str | None], Iterator[Record]]] = {
+def read_columns(path: Path, dialect: Dialect) -> list[str]:
+    """Return the columns of a CSV output."""
+    with path.open("rb") as file, open_text(file, "utf-8", None) as stream:
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        return next(csv.reader(text, delimiter=dialect.found_delimiter), [])
+
+
+def format_row(cells: Sequence[object], dialect: Dialect) -> str:
+    """Return the cells as a row. Its line ends with LF: spreadsheet programs and other tools read that too."""
+    text = io.StringIO()
+    # With "\n" as its line end, the writer would not quote a cell with "\r".
+    csv.writer(text, delimiter=dialect.found_delimiter).writerow(cells)
+    return text.getvalue().removesuffix("\r\n") + "\n"
+
+
+READERS: Mapping[InputFormat, Callable[[Stream, str | None], Iterator[Record]]] = {  # `read_csv` reads the rest
     InputFormat.WHOLE: _read_whole, InputFormat.LINES: _read_lines, InputFormat.NULL: _read_null,
-    InputFormat.JSONL: _read_jsonl, InputFormat.CSV: _read_csv, InputFormat.OPENAI_BATCH: _read_jsonl,
+    InputFormat.JSONL: _read_jsonl, InputFormat.OPENAI_BATCH: _read_jsonl,
 }  # fmt: skip

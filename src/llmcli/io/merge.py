@@ -7,8 +7,11 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from io import BufferedReader, FileIO
 from itertools import chain, count, takewhile
+from pathlib import Path
 
 from llmcli.errors import UsageError, reason
+from llmcli.io.compression import CODECS
+from llmcli.io.decoding import open_text
 from llmcli.io.output import OutputFormat
 from llmcli.io.run_log import COMPLETE, ENTRY_BYTES, Entry, read_entries
 from llmcli.job import JsonObject
@@ -23,12 +26,13 @@ class Shard:
 
     def __init__(self, name: str, format: OutputFormat | None) -> None:
         self.name = name
-        self.format = format or SUFFIXES.get(os.path.splitext(name)[1].lower(), OutputFormat.LINES)
+        suffixes = [suffix.lower() for suffix in Path(name).suffixes if suffix.lower() not in CODECS]
+        self.format = format or SUFFIXES.get("".join(suffixes[-1:]), OutputFormat.LINES)
         self.run: JsonObject = {}  # the job, the format and the input
         self.place: tuple[int, ...] = ()  # I and N of --shard
         self._entries: Iterator[Entry] = iter(())
         try:
-            self._file = BufferedReader(FileIO(name), BUFFER_BYTES)
+            self._file = open_text(BufferedReader(FileIO(name), BUFFER_BYTES), "utf-8", name)
             if os.path.exists(f"{name}.state"):
                 self._read_log(BufferedReader(FileIO(f"{name}.state"), BUFFER_BYTES))
         except OSError as exc:

@@ -1,20 +1,21 @@
 """Write results to stdout or a file, as text, JSON Lines or CSV. No other module writes to stdout."""
 
-import csv
-import io
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from llmcli import config, console
 from llmcli.errors import NO_ANSWER, LlmcliError, OutputClosedError, UsageError, reason
+from llmcli.io.compression import MemberWriter, find_compressor
+from llmcli.io.decoding import BOM, Dialect
+from llmcli.io.formats import format_row, read_columns
 from llmcli.io.openai_batch import make_response
 from llmcli.job import Result
 from llmcli.text.terminal import Sanitizer, sanitize
@@ -51,6 +52,7 @@ class OutputSpec:
     is_styled: bool = False  # texts have colors of our own, and nothing else that controls a terminal
     has_files: bool = False  # results have the field `file`
     has_records: bool = False  # the input has many records, as lines or rows do
+    dialect: Dialect = field(default_factory=Dialect)  # of the input
     rename: Mapping[str, str] = field(default_factory=dict)  # new names of result fields
     select: Sequence[str] | None = None  # result fields to write; None: all
 
@@ -83,6 +85,7 @@ class Sink(AbstractContextManager["Sink"]):
             raise LlmcliError("stdout is closed")
         self._path = path
         self._is_empty = not append
+        compress = find_compressor(path) if path else None
         self._sanitizer = Sanitizer() if not path and sys.stdout.isatty() and not is_styled else None
         try:
             self.file: BinaryIO = path.open("ab" if append else "xb") if path else sys.stdout.buffer
@@ -91,6 +94,8 @@ class Sink(AbstractContextManager["Sink"]):
             raise UsageError(f"'{path}' already exists", hint) from None
         except OSError as exc:
             raise UsageError(f"{path}: {reason(exc)}") from exc
+        if compress:
+            self.file = cast(BinaryIO, MemberWriter(self.file, compress))
 
     def write(self, text: str, end: str = "") -> int:
         """Write the rest of a text and its end at once, and return the number of bytes."""
@@ -122,8 +127,11 @@ class Sink(AbstractContextManager["Sink"]):
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         if not self._path:
             return
-        with suppress(OSError):  # write_bytes has reported it.
+        try:
             self.file.close()
+        except OSError as exc:
+            if isinstance(self.file, MemberWriter) and not kind:  # Otherwise write_bytes has reported it.
+                raise LlmcliError(f"cannot write to {self._path}: {exc.strerror}") from exc
         if kind and self._is_empty:
             self._path.unlink(missing_ok=True)
 
@@ -134,15 +142,16 @@ class Output(AbstractContextManager["Output"]):
     def __init__(
         self, format: OutputFormat, model: str, *, path: Path | None = None,
         names: Mapping[str, str | None] = MappingProxyType({}), append: bool = False, is_styled: bool = False,
+        dialect: Dialect | None = None,
     ) -> None:  # fmt: skip
         self.format, self.model, self._names = format, model, names
         self._overwritten: set[str] = set()  # fields of records, in a warning that was printed
         self._sink = Sink(path, append=append, is_styled=is_styled)
+        self.file = self._sink.file
         self.is_watched = not path and sys.stdout.isatty()
         self._columns: list[str] = []
-        if path and append and format is OutputFormat.CSV:
-            with path.open(encoding="utf-8", newline="") as file:
-                self._columns = next(csv.reader(file), [])
+        self._dialect = dialect or Dialect()
+        self._continued = path if append else None
         self._streamed = 0  # characters of the next result that `stream` has written
 
     @property
@@ -173,6 +182,10 @@ class Output(AbstractContextManager["Output"]):
         return self._sink.write(rest, end)
 
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        if not kind and not self._columns and self.format is OutputFormat.CSV and self._dialect.header:
+            self._begin_table(self._dialect.header)
+        elif not kind:
+            self._sink.write_bytes(b"")  # An empty file is not a compressed one.
         if self._streamed and kind is not OutputClosedError:  # The text was interrupted: end its line.
             self._sink.write("\n")
         self._sink.__exit__(kind, *details)
@@ -209,13 +222,21 @@ class Output(AbstractContextManager["Output"]):
 
     def _format_cells(self, own: Iterable[str], fields: Mapping[str, object]) -> str:
         if not self._columns:
-            self._columns = list(dict.fromkeys([*own, *filter(None, self._names.values())]))
-            self._sink.write(_format_row(self._columns))
+            self._begin_table(own)
         if unknown := [name for name in fields if name not in self._columns]:
             hint = "run files with other columns alone, or use --json"
             raise UsageError(f"the first row has no column {unknown[0]!r}", hint)
         cells = [fields.get(column) for column in self._columns]
-        return _format_row([to_json(cell) if isinstance(cell, dict | list | bool) else cell for cell in cells])
+        texts = [to_json(cell) if isinstance(cell, dict | list | bool) else cell for cell in cells]
+        return format_row(texts, self._dialect)
+
+    def _begin_table(self, own: Iterable[str]) -> None:
+        """Write the header, or read that of the output which is continued. `own` are the columns of the input."""
+        if self._continued and self._continued.stat().st_size:
+            self._columns = read_columns(self._continued, self._dialect)
+            return
+        self._columns = list(dict.fromkeys([*own, *filter(None, self._names.values())]))
+        self._sink.write(BOM * self._dialect.has_bom + format_row(self._columns, self._dialect))
 
 
 def to_json(value: object) -> str:
@@ -257,9 +278,3 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*map(sanitize, row))
     Console(markup=False, emoji=False).print(table)
-
-
-def _format_row(cells: Sequence[object]) -> str:
-    text = io.StringIO()
-    csv.writer(text).writerow(cells)  # With "\n" as its line end, the writer would not quote a cell with "\r".
-    return text.getvalue().removesuffix("\r\n") + "\n"

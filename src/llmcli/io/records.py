@@ -13,8 +13,10 @@ from typing import NamedTuple, cast
 
 from llmcli import config, console
 from llmcli.errors import RecordError, UsageError, reason
-from llmcli.io.formats import READERS, InputFormat, Stream, printable
-from llmcli.job import JsonObject, Record
+from llmcli.io.compression import find_codec
+from llmcli.io.decoding import Dialect, Stream, open_text, printable
+from llmcli.io.formats import READERS, InputFormat, read_csv
+from llmcli.job import Failure, JsonObject, Record
 
 
 class Input(NamedTuple):
@@ -49,50 +51,59 @@ def warn_if_likely_mistake(texts: Sequence[str]) -> None:
         console.notice(f"got {len(texts)} one-word texts; quote the words to pass a single text")
 
 
-def read_records(inputs: Sequence[Input], format: InputFormat) -> Iterator[Record]:
+def read_records(inputs: Sequence[Input], format: InputFormat, dialect: Dialect | None = None) -> Iterator[Record]:
     """Yield every record of the inputs. A record that cannot be parsed has a `failure`."""
+    dialect = dialect or Dialect()
+    read = partial(read_csv, dialect=dialect) if format is InputFormat.CSV else READERS[format]
     # NUL-terminated strings are read in chunks, so the position says nothing about the record.
     sizes = [input.size for input in inputs if input.size is not None and format is not InputFormat.NULL]
     total = sum(sizes) if len(sizes) == len(inputs) else 0
     done, is_empty = 0, format is InputFormat.WHOLE and not all(input.is_argument for input in inputs)
     for name, open_stream, _, is_argument in inputs:
+        record, shown = None, name and printable(name)
         try:
-            with open_stream() as stream:
-                for record in READERS[format](stream, name and printable(name)):
+            with open_stream() as source:
+                stream = source if is_argument else open_text(source, dialect.encoding, shown)
+                for record in read(stream, shown):
                     if is_empty and not is_argument:
                         is_empty = not (record.failure or record.fields["text"].strip())
-                    yield replace(record, input_fraction=min(1, (done + stream.tell()) / total)) if total else record
-                done += stream.tell() if total else 0
+                    if total:
+                        share = min(1, (done + source.tell()) / total)  # What is decoded was read ahead.
+                        record = replace(record, input_fraction=share if share < 1 or stream is source else None)
+                    yield record
+                done += source.tell() if total else 0
         except OSError as exc:
             raise UsageError(f"{name or 'stdin'}: {reason(exc)}") from exc
-        except RecordError as exc:  # The whole file cannot be read.
-            raise UsageError(f"{name or 'stdin'}: {exc.message}", exc.hint) from None
+        except RecordError as exc:  # The file cannot be read, or not to its end.
+            if not record:
+                raise UsageError(f"{name or 'stdin'}: {exc.message}", exc.hint) from None
+            yield Record({}, shown, failure=Failure(exc.kind, exc.message))
     if is_empty:
         console.warning("input is empty")
 
 
-def read_prompts(texts: Sequence[str], files: Sequence[str], format: InputFormat) -> Iterator[Record]:
+def read_prompts(texts: Sequence[str], files: Sequence[str], format: InputFormat, dialect: Dialect) -> Iterator[Record]:
     """Read the records of generate and chat: texts and files together are one prompt, files first."""
     if not (texts and files):
-        return read_records(open_inputs(texts, files), format)
+        return read_records(open_inputs(texts, files), format, dialect)
     if format is not InputFormat.WHOLE:
         hint = 'to add text to each record: --prompt "... {text}"'
         raise UsageError(f"TEXT with -f cannot be combined with --{format.value}", hint)
     parts = []
-    for record in read_records([*open_inputs([], files), *open_inputs(texts, [])], format):
+    for record in read_records([*open_inputs([], files), *open_inputs(texts, [])], format, dialect):
         if record.failure:
             raise RecordError(record.failure.type, f"{record.where}{record.failure.message}")
         parts.append(record.fields["text"])
     return iter([Record({"text": "\n\n".join(parts)}, file=files[0] if len(files) == 1 else None)])
 
 
-def read_documents(files: Sequence[str], fields: JsonObject) -> tuple[list[Record], list[dict[str, str | None]]]:
+def read_documents(records: Iterable[Record], fields: JsonObject) -> tuple[list[Record], list[dict[str, str | None]]]:
     """Return a record with the fields, and the text and the file of each document that it asks about.
 
     The record has the failure of the first document that cannot be read.
     """
     documents: list[dict[str, str | None]] = []
-    for document in read_records(open_inputs([], files), InputFormat.WHOLE):
+    for document in records:
         if document.failure:
             return [Record(fields, document.file, failure=document.failure)], []
         documents.append({"text": document.fields["text"], "file": document.file})
@@ -120,7 +131,8 @@ def _check_file(name: str) -> Input:
         raise UsageError(f"{name!r} is a directory", hint=f"pass files, e.g. -f {path / 'FILE'}")
     try:
         if (size := _regular_size(path.stat())) is not None:  # A FIFO can be opened only once.
-            path.open("rb").close()
+            with path.open("rb") as file:
+                find_codec(file.peek(1))
     except OSError as exc:
         raise UsageError(f"{name}: {reason(exc)}") from exc
     return Input(name, lambda: path.open("rb"), size)

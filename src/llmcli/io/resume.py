@@ -23,6 +23,7 @@ from pathlib import Path
 
 from llmcli import console
 from llmcli.errors import LlmcliError, UsageError
+from llmcli.io.compression import MemberWriter, find_compressor
 from llmcli.io.output import Output, OutputSpec, Sink
 from llmcli.io.progress import RunCounts
 from llmcli.io.run_log import CARRIED_OVER, FAILED, OK, Entry, RunLog, sync
@@ -48,6 +49,7 @@ class Journal(AbstractContextManager["Journal"]):
         command = {**_identify(job), "rename": spec.rename, "select": spec.select}
         self._identity = {"job": command, "format": spec.format.value, "input": spec.fingerprint}
         self._crcs: deque[tuple[int, int]] = deque()  # numbers of the records that run, and their CRC
+        self._pending: list[Entry] = []  # of results that wait for their member of a compressed output
         self._last_sync = time.monotonic()
         is_begun = spec.resume and path.exists() and path.stat().st_size > 0
         if is_begun and not self._state.exists():
@@ -66,6 +68,9 @@ class Journal(AbstractContextManager["Journal"]):
             self._discard_new()
             self._log.begin(self._identity)
         if spec.retry and any(entry.state != OK for entry in self._done):
+            if find_compressor(path):
+                hint = f"run them into a new file: -f '{path}' --retry-errors --output NEW"
+                raise UsageError(f"--retry-errors cannot replace results in '{path}', which is compressed", hint)
             self._begin_retry()
         self.output = self._log.output
 
@@ -105,6 +110,10 @@ class Journal(AbstractContextManager["Journal"]):
         self._copy_done(number)
         size = sum(map(output.write, written))
         state = FAILED if result.failure else CARRIED_OVER if result.is_carried_over else OK
+        if isinstance(output.file, MemberWriter) and (size or self._pending):
+            output.file.on_member = self._log_member
+            self._pending.append(Entry(0, size, crc, state))
+            return
         end = self._log.end + size if self._log.end else self.output.stat().st_size  # with the header of CSV
         self._log.append([Entry(end, size, crc, state)])
         if time.monotonic() - self._last_sync > SYNC_INTERVAL_S:
@@ -134,6 +143,13 @@ class Journal(AbstractContextManager["Journal"]):
         finally:
             self._log.close()
             self._done.close()
+
+    def _log_member(self, size: int) -> None:
+        """Log the results of the next member of a compressed output, which is then written."""
+        end = self._log.end + size
+        self._log.append([entry._replace(end=end) for entry in self._pending])
+        self._pending.clear()
+        self._log.sync()  # If a crash takes the member, `cut` takes all its entries, which have the same end.
 
     def _resume(self) -> None:
         if self._new_state.exists() and not self._new_output.exists():  # Interrupted between the two replacements.

@@ -82,7 +82,8 @@ class RunLog:
         self.is_complete = self.is_complete and count == len(self)
         del self._entries[count * ENTRY_BYTES :]
         os.truncate(self.path, self._identity_bytes + len(self._entries) + ENTRY_BYTES * self.is_complete)
-        os.truncate(self.output, self.end)
+        if self.end or not self.is_complete:  # A complete output without results can have a header.
+            os.truncate(self.output, self.end)
 
     def append(self, entries: Iterable[Entry]) -> None:
         data = b"".join(map(_pack, entries))

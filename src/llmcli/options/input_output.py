@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,9 +11,10 @@ from typer import Argument, Option
 
 from llmcli import console
 from llmcli.errors import UsageError
+from llmcli.io.decoding import Dialect, find_encoding
 from llmcli.io.formats import InputFormat
 from llmcli.io.output import OutputFormat, OutputSpec
-from llmcli.io.records import open_inputs, read_records
+from llmcli.io.records import open_inputs, read_prompts, read_records
 from llmcli.io.resume import fingerprint
 from llmcli.job import Record
 
@@ -42,6 +44,10 @@ class InputOptions:
     null: Annotated[bool, Option("--null", help="Treat each NUL-terminated string as a record.")] = False
     jsonl: Annotated[bool, Option("--jsonl", help="Read and write JSON Lines, one object per line.")] = False
     csv: Annotated[bool, Option("--csv", help="Read and write CSV; the first row is the header.")] = False
+    delimiter: Annotated[str | None, Option(metavar="CHAR",
+        help="Delimiter of CSV: one character, or tab (default: ,).")] = None  # fmt: skip
+    encoding: Annotated[str, Option(metavar="NAME",
+        help="Encoding of files and stdin, e.g. cp1252; or auto.")] = "utf-8"  # fmt: skip
     fields: Annotated[list[str], Option("--field", metavar="[ROLE=]NAME",
         help="Input field to use (default: text); repeatable.")] = field(default_factory=list)  # fmt: skip
 
@@ -52,9 +58,23 @@ class InputOptions:
             raise UsageError(f"--{chosen[0].value} cannot be used with --{chosen[1].value}")
         return chosen[0] if chosen else InputFormat.WHOLE
 
+    @cached_property
+    def dialect(self) -> Dialect:
+        """How the text of the input is written. Raises UsageError if --encoding or --delimiter is invalid."""
+        delimiter = {"tab": "\t", "\\t": "\t"}.get(self.delimiter or "", self.delimiter)
+        if delimiter is not None and self.format() is not InputFormat.CSV:
+            raise UsageError("--delimiter requires --csv")
+        if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
+            raise UsageError(f"--delimiter: expected one character or tab, got {delimiter!r}")
+        return Dialect(find_encoding(self.encoding), delimiter)
+
     def read(self, texts: Sequence[str] = ()) -> Iterator[Record]:
         """Yield the records of the texts, then of the files; of stdin if there are neither."""
-        return read_records(open_inputs(texts, self.files), self.format())
+        return read_records(open_inputs(texts, self.files), self.format(), self.dialect)
+
+    def read_prompts(self, texts: Sequence[str]) -> Iterator[Record]:
+        """Yield the records of generate and chat: texts and files together are one prompt."""
+        return read_prompts(texts, self.files, self.format(), self.dialect)
 
     def roles(self, *known: str) -> dict[str, str]:
         """Return the field name for each role, e.g. {"text": "review"}.
@@ -97,18 +117,15 @@ class OutputOptions:
     quiet: Quiet = False
     verbose: Verbose = False
 
-    def spec(
-        self, input_format: InputFormat, texts: Sequence[str] = (), files: Sequence[str] = (), *,
-        format: OutputFormat | None = None,
-    ) -> OutputSpec:  # fmt: skip
+    def spec(self, input: InputOptions, texts: Sequence[str] = (), *, format: OutputFormat | None = None) -> OutputSpec:
         """Return where and how results are written.
 
         Args:
-            input_format: How records are read; results are written alike unless --json is given.
+            input: How records are read; results are written alike unless --json is given.
             texts: Texts of the input; --resume checks that they, and the files, stay the same.
-            files: Files of the input.
             format: Output format of a command that writes no other.
         """
+        input_format, files = input.format(), input.files
         format = format or (OutputFormat.JSON if self.json else FORMATS[input_format])
         format = OutputFormat.OPENAI_BATCH if input_format is InputFormat.OPENAI_BATCH else format
         if (self.rename or self.select is not None) and format not in (OutputFormat.JSON, OutputFormat.CSV):
@@ -125,9 +142,10 @@ class OutputOptions:
         if self.resume and format is OutputFormat.TEXT:
             hint = "add --json, --jsonl, --csv, --lines or --null"
             raise UsageError("--resume requires a structured format", hint)
+        given = [*texts, repr(input.dialect)]
         return OutputSpec(
-            format=format, path=path,
-            fingerprint=fingerprint(texts, files) if path and format is not OutputFormat.TEXT else None,
+            format=format, path=path, dialect=input.dialect,
+            fingerprint=fingerprint(given, files) if path and format is not OutputFormat.TEXT else None,
             resume=self.resume, retry=self.retry_errors, stats=self.stats, stop_on_error=self.on_error == "stop",
             has_files=bool(files), has_records=input_format is not InputFormat.WHOLE, rename=rename,
             select=None if self.select is None else [name.strip() for name in self.select.split(",")],

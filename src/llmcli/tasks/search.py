@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from llmcli import console
 from llmcli.errors import LlmcliError, RecordError, reason
+from llmcli.io.decoding import open_text
 from llmcli.io.folders import is_binary
 from llmcli.io.formats import READERS, InputFormat
 from llmcli.io.records import open_inputs
@@ -64,7 +65,7 @@ class Document(NamedTuple):
             return self.text
         (source,) = open_inputs([], [self.path])
         with source.open() as stream:
-            (record,) = READERS[InputFormat.WHOLE](stream, None)
+            (record,) = READERS[InputFormat.WHOLE](open_text(stream, "utf-8", self.path), None)
         if failure := record.failure:
             raise RecordError(failure.type, failure.message)
         return str(record.fields["text"])
