@@ -35,7 +35,7 @@ def records(data: bytes, form: InputFormat, tmp_path) -> list:
     return list(read_records(open_inputs([], [str(path)]), form))
 
 
-@pytest.mark.parametrize("form", InputFormat)
+@pytest.mark.parametrize("form", READERS)
 @pytest.mark.parametrize("source", ["argument", "file", "stdin", "dash"])
 def test_every_form_from_every_source(form, source, tmp_path, monkeypatch):
     data, expected = DATA[form]
@@ -82,7 +82,7 @@ def test_of_files_a_record_knows_how_much_is_read_with_it(form, shares, tmp_path
     assert {record.input_fraction for record in read_records(open_inputs([], [str(path), "/dev/null"]), form)} == {None}
 
 
-@pytest.mark.parametrize("form", InputFormat)
+@pytest.mark.parametrize("form", READERS)
 def test_nothing_in_nothing_out(form, tmp_path):
     assert records(b"", form, tmp_path) == ([] if form is not InputFormat.WHOLE else records(b"\n", form, tmp_path))
 
@@ -243,7 +243,7 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize(("data", "kind", "command"), FOREIGN)
-@pytest.mark.parametrize("form", InputFormat)
+@pytest.mark.parametrize("form", READERS)
 def test_foreign_file_is_named_with_its_converter(form, data, kind, command, tmp_path):
     if form is InputFormat.WHOLE:
         (record,) = records(data, form, tmp_path)

@@ -33,7 +33,7 @@ def chat(
     llmcli chat                                      /system, /clear, /exit
     """
     format, texts = input.format(), [] if text is None else [text]
-    spec = output.spec(format, texts, input.files)
+    spec = output.spec(input, texts)
     parameters = {"fields": input.roles("text", "messages"), "system": system} | build_prompt_parameters(prompt)
     job = model.job("chat", parameters, generation, fields=structure.job_fields(input, generation))
     has_input = texts or input.files or prompt or spec != OutputSpec()
@@ -41,4 +41,4 @@ def chat(
         from llmcli.repl import converse
 
         return converse(job)
-    return run(job, read_prompts(texts, input.files, format), spec)
+    return run(job, input.read(texts) if input.parquet else read_prompts(texts, input.files, format), spec)

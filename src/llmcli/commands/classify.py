@@ -56,7 +56,7 @@ def classify(
         "fields": input.roles("text"), "labels": known, "multi_label": multi_label, "min_score": min_score,
         "calibrate": calibrate, "hypothesis": hypothesis, "long": long,
     }  # fmt: skip
-    spec = output.spec(input.format(), texts, input.files)
+    spec = output.spec(input, texts)
     job = model.job("classify", {**parameters, **build_prompt_parameters(prompt)}, truncate=truncate)
     return run(job, input.read(texts), replace(spec, finish=_add_labels) if multi_label else spec)
 

@@ -5,7 +5,6 @@ from typing import Annotated
 from typer import Option
 
 from llmcli.errors import ExitStatus
-from llmcli.io.formats import InputFormat
 from llmcli.io.output import OutputFormat
 from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, Texts, expand_options
 from llmcli.run import run
@@ -19,15 +18,13 @@ def embed(
 ) -> ExitStatus:  # fmt: skip
     """Compute text embeddings.
 
-    The output is JSON Lines, or CSV with --csv. Vectors have length 1: texts with a similar meaning have a large dot
-    product.
+    The output is JSON Lines, CSV with --csv, or Parquet with --parquet. Vectors have length 1: texts with a similar
+    meaning have a large dot product.
 
     \b
     llmcli embed "The harbor clock was repaired in 1951."
     llmcli embed --lines -f sentences.txt > vectors.jsonl
     """
-    format = input.format()
-    output_format = OutputFormat.CSV if format is InputFormat.CSV and not output.json else OutputFormat.JSON
-    spec = output.spec(format, texts, input.files, format=output_format)
+    spec = output.spec(input, texts, format=None if input.format().has_fields else OutputFormat.JSON)
     job = model.job("embed", {"fields": input.roles("text")}, truncate=truncate)
     return run(job, input.read(texts), spec)

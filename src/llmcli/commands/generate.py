@@ -42,4 +42,5 @@ def generate(
     chosen, defaults = load_preset(preset)
     parameters = {"fields": input.roles("text"), "full_text": full_text, **build_prompt_parameters(prompt), **chosen}
     job = model.job("generate", parameters, generation, defaults=defaults, fields=fields)
-    return run(job, read_prompts(texts, input.files, format), output.spec(format, texts, input.files))
+    records = input.read(texts) if input.parquet else read_prompts(texts, input.files, format)
+    return run(job, records, output.spec(input, texts))

@@ -52,7 +52,7 @@ def qa(
     """
     constraint = structure.job_fields(input, generation)
     format = input.format()
-    spec = output.spec(format, [text for text in (question, context) if text is not None], input.files)
+    spec = output.spec(input, [text for text in (question, context) if text is not None])
     roles = input.roles("question", "context")
     given = {roles["question"]: question, roles["context"]: context}
     fields = {name: text for name, text in given.items() if text is not None}

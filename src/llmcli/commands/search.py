@@ -11,7 +11,7 @@ from llmcli.errors import ExitStatus, LlmcliError, UsageError
 from llmcli.io.formats import InputFormat
 from llmcli.io.records import open_inputs, read_records
 from llmcli.job import Record, Result
-from llmcli.options import BatchModelOptions, OutputOptions, expand_options
+from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, expand_options
 from llmcli.run import run
 
 
@@ -47,7 +47,7 @@ def search(
     if texts:
         records.append(Record({"query": query, "texts": texts}))
     extra = len(inputs) - len(records)
-    spec = replace(output.spec(InputFormat.WHOLE), fingerprint=None, finish=_expand_matches, extra_records=extra)
+    spec = replace(output.spec(InputOptions()), fingerprint=None, finish=_expand_matches, extra_records=extra)
     return run(job, records, spec)
 
 

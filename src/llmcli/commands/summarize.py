@@ -26,4 +26,4 @@ def summarize(
     """
     parameters = {"fields": input.roles("text")} | build_prompt_parameters(prompt)
     job = model.job("summarize", parameters, generation, fields=structure.job_fields(input, generation))
-    return run(job, input.read(texts), output.spec(input.format(), texts, input.files))
+    return run(job, input.read(texts), output.spec(input, texts))

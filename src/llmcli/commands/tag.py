@@ -29,7 +29,7 @@ def tag(
     llmcli tag -m dslim/bert-base-NER "Ada Lovelace lived in London."
     llmcli tag -m dslim/bert-base-NER --jsonl < letters.jsonl > entities.jsonl
     """
-    spec = output.spec(input.format(), texts, input.files)
+    spec = output.spec(input, texts)
     job = model.job("tag", {"fields": input.roles("text"), "aggregation": aggregation})
     return run(job, input.read(texts), replace(spec, finish=partial(_finish, spec.format)))
 

@@ -46,7 +46,7 @@ def translate(
         untranslated, parts = untranslated + equal, parts + total
         return [replace(result, output={name: result.output[name] for name in result.output if name != "untranslated"})]
 
-    spec = replace(output.spec(input.format(), texts, input.files), finish=count)
+    spec = replace(output.spec(input, texts), finish=count)
     roles, fields = input.roles("text"), structure.job_fields(input, generation)
     records = input.read(texts)
     likely_source = source

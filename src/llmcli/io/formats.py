@@ -32,6 +32,7 @@ SIGNATURES = {  # how files begin that are not UTF-8, what they are, and what co
     rb"\xfd7zXZ": ("xz", "xzcat"),
     rb"\x28\xb5\x2f\xfd": ("Zstandard", "zstdcat"),
     rb"PK\x03\x04": ("a zip archive", "unzip -p"),
+    rb"PAR1|ARROW1": ("Parquet or Arrow", ""),
 }
 
 
@@ -43,10 +44,11 @@ class InputFormat(Enum):
     NULL = "null"
     JSONL = "jsonl"
     CSV = "csv"
+    PARQUET = "parquet"  # read by `TableSource`
 
     @property
     def has_fields(self) -> bool:
-        return self in (InputFormat.JSONL, InputFormat.CSV)
+        return self in (InputFormat.JSONL, InputFormat.CSV, InputFormat.PARQUET)
 
 
 def _strip_line_end(data: bytes) -> bytes:
@@ -71,7 +73,8 @@ def printable(text: str) -> str:
 def _check_signature(start: bytes) -> None:
     for pattern, (kind, command) in SIGNATURES.items():
         if re.match(pattern, start):
-            raise RecordError("invalid_utf8", f"expected UTF-8, got {kind}", hint=f"convert it with {command}")
+            hint = f"convert it with {command}" if command else "read it with --parquet"
+            raise RecordError("invalid_utf8", f"expected UTF-8, got {kind}", hint=hint)
 
 
 def _lines(stream: Stream) -> Iterator[bytes]:
