@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -335,38 +336,33 @@ def test_stdin_and_stdout_are_tables(process, tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["alone", "torchrun"])
-def test_run_killed_at_ten_moments_equals_undisturbed_run(tiny, tmp_path, program):
+def test_killed_run_equals_undisturbed_run(tiny, tmp_path):
     choose = random.Random(3)
-    texts = [" ".join(choose.choices(WORDS, k=choose.randint(1, 30))) if i % 50 else None for i in range(1000)]
-    path = write(tmp_path / "in.parquet", {"id": pa.array(range(1000), pa.uint16())}, texts, row_group_size=300)
-    command = [sys.executable, "-m", "llmcli"]
-    if program == "torchrun":
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            "-m",
-            "llmcli",
-        ]
-    command += ["generate", "-m", tiny, "--parquet", "-f", path, "--temperature", 0, "--max-new-tokens", 8,
-                "--dtype", "float32", "--batch-size", 4, "--output"]  # fmt: skip
-    command = [*map(str, command)]
+    texts = [" ".join(choose.choices(WORDS, k=choose.randint(1, 30))) if i % 50 else None for i in range(600)]
+    path = write(tmp_path / "in.parquet", {"id": pa.array(range(600), pa.uint16())}, texts, row_group_size=200)
+    options = ["generate", "-m", tiny, "--parquet", "-f", path, "--temperature", 0, "--max-new-tokens", 8,
+               "--dtype", "float32", "--batch-size", 4, "--output"]  # fmt: skip
+    command = [sys.executable, "-m", "llmcli", *map(str, options)]
     subprocess.run([*command, tmp_path / "whole.parquet"], stderr=subprocess.DEVNULL)
-    whole, out, rows = (
-        pq.read_table(tmp_path / "whole.parquet"),
-        tmp_path / "out.parquet",
-        tmp_path / "out.parquet.state.rows",
-    )
-    size = 150_000
-    for point in sorted(choose.randrange(1, size) for _ in range(10 if program == "alone" else 1)):
-        running = subprocess.Popen([*command, out, "--resume"], stderr=subprocess.DEVNULL, start_new_session=True)
+    whole, out = pq.read_table(tmp_path / "whole.parquet"), tmp_path / "out.parquet"
+    rows = tmp_path / "out.parquet.state.rows"
+    for point in sorted(choose.randrange(1, 80_000) for _ in range(3)):
+        running = subprocess.Popen([*command, out, "--resume"], stderr=subprocess.DEVNULL)
         while running.poll() is None and not (rows.exists() and rows.stat().st_size >= point):
-            pass
-        os.killpg(running.pid, signal.SIGKILL)
-        running.wait()
-    subprocess.run([*command, out, "--resume"], stderr=subprocess.DEVNULL)
+            time.sleep(0.001)
+        running.kill()
+        assert running.wait() == -signal.SIGKILL
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "llmcli"]
+    subprocess.run([*torchrun, *map(str, options), out, "--resume"], stderr=subprocess.DEVNULL)
     assert pq.read_table(out).equals(whole)
+
+
+@pytest.mark.slow
+def test_worker_runs_tables(place, process, chatty, tmp_path):
+    path = write(tmp_path / "in.parquet")
+    for keep_alive in ("0", "1m"):
+        ran = process("generate", "-m", chatty, "--parquet", "-f", path, "--temperature", 0, "--max-new-tokens", 2,
+                      "--keep-alive", keep_alive, "--output", tmp_path / f"{keep_alive}.parquet")  # fmt: skip
+        assert ran.returncode == 3, ran.stderr
+    alone, warm = (pq.read_table(tmp_path / f"{name}.parquet").drop_columns("ratio") for name in ("0", "1m"))
+    assert warm.equals(alone)

@@ -20,6 +20,7 @@ from typing import Any
 
 from llmcli import console
 from llmcli.errors import LlmcliError, UsageError, first_line, reason
+from llmcli.io.formats import printable
 from llmcli.io.output import OutputSpec, Sink, is_terminal, to_json
 from llmcli.io.records import Input
 from llmcli.io.run_log import RunLog, sync
@@ -42,7 +43,7 @@ class TableSource:
         """Yield the files, each of which is open until the next one."""
         for input in self.inputs:
             with input.open() as stream:
-                yield TableFile(input.name, stream, self.columns)
+                yield TableFile(input.name and printable(input.name), stream, self.columns)
 
     def schema(self) -> Any:
         """Return the schema of the first file. Raises UsageError if another file has a different one."""
@@ -56,7 +57,7 @@ class TableSource:
         """Yield the rows of all files."""
         counts, done = [table.count for table in self.open()], 0
         total = 0 if None in counts else sum(filter(None, counts))
-        for input, table in zip(self.inputs, self.open(), strict=True):
+        for table in self.open():
             before = done
             for batch in table.batches():
                 get_values, size = cache(partial(read_column, batch)), batch.nbytes // batch.num_rows
@@ -64,7 +65,7 @@ class TableSource:
                     done += 1
                     fields = Row(get_values, batch.schema.names, index, done, size)
                     fraction = done / total if total else None
-                    yield Record(fields, input.name, done - before, input_fraction=fraction, is_row=True)
+                    yield Record(fields, table.name, done - before, input_fraction=fraction, is_row=True)
 
 
 class TableFile:
@@ -74,7 +75,7 @@ class TableFile:
         import pyarrow as pa
         from pyarrow.parquet import ParquetFile
 
-        self.where, self.count = name or "stdin", None  # the number of rows, if the file says so
+        self.name, self.where, self.count = name, name or "stdin", None  # of rows, if the file says so
         stream.seek(0)
         signature = stream.read(6)
         stream.seek(0)
