@@ -35,6 +35,8 @@ TEXTS = {
     "notes/monday.txt": STORY,
     "notes/a b.txt": "The pump was stopped.\nIt was started again.\n",
     "docs/adding-a-task.md": (ROOT / "docs" / "adding-a-task.md").read_text(encoding="utf-8"),
+    "shard.0.jsonl": '{"text": "The sky is"}\n',
+    "shard.1.jsonl": '{"text": "Once upon a time"}\n',
     "README.md": "# A title\n\nThe sky is blue.\n",
     ".venv/bin/activate": "",
     "constraints.txt": "",

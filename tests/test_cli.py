@@ -10,7 +10,7 @@ import pytest
 COMMANDS = [
     [], ["generate"], ["chat"], ["embed"], ["search"], ["env"], ["models"], ["models", "list"], ["models", "show"],
     ["models", "pull"], ["score"], ["inspect"], ["inspect", "next"], ["inspect", "tokens"],
-    ["models", "rm"], ["models", "path"],
+    ["models", "rm"], ["models", "path"], ["merge"],
 ]  # fmt: skip
 HEAVY = ("torch", "transformers", "huggingface_hub", "numpy", "accelerate", "tokenizers")
 

@@ -367,7 +367,7 @@ def test_endpoint_limits_concurrency(served, server, count):
 
 
 def test_endpoint_retries_after_timeout(served, server, monkeypatch):
-    monkeypatch.setattr("llmcli.engines.endpoint.TIMEOUT_S", 0.2)
+    monkeypatch.setattr("llmcli.engines.servers.TIMEOUT_S", 0.2)
     ran = served("generate", "--lines", "--json", stdin=lines("late 0", "fine 0", "slow 0", "late 1"))
     assert [record.get("generated_text") for record in ran.records] == ["late 0!", "fine 0!", None, "late 1!"]
     assert ran.records[2]["error"]["message"] == "server timed out after 11 attempts"

@@ -201,6 +201,18 @@ def test_filter_drops_rows(llmcli, tiny, tmp_path):
     )
 
 
+def test_shards_are_parts_of_the_table(generate, tmp_path):
+    texts = ["the fox", "a dog", None, "the sun", "once", "upon", "warm"]
+    path = write(tmp_path / "in.parquet", {"id": pa.array(range(7))}, texts, row_group_size=2)
+    files = ("-f", path, "-f", path)
+    assert generate(*files, "--output", tmp_path / "whole.parquet").exit_status == 3
+    whole = pq.read_table(tmp_path / "whole.parquet")
+    for i in range(3):
+        generate(*files, "--shard", f"{i}/3", "--output", tmp_path / f"{i}.parquet")
+        assert pq.read_table(tmp_path / f"{i}.parquet").equals(whole.take([*range(i, 14, 3)]))
+    assert not list(tmp_path.glob("*.state*"))
+
+
 def test_empty_table_has_all_columns(generate, tmp_path):
     ran = generate("-f", write(tmp_path / "in.parquet", {}, []), "--output", tmp_path / "out.parquet")
     table = pq.read_table(tmp_path / "out.parquet")

@@ -43,9 +43,10 @@ class Job:
     logprobs: int | None = None  # number of alternatives to each token; None: no log-probabilities
     think: bool | None = None  # before an answer; None: as the task and the chat template say
     template_options: JsonObject = field(default_factory=dict)  # variables of the chat template
-    endpoint: str | None = None  # URL of a server that runs the model instead of this machine
-    concurrency: int = 16  # maximum number of requests to the server at a time
+    endpoint: tuple[str, ...] = ()  # URLs of servers that run the model instead of this machine
+    concurrency: int = 16  # maximum number of requests to each server at a time
     keep_alive: float | None = None  # seconds in a worker; 0: no worker; None: a worker that is already running
+    shard: tuple[int, int] | None = None  # (I, N): only the records whose number modulo N is I; None: all
 
     @classmethod
     def from_json(cls, fields: JsonObject) -> "Job":

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from llmcli import config, console, engines, tasks
@@ -30,7 +31,7 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
         job = replace(job, load_options=replace(job.load_options, one_stream=True))
     names = spec.name_fields(_output_names(job, spec.format))
     names.setdefault("reasoning", None)
-    table = TableWriter(spec.table, names) if spec.table else None  # checks the input
+    table = TableWriter(spec.table, names, job.shard or (0, 1)) if spec.table else None  # checks the input
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(spec, job)) if spec.fingerprint is not None else None
         counts = journal.counts() if journal else RunCounts()
@@ -42,7 +43,10 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
             list(_engine_for(job).run(job, ()))  # Other processes wait for the end.
             return _report_end(counts, spec)
         progress = Progress(counts)
-        records = progress.track(records)
+        index, count = job.shard or (0, 1)
+        records = progress.track(islice(records, index, None, count))
+        if index and job.seed is not None and not job.endpoint:
+            job = replace(job, seed=(job.seed + index) % 2**32)  # so that equal records get different samples
         if journal:
             records = journal.remaining(records)
         if spec.retry and not reads_error(job.parameters):

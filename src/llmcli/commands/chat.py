@@ -36,7 +36,7 @@ def chat(
     spec = output.spec(input, texts)
     parameters = {"fields": input.roles("text", "messages"), "system": system} | build_prompt_parameters(prompt)
     job = model.job("chat", parameters, generation, fields=structure.job_fields(input, generation))
-    has_input = texts or input.files or prompt or spec != OutputSpec()
+    has_input = texts or input.files or prompt or job.shard or spec != OutputSpec()
     if not has_input and sys.stdin and sys.stdin.isatty():
         from llmcli.repl import converse
 

@@ -35,8 +35,8 @@ def search(
         raise UsageError("QUERY must not be empty")
     if config.world_size() > 1:
         raise UsageError("search cannot run in several processes")
-    if output.resume or output.retry_errors:
-        raise UsageError("search does not support --resume or --retry-errors")
+    if output.resume or output.retry_errors or model.shard:
+        raise UsageError("search does not support --resume, --retry-errors or --shard")
     format = InputFormat.WHOLE if files else InputFormat.LINES
     inputs = list(read_records(open_inputs([], _skip_unreadable(files)), format))
     if not inputs:

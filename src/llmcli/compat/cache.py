@@ -93,14 +93,15 @@ class SlotCache(DynamicCache):  # type: ignore[misc]
         """Begin rows in free slots: their columns (R, P), and keys and values of these, which end in the newest one."""
         columns = slice(self.end - mask.shape[1], self.end)
         self.begin = min(self.begin, columns.start)
-        self.mask[slots] = False
-        self.mask[slots, columns] = mask.bool()
+        index = torch.tensor(slots, device=self.mask.device)  # once: each copy to a GPU waits for it
+        self.mask.index_fill_(0, index, False)
+        self.mask[index, columns] = mask.bool()
         for i, layer in enumerate(cache.layers):
             if not layer.is_initialized:  # It shares those of another layer.
                 continue
             while i >= len(self.layers):
                 self.layers.append(_SlotLayer(self))
-            self.layers[i].put(slots, columns, layer.keys, layer.values)
+            self.layers[i].put(index, columns, layer.keys, layer.values)
 
     def arrange(self, kept: Sequence[int], rows: int, columns: int, end: int) -> None:
         """Move rows to the first of at least that many slots and columns, so that the newest column is before `end`.
@@ -121,15 +122,15 @@ class _SlotLayer(DynamicLayer):  # type: ignore[misc]
         # In a cycle, memory would stay until it is collected.
         self._cache: SlotCache = weakref.proxy(cache)  # type: ignore[assignment]
 
-    def put(self, slots: Sequence[int], columns: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def put(self, slots: torch.Tensor, columns: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
             rows, length = self._cache.mask.shape
             self.keys, self.values = (new.new_zeros(rows, new.shape[1], length, new.shape[3]) for new in (keys, values))
         for known, new in ((self.keys, keys), (self.values, values)):
             # Attention multiplies what is masked by 0, and another row's NaN would stay NaN.
-            known.index_fill_(0, torch.tensor(slots, device=known.device), 0)
-            known[slots, :, columns] = new
+            known.index_fill_(0, slots.to(known.device), 0)
+            known[slots.to(known.device), :, columns] = new
 
     def move(self, rows: int, columns: int, kept: Sequence[int], source: slice, target: slice) -> None:
         if self.is_initialized:

@@ -1,19 +1,19 @@
 """The engine of an OpenAI-compatible server: vLLM, TGI, llama.cpp, `transformers serve`."""
 
 import copy
-import os
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from llmcli import console
 from llmcli.engines.engine import TaskEngine
 from llmcli.engines.requests import OnText, Request, RequestSettings, capture_errors
+from llmcli.engines.servers import MAX_RETRIES, error_text, list_models, make_client, translated_errors
 from llmcli.engines.structured import check_answer, constraint_options, read_logprobs, read_text, read_thought
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
 from llmcli.job import Job, JsonObject
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from openai import OpenAI
     from openai.types import CompletionUsage, Model
 
-MAX_RETRIES = 10  # with pauses of 0.5 to 8 seconds, or as long as the server says: about a minute
-TIMEOUT_S = 600  # for an answer
 POLL_S = 0.1  # after which the engine looks for new records
+RETRIES_BEFORE_OTHER = 3  # of a request that another server can get: a few seconds
+TEMPORARY = ("server_error", "server_unreachable")  # failures that another server may not have
 BYTES_PER_TOKEN = 4  # an estimate
 PROTOCOL_NAMES = {
     "max_new_tokens": "max_tokens",
@@ -40,18 +40,17 @@ SWITCHABLE = ("vllm", "sglang", "llamacpp")  # who owns the models of servers th
 
 
 class EndpointEngine(TaskEngine):
-    """Sends model calls to the job's server. Nothing of the model runs here."""
+    """Sends model calls to the job's servers. Nothing of the model runs here."""
 
     def find_model(self, job: Job) -> "RemoteModel":
-        assert job.endpoint
         if (job.generation.get("num_beams") or 1) > 1:
             raise UsageError("--num-beams is not supported with --endpoint")
         if job.truncate:
             raise UsageError("--truncate is not supported with --endpoint: only the server can count tokens")
-        return RemoteModel(job.model, make_client(job.endpoint))
+        return RemoteModel(job.model, [make_client(endpoint) for endpoint in job.endpoint])
 
     def make_runner(self, job: Job, strategy: Strategy, model: "RemoteModel") -> "EndpointRunner":
-        _ = model.models  # raises if the server cannot be reached
+        _ = model.entry  # raises if no server can be reached
         try:
             return EndpointRunner(job, strategy, model)
         except RecordError as exc:  # what would be wrong with every record
@@ -69,18 +68,33 @@ class RemoteModel:
     kind = "causal"
     is_chat = True
 
-    def __init__(self, name: str, client: "OpenAI") -> None:
-        self.name, self.client = name, client
+    def __init__(self, name: str, servers: "list[OpenAI]") -> None:
+        self.name, self.servers = name, servers
 
     @property
     def context_length(self) -> int | None:
         """Maximum number of tokens of prompt and answer, if the server reports it, as vLLM does."""
-        model = next((model for model in self.models if model.id == self.name), None)
-        return getattr(model, "max_model_len", None)
+        return getattr(self.entry, "max_model_len", None)
 
     @cached_property
-    def models(self) -> "list[Model]":
-        return list_models(self.client)
+    def entry(self) -> "Model | None":
+        """The model as a server lists it. Raises ModelUnavailableError if no server can be reached."""
+        models: list[Model] = []
+        for server in [*self.servers]:
+            try:
+                models += list_models(server)
+            except ModelUnavailableError as exc:
+                self.leave_out(server, exc)
+        return next((model for model in models if model.id == self.name), None)
+
+    def leave_out(self, server: "OpenAI", error: ModelUnavailableError) -> None:
+        """Send no more requests to a server. Raises the error if it is the last one."""
+        if server not in self.servers:
+            return
+        self.servers.remove(server)
+        if not self.servers:
+            raise error
+        console.warning(f"{server.base_url} is left out: {error.message}")
 
     def count_tokens(self, text: str) -> int:
         return -(-len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN)
@@ -91,18 +105,22 @@ class RemoteModel:
 
 
 class EndpointRunner:
-    """Sends a job's requests, `concurrency` at a time: text to /completions, messages to /chat/completions."""
+    """Sends a job's requests, `concurrency` at a time to each server: text to /completions, messages to
+    /chat/completions."""
 
     def __init__(self, job: Job, strategy: Strategy, model: RemoteModel) -> None:
         self.queue: set[Request] = set()
-        self.window = 2 * job.concurrency
+        capacity = job.concurrency * len(model.servers)
+        self.window = 2 * capacity
         self._model, self._strategy, self._can_think = model, strategy, strategy.can_think
         self._thoughts = Thoughts(ALL_MARKS, is_sure=not self._can_think, can_think=self._can_think)
         self._use(job)
-        self._unsent: list[Request] = []
-        self._sent: dict[Future[JsonObject], Request] = {}
+        self._unsent: deque[Request] = deque()
+        self._sent: dict[Future[JsonObject], tuple[Request, OpenAI]] = {}
+        self._busy: Counter[OpenAI] = Counter()  # number of requests
+        self._failed_at: dict[Request, OpenAI] = {}  # requests that another server may answer
         self._finished: SimpleQueue[Future[JsonObject]] = SimpleQueue()
-        self._threads = ThreadPoolExecutor(job.concurrency)
+        self._threads = ThreadPoolExecutor(capacity)
 
     def _use(self, job: Job) -> None:
         self._job, self._options = job, protocol_options(job, self._strategy, self._model)
@@ -125,36 +143,58 @@ class EndpointRunner:
 
     def step(self, on_text: OnText | None = None) -> list[Request]:
         """Send the requests that are queued, and return those whose answers have arrived, if any soon do."""
-        requests, self._unsent = self._unsent, []
         can_stream = self._can_think and self._options.keys().isdisjoint({"n", "stop"}) and self._job.logprobs is None
-        if on_text and len(requests) == 1 and can_stream and not requests[0].settings:
-            with capture_errors(requests[0]):
-                requests[0].output = self._stream(requests[0].input, on_text)
-            self.queue.discard(requests[0])
-            return requests
-        for request in requests:
+        if on_text and len(self._unsent) == 1 and can_stream and not self._unsent[0].settings:
+            request = self._unsent.popleft()
             with capture_errors(request):
-                answer = self._threads.submit(self._with(request.settings)._complete, request.input)
-                self._sent[answer] = request
+                request.output = self._stream(request.input, on_text)
+            self.queue.discard(request)
+            return [request]
+        finished = list[Request]()
+        limit = self._job.concurrency
+        while self._unsent and (free := [server for server in self._model.servers if self._busy[server] < limit]):
+            request = self._unsent.popleft()
+            failed_at = self._failed_at.get(request)
+            server = min(free, key=lambda server: (server is failed_at, self._busy[server]))
+            retries = MAX_RETRIES if failed_at or len(self._model.servers) == 1 else RETRIES_BEFORE_OTHER
+            with capture_errors(request):
+                answer = self._threads.submit(self._with(request.settings)._complete, request.input, server, retries)
+                self._busy[server] += 1
+                self._sent[answer] = request, server
                 answer.add_done_callback(self._finished.put)
-        finished = [request for request in requests if request.failure]
+            finished += [request] if request.failure else []
         with suppress(Empty):
             answer = self._finished.get(timeout=POLL_S)
             while True:
-                request = self._sent.pop(answer)
-                with capture_errors(request):
-                    request.output = answer.result()
-                finished.append(request)
+                finished += self._receive(answer)
                 answer = self._finished.get_nowait()
         self.queue.difference_update(finished)
         return finished
 
-    def _complete(self, prompt: Prompt) -> JsonObject:
-        with self._translated_errors():
-            response = self._send(prompt)
+    def _receive(self, answer: Future[JsonObject]) -> list[Request]:
+        """Return the request of an answer; if another server may answer it, queue it again instead."""
+        request, server = self._sent.pop(answer)
+        self._busy[server] -= 1
+        try:
+            with capture_errors(request):
+                request.output = answer.result()
+        except ModelUnavailableError as exc:
+            self._model.leave_out(server, exc)
+        else:
+            is_temporary = request.failure and request.failure.type in TEMPORARY
+            if not is_temporary or len(self._model.servers) == 1 or request in self._failed_at:
+                return [request]
+            self._failed_at[request], request.failure = server, None
+        self._unsent.appendleft(request)
+        return []
+
+    def _complete(self, prompt: Prompt, server: "OpenAI", retries: int) -> JsonObject:
+        client = server.with_options(max_retries=retries)
+        with translated_errors(client):
+            response = self._send(client, prompt)
             choices = response.choices or []
             if len(choices) < self._options.get("n", 1):
-                message = f"server returned {len(choices)} answers: {_error_text(response.to_dict())}"
+                message = f"server returned {len(choices)} answers: {error_text(response.to_dict())}"
                 raise RecordError("invalid_response", message)
             answers = [self._read_answer(choice, prompt) for choice in choices]
             several = {"generated_texts": [text for text, *_ in answers]} if len(answers) > 1 else {}
@@ -164,8 +204,9 @@ class EndpointRunner:
     def _stream(self, prompt: Prompt, on_text: OnText) -> JsonObject:
         pieces, thoughts, reason, usage = list[str](), "", None, None
         answer = ThoughtFilter(None if isinstance(prompt, str) else self._thoughts)
-        with self._translated_errors():
-            for chunk in self._send(prompt, stream=True, stream_options={"include_usage": True}):
+        server = self._model.servers[0]
+        with translated_errors(server):
+            for chunk in self._send(server, prompt, stream=True, stream_options={"include_usage": True}):
                 usage = chunk.usage or usage
                 for choice in (chunk.choices or [])[:1]:
                     reason = choice.finish_reason or reason
@@ -198,40 +239,14 @@ class EndpointRunner:
             return text.lstrip() if thoughts else text, thoughts, reason or ""
         return self._thoughts.split(text if self._can_think else text.lstrip(), reason or "")
 
-    def _send(self, prompt: Prompt, **options: object) -> Any:
+    def _send(self, client: "OpenAI", prompt: Prompt, **options: object) -> Any:
         field = "prompt" if isinstance(prompt, str) else "messages"
         settings = dict(self._options)
         if (number := self._job.logprobs) is not None:
             settings |= {"logprobs": number} if field == "prompt" else {"logprobs": True, "top_logprobs": number}
-        client: Any = self._model.client if field == "prompt" else self._model.client.chat
+        api: Any = client if field == "prompt" else client.chat
         options |= {"model": self._model.name, field: prompt}
-        return client.completions.create(**options, extra_body=settings)  # Servers extend the protocol as they like.
-
-    @contextmanager
-    def _translated_errors(self) -> Iterator[None]:
-        """Raise RecordError for what is wrong with one request, ModelUnavailableError for what is wrong with all."""
-        import openai
-
-        try:
-            yield
-        except openai.APIStatusError as exc:
-            code = exc.status_code
-            message = f"server returned HTTP {code}: {_error_text(exc.body or exc.message)}"
-            if code in (401, 403):
-                raise ModelUnavailableError(message, hint="set LLMCLI_API_KEY to the server's key") from exc
-            if code == 404:
-                hint = "check -m NAME; if the server lacks /v1/completions, use `llmcli chat`"
-                raise ModelUnavailableError(message, hint) from exc
-            is_temporary = code >= 500 or code in (408, 409, 429)
-            raise RecordError("server_error" if is_temporary else "request_rejected", message) from exc
-        except openai.APIConnectionError as exc:
-            list_models(self._model.client)  # raises if the server cannot be reached at all
-            what = "timed out" if isinstance(exc, openai.APITimeoutError) else "closed the connection"
-            raise RecordError("server_unreachable", f"server {what} after {MAX_RETRIES + 1} attempts") from exc
-        except (openai.OpenAIError, ValueError) as exc:
-            raise RecordError("invalid_response", f"invalid response from server: {exc}") from exc
-        except (AttributeError, TypeError) as exc:
-            raise RecordError("invalid_response", "invalid response from server: not as in the protocol") from exc
+        return api.completions.create(**options, extra_body=settings)  # Servers extend the protocol as they like.
 
 
 def protocol_options(job: Job, strategy: Strategy, model: RemoteModel) -> dict[str, Any]:
@@ -247,7 +262,7 @@ def protocol_options(job: Job, strategy: Strategy, model: RemoteModel) -> dict[s
     if options.pop("do_sample", None) is False and job.generation.keys().isdisjoint(generation.SAMPLING):
         options["temperature"] = 0
     named = {PROTOCOL_NAMES.get(name, name): value for name, value in options.items() if value is not None}
-    owner = next((item.owned_by for item in model.models if item.id == model.name), "")
+    owner = model.entry.owned_by if model.entry else ""
     if job.constraint:
         named |= constraint_options(job.constraint, owner)
     variables: dict[str, object] = {}
@@ -256,47 +271,6 @@ def protocol_options(job: Job, strategy: Strategy, model: RemoteModel) -> dict[s
     if variables := {**variables, **job.template_options}:
         named["chat_template_kwargs"] = variables
     return named
-
-
-def make_client(endpoint: str) -> "OpenAI":
-    """Return a client of a server. Raises UsageError for an invalid URL, or if the openai package is missing."""
-    try:
-        url = urlsplit(endpoint)
-    except ValueError:  # brackets without an IPv6 address
-        url = urlsplit("")
-    if url.scheme not in ("http", "https") or not url.netloc:
-        raise UsageError(f"invalid --endpoint {endpoint!r}: expected a URL", hint="e.g. http://localhost:8000/v1")
-    try:
-        import jsonschema  # noqa: F401  # needed for answers to schemas
-        import openai
-    except ImportError as exc:
-        hint = "run `pip install 'llmcli[openai]'`"
-        raise UsageError(f"--endpoint requires the {exc.name} package", hint) from exc
-    openai_key = os.environ.get("OPENAI_API_KEY") if url.scheme == "https" else None  # not to be sent unencrypted
-    key = os.environ.get("LLMCLI_API_KEY") or openai_key or "none"
-    base_url = endpoint if url.path.strip("/") else f"{endpoint.rstrip('/')}/v1"
-    return openai.OpenAI(base_url=base_url, api_key=key, max_retries=MAX_RETRIES, timeout=TIMEOUT_S)
-
-
-def list_models(client: "OpenAI") -> "list[Model]":
-    """Return the server's models, if it lists them. Raises ModelUnavailableError if the server is unreachable."""
-    import openai
-
-    try:
-        return list(client.with_options(max_retries=2).models.list())
-    except openai.APIConnectionError as exc:
-        raise ModelUnavailableError(f"cannot reach {client.base_url}", hint="check that the server is running") from exc
-    except (openai.OpenAIError, ValueError):
-        return []
-
-
-def only_model(endpoint: str) -> str:
-    """Return the name of the server's only model. Raises UsageError if it has none or several."""
-    names = [model.id for model in list_models(make_client(endpoint))]
-    if len(names) != 1:
-        several = f"the server has {len(names)} models: {', '.join(names[:5])}"
-        raise UsageError(several if names else "the server lists no model", hint="choose one with -m NAME")
-    return names[0]
 
 
 def _check_text(text: str | None, finish_reason: str | None) -> str:
@@ -311,9 +285,3 @@ def _make_output(text: str, thoughts: str, reason: str, usage: "CompletionUsage 
     reasoning = {"reasoning": thoughts.strip()} if thoughts.strip() else {}
     end = {"finish_reason": "length" if reason == "length" else "stop", "usage": tokens}
     return {"generated_text": text, **reasoning, **end}
-
-
-def _error_text(body: object) -> str:
-    while isinstance(body, dict):
-        body = next((body[key] for key in ("error", "message", "detail") if key in body), str(body))
-    return " ".join(str(body).split())[:500]

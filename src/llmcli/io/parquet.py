@@ -172,13 +172,13 @@ def read_column(batch: Any, name: str) -> list[Any]:
 
 
 class TableWriter:
-    """Writes the rows of a table with their results. `names` is what `OutputSpec.name_fields` returns."""
+    """Writes the rows of a shard of a table with results. `names` is what `OutputSpec.name_fields` returns."""
 
-    def __init__(self, source: TableSource, names: Mapping[str, str | None]) -> None:
+    def __init__(self, source: TableSource, names: Mapping[str, str | None], shard: tuple[int, int]) -> None:
         import pyarrow as pa
         from pyarrow.parquet import ParquetWriter
 
-        self._source, own, known = source, source.schema(), _result_types()
+        self._source, self._shard, own, known = source, shard, source.schema(), _result_types()
         # `Output` keeps the field `file` of a record.
         kept = {new: name for name, new in names.items() if new and not (name == new == "file" in own.names)}
         self._types = {new: known.get(name) for new, name in kept.items()}  # None: JSON
@@ -202,7 +202,7 @@ class TableWriter:
                 new.open("wb") as file,
                 ParquetWriter(file, self._schema, compression="zstd") as writer,
             ):
-                for batch in chain.from_iterable(table.batches() for table in self._source.open()):
+                for batch in self._read_shard():
                     group.append(self._add_results(batch, [*map(results.read, islice(sizes, batch.num_rows))]))
                     if len(group) == GROUP_BATCHES or sum(rows.nbytes for rows in group) > GROUP_BYTES:
                         writer.write_table(pa.Table.from_batches(group))
@@ -214,6 +214,12 @@ class TableWriter:
         except OSError as exc:
             new.unlink(missing_ok=True)
             raise LlmcliError(f"cannot write to {path}: {reason(exc)}") from exc
+
+    def _read_shard(self) -> Iterator[Any]:
+        start, step = self._shard
+        for batch in chain.from_iterable(table.batches() for table in self._source.open()):
+            yield batch.take([*range(start, batch.num_rows, step)]) if step > 1 else batch
+            start = (start - batch.num_rows) % step
 
     def _add_results(self, batch: Any, lines: list[bytes]) -> Any:
         """Return rows with their results, which are lines of JSON. A row whose line is empty is dropped."""

@@ -44,7 +44,7 @@ class Journal(AbstractContextManager["Journal"]):
         self.path = path = spec.path
         # A Parquet file is written at the end, from the results.
         self._results = results = Path(f"{path}.state.rows") if spec.table else path
-        self._resumes = spec.resume
+        self._resumes, self._is_shard = spec.resume, bool(job.shard) and not spec.table
         self._state, self._new_state = Path(f"{path}.state"), Path(f"{path}.state.retry")
         self._new_output = path.resolve().parent / f"{path.name}.state.new"
         command = {**_identify(job), "rename": spec.rename, "select": spec.select}
@@ -132,7 +132,8 @@ class Journal(AbstractContextManager["Journal"]):
                 exc.hint = "; ".join(filter(None, (exc.hint, RESUME_HINT)))
             elif is_begun and exc and not isinstance(exc, UsageError):
                 console.print_line(f"hint: {RESUME_HINT}")
-            if not self._resumes and (self.is_complete or not is_begun):
+            keeps_state = self._resumes or (self._is_shard and self.is_complete)  # which `llmcli merge` reads
+            if not keeps_state and (self.is_complete or not is_begun):
                 self._state.unlink()
                 if exc or self._results is not self.path:
                     self._results.unlink()

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from llmcli.errors import LlmcliError, UsageError
 from llmcli.io.output import Sink
@@ -70,14 +70,11 @@ class RunLog:
             self._identity_bytes = len(identity)
             with suppress(ValueError, RecursionError, TypeError):  # TypeError: it is not an object.
                 self.identity = {**json.loads(identity)}
-            while not self.is_complete:
-                data = file.read(ENTRY_BYTES)
-                if not data or data[ENTRY.size :] != _checksum(data[: ENTRY.size]):
-                    break
-                if Entry(*ENTRY.unpack_from(data)).state == COMPLETE:
+            for entry in read_entries(file):
+                if entry.state == COMPLETE:
                     self.is_complete = True
-                else:
-                    self._entries += data
+                    break
+                self._entries += _pack(entry)
 
     def cut(self) -> None:
         """Cut what only the log or only the output holds."""
@@ -112,6 +109,12 @@ class RunLog:
             raise UsageError(f"'{self.output}' is being written by another run") from None
         except OSError:
             pass  # The file system has no locks.
+
+
+def read_entries(file: BinaryIO) -> Iterator[Entry]:
+    """Yield the entries of a log, up to the first damaged one."""
+    while (data := file.read(ENTRY_BYTES)) and data[ENTRY.size :] == _checksum(data[: ENTRY.size]):
+        yield Entry(*ENTRY.unpack_from(data))
 
 
 def sync(path: Path) -> None:

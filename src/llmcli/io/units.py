@@ -1,4 +1,4 @@
-"""Parse, format and round sizes, durations and probabilities."""
+"""Parse, format and round sizes, durations, shards and probabilities."""
 
 import math
 import re
@@ -25,6 +25,14 @@ def parse_size(text: str) -> int:
     if not match or match[2].upper() not in BYTES:
         raise UsageError(f"invalid size {text!r}", hint="write it like 8GB, 500MB or 2GiB")
     return int(float(match[1]) * BYTES[match[2].upper()])
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Return I and N of `I/N`."""
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise UsageError(f"invalid --shard {text!r}", hint="write I/N, I from 0 to N-1: 0/4 is the first of 4 shards")
+    return int(match[1]), int(match[2])
 
 
 def format_megabytes(size: int | None) -> str:

@@ -22,6 +22,8 @@ Texts = Annotated[list[str], Argument(metavar="TEXT", default_factory=list, show
 Prompt = Annotated[str | None, Option(metavar="TEMPLATE",
     help='Prompt template with record fields, e.g. "Classify: {text}".')]  # fmt: skip
 Json = Annotated[bool, Option("--json", help="Write JSON Lines.")]
+OutputPath = Annotated[Path | None, Option("--output", metavar="PATH",
+    help="Write results to PATH, which must not exist; - is stdout.")]  # fmt: skip
 Quiet = Annotated[bool, Option("--quiet", "-q", callback=console.set_quiet, help="Print errors only.")]
 Verbose = Annotated[bool, Option("--verbose", "-v", callback=console.set_verbose,
     help="Print tracebacks and library warnings.")]  # fmt: skip
@@ -100,8 +102,7 @@ class OutputOptions:
     """Output"""
 
     json: Json = False
-    output: Annotated[Path | None, Option(metavar="PATH",
-        help="Write results to PATH, which must not exist; - is stdout.")] = None  # fmt: skip
+    output: OutputPath = None
     resume: Annotated[bool, Option("--resume", help="Continue an interrupted run; requires --output.")] = False
     retry_errors: Annotated[bool, Option("--retry-errors", help="Retry records that failed in an earlier run.")] = False
     on_error: Annotated[Literal["skip", "stop"], Option(help="Skip failed records, or stop at the first one.")] = "skip"

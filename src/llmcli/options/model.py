@@ -9,7 +9,7 @@ from typer import Option
 
 from llmcli import config
 from llmcli.errors import UsageError
-from llmcli.io.units import parse_duration, parse_size
+from llmcli.io.units import parse_duration, parse_shard, parse_size
 from llmcli.job import Job, JsonObject, LoadOptions
 from llmcli.models import registry, store
 from llmcli.options import completion
@@ -102,6 +102,8 @@ class BatchModelOptions(ModelOptions):
         help="Records per batch, or auto to tune it during the run.")] = "auto"  # fmt: skip
     tensor_parallel: Annotated[bool, Option("--tensor-parallel",
         help="Split each layer among the processes of torchrun.")] = False  # fmt: skip
+    shard: Annotated[str | None, Option(metavar="I/N", rich_help_panel="Input",
+        help="Run only the records whose number modulo N is I, from 0.")] = None  # fmt: skip
 
     def load_options(self) -> LoadOptions:
         options = super().load_options()
@@ -114,6 +116,10 @@ class BatchModelOptions(ModelOptions):
 
     def _complete(self, job: Job) -> Job:
         job = super()._complete(job)
+        if self.shard is not None:
+            if config.world_size() > 1:
+                raise UsageError("--shard cannot be used with torchrun", hint="it distributes the records itself")
+            job = replace(job, shard=parse_shard(self.shard))
         if self.batch_size == "auto":
             return job
         if not self.batch_size.isdecimal() or int(self.batch_size) < 1:
@@ -125,17 +131,17 @@ class BatchModelOptions(ModelOptions):
 class ServedModelOptions(BatchModelOptions):
     """Model"""
 
-    endpoint: Annotated[str | None, Option(metavar="URL",
-        help="URL of an OpenAI-compatible server to use instead.")] = None  # fmt: skip
-    concurrency: Annotated[int, Option(metavar="N", min=1, help="Maximum concurrent requests to the endpoint.")] = 16
+    endpoint: Annotated[list[str], Option(metavar="URL",
+        help="URL of an OpenAI-compatible server to use; repeatable.")] = field(default_factory=list)  # fmt: skip
+    concurrency: Annotated[int, Option(metavar="N", min=1, help="Maximum concurrent requests to each endpoint.")] = 16
 
     def _complete(self, job: Job) -> Job:
         job = super()._complete(job)
-        return replace(job, endpoint=self.endpoint, concurrency=self.concurrency)
+        return replace(job, endpoint=tuple(dict.fromkeys(self.endpoint)), concurrency=self.concurrency)
 
     def model_name(self, task: str, **languages: str | None) -> str:
         if self.model is None and self.endpoint:
-            from llmcli.engines.endpoint import only_model
+            from llmcli.engines.servers import only_model
 
             return only_model(self.endpoint)
         return super().model_name(task, **languages)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # By type of device: what a forward pass costs whatever it reads, in tokens. A GPU reads a whole batch in that time.
 PASS_TOKENS = defaultdict(lambda: 4096, cpu=64)
-PREFILL_TOKENS = defaultdict(lambda: 2**14, cpu=4096)  # of prompts, read at once: more leave a CPU's caches
+PREFILL_TOKENS = defaultdict(lambda: 2**15, cpu=4096)  # of prompts, read at once: more leave a CPU's caches
 SPARE_COLUMNS = 64  # minimum room for later tokens
 SPARE_COLUMNS_ACCELERATOR = 128  # beyond the longest row
 GRAPH_STEPS = 32  # Fewer do not repay the capture of a graph, or a recording.
@@ -63,6 +63,7 @@ class SlotBatch(RunningBatch):
         self._longest = settings.max_length
         config = settings.config
         self._ends, self._copies = frozenset(end_tokens(config)), config.num_return_sequences or 1
+        self._end_ids = torch.tensor([*self._ends], dtype=torch.int64, device=self._device)
         self._texts = StopTexts(config.stop_strings) if config.stop_strings else None
         self._processors, self._minimum = processors, (config.min_new_tokens or 0) if self._ends else 0
         self._constraints: RowConstraints | None = None
@@ -234,8 +235,9 @@ class SlotBatch(RunningBatch):
         scores = logits = logits.to(self._device, torch.float32)
         numbers = [sequence.number for sequence in sequences]
         if short := [i for i, known in enumerate(sequences) if len(known.tokens) < self._minimum]:
-            scores = scores.clone()
-            scores[torch.tensor(short)[:, None], torch.tensor([*self._ends])] = -torch.inf
+            scores = scores.index_fill(1, self._end_ids, -torch.inf)
+            if others := sorted({*range(len(scores))}.difference(short)):
+                scores[others] = logits[others]
         if self._processors:
             scores = adjust_scores(self._processors, sequences, scores)
         if self._constraints:
