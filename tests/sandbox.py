@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import adapters
 import heads
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +54,14 @@ RECORDS = {
         {"text": "Is it late?", "schema": {"type": "boolean"}},
         {"text": "Pick a number", "settings": {"choice": ["one", "two"], "seed": 7}, "schema": None},
     ],
+    "batch": [
+        {
+            "custom_id": "1",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 9},
+        },
+    ],
     "conversations": [{"messages": [{"role": "user", "content": "Hello"}]}, {"text": "Hello"}],
 }
 FUNCTIONS = """
@@ -69,6 +78,7 @@ TINY = {
     "bart": ["bart-large-cnn", "facebook/bart-large-cnn", "distilbart"],
     "tagger": ["bert-ner", "dslim/bert-base-NER"],
     "classifier": ["distilbert-sst2", "distilbert/distilbert-base-uncased-finetuned-sst-2-english"],
+    "reranker": ["ms-marco-minilm"],
     "nli": ["bart-large-mnli", "facebook/bart-large-mnli"],
     "nllb": ["nllb-600m", "facebook/nllb-200-distilled-600M"],
     "marian": ["opus-mt-en-fr", "Helsinki-NLP/opus-mt-en-fr"],
@@ -111,6 +121,7 @@ def tiny(scratch: Path, chat: Path, encoder: Path, server: str) -> Iterator[tupl
         "encoder": encoder,
         "tagger": heads.save_head(scratch / "tagger", "bert", "TokenClassification", heads.ENTITIES),
         "classifier": heads.save_head(scratch / "classifier", "distilbert", "SequenceClassification", heads.SENTIMENTS),
+        "reranker": heads.save_head(scratch / "reranker", "bert", "SequenceClassification", {0: "LABEL_0"}),
         "nli": heads.save_head(scratch / "nli", "bart", "SequenceClassification", heads.NLI),
     }
     tables = [
@@ -125,6 +136,7 @@ def tiny(scratch: Path, chat: Path, encoder: Path, server: str) -> Iterator[tupl
         "LLMCLI_SERVER": server,
     }
     _pulled(chat, scratch / "huggingface" / "hub" / "models--HuggingFaceTB--SmolLM2-360M-Instruct")
+    adapters.make_lora(scratch / "here" / "my-lora", chat)
     with _worker(scratch, own) as environment:
         yield fill(scratch / "here"), environment
 

@@ -1,5 +1,6 @@
 """Each private or version-sensitive name of a foreign library: if a new release takes one away, its test says which."""
 
+import copy
 import inspect
 import json
 import math
@@ -9,6 +10,7 @@ import threading
 from contextlib import contextmanager, nullcontext
 from unittest.mock import Mock
 
+import peft
 import pytest
 import torch
 from packaging.version import Version
@@ -26,6 +28,7 @@ from transformers import __version__ as transformers_version
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmcli.compat import cache, tokenizers, transformers
+from llmcli.compat import peft as peft_names
 from llmcli.compat import torch as kernels
 from llmcli.compat import typer as typer_names
 from llmcli.compat.recording import Recording
@@ -54,6 +57,16 @@ def test_byte_alphabet_is_the_one_of_the_tokenizers():
     alphabet = tokenizers.byte_alphabet()
     assert sorted(alphabet) == sorted(ByteLevel.alphabet())
     assert (alphabet["a"], alphabet["Ġ"], sorted(alphabet.values())) == (ord("a"), 32, [*range(256)])
+
+
+def test_peft_reports_missing_and_unknown_weights(model):
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"]), peft_names.NAME)
+    layer = next(module for module in adapted.modules() if isinstance(module, peft_names.BaseTunerLayer))
+    assert isinstance(layer.get_base_layer(), nn.Linear)
+    result = peft.set_peft_model_state_dict(adapted, {"base_model.model.x": torch.ones(1)}, peft_names.NAME)
+    assert result.unexpected_keys == ["base_model.model.x"]
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight" in result.missing_keys
+    assert callable(adapted.base_model.merge_and_unload)
 
 
 def test_model_supports_default_dynamic_cache(model):

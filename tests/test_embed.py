@@ -5,6 +5,12 @@ import math
 import shutil
 
 import pytest
+import torch
+from encoders import SHAPES, save_encoder, write
+from safetensors.torch import save_file
+
+QUICK = ("qwen3", "gemma")  # shapes that the fast tests try
+TEXTS = ["The Clock was repaired", "Dog", "A lazy dog sleeps in the warm sun, and the Fox is quick", "Où est le chien?"]
 
 
 @pytest.fixture
@@ -45,9 +51,9 @@ def test_the_models_own_pooling(llmcli, encoder, tmp_path):
     )
     (record,) = llmcli("embed", "the quick", "-m", folder, "--dtype", "float32").records
     assert record["embedding"] == pytest.approx(expected(encoder, "the quick", first_token=True), abs=1e-6)
-    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "median"}')
     ran = llmcli("embed", "the quick", "-m", folder)
-    assert (ran.exit_status, "lasttoken" in ran.stderr) == (4, True)
+    assert (ran.exit_status, "pooling by median is not supported" in ran.stderr) == (4, True)
 
 
 def test_a_text_that_is_too_long(embed):
@@ -118,3 +124,127 @@ def test_embed_counts_positions_after_padding_in_roberta_models(llmcli, encoder,
     assert "63 tokens, which exceeds the context length of 62" in ran.records[1]["error"]["message"]
     (tmp_path / "dogs.txt").write_text("dog " * 500)
     assert llmcli("search", "dog", tmp_path / "dogs.txt", "-m", folder).exit_status == 0
+
+
+def assert_embeds_as_sentence_transformers(llmcli, folder):
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder), device="cpu")
+    methods = {None: model.encode, "query": model.encode_query, "document": model.encode_document}
+    for batch_size, (role, encode) in zip(("auto", 1, 4), methods.items(), strict=True):
+        as_role = ("--as", role) if role else ()
+        args = "embed", "-m", folder, "--dtype", "float32", "--lines", "--batch-size", batch_size, *as_role
+        records = llmcli(*args, stdin="".join(f"{text}\n" for text in TEXTS).encode()).records
+        for record, vector in zip(records, encode(TEXTS, batch_size=1), strict=True):
+            assert record["embedding"] == pytest.approx(vector.tolist(), abs=1e-5), role
+
+
+@pytest.mark.parametrize("shape", QUICK)
+def test_vectors_equal_sentence_transformers(llmcli, tmp_path, shape):
+    assert_embeds_as_sentence_transformers(llmcli, save_encoder(tmp_path / "model", **SHAPES[shape]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape not in QUICK])
+def test_vectors_of_each_shape_equal_theirs(llmcli, tmp_path, shape):
+    assert_embeds_as_sentence_transformers(llmcli, save_encoder(tmp_path / "model", **SHAPES[shape]))
+
+
+def test_dimensions_are_cut_and_normalized_again(llmcli, tmp_path):
+    folder = save_encoder(tmp_path / "model", **SHAPES["labse"])
+    args = "embed", "the clock", "-m", folder, "--dtype", "float32"
+    (whole,), (cut,) = llmcli(*args).records, llmcli(*args, "--dimensions", 8).records
+    length = math.hypot(*whole["embedding"][:8])
+    assert cut["embedding"] == pytest.approx([value / length for value in whole["embedding"][:8]], abs=1e-6)
+    ran = llmcli(*args, "--dimensions", 33)
+    assert (ran.exit_status, "--dimensions 33 exceeds the 32 dimensions" in ran.stderr) == (2, True)
+
+
+def test_dimensions_of_the_folder_are_kept_as_saved(llmcli, tmp_path):
+    folder = save_encoder(tmp_path / "model", **SHAPES["arctic"])
+    write(folder / "config_sentence_transformers.json", {"truncate_dim": 8})
+    assert_embeds_as_sentence_transformers(llmcli, folder)
+
+
+def test_folders_saved_by_release_6_are_read(llmcli, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(save_encoder(tmp_path / "old", **SHAPES["joined"])), device="cpu")
+    model.prompts |= {"passage": "passage: "}
+    model.save_pretrained(str(tmp_path / "new"))
+    assert_embeds_as_sentence_transformers(llmcli, tmp_path / "new")
+
+
+def test_prompts_count_and_are_cut_with_the_text(llmcli, tmp_path):
+    folder = save_encoder(tmp_path / "model", **SHAPES["nomic"], max_length=16)
+    (plain,), (query,) = (
+        llmcli("embed", "the clock", "-m", folder, *args).records for args in ((), ("--as", "query"))
+    )  # fmt: skip
+    assert query["usage"]["prompt_tokens"] > plain["usage"]["prompt_tokens"]
+    ran = llmcli("embed", "dog " * 10, "-m", folder, "--as", "query")
+    assert (ran.exit_status, "exceeds the context length of 16" in ran.stderr) == (1, True)
+    (record,) = llmcli("embed", "dog " * 10, "-m", folder, "--as", "query", "--truncate").records
+    assert record["usage"]["prompt_tokens"] == 16
+
+
+def list_modules(*names, path="1_X"):
+    """Return what replaces the list of modules with these, which may have a package of their own."""
+    types = [name if "." in name else f"sentence_transformers.models.{name}" for name in names]
+    paths = ["", *[path] * len(names)]
+    return lambda folder: write(
+        folder / "modules.json",
+        [{"idx": i, "name": str(i), "path": paths[i], "type": name} for i, name in enumerate(types)],
+    )
+
+
+def change(file, **changes):
+    return lambda folder: write(folder / file, {**json.loads((folder / file).read_text()), **changes})
+
+
+SETTINGS, TRANSFORMER = "config_sentence_transformers.json", "sentence_bert_config.json"
+UNSUPPORTED = {  # what the error names, and a change of the folder
+    "StaticEmbedding": list_modules("StaticEmbedding"),
+    "CLIPModel": list_modules("CLIPModel"),
+    "Router": list_modules("Router"),
+    "module Pooling": list_modules("Pooling", "Transformer"),
+    "module LayerNorm": list_modules("Transformer", "LayerNorm"),
+    "modules.json without Pooling": list_modules("Transformer", "Normalize"),
+    "module LSTM": list_modules("Transformer", "LSTM"),
+    "module custom_st.Transformer, which is custom code,": list_modules("custom_st.Transformer"),
+    "in directory '../1_Pooling'": list_modules("Transformer", "Pooling", path="../1_Pooling"),
+    "SparseEncoder": change(SETTINGS, model_type="SparseEncoder"),
+    "special token": change(SETTINGS, prompts={"query": "[SEP] "}),
+    "setting query_length": change(TRANSFORMER, query_length=8),
+    "setting config_args": change(TRANSFORMER, config_args={"num_hidden_layers": 1}),
+    "modality_config": change(TRANSFORMER, modality_config={"message": {}}),
+    "activation my.Swish": change("2_Dense/config.json", activation_function="my.Swish"),
+    "2_Dense/model.safetensors": lambda folder: (folder / "2_Dense" / "model.safetensors").unlink(),
+    "linear.weight": lambda folder: save_file({"x": torch.ones(2)}, folder / "2_Dense" / "model.safetensors"),
+    "damaged": lambda folder: (folder / "2_Dense" / "model.safetensors").write_bytes(b"x" * 64),
+    "failed to load": lambda folder: (folder / "modules.json").write_text("[{]"),
+}
+
+
+@pytest.fixture(scope="module")
+def labse(tmp_path_factory):
+    return save_encoder(tmp_path_factory.mktemp("models") / "labse", **SHAPES["labse"])
+
+
+@pytest.mark.parametrize("named", UNSUPPORTED)
+def test_what_is_not_supported_is_refused_by_name(llmcli, labse, tmp_path, named):
+    folder = shutil.copytree(labse, tmp_path / "model")
+    UNSUPPORTED[named](folder)
+    ran = llmcli("embed", "dog", "-m", folder)
+    assert (ran.exit_status, named in ran.stderr, ran.stdout) == (4, True, ""), ran.stderr
+
+
+@pytest.mark.slow
+def test_quantized_copies_keep_the_dense_module(llmcli, labse):
+    ran = llmcli("embed", "the clock", "-m", labse, "--quantize", "int8")
+    assert (ran.exit_status, len(ran.records[0]["embedding"])) == (0, 32)
+
+
+def test_embed_resume_refuses_another_prompt(llmcli, labse, tmp_path):
+    args = "embed", "a dog", "-m", labse, "--output", tmp_path / "out", "--resume"
+    assert llmcli(*args).exit_status == 0
+    assert llmcli(*args, "--as", "query").exit_status == 2

@@ -769,3 +769,45 @@ def test_endpoint_form_that_the_server_lacks_is_refused(served, server):
     stdin = b'{"text": "a", "o": {"regex": "a"}}\n{"text": "b"}\n'
     ran = served("chat", "--jsonl", "--settings-field", "o", stdin=stdin)
     assert [record.get("error", {}).get("type") for record in ran.records] == ["request_rejected", None]
+
+
+def batch_line(name, url="/v1/chat/completions", **body):
+    body = {"messages": [{"role": "user", "content": "the fox"}]} | body if url.endswith("chat/completions") else body
+    return json.dumps({"custom_id": name, "method": "POST", "url": url, "body": {"model": "x", **body}}) + "\n"
+
+
+def test_endpoint_gets_requests_of_batch_file_unchanged(served, server):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    texts = [batch_line("a", tools=tools, n=2), batch_line("b", "/v1/completions", prompt="long", temperature=0),
+             batch_line("c", "/v1/completions", prompt="unknown"), batch_line("d", "/v1/x", prompt="the"),
+             batch_line("e", "/v1/completions", prompt="broken")]  # fmt: skip
+    ran = served("chat", "--openai-batch", "--top-p", 0.5, "--temperature", 1, stdin="".join(texts).encode())
+    assert [record["response"]["status_code"] for record in ran.records] == [200, 400, 404, 404, 503]
+    body = ran.records[0]["response"]["body"]
+    assert [choice["message"]["content"] for choice in body["choices"]] == ["the fox!", "the fox! 1"]
+    assert ran.records[1]["error"] == {
+        "code": "request_rejected", "message": "server returned HTTP 400: the prompt is too long"}  # fmt: skip
+    sent = {json.dumps(each.get("prompt")): each for each in server.bodies}
+    assert sent["null"].items() >= {"tools": tools, "n": 2, "top_p": 0.5, "model": "tiny", "stream": False}.items()
+    assert "max_tokens" not in sent["null"]
+    assert (sent['"long"']["temperature"], sent["null"]["temperature"]) == (0, 1)
+
+
+@pytest.mark.slow
+def test_transformers_serve_answers_batch_file(llmcli, serve, chatty):
+    kinds = [{}, {"url": "/v1/completions", "prompt": "the dog"}, {"no_such_field": 1}]
+    asked = {"max_tokens": 5, "temperature": 0}
+    texts = "".join(batch_line(str(i), **kinds[i % 3], **asked) for i in range(30)).encode()
+    args = ("chat", "--openai-batch", "-m", chatty)
+    here = llmcli(*args, "--dtype", "float32", stdin=texts)
+    there = llmcli(*args, "--endpoint", serve, stdin=texts)
+    for ours, theirs in zip(here.records, there.records, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert (ours["error"] is None) == (theirs["error"] is None)
+        if ours["error"] is None:
+            ours, theirs = ours["response"]["body"], theirs["response"]["body"]
+            assert ours["object"] == theirs["object"]
+            assert {*ours} <= {*theirs}
+            (choice,), (other,) = ours["choices"], theirs["choices"]
+            assert choice.get("text") == other.get("text")
+            assert choice.get("message", {}).get("content") == other.get("message", {}).get("content")

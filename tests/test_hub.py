@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from adapters import make_lora
 from hub import Hub, running_hub
 
 pytestmark = pytest.mark.slow
@@ -72,13 +73,17 @@ def test_pull_fetches_safetensors_and_configuration_into_the_shared_cache(hub: H
     other_formats = dict.fromkeys(
         ("onnx/model.onnx", "onnx/config.json", "pytorch_model.bin", "flax_model.msgpack", "README.md"), b"not wanted"
     )
-    commit = hub.add("org/name", MODEL | other_formats, license="mit")
+    model = MODEL | {
+        "2_Dense/config.json": b'{"in_features": 2}',
+        "2_Dense/model.safetensors": b"a layer of an encoder",
+    }
+    commit = hub.add("org/name", model | other_formats, license="mit")
 
     done = run("models", "pull", "org/name")
 
     assert pulled(done) == home / "huggingface" / "hub" / "models--org--name" / "snapshots" / commit
-    assert contents(pulled(done)) == MODEL
-    assert sorted(hub.downloads()) == sorted(MODEL)
+    assert contents(pulled(done)) == model
+    assert sorted(hub.downloads()) == sorted(model)
     assert done.stderr == "note: pulling org/name, 2 MB from the Hub (license: mit)\n"
 
 
@@ -349,3 +354,20 @@ def shards(stem: str, suffix: str, count: int) -> dict[str, bytes]:
     files = {f"{stem}-{i:05}-of-{count:05}.{suffix}": os.urandom(200_000) for i in range(1, count + 1)}
     index = {"weight_map": {f"layer.{i}": name for i, name in enumerate(files)}}
     return {"config.json": b"{}", f"{stem}.{suffix}.index.json": json.dumps(index).encode()} | files
+
+
+def test_adapter_is_pulled_with_its_base_model(hub, run, tiny, tmp_path):
+    lora = make_lora(tmp_path / "lora", tiny)
+    settings = json.loads((lora / "adapter_config.json").read_text()) | {"base_model_name_or_path": "org/base"}
+    (lora / "adapter_config.json").write_text(json.dumps(settings))
+    hub.add("org/base", tiny)
+    hub.add("org/lora", lora, branch="v1")
+    command = ["generate", "the quick", "--adapter", "org/lora@v1", "--max-new-tokens", 4, "--temperature", 0]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert "note: base model of the adapter: org/base" in done.stderr
+    assert {"adapter_model.safetensors", "model.safetensors"} <= set(hub.downloads())
+    assert run(*command, "--offline").stdout == done.stdout
+    hub.add("org/pickled", {"adapter_config.json": b"{}", "adapter_model.bin": b"pickled"})
+    refused(run("generate", "x", "--adapter", "org/pickled"), "org/pickled has no adapter_model.safetensors")
+    refused(run("generate", "x", "-m", "org/lora@v1"), "an adapter with --adapter")

@@ -26,6 +26,7 @@ DATA = {
         b'text,n\n"one\ntwo",1\nthree,2\n',
         [{"text": "one\ntwo", "n": "1"}, {"text": "three", "n": "2"}],
     ),
+    InputFormat.OPENAI_BATCH: (b'{"custom_id": "a"}\n{"n": 1}', [{"custom_id": "a"}, {"n": 1}]),
 }
 
 

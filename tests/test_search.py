@@ -202,8 +202,8 @@ def kept(cache: Path) -> int:
 
 
 NAMES = (
-    "adding-a-task", "batch-inference", "configuration", "cookbook", "errors", "generate", "installation", "migrating",
-    "models", "privacy", "question-answering", "search", "score", "summarize", "translate", "warm-starts",
+    "adding-a-task", "batch-inference", "configuration", "cookbook", "embed", "errors", "generate", "installation",
+    "migrating", "models", "privacy", "question-answering", "search", "score", "summarize", "translate", "warm-starts",
 )  # fmt: skip
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 

@@ -11,18 +11,43 @@ import threading
 from collections.abc import Callable, Iterator
 from shutil import get_terminal_size
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from llmcli import __version__, commands, console
 from llmcli.errors import ExitStatus, LlmcliError, OutputClosedError, TerminatedError
 from llmcli.options.expand import Command, Group
+from llmcli.tasks import plugins
 
 HELP_WIDTH = min(get_terminal_size().columns, 80) - 2
 
+
+class RootGroup(Group):
+    """The commands of llmcli, and those of plugins."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *plugins.find_plugins("commands")]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        is_plugin = cmd_name not in self.commands and cmd_name in plugins.find_plugins("commands")
+        return PluginCommand(cmd_name, help="Run a plugin.") if is_plugin else super().get_command(ctx, cmd_name)
+
+
+class PluginCommand(Command):
+    """A command of another package, which is imported when it is called."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        plugin = plugins.load_plugin("commands", str(self.name), Callable)
+        if isinstance(plugin, typer.Typer):
+            return typer.main.get_group(plugin).make_context(info_name, args, parent, **extra)
+        holder = typer.Typer(add_completion=False, rich_markup_mode=None)
+        holder.command(cls=Command)(plugin)
+        return typer.main.get_command(holder).make_context(info_name, args, parent, **extra)
+
+
 app = typer.Typer(
-    name="llmcli", cls=Group, help="Run Transformers models from the command line.", no_args_is_help=True,
+    name="llmcli", cls=RootGroup, help="Run Transformers models from the command line.", no_args_is_help=True,
     rich_markup_mode=None,  # plain help is faster, and readable in a pipe
     pretty_exceptions_enable=False,
     # Typer lays out help for at least 50 columns unless it is told the width.

@@ -20,6 +20,7 @@ class LoadOptions:
     tensor_parallel: bool = False  # each process of torchrun has a part of each layer
     max_memory: int | None = None  # bytes of main memory for the weights
     offload_folder: str | None = None  # for weights that do not fit in memory
+    adapter: str | None = None  # directory that the engine found, to merge into the weights
     offline: bool = False
     allow_pickle: bool = False  # load pickled weights, which can run code
     trust_remote_code: bool = False  # run Python code of the model
@@ -33,6 +34,7 @@ class Job:
     model: str  # registry alias, directory, .gguf file or Hub ID
     generation: JsonObject = field(default_factory=dict)  # GenerationConfig fields that the user gave
     parameters: JsonObject = field(default_factory=dict)  # of the task: prompt, system, fields, full_text, ...
+    adapter: str | None = None  # directory or Hub ID, instead of the one that the alias names
     load_options: LoadOptions = LoadOptions()
     batch_size: int | None = None  # rows per batch; None: the engine chooses
     seed: int | None = None

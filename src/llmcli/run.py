@@ -8,6 +8,7 @@ from typing import Any
 
 from llmcli import config, console, engines, tasks
 from llmcli.errors import ExitStatus, UsageError
+from llmcli.io.openai_batch import read_requests
 from llmcli.io.output import HAVE_FIELDS, Output, OutputFormat, OutputSpec
 from llmcli.io.parquet import TableWriter, file_for_stdout
 from llmcli.io.progress import Progress, RunCounts, print_statistics
@@ -25,7 +26,9 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
     if spec.table and not spec.path:
         with file_for_stdout(spec) as file_spec:
             return run(job, records, file_spec)
-    if job.logprobs is not None and spec.format not in HAVE_FIELDS:
+    if spec.format is OutputFormat.OPENAI_BATCH:
+        job, records = read_requests(job, records)
+    elif job.logprobs is not None and spec.format not in HAVE_FIELDS:
         console.warning("--logprobs has no effect in text output: use --json")
     if not spec.has_records:
         job = replace(job, load_options=replace(job.load_options, one_stream=True))

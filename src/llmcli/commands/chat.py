@@ -8,7 +8,8 @@ from typer import Argument, Option
 from llmcli.errors import ExitStatus
 from llmcli.io.output import OutputSpec
 from llmcli.io.records import read_prompts
-from llmcli.options import ChatModelOptions, GenerationOptions, InputOptions, OutputOptions, Prompt, expand_options
+from llmcli.options import ChatModelOptions, GenerationOptions, OutputOptions, Prompt, expand_options
+from llmcli.options.input_output import RequestInputOptions
 from llmcli.options.structure import AnswerOptions
 from llmcli.run import run
 from llmcli.tasks.fields import build_prompt_parameters
@@ -19,7 +20,7 @@ def chat(
     text: Annotated[str | None, Argument(metavar="TEXT", show_default=False)] = None,
     prompt: Prompt = None,
     system: Annotated[str | None, Option("--system", "-s", metavar="TEXT", help="System message.")] = None,
-    *, input: InputOptions, generation: GenerationOptions, structure: AnswerOptions, model: ChatModelOptions,
+    *, input: RequestInputOptions, generation: GenerationOptions, structure: AnswerOptions, model: ChatModelOptions,
     output: OutputOptions,
 ) -> ExitStatus:  # fmt: skip
     """Chat with a model.

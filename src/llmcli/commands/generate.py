@@ -6,8 +6,9 @@ from typer import Option
 
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.io.records import read_prompts
-from llmcli.options import GenerationOptions, InputOptions, OutputOptions, Prompt, Texts, completion
+from llmcli.options import GenerationOptions, OutputOptions, Prompt, Texts, completion
 from llmcli.options.expand import expand_options
+from llmcli.options.input_output import RequestInputOptions
 from llmcli.options.model import ServedModelOptions
 from llmcli.options.structure import AnswerOptions
 from llmcli.run import run
@@ -22,7 +23,7 @@ def generate(
     preset: Annotated[str | None, Option(metavar="NAME", autocompletion=completion.presets,
         help="Writing preset: story, screenplay, poem or dialogue.")] = None,
     full_text: Annotated[bool, Option(help="Include the prompt in text output.")] = True,
-    *, input: InputOptions, generation: GenerationOptions, structure: AnswerOptions, model: ServedModelOptions,
+    *, input: RequestInputOptions, generation: GenerationOptions, structure: AnswerOptions, model: ServedModelOptions,
     output: OutputOptions,
 ) -> ExitStatus:  # fmt: skip
     """Generate text from a prompt.

@@ -13,7 +13,7 @@ from llmcli.io.output import to_json
 from llmcli.io.records import open_inputs, read_records, warn_if_likely_mistake
 from llmcli.io.units import format_probability
 from llmcli.job import Job, JsonObject, LoadOptions, Record
-from llmcli.models import generation, loading, registry, store
+from llmcli.models import adapters, generation, loading, registry, store
 from llmcli.options import FigureOptions, ModelOptions, completion, expand_options
 from llmcli.options.expand import Command
 from llmcli.options.generation import Temperature, TopK, TopP
@@ -55,9 +55,9 @@ def tokens(text: Text = None, file: File = None, *, model: TokenizerOptions, out
     tokens = {}
     rows: list[tuple[str, ...]] = []
     for name in model.models or [store.choose(registry.default_names("inspect"), options)]:
-        folder = store.pull(registry.resolve(name), offline=options.offline, allow_pickle=options.allow_pickle)
+        folder, found = adapters.find_weights(name, None, options)
         with suspended_garbage_collection():
-            tokenizer = loading.tokenizer(folder, options)
+            tokenizer = loading.tokenizer(folder, found)
         tokens[name] = tokens_of(tokenizer, text)
         rows += [(name, str(i), str(token["id"]), to_json(token["token"])) for i, token in enumerate(tokens[name])]
     objects = [{"text": text, "tokens": of_model, "model": name} for name, of_model in tokens.items()]

@@ -70,6 +70,8 @@ def pull(
     """
     spec = registry.resolve(name)
     offline = offline or settings().offline
+    if spec.adapter:
+        store.pull(spec.adapter, offline=offline, refresh=True)
     print_lines([str(store.pull(spec, offline=offline, allow_pickle=allow_pickle, refresh=True))])
 
 
@@ -104,7 +106,8 @@ def _describe(spec: ModelSpec) -> dict[str, Any]:
     folder = store.find_or_none(spec)
     return {
         "name": spec.name, "description": spec.description, "source": _describe_source(spec), "license": spec.license,
-        "download": spec.size, "tasks": list(spec.tasks), "path": str(folder) if folder else None,
+        "adapter": _describe_source(spec.adapter) if spec.adapter else None, "download": spec.size,
+        "tasks": list(spec.tasks), "path": str(folder) if folder else None,
         "on disk": sum(file.stat().st_size for file in folder.iterdir() if file.exists()) if folder else None,
     }  # fmt: skip
 

@@ -42,7 +42,7 @@ class BatchRunner:
         self.queue: dict[Row, None] = {}  # rows that wait or run, in the order of their arrival
         self._finished: list[Request] = []
         self._running: dict[int, Row] = {}  # by their numbers in the batch
-        self._group: tuple[int, ...] = ()  # of these
+        self._group: tuple[int | None, ...] = ()  # of these
         self._batch: RunningBatch | None = None
         self._settings: BatchSettings | None = None  # of the last batch that generated
         self._added = 0  # rows, to that batch
@@ -74,11 +74,12 @@ class BatchRunner:
             with capture_errors(request):
                 own, maximum, grammar, seed = request.settings, self._max_new_tokens, None, None
                 config, parameters = self._find_config(own), self._preprocess_parameters
+                logprobs = self._logprobs if request.logprobs is None else request.logprobs
                 is_repeatable = not (config and config.do_sample) or (own and own.seed is not None)
                 if is_repeatable and (original := self._unfinished.get(request.key)):
                     original.duplicates.append(request)
                     continue
-                if own:
+                if own and config:
                     maximum, seed = own.generation.get("max_new_tokens", maximum), own.seed
                     if parameters["truncate"] is not None:
                         parameters = {**parameters, "truncate": maximum}
@@ -90,8 +91,8 @@ class BatchRunner:
                     remaining = self.pipeline.remaining_context(inputs) if config else None
                     limit = maximum if remaining is None else min(remaining, maximum)
                     length = inputs.get("length") or len(inputs["input_ids"])
-                    group = id(config), limit if config and not self.pipeline.can_mix_limits else 0
-                    rows.append(Row(request, i, inputs, length, limit, config, grammar, seed, group))
+                    group = id(config), limit if config and not self.pipeline.can_mix_limits else 0, logprobs
+                    rows.append(Row(request, i, inputs, length, limit, config, grammar, seed, logprobs, group))
                 request.row_count = len(rows)
                 self._unfinished[request.key] = request
                 self.queue.update(dict.fromkeys(rows))
@@ -210,7 +211,7 @@ class BatchRunner:
         if last and is_open and is_suited and min(max_rows, last.max_rows) > 1:
             last.max_rows = max_rows
         else:
-            given = config, self._logprobs, streamer, self.on_token, max_rows, max_length, self.policy.is_fixed
+            given = config, chosen[0].logprobs, streamer, self.on_token, max_rows, max_length, self.policy.is_fixed
             self._batch, self._added, self._settings = None, 0, BatchSettings(*given)
         if len(chosen) > 1:
             self.policy.memory.start_batch()

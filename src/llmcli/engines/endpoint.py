@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llmcli import console
 from llmcli.engines.engine import TaskEngine
 from llmcli.engines.requests import OnText, Request, RequestSettings, capture_errors
-from llmcli.engines.servers import MAX_RETRIES, error_text, list_models, make_client, translated_errors
+from llmcli.engines.servers import MAX_RETRIES, error_text, forward, list_models, make_client, translated_errors
 from llmcli.engines.structured import check_answer, constraint_options, read_logprobs, read_text, read_thought
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
 from llmcli.job import Job, JsonObject
@@ -30,12 +30,8 @@ POLL_S = 0.1  # after which the engine looks for new records
 RETRIES_BEFORE_OTHER = 3  # of a request that another server can get: a few seconds
 TEMPORARY = ("server_error", "server_unreachable")  # failures that another server may not have
 BYTES_PER_TOKEN = 4  # an estimate
-PROTOCOL_NAMES = {
-    "max_new_tokens": "max_tokens",
-    "min_new_tokens": "min_tokens",
-    "stop_strings": "stop",
-    "num_return_sequences": "n",
-}
+PROTOCOL_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_strings": "stop",
+                  "num_return_sequences": "n"}  # fmt: skip
 SWITCHABLE = ("vllm", "sglang", "llamacpp")  # who owns the models of servers that accept chat_template_kwargs
 
 
@@ -188,9 +184,12 @@ class EndpointRunner:
         self._unsent.appendleft(request)
         return []
 
-    def _complete(self, prompt: Prompt, server: "OpenAI", retries: int) -> JsonObject:
+    def _complete(self, prompt: Prompt | dict[str, Any], server: "OpenAI", retries: int) -> JsonObject:
         client = server.with_options(max_retries=retries)
         with translated_errors(client):
+            if isinstance(prompt, dict):  # a request of a batch file
+                own = protocol_options(self._job, Strategy(self._strategy.run), self._model)
+                return forward(client, prompt["url"], {**own, **prompt["body"], "model": self._model.name})
             response = self._send(client, prompt)
             choices = response.choices or []
             if len(choices) < self._options.get("n", 1):

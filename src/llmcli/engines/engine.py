@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from llmcli import console, tasks
 from llmcli.engines.read_ahead import ReadAhead
 from llmcli.engines.record_settings import read_settings
-from llmcli.engines.requests import OnText, Request, RequestSettings, Runner, failure_from
+from llmcli.engines.requests import OnText, Request, RequestSettings, Runner, failure_from, strip_stream
 from llmcli.errors import RecordError, UsageError
 from llmcli.job import Job, Record, Result
 from llmcli.models import generation
@@ -119,7 +119,8 @@ class PendingRecord:
             settings = self.settings
             if settings and not self.call.is_final:
                 settings = replace(settings, constraint=None)
-            self.requests = [Request(item, settings) for item in self.call.inputs]
+            copies = [settings and settings.for_copy(number) for number in range(self.call.copies)]
+            self.requests = [Request(item, own, self.call.logprobs) for item in self.call.inputs for own in copies]
             self.unfinished = len(self.requests)
         except RecordError as exc:
             self.fail(exc)
@@ -175,6 +176,7 @@ class JobRun:
         self._runner: Runner | None = None
         self._unstarted: deque[tuple[PendingRecord, Any]] = deque()  # with what their tasks read from them
         self._waiting: dict[Request, PendingRecord] = {}  # for outputs of these requests
+        self._shared: dict[Request, PendingRecord] = {}  # which another job will run
         self._parts = 0  # requests of records that have several
 
     @property
@@ -195,7 +197,9 @@ class JobRun:
 
     def _start_tasks(self) -> None:
         """Start tasks in input order while the queue is short: each may have many requests."""
-        while self._unstarted and not (self._waiting and len(self.load().queue) >= self.window):
+        while self._unstarted and len(self._shared) < MIN_WINDOW:
+            if self._waiting and len(self.load().queue) >= self.window:
+                break
             pending, inputs = self._unstarted.popleft()
             job, strategy = self._job, self._task.strategies[self.find_model().kind]
             if own := pending.settings:
@@ -204,6 +208,11 @@ class JobRun:
             pending.generator = strategy.run(job, inputs, self._model)
             pending.resume(None)
             self._dispatch(pending)
+        while self._shared:
+            group, self._shared = [*dict.fromkeys(self._shared.values())], {}
+            self._run_nested(group)
+            for pending in group:
+                self._dispatch(pending)
 
     def step(self) -> None:
         """Run one step of the model, and resume the tasks whose outputs are complete."""
@@ -230,7 +239,7 @@ class JobRun:
             self._model = self._engine.find_model(self._job)
             fields = {"schema-field": self._job.schema_field, "settings-field": self._job.settings_field}
             options = [*(self._job.constraint or {}), *(name for name, field in fields.items() if field)]
-            if options and self._model.kind != "causal":
+            if options and self._model.kind not in ("causal", "embedding"):
                 message = f"--{options[0]} cannot be used with {self._job.model}, which is not a causal language model"
                 raise UsageError(message, hint="choose another model: -m NAME")
         return self._model
@@ -262,17 +271,26 @@ class JobRun:
     def _dispatch(self, pending: PendingRecord) -> None:
         """Queue the requests of a task's call, run them now if they are another job's, or report the result."""
         while pending.result is None and (call := pending.call) and (call.job or not pending.requests):
-            records = [Record(request.input) for request in pending.requests]
-            nested = self._engine.local().run(call.job, records) if call.job else ()
-            for request, result in zip(pending.requests, nested, strict=True):
-                request.output, request.failure = result.output, result.failure
-            pending.deliver()
+            if call.is_shared:
+                self._shared.update(dict.fromkeys(pending.requests, pending))
+                return
+            self._run_nested([pending])
         if pending.result is None:
             self._waiting.update(dict.fromkeys(pending.requests, pending))
             self._parts += len(pending.requests) if len(pending.requests) > 1 else 0
             self.load().add(pending.requests)
         else:
             self._report(pending)
+
+    def _run_nested(self, group: Sequence[PendingRecord]) -> None:
+        """Run the calls of records that ask for equal jobs, and resume their tasks."""
+        requests = [request for pending in group for request in pending.requests]
+        records, call = [Record(request.input) for request in requests], group[0].call
+        nested = self._engine.local().run(call.job, records) if call and call.job else ()
+        for request, result in zip(requests, nested, strict=True):
+            request.output, request.failure = result.output, result.failure
+        for pending in group:
+            pending.deliver()
 
     def _run_model(self, runner: Runner) -> Sequence[Request]:
         """Return the requests that have finished; if a record has several, wait for one."""
@@ -284,7 +302,7 @@ class JobRun:
         if self._on_text and is_alone and call and call.shown is not None and not is_json:
             if call.shown:
                 self._on_text(call.shown)
-            on_text = _strip_stream(self._on_text) if call.strip else self._on_text
+            on_text = strip_stream(self._on_text) if call.strip else self._on_text
             first.call = replace(call, shown=None)  # a server may take several steps
         if not self._parts:
             return runner.step(on_text)
@@ -298,17 +316,3 @@ class JobRun:
         self.unfinished -= 1
         if self._on_result and pending.result:
             self._on_result(pending.result)
-
-
-def _strip_stream(on_text: OnText) -> OnText:
-    """Return a function that passes pieces of text on, without the white space around the whole."""
-    whole, end = "", 0
-
-    def pass_on(piece: str) -> None:
-        nonlocal whole, end
-        whole = (whole + piece) if whole else piece.lstrip()
-        if shown := whole[end:].rstrip():
-            end += len(shown)
-            on_text(shown)
-
-    return pass_on

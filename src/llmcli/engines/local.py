@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmcli import console, pipelines, tasks
@@ -17,9 +18,8 @@ from llmcli.engines.memory import MemoryEstimator, make_estimate, probe_memory
 from llmcli.engines.model_cache import ModelCache, ModelLease
 from llmcli.errors import ModelTooLargeError, ModelUnavailableError, UsageError
 from llmcli.job import Job, LoadOptions
-from llmcli.models import generation, loading, registry, store
+from llmcli.models import adapters, generation, loading
 from llmcli.models.devices import is_out_of_memory
-from llmcli.models.folder_check import check_folder
 from llmcli.tasks import Strategy
 
 if TYPE_CHECKING:
@@ -94,11 +94,9 @@ class Model:
     """A job's model. Its weights are found, and pulled if needed, at once; `pipeline` loads them when first used."""
 
     def __init__(self, job: Job, lease: ModelLease) -> None:
-        self._job, self._lease, options = job, lease, job.load_options
         self._pipeline: Pipeline | None = None
-        spec = registry.resolve(job.model)
-        self.folder = store.pull(spec, offline=options.offline, allow_pickle=options.allow_pickle)
-        check_folder(self.folder, trusts_code=options.trust_remote_code)
+        self.folder, options = adapters.find_weights(job.model, job.adapter, job.load_options)
+        self._job, self._lease = replace(job, load_options=options), lease
         strategies = list(tasks.load_task(job.task).strategies)
         # A task with one strategy is checked when the model is loaded: it may need no more than the folder.
         self.kind = strategies[0] if len(strategies) == 1 else self._find_kind()
@@ -127,7 +125,8 @@ class Model:
     @property
     def fingerprint(self) -> str:
         options = self._job.load_options
-        return f"{self.folder} {self._changed_ns} {options.dtype} {options.quantize}"
+        weights = f"{self.folder} {options.adapter}" if options.adapter else self.folder
+        return f"{weights} {self._changed_ns} {options.dtype} {options.quantize}"
 
     @property
     def is_chat(self) -> bool:
@@ -154,7 +153,8 @@ class Model:
 
     @property
     def _changed_ns(self) -> int:
-        return max(file.stat().st_mtime_ns for file in self.folder.iterdir() if file.exists())
+        folders = [self.folder, Path(self._job.load_options.adapter or self.folder)]
+        return max(file.stat().st_mtime_ns for folder in folders for file in folder.iterdir() if file.exists())
 
     def _load(self) -> "Pipeline":
         kind = self._find_kind()
@@ -173,7 +173,8 @@ class Model:
             reasons = pipelines.check_compatibility(self.folder, options, strategies)
             if kind := next((kind for kind, reason in reasons.items() if reason is None), None):
                 return kind
-            kinds_by_task = {name: set(tasks.load_task(name).strategies) for name in tasks.task_names()}
+            names = [name for name in tasks.task_names() if name != "serve_requests"]  # which has no command
+            kinds_by_task = {name: set(tasks.load_task(name).strategies) for name in names}
             others = pipelines.check_compatibility(self.folder, options, set().union(*kinds_by_task.values()))
         able = [name for name, kinds in kinds_by_task.items() if any(others[kind] is None for kind in kinds)]
         raise ModelUnavailableError(

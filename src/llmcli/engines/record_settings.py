@@ -12,7 +12,8 @@ from llmcli.text.constraints import check_constraint, parse_json
 
 MAX_CHARACTERS = 2**16  # of a constraint, as JSON
 CHECK_TIMEOUT_S = 2.0  # for a constraint
-ALIASES = {"max_tokens": "max_new_tokens", "stop": "stop_strings"}
+ALIASES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "min_tokens": "min_new_tokens",
+           "stop": "stop_strings"}  # fmt: skip
 CONSTRAINTS = "schema", "regex", "choice"  # and no Lark grammar: it may take long in each step
 BOUNDS: dict[str, tuple[type, float, float]] = {
     "seed": (int, 0, 2**32 - 1),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,6 +29,10 @@ class RequestSettings:
     def key(self) -> str:
         return repr((self.generation, self.seed, self.constraint))
 
+    def for_copy(self, number: int) -> "RequestSettings":
+        """Return the settings of one of several equal requests, each of which has a seed of its own."""
+        return self if self.seed is None or not number else replace(self, seed=(self.seed + number) % 2**32)
+
     @cached_property
     def grammar(self) -> str | None:
         """The constraint as llguidance's grammar: made once for all requests of a job that has one constraint."""
@@ -41,6 +45,7 @@ class Request:
 
     input: Any
     settings: RequestSettings | None = None
+    logprobs: int | None = None  # alternatives to each token, in place of those of the job
     output: Any = None
     failure: Failure | None = None
     row_count: int = 0  # rows of batches that it takes: a long context takes several
@@ -50,7 +55,7 @@ class Request:
     @property
     def key(self) -> str:
         key = self.input if isinstance(self.input, str) else repr(self.input)
-        return f"{self.settings.key}{key}" if self.settings else key
+        return f"{self.settings.key}{self.logprobs}{key}" if self.settings else key
 
 
 @dataclass(slots=True, eq=False)
@@ -65,7 +70,8 @@ class Row:
     config: "GenerationConfig | None"
     constraint: str | None  # as a grammar
     seed: int | None
-    group: tuple[int, ...]  # rows of one group may share a batch
+    logprobs: int | None
+    group: tuple[int | None, ...]  # rows of one group may share a batch
 
     @property
     def total(self) -> int:
@@ -115,3 +121,17 @@ def capture_errors(request: Request) -> Iterator[None]:
 def failure_from(exc: RecordError) -> Failure:
     """Return the failure of a record, with the hint in the same sentence."""
     return Failure(exc.kind, f"{exc.message}: {exc.hint}" if exc.hint else exc.message)
+
+
+def strip_stream(on_text: OnText) -> OnText:
+    """Return a function that passes pieces of text on, without the white space around the whole."""
+    whole, end = "", 0
+
+    def pass_on(piece: str) -> None:
+        nonlocal whole, end
+        whole = (whole + piece) if whole else piece.lstrip()
+        if shown := whole[end:].rstrip():
+            end += len(shown)
+            on_text(shown)
+
+    return pass_on

@@ -3,10 +3,11 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from llmcli.errors import ModelUnavailableError, RecordError, UsageError
+from llmcli.job import JsonObject
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -90,6 +91,19 @@ def translated_errors(client: "OpenAI") -> Iterator[None]:
         raise RecordError("invalid_response", f"invalid response from server: {exc}") from exc
     except (AttributeError, TypeError) as exc:
         raise RecordError("invalid_response", "invalid response from server: not as in the protocol") from exc
+
+
+def forward(client: "OpenAI", url: str, body: JsonObject) -> JsonObject:
+    """Return the server's response, and its usage. A server that lacks the URL may have those of other requests."""
+    import openai
+
+    try:
+        response: Any = client.post(url.removeprefix("/v1"), body={**body, "stream": False}, cast_to=object)
+    except openai.NotFoundError as exc:
+        message = f"server returned HTTP 404: {error_text(exc.body or exc.message)}"
+        raise RecordError("request_rejected", message) from exc
+    usage = response.get("usage") or {}
+    return {"body": response, "usage": {name: count for name, count in usage.items() if isinstance(count, int)}}
 
 
 def error_text(body: object) -> str:

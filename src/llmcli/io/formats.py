@@ -45,6 +45,7 @@ class InputFormat(Enum):
     JSONL = "jsonl"
     CSV = "csv"
     PARQUET = "parquet"  # read by `TableSource`
+    OPENAI_BATCH = "openai-batch"  # a request per line
 
     @property
     def has_fields(self) -> bool:
@@ -259,5 +260,5 @@ def _describe_csv_error(exc: csv.Error) -> str:
 
 READERS: Mapping[InputFormat, Callable[[Stream, str | None], Iterator[Record]]] = {
     InputFormat.WHOLE: _read_whole, InputFormat.LINES: _read_lines, InputFormat.NULL: _read_null,
-    InputFormat.JSONL: _read_jsonl, InputFormat.CSV: _read_csv,
+    InputFormat.JSONL: _read_jsonl, InputFormat.CSV: _read_csv, InputFormat.OPENAI_BATCH: _read_jsonl,
 }  # fmt: skip

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from llmcli import config, console
 from llmcli.errors import NO_ANSWER, LlmcliError, OutputClosedError, UsageError, reason
+from llmcli.io.openai_batch import make_response
 from llmcli.job import Result
 from llmcli.text.terminal import Sanitizer, sanitize
 
@@ -35,6 +36,7 @@ class OutputFormat(Enum):
     JSON = "json"
     CSV = "csv"
     PARQUET = "parquet"
+    OPENAI_BATCH = "openai-batch"  # a response per line
 
 
 HAVE_FIELDS = (OutputFormat.JSON, OutputFormat.CSV, OutputFormat.PARQUET)  # and more of a result than its text
@@ -170,6 +172,8 @@ class Output(AbstractContextManager["Output"]):
         if self.format is OutputFormat.PARQUET:  # `TableWriter` adds the fields of the record.
             data = to_json(self._added_fields(result)).encode("utf-8", "replace")
             return self._sink.write_bytes(data + b"\n")
+        if self.format is OutputFormat.OPENAI_BATCH:
+            return self._sink.write(to_json(make_response(result, self.model)) + "\n")
         if self.format is OutputFormat.CSV:
             return self._sink.write(self._format_cells(result.record.fields, self._fields(result)))
         if result.failure and self.format is OutputFormat.TEXT and not self._streamed:

@@ -42,7 +42,7 @@ def check_folder(folder: Path, *, trusts_code: bool) -> None:
             raise ModelUnavailableError(f"'{file}' has {size} bytes; the maximum is {MAX_TEXT_BYTES}")
     for file in (file for pattern in SETTINGS for file in folder.glob(pattern)):
         names = set()
-        for keys, value in _walk(_read(file)):
+        for keys, value in _walk(read_json(file)):
             text = value if isinstance(value, str) else ""
             if not trusts_code and _chooses_code(keys, value, text):
                 hint = "if you trust whoever made the model, pass --trust-remote-code"
@@ -74,8 +74,9 @@ def _walk(settings: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
             yield keys, value
 
 
-def _read(file: Path) -> Any:
+def read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (ValueError, RecursionError):
         return {}  # Transformers says what is wrong with it.
+    return settings if isinstance(settings, dict) else {}

@@ -1,6 +1,5 @@
 """A ready directory -> model and tokenizer. Loads models, and chooses device and data type."""
 
-import json
 import logging
 import math
 import os
@@ -17,8 +16,8 @@ from llmcli import console
 from llmcli.config import world_size
 from llmcli.errors import LlmcliError, ModelTooLargeError, ModelUnavailableError, UsageError
 from llmcli.job import LoadOptions
+from llmcli.models import adapters
 from llmcli.models.devices import device_error, is_out_of_memory
-from llmcli.models.folder_check import check_folder
 from llmcli.models.memory import available_memory, keep_freed_memory
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from llmcli.pipelines.base import TextPipeline
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # what dtype applies to; other tensors stay as they are
-EMBEDDING_TOKENS = 512  # of a text, for a sentence encoder that states no limit
 QUANTIZED_BYTES = {"int8": 1, "int4": 0.5625}  # of a weight with its share of the scale, in bitsandbytes
 QUANTIZED_NAME = re.compile(r"(?!.*\bexperts\b).*\.\d+\.")  # of the matrices that it quantizes
 HEADROOM = 0.9  # of the free memory for weights; the rest is for activations and the KV cache
@@ -58,10 +56,8 @@ def load(
         hint = "--tensor-parallel requires a tested architecture whose heads can be divided by the number of processes"
         raise ModelUnavailableError(f"this {config.model_type} model cannot be split among {parts} processes", hint)
     tokenizer = _load_tokenizer(folder, load_options)
-    if (folder / "adapter_config.json").is_file():
-        console.warning(f"'{folder}' has an adapter beside its weights, which is ignored")
     model, report = _from_pretrained(
-        pipeline_type.auto_class,
+        pipeline_type.auto_classes.get(config.model_type, pipeline_type.auto_class),
         folder,
         load_options,
         config=config,
@@ -71,10 +67,12 @@ def load(
         quantization_config=quantization,
         use_safetensors=not load_options.allow_pickle or weights[0].suffix == ".safetensors",
         output_loading_info=True,
+        ignore_mismatched_sizes=load_options.adapter is not None,
         adapter_kwargs={"subfolder": "no-adapter"},  # With peft, transformers would apply an adapter that it finds.
     )
-    spare = pipeline_type.ignorable_weight_prefix
-    if missing := sorted(key for key in report["missing_keys"] if not (spare and key.startswith(spare))):
+    spare = tuple(filter(None, (*adapters.read_shapes(load_options), pipeline_type.ignorable_weight_prefix)))
+    absent = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    if missing := sorted(name for name in absent if not name.startswith(spare)):
         others = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise ModelUnavailableError(
             f"weights in {folder} are incomplete: missing {missing[0]}{others}",
@@ -82,27 +80,27 @@ def load(
         )
     if "disk" in list((getattr(model, "hf_device_map", None) or {}).values())[:1]:
         raise ModelUnavailableError("memory does not hold the first layer of the model", hint="increase --max-memory")
-    model.eval()
-    if tokenizer.pad_token_id is None:  # any token will do, as the attention mask hides it
+    model = adapters.merge(model, load_options)
+    rows = getattr(model.config.get_text_config(), "vocab_size", None) or math.inf
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:  # any token will do, as it is masked
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return model, tokenizer
 
 
 def tokenizer(folder: Path, load_options: LoadOptions) -> "PreTrainedTokenizerBase":
     quiet_libraries()
-    check_folder(folder, trusts_code=load_options.trust_remote_code)
     return _load_tokenizer(folder, load_options)
 
 
 def _load_tokenizer(folder: Path, load_options: LoadOptions) -> "PreTrainedTokenizerBase":
-    loaded = _from_pretrained("AutoTokenizer", folder, load_options)
+    loaded = _from_pretrained("AutoTokenizer", adapters.tokenizer_folder(folder, load_options), load_options)
     if not isinstance(limit := getattr(loaded, "model_max_length", None), int | float):
         raise ModelUnavailableError(f"{folder}: invalid model_max_length {limit!r} of the tokenizer")
     return loaded
 
 
 def read_config(folder: Path, load_options: LoadOptions) -> "PreTrainedConfig":
-    return _from_pretrained("AutoConfig", folder, load_options)
+    return adapters.adapt_config(_from_pretrained("AutoConfig", folder, load_options), load_options)
 
 
 def _from_pretrained(auto_class: str, folder: Path, load_options: LoadOptions, **settings: object) -> Any:
@@ -292,29 +290,3 @@ def max_positions(read: Callable[[str], Any]) -> int | None:
     padding = read("pad_token_id")
     is_offset = kind in architectures()["offset_positions"]
     return int(length - (1 if padding is None else padding) - 1) if is_offset else int(length)
-
-
-def embedding_context_length(folder: Path) -> int:
-    """Return the maximum number of tokens of a text for a sentence encoder, special ones included."""
-    limits = (
-        _read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
-        _read_json(folder / "tokenizer_config.json").get("model_max_length"),
-        max_positions(_read_json(folder / "config.json").get),
-    )
-    return int(min((limit for limit in limits if limit and limit > 0), default=EMBEDDING_TOKENS))
-
-
-def embedding_pooling(folder: Path) -> str:
-    """Return how a sentence encoder makes one vector of many: mean_tokens, or cls_token."""
-    modes = _read_json(folder / "1_Pooling" / "config.json")
-    modes_on: list[str] = [name.removeprefix("pooling_mode_") for name, is_on in modes.items() if is_on is True]
-    modules = _read_json(folder / "modules.json") or []
-    layers = {str(module["type"]).rpartition(".")[2] for module in modules} - {"Transformer", "Pooling", "Normalize"}
-    if layers or (modes_on and modes_on not in (["mean_tokens"], ["cls_token"])):
-        reason = f"pooling by {', '.join(sorted(layers) or modes_on)} is not supported"
-        raise ModelUnavailableError(f"{folder}: {reason}", hint="use another sentence encoder")
-    return modes_on[0] if modes_on else "mean_tokens"
-
-
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -10,7 +10,7 @@ from llmcli import config
 from llmcli.errors import ModelUnavailableError, UsageError
 
 HERE = Path(__file__).parent
-ABOUT = {"description": str, "license": str, "size": int, "tasks": list[str]}  # keys of a model, and their types
+ABOUT = {"description": str, "license": str, "size": int, "tasks": list[str], "adapter": str}  # keys, and their types
 SOURCES = {"hub": str, "wheels": list[str], "files": list[str], "folder": str, "sha256": str, "path": str}
 
 
@@ -53,6 +53,8 @@ class ModelSpec:
     license: str | None = None
     size: int | None = None  # bytes to download
     tasks: tuple[str, ...] = ()
+    adapter: "ModelSpec | None" = None  # that is merged into the weights
+    is_adapter: bool = False
 
 
 def resolve(name: str) -> ModelSpec:
@@ -74,6 +76,13 @@ def resolve(name: str) -> ModelSpec:
         f"unknown model {name!r}{config.did_you_mean(name, models())}",
         hint="run `llmcli models list` for the aliases, or pass a directory, a .gguf file or a Hub ID: org/name",
     )
+
+
+def resolve_adapter(name: str, home: Path = Path()) -> ModelSpec:
+    """Return the adapter of that name: a path from the directory `home`, or else a Hub ID. It may not exist."""
+    path = home / Path(name).expanduser()
+    source = None if path.exists() or name.startswith((".", "/", "~")) else _hub_source(name)
+    return ModelSpec(name if source else str(path.resolve()), source or FolderSource(path.resolve()), is_adapter=True)
 
 
 def default_names(task: str, source: str | None = None, target: str | None = None) -> list[str]:
@@ -129,6 +138,8 @@ def _spec(alias: str, table: object, path: Path) -> ModelSpec:
     for key in sorted(required ^ (table.keys() - ABOUT.keys())):
         raise UsageError(f"{where}: {key!r} {'cannot be used with' if key in table else 'is required by'} {kinds[0]!r}")
     about = {key: value for key, value in table.items() if key in ABOUT} | {"tasks": tuple(table.get("tasks", ()))}
+    if "adapter" in table:
+        about["adapter"] = resolve_adapter(table["adapter"], path.parent)
     if kinds == ["wheels"]:
         files, folder = tuple(table.get("files", ())), table.get("folder")
         return ModelSpec(alias, WheelSource(tuple(table["wheels"]), table["sha256"], files, folder), **about)

@@ -30,6 +30,7 @@ Verbose = Annotated[bool, Option("--verbose", "-v", callback=console.set_verbose
 FORMATS = {
     InputFormat.WHOLE: OutputFormat.TEXT, InputFormat.LINES: OutputFormat.LINES, InputFormat.NULL: OutputFormat.NULL,
     InputFormat.JSONL: OutputFormat.JSON, InputFormat.CSV: OutputFormat.CSV, InputFormat.PARQUET: OutputFormat.PARQUET,
+    InputFormat.OPENAI_BATCH: OutputFormat.OPENAI_BATCH,
 }  # fmt: skip
 NOT_PARQUET = (".arrow", ".feather", ".ipc", ".jsonl", ".json", ".csv", ".tsv", ".txt", ".gz", ".bz2", ".zst", ".xz")
 
@@ -57,7 +58,7 @@ class InputOptions:
 
     def format(self) -> InputFormat:
         """Return the record format that was chosen; raise UsageError if there are several."""
-        chosen = [format for format in InputFormat if getattr(self, format.value, False)]
+        chosen = [format for format in InputFormat if getattr(self, format.value.replace("-", "_"), False)]
         if len(chosen) > 1:
             raise UsageError(f"--{chosen[0].value} cannot be used with --{chosen[1].value}")
         if self.columns is not None and not self.parquet:
@@ -98,6 +99,14 @@ class InputOptions:
 
 
 @dataclass
+class RequestInputOptions(InputOptions):
+    """Input"""
+
+    openai_batch: Annotated[bool, Option("--openai-batch",
+        help="Read requests and write responses of the OpenAI API.")] = False  # fmt: skip
+
+
+@dataclass
 class OutputOptions:
     """Output"""
 
@@ -125,6 +134,7 @@ class OutputOptions:
         input_format, table = input.format(), input.table() if input.parquet else None
         given, files = [*texts, *split_names(input.columns)], input.files
         format = format or (OutputFormat.JSON if self.json else FORMATS[input_format])
+        format = OutputFormat.OPENAI_BATCH if input_format is InputFormat.OPENAI_BATCH else format
         if (self.rename or self.select is not None) and format not in HAVE_FIELDS:
             option = "--rename" if self.rename else "--select"
             raise UsageError(f"{option} requires --json, --jsonl, --csv or --parquet")

@@ -11,7 +11,7 @@ from llmcli import config
 from llmcli.errors import UsageError
 from llmcli.io.units import parse_duration, parse_shard, parse_size
 from llmcli.job import Job, JsonObject, LoadOptions
-from llmcli.models import registry, store
+from llmcli.models import adapters, registry, store
 from llmcli.options import completion
 from llmcli.options.generation import CommonGenerationOptions, parse_key_value
 
@@ -29,6 +29,8 @@ class ModelOptions:
 
     # fmt: off
     model: Model = None
+    adapter: Annotated[str | None, Option(metavar="PATH|ID",
+        help="LoRA adapter to merge into the model: directory or Hub ID.")] = None
     device: Annotated[str | None, Option(metavar="DEVICE", autocompletion=completion.devices,
         help="Device: auto, cpu, cuda[:N], mps or xpu. [env: LLMCLI_DEVICE]")] = None
     dtype: Annotated[config.DType | None, Option(help="Data type of the weights. [env: LLMCLI_DTYPE]")] = None
@@ -66,6 +68,7 @@ class ModelOptions:
             model=self.model_name(task.partition("_")[0], **languages),  # inspect_next shares the default of inspect
             generation={**defaults, **(generation.config() if generation else {})},
             parameters=parameters,
+            adapter=self.adapter,
             load_options=self.load_options(),
             seed=generation.seed if generation else None,
             truncate=generation.truncate if generation else truncate,
@@ -80,6 +83,10 @@ class ModelOptions:
     def model_name(self, task: str, **languages: str | None) -> str:
         if self.model is not None:
             return self.model
+        if self.adapter is not None:
+            if self.trust_remote_code or self.allow_pickle:
+                raise UsageError("--adapter requires -m with --trust-remote-code and --allow-pickle")
+            return adapters.find_base(self.adapter, self.load_options())
         return store.choose(registry.default_names(task, **languages), self.load_options())
 
     def load_options(self) -> LoadOptions:
@@ -140,6 +147,9 @@ class ServedModelOptions(BatchModelOptions):
         return replace(job, endpoint=tuple(dict.fromkeys(self.endpoint)), concurrency=self.concurrency)
 
     def model_name(self, task: str, **languages: str | None) -> str:
+        if self.endpoint and self.adapter:
+            hint = "pass the name by which the server knows the adapter: -m NAME"
+            raise UsageError("--adapter cannot be used with --endpoint", hint)
         if self.model is None and self.endpoint:
             from llmcli.engines.servers import only_model
 

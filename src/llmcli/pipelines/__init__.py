@@ -23,6 +23,7 @@ CLASSES = {  # kind: module of this package, and class
     "extractive_qa": ("extractive_qa", "ExtractiveQaPipeline"),
     "label": ("labels", "LabelPipeline"),
     "next_token": ("causal", "NextTokenPipeline"),
+    "reranking": ("reranking", "RerankingPipeline"),
     "scoring": ("scoring", "ScoringPipeline"),
     "seq2seq": ("seq2seq", "Seq2SeqPipeline"),
     "sequence_classification": ("classification", "SequenceClassificationPipeline"),
@@ -41,7 +42,7 @@ def load(kind: str, folder: Path, load_options: LoadOptions) -> "TextPipeline":
         quantizer.check_options(folder, load_options, device)
         if device == "cpu":
             source = quantizer.make_copy(folder, load_options, pipeline_type)
-            load_options = replace(load_options, dtype="bfloat16")  # on every CPU: the kernels read no other rows
+            load_options = replace(load_options, dtype="bfloat16", adapter=None)  # The kernels read no other rows.
         else:
             quantization = quantizer.bitsandbytes_config(load_options, device)
     model, tokenizer = loading.load(source, load_options, pipeline_type, quantization)

@@ -35,6 +35,7 @@ class TextPipeline(TextPipelineMixin, Pipeline):  # type: ignore[misc]  # transf
     """A pipeline that reads text alone."""
 
     auto_class: str  # of transformers, which loads its models
+    auto_classes: Mapping[str, str] = {}  # by model type, where it is another
     ignorable_weight_prefix: str | None = None  # of weights that a checkpoint may lack: a head for another task
     family = "encoders"  # the table of architectures.toml that applies
     pads_left = False

@@ -23,6 +23,7 @@ class SequenceClassificationPipeline(HeadPipeline):
     """
 
     auto_class = "AutoModelForSequenceClassification"
+    truncation = "only_first"  # of two texts that are too long together
 
     def __init__(self, *args: object, **settings: object) -> None:
         super().__init__(*args, **settings)
@@ -40,13 +41,13 @@ class SequenceClassificationPipeline(HeadPipeline):
         base.check_tokens(encoding["input_ids"])
         limit, overlap = self.context_length or length, 0
         if length > limit:
-            others = len(self.tokenizer("", *pair)["input_ids"])
+            others = len(self.tokenizer("", *pair)["input_ids"]) if self.truncation == "only_first" else 0
             if others >= limit:
                 message = f"hypothesis has {others} tokens, which leaves no room for the text: the maximum is {limit}"
                 raise RecordError("context_length_exceeded", message)
             overlap = (limit - others) // 8
             if long == "truncate":
-                encoding = self.tokenizer(inputs["text"], *pair, truncation="only_first", max_length=limit)
+                encoding = self.tokenizer(inputs["text"], *pair, truncation=self.truncation, max_length=limit)
             elif not is_fast:
                 raise UsageError(f"--long {long} requires a tokenizer that returns the positions of its tokens")
         rows = {name: encoding[name] for name in self.input_names}

@@ -92,12 +92,15 @@ def make_copy(folder: Path, load_options: LoadOptions, pipeline_type: type[TextP
         console.notice(f"quantizing the weights to {scheme}, once")
         # From the weights as they are: rounding to bfloat16 first would lose some of them.
         dtype = str(loading.read_config(folder, load_options).dtype or "float32").removeprefix("torch.")
-        model, _ = loading.load(folder, replace(load_options, dtype=dtype), pipeline_type)
+        model, tokenizer = loading.load(folder, replace(load_options, dtype=dtype), pipeline_type)
         quantize(model, scheme)
         check_layers(model, folder, scheme)
         model.save_pretrained(target)
+        if load_options.adapter:
+            tokenizer.save_pretrained(target)
 
-    return copies.get_or_create(folder, f"{scheme}-{pipeline_type.auto_class}-{cpu_capability()}", make)
+    variant = f"{scheme}-{pipeline_type.auto_class}-{cpu_capability()}"
+    return copies.get_or_create(folder, variant, make, load_options.adapter)
 
 
 def quantize(model: PreTrainedModel, scheme: str) -> None:

@@ -1,6 +1,6 @@
 """Tasks: what a model is asked for each record, and what becomes of its outputs. Engines decide how models run.
 
-A task is a module of this package that defines TASK. The name of the module is the name of the task.
+A task is a module of this package that defines TASK, or a plugin. The name of the module is the name of the task.
 """
 
 import importlib
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmcli.job import Job, JsonObject
+from llmcli.tasks import plugins
 
 if TYPE_CHECKING:
     from transformers import Pipeline, PreTrainedConfig, PreTrainedTokenizerBase
@@ -61,6 +62,9 @@ class ModelCall:
         shown: Text that precedes the answer. If it is not None, a terminal may show the answer while it is generated.
         strip: Whether generated texts lose the white space around them.
         is_final: Whether the output is the record's answer, to which a schema or another constraint applies.
+        copies: Number of outputs for each input, one after the other. A seed of the record differs among them.
+        logprobs: Number of alternatives to each token in log-probabilities. None: as the job says.
+        is_shared: Whether the other job runs once for all records that wait for it.
     """
 
     inputs: Sequence[object]
@@ -68,6 +72,9 @@ class ModelCall:
     shown: str | None = None
     strip: bool = False
     is_final: bool = True
+    copies: int = 1
+    logprobs: int | None = None
+    is_shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +138,14 @@ class Task:
 
 def load_task(name: str) -> Task:
     """Return a task by its name."""
-    task: Task = importlib.import_module(f"{__name__}.{name}").TASK
+    try:
+        task: Task = importlib.import_module(f"{__name__}.{name}").TASK
+    except ModuleNotFoundError:
+        task = plugins.load_plugin("tasks", name, Task)
     return task
 
 
 def task_names() -> list[str]:
-    """Return the names of all tasks."""
+    """Return the names of all tasks that are built in."""
     modules = (module.name for module in pkgutil.iter_modules(__path__))
     return [name for name in modules if hasattr(importlib.import_module(f"{__name__}.{name}"), "TASK")]

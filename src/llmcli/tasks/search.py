@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmcli import config, console
 from llmcli.job import Job, JsonObject, LoadOptions
-from llmcli.models import loading
+from llmcli.models import encoders, loading
 from llmcli.tasks import LocalModel, ModelCall, Strategy, Task, TaskGenerator, TaskResult
 from llmcli.text.splitting import split
 
@@ -51,7 +51,7 @@ def run(job: Job, fields: JsonObject, model: LocalModel) -> TaskGenerator:
 def _split_passages(documents: Sequence[JsonObject], folder: Path) -> Iterator[JsonObject]:
     """Yield passages with their text, file and line, and their characters, `start` to `end` of document number `of`."""
     count_tokens, special_tokens = _load_counter(folder)
-    max_tokens = min(PASSAGE_TOKENS, loading.embedding_context_length(folder) - special_tokens)
+    max_tokens = min(PASSAGE_TOKENS, encoders.Encoder(folder).context_length - special_tokens)
     for number, document in enumerate(documents):
         text, file, line, counted = document["text"], document.get("file"), document.get("line") or 1, 0
         is_markdown = (file or "").endswith((".md", ".markdown"))
@@ -130,4 +130,5 @@ def _digest(text: str) -> bytes:
 
 
 # The command writes each match as a result of its own, which has a score.
-TASK = Task(lambda job, fields: fields, ("score",), {"matches": []}, {"embedding": Strategy(run)})
+STRATEGY = Strategy(run, parameters=lambda job, model: {"normalize": True})
+TASK = Task(lambda job, fields: fields, ("score",), {"matches": []}, {"embedding": STRATEGY})

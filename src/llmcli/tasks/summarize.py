@@ -110,7 +110,8 @@ def condense(
     if not texts:
         return ""
     encoder = registry.default_names("embed")[0]
-    embed = Job("embed", encoder, load_options=job.load_options, batch_size=32, truncate=True)
+    parameters = {"normalize": True}
+    embed = Job("embed", encoder, parameters=parameters, load_options=job.load_options, batch_size=32, truncate=True)
     outputs = yield ModelCall([{"text": text} for text in texts], job=embed)
     vectors = np.array([output["embedding"] for output in outputs])
     text_centroid = vectors.mean(0)

@@ -231,11 +231,13 @@ def _start(action: str, keep_alive_s: float) -> Connection:
 
 def _with_absolute_paths(job: Job) -> Job:
     """Return the job with absolute paths, as the worker has another working directory."""
-    load_options, model = job.load_options, job.model
+    load_options, model, adapter = job.load_options, job.model, job.adapter
     if load_options.offload_folder:
         load_options = replace(load_options, offload_folder=os.path.abspath(load_options.offload_folder))
     with suppress(ModelUnavailableError):  # The worker raises the error.
-        source = registry.resolve(job.model).source
-        if isinstance(source, registry.FolderSource | registry.GgufSource):
-            model = str(source.path)
-    return replace(job, model=model, load_options=load_options)
+        spec = registry.resolve(job.model)
+        if isinstance(spec.source, registry.FolderSource | registry.GgufSource):
+            model = str(spec.source.path)
+        if merged := spec.adapter if adapter is None else registry.resolve_adapter(adapter):
+            adapter = merged.name
+    return replace(job, model=model, adapter=adapter, load_options=load_options)

@@ -21,21 +21,23 @@ def find(spec: ModelSpec, *, allow_pickle: bool = False) -> Path | None:
     """Return the directory of ready weights, or None. Needs no network."""
     match spec.source:
         case FolderSource(path):
-            if not (path / "config.json").is_file():
-                reason = "has no config.json: it is not a model directory" if path.exists() else "not found"
-                raise ModelUnavailableError(f"{path} {reason}", hint="save a model with Transformers' save_pretrained")
+            config, kind = (hub.ADAPTER_CONFIG, "an adapter") if spec.is_adapter else ("config.json", "a model")
+            if not (path / config).is_file():
+                reason = f"has no {config}: it is not {kind} directory" if path.exists() else "not found"
+                hint = "expected a directory that save_pretrained wrote; -m is for models, --adapter for adapters"
+                raise ModelUnavailableError(f"{path} {reason}", hint)
             return path
         case HubSource() as source:
-            return hub.find(source, allow_pickle=allow_pickle)
+            return hub.find(source, allow_pickle=allow_pickle, is_adapter=spec.is_adapter)
         case WheelSource() | GgufSource():
             home = _home(spec)
             return home if home.is_dir() else None
 
 
 def find_or_none(spec: ModelSpec) -> Path | None:
-    """Return the same, and None for a directory or file that no longer exists too."""
+    """Return the same, and None for a directory or file that no longer exists, or without the adapter."""
     with suppress(ModelUnavailableError):
-        return find(spec)
+        return find(spec) if not spec.adapter or find(spec.adapter) else None
     return None
 
 
@@ -47,7 +49,7 @@ def pull(spec: ModelSpec, *, offline: bool = False, allow_pickle: bool = False, 
     if offline and not isinstance(spec.source, GgufSource):
         raise ModelUnavailableError(
             f"{spec.name} is not cached, and this call is offline",
-            hint=f"run `llmcli models pull {spec.name}` with a network",
+            hint=f"run `{'hf download' if spec.is_adapter else 'llmcli models pull'} {spec.name}` with a network",
         )
     with cache.writing(), _lock(spec), console.without_live_line():
         if not asks_hub and (path := find(spec, allow_pickle=allow_pickle)):
@@ -93,6 +95,8 @@ def remove(spec: ModelSpec) -> bool:
                 home = _home(spec)
                 if was_cached := home.is_dir():
                     cache.remove(home)
+        if spec.adapter and isinstance(spec.adapter.source, HubSource):
+            hub.remove(spec.adapter.source)
         quantized.prune_orphans()
     return was_cached
 

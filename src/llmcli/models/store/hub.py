@@ -10,14 +10,15 @@ from llmcli.models.registry import HubSource, ModelSpec
 CONFIGURATION = ["*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.py"]
 SAFETENSORS = "model.safetensors"  # or, in shards, model-00001-of-00002.safetensors and so on, with an index
 PICKLED = "pytorch_model.bin"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def find(source: HubSource, *, allow_pickle: bool) -> Path | None:
+def find(source: HubSource, *, allow_pickle: bool, is_adapter: bool = False) -> Path | None:
     """Return the cached snapshot if it is complete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    for weights in [SAFETENSORS, *([PICKLED] if allow_pickle else [])]:
+    for weights in [ADAPTER] if is_adapter else [SAFETENSORS, *([PICKLED] if allow_pickle else [])]:
         try:
             path = snapshot_download(source.repo, revision=source.revision, local_files_only=True, **_patterns(weights))
         except LocalEntryNotFoundError:
@@ -42,7 +43,10 @@ def fetch(spec: ModelSpec, source: HubSource, *, allow_pickle: bool) -> Path:
         timeout = constants.HF_HUB_ETAG_TIMEOUT
         info = HfApi().model_info(source.repo, revision=source.revision, files_metadata=True, timeout=timeout)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-        patterns = _patterns(_weights(source.repo, set(sizes), allow_pickle=allow_pickle))
+        weights = ADAPTER if spec.is_adapter else _weights(source.repo, set(sizes), allow_pickle=allow_pickle)
+        if weights == ADAPTER not in sizes:
+            raise ModelUnavailableError(f"{source.repo} has no {ADAPTER}", hint="save an adapter with safetensors")
+        patterns = _patterns(weights)
         wanted = filter_repo_objects(sizes, **patterns)
         cached = {name: try_to_load_from_cache(source.repo, name, revision=info.sha) for name in wanted}
         if missing := [name for name, path in cached.items() if not isinstance(path, str)]:
@@ -59,7 +63,7 @@ def fetch(spec: ModelSpec, source: HubSource, *, allow_pickle: bool) -> Path:
         raise
     except Exception as exc:
         raise _translated(exc, source) from exc
-    if not (path := find(source, allow_pickle=allow_pickle)):
+    if not (path := find(source, allow_pickle=allow_pickle, is_adapter=spec.is_adapter)):
         raise ModelUnavailableError(f"incomplete download of {source.repo}", hint="try again later")
     return path
 
@@ -84,9 +88,10 @@ def remove(source: HubSource) -> bool:
 
 
 def _patterns(weights: str) -> dict[str, list[str]]:
-    # Directories hold other formats, except sentence-transformers' numbered ones.
+    # Directories hold other formats, except sentence-transformers' numbered ones, which may have weights of layers.
     stem, suffix = weights.split(".")
-    return {"allow_patterns": [*CONFIGURATION, weights, f"{stem}-*.{suffix}"], "ignore_patterns": ["[!0-9]*/*"]}
+    wanted = [*CONFIGURATION, weights, f"{stem}-*.{suffix}", f"[0-9]*/{SAFETENSORS}"]
+    return {"allow_patterns": wanted, "ignore_patterns": ["[!0-9]*/*"]}
 
 
 def _weights(repo: str, files: set[str], *, allow_pickle: bool) -> str:
@@ -94,7 +99,7 @@ def _weights(repo: str, files: set[str], *, allow_pickle: bool) -> str:
     if not there or "config.json" not in files:
         raise ModelUnavailableError(
             f"{repo} has no model that Transformers can load",
-            hint="expected config.json and model.safetensors; for a .gguf file, pass its path",
+            hint="expected config.json and model.safetensors; pass a .gguf file by its path, an adapter with --adapter",
         )
     if there == [PICKLED] and not allow_pickle:
         raise ModelUnavailableError(
@@ -106,7 +111,8 @@ def _weights(repo: str, files: set[str], *, allow_pickle: bool) -> str:
 
 def _is_complete(snapshot: Path, weights: str) -> bool:
     # A tool that fetches file by file may have been interrupted.
-    files, index = ["config.json", weights], snapshot / f"{weights}.index.json"
+    config = ADAPTER_CONFIG if weights == ADAPTER else "config.json"
+    files, index = [config, weights], snapshot / f"{weights}.index.json"
     if index.is_file() and not (snapshot / weights).is_file():
         files = ["config.json", *json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()]
     return all((snapshot / file).is_file() for file in set(files))

@@ -1,5 +1,6 @@
 """Quantized copies of models: made once from the weights in a directory, and kept as long as these exist."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,14 +9,17 @@ from llmcli import config
 from llmcli.models.store import cache
 
 FORMAT = 1  # version of what `pipelines/quantizer.py` writes; a new one invalidates older copies
-SOURCE = "quantized-from.txt"  # in a copy: the directory that it was made from
-CONFIGURATION = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.py", "[0-9]*/*.json")
+SOURCE = "quantized-from.txt"  # in a copy: the directories that it was made from
+CONFIGURATION = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.py", "[0-9]*/*.json", "[0-9]*/*.safetensors")
 
 
-def get_or_create(folder: Path, variant: str, make: Callable[[Path], None]) -> Path:
+def get_or_create(folder: Path, variant: str, make: Callable[[Path], None], adapter: str | None = None) -> Path:
     """Return the copy of a model that `variant` names; if there is none of these weights, `make` writes them to it."""
     source = folder.resolve()
-    files = sorted(file for kind in ("*.safetensors", "*.bin", "config.json") for file in source.glob(kind))
+    sources = [source, Path(adapter)] if adapter else [source]
+    variant = f"{cache.digest(adapter)}-{variant}" if adapter else variant
+    patterns = ("*.safetensors", "*.bin", "config.json")
+    files = sorted(file for place in sources for kind in patterns for file in place.glob(kind))
     state = FORMAT, [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files if file.is_file()]
     stem = f"{folder.name}-{cache.digest(str(source))}-{variant}"
     home = config.cache_dir() / "quantized" / f"{stem}-{cache.digest(repr(state))}"
@@ -30,7 +34,7 @@ def get_or_create(folder: Path, variant: str, make: Callable[[Path], None]) -> P
                 to.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, to)
         make(made)
-        (made / SOURCE).write_text(str(source), encoding="utf-8")
+        (made / SOURCE).write_text("\n".join(map(str, sources)), encoding="utf-8")
         return made
 
     with cache.writing(), cache.lock(stem, f"{folder.name} is being quantized by another process"):
@@ -45,5 +49,5 @@ def prune_orphans() -> None:
     """Delete the copies of models that no longer exist."""
     for home in (config.cache_dir() / "quantized").glob("*"):
         source = home / SOURCE
-        if source.is_file() and not Path(source.read_text(encoding="utf-8")).is_dir():
+        if source.is_file() and not all(map(os.path.isdir, source.read_text(encoding="utf-8").split("\n"))):
             cache.remove(home)
