@@ -1,5 +1,5 @@
-"""What llmcli itself costs a record: JSON Lines through `generate` with a model that answers at once, and a tokenizer
-that costs nothing or is SmolLM2's. Records a second, and how much the resident set grows over a million records."""
+"""What llmcli itself costs a record: JSON Lines and Parquet through `generate` with a model that answers at once, and a
+tokenizer that costs nothing or is SmolLM2's. Records a second, and how much the resident set grows over a million."""
 
 import json
 import random
@@ -68,9 +68,23 @@ def records(path: Path, count: int) -> Path:
     return path
 
 
+def as_parquet(path: Path) -> Path:
+    """The same in one row group, and a column of another type."""
+    import pyarrow as pa
+    from pyarrow import json as lines
+    from pyarrow import parquet
+
+    table = lines.read_json(path)
+    table = table.append_column("day", pa.array(range(len(table)), pa.int32()).cast(pa.date32()))
+    parquet.write_table(table, path.with_suffix(".parquet"), row_group_size=MANY)
+    return path.with_suffix(".parquet")
+
+
 def run(tokenizer: str, model: str, inputs: Path) -> tuple[float, int]:
     """Seconds, and the most bytes of main memory that were resident."""
     args = ["generate", "-m", model, "--jsonl", "-f", str(inputs), "--temperature", "0"]
+    if inputs.suffix == ".parquet":
+        args[3:4] = ["--parquet", "--output", f"{inputs}.out"]
     start = time.perf_counter()
     with tempfile.TemporaryFile() as out:
         command = [sys.executable, "-c", CHILD, tokenizer, model, *args]
@@ -88,6 +102,9 @@ def main() -> list[str]:
             (short, small), (long, great) = (run(tokenizer, model, inputs) for inputs in (few, many))
             speed, growth = (MANY - FEW) / (long - short), (great - small) / 1e6
             rows.append(f"| {tokenizer} tokenizer | {speed:,.0f} | {least:,} | {growth:.1f} MB | 20 MB |")
+        (short, small), (long, great) = (run("free", model, as_parquet(inputs)) for inputs in (few, many))
+        speed, growth = (MANY - FEW) / (long - short), (great - small) / 1e6
+        rows.append(f"| Parquet to Parquet, free tokenizer | {speed:,.0f} | 10,000 | {growth:.1f} MB | 50 MB |")
     return rows
 
 

@@ -253,7 +253,7 @@ def test_batch_says_which_model_answers(batch, chatty):
         (["chat", "--field", "x"], "--field cannot be used with --openai-batch"),
         (["chat", "--regex", "a"], "--regex cannot be used with --openai-batch"),
         (["chat", "--settings-field", "x"], "--settings-field requires records with fields"),
-        (["chat", "--select", "x"], "--select requires --json, --jsonl or --csv"),
+        (["chat", "--select", "x"], "--select requires --json, --jsonl, --csv or --parquet"),
         (["embed", "--jsonl"], "--jsonl cannot be used with --openai-batch"),
     ],
 )

@@ -143,7 +143,10 @@ def test_swapped_names_are_allowed(generate):
 def test_rename_requires_fields(generate):
     for option in (("--rename", "model=m"), ("--select", "model")):
         ran = generate("the", *option)
-        assert (ran.exit_status, ran.stderr) == (2, f"error: {option[0]} requires --json, --jsonl or --csv\n")
+        assert (ran.exit_status, ran.stderr) == (
+            2,
+            f"error: {option[0]} requires --json, --jsonl, --csv or --parquet\n",
+        )
 
 
 def test_resume_refuses_another_rename(generate, tmp_path):

@@ -270,7 +270,7 @@ def test_every_separated_format_keeps_its_state(llmcli, tiny, tmp_path, flag, mo
     args = ("generate", "-m", tiny, flag, "-f", source, "--temperature", 0, "--max-new-tokens", 4, "--output")
     assert llmcli(*args, tmp_path / "whole").exit_status == 0
     with monkeypatch.context() as patched:
-        patched.setattr(Journal, "mark_complete", lambda self: sys.exit(9))
+        patched.setattr(Journal, "mark_complete", lambda *_: sys.exit(9))
         ran = llmcli(*args, tmp_path / "out")
     assert (ran.exit_status, ran.stderr) == (9, "hint: to continue: rerun with --resume\n")
     assert llmcli(*args, tmp_path / "out", "--resume").exit_status == 0

@@ -69,7 +69,7 @@ def test_csv_data_is_json_text(run):
     assert (second["data"], second["generated_text"] != "") == ("", True)
     ran = run("generate", "--csv", "--schema-field", "t", stdin=stdin)
     assert ran.exit_status == 2
-    assert ran.stderr.startswith("error: missing field 't' in the CSV header")
+    assert ran.stderr.startswith("error: missing field 't' in all records")
 
 
 def test_several_sequences_have_data_of_the_first(run):

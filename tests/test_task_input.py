@@ -217,7 +217,7 @@ def test_missing_csv_column_is_one_usage_error(llmcli, base, encoder, command):
     assert (ran.exit_status, ran.stdout) == (2, "")
     error, hint = ran.stderr.splitlines()
     assert error.startswith("error: missing field '")
-    assert error.endswith("' in the CSV header")
+    assert error.endswith("' in all records")
     assert hint.startswith("hint: available fields: ")
     assert "id, product" in hint
 

@@ -76,7 +76,7 @@ class Record:
     line: int | None = None  # number of its line, row or string in the file, from 1
     failure: Failure | None = None  # why it cannot be read
     input_fraction: float | None = field(default=None, compare=False)  # of all input, read with it; None: unknown
-    is_row: bool = False  # of a CSV file: values are text, objects are JSON
+    is_row: bool = False  # of a table, whose rows have the same fields; objects can be JSON
 
     @property
     def where(self) -> str:

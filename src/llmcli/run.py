@@ -9,7 +9,8 @@ from typing import Any
 from llmcli import config, console, engines, tasks
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.io.openai_batch import read_requests
-from llmcli.io.output import Output, OutputFormat, OutputSpec
+from llmcli.io.output import HAVE_FIELDS, Output, OutputFormat, OutputSpec
+from llmcli.io.parquet import TableWriter, file_for_stdout
 from llmcli.io.progress import Progress, RunCounts, print_statistics
 from llmcli.io.resume import RESUME_HINT, Journal
 from llmcli.job import Job, Record
@@ -22,16 +23,20 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
         from llmcli.engines.distributed import serve
 
         return serve(engines.engine_for(job), job)
+    if spec.table and not spec.path:
+        with file_for_stdout(spec) as file_spec:
+            return run(job, records, file_spec)
     if spec.format is OutputFormat.OPENAI_BATCH:
         job, records = read_requests(job, records)
-    elif job.logprobs is not None and spec.format not in (OutputFormat.JSON, OutputFormat.CSV):
+    elif job.logprobs is not None and spec.format not in HAVE_FIELDS:
         console.warning("--logprobs has no effect in text output: use --json")
     if not spec.has_records:
         job = replace(job, load_options=replace(job.load_options, one_stream=True))
     names = spec.name_fields(_output_names(job, spec.format))
     names.setdefault("reasoning", None)
+    table = TableWriter(spec.table, names, job.shard or (0, 1)) if spec.table else None  # checks the input
     with ExitStack() as stack:
-        journal = stack.enter_context(Journal(spec, job)) if spec.fingerprint else None
+        journal = stack.enter_context(Journal(spec, job)) if spec.fingerprint is not None else None
         counts = journal.counts() if journal else RunCounts()
         if spec.stats:
             stack.enter_context(print_statistics(job.model, counts))
@@ -70,11 +75,11 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
                 if result.failure:
                     console.error(f"{result.record.where}{result.failure.message}")
                 if result.failure and spec.stop_on_error:
-                    if journal and not spec.retry:
+                    if spec.fingerprint and not spec.retry:
                         console.print_line(f"hint: {RESUME_HINT}")
                     return ExitStatus.FAILED
         if journal:
-            journal.mark_complete()
+            journal.mark_complete(table.write if table else None)
         if counts.carried_over:
             share = f"{counts.carried_over} of {counts.records} records"
             console.notice(f"{share} already had an `error` and were passed on unchanged")
@@ -101,8 +106,8 @@ def _output_names(job: Job, format: OutputFormat) -> list[str]:
     extra += ["labels"] * bool(job.parameters.get("multi_label"))
     has_schema = "schema" in (job.constraint or {}) or job.schema_field or job.settings_field
     extra += ["data"] * bool(has_schema) + ["logprobs", "mean_logprob"] * (job.logprobs is not None)
-    # All rows of a CSV file would have a column that few models fill.
-    extra += ["reasoning"] * ("finish_reason" in outputs and (format is not OutputFormat.CSV or bool(job.think)))
+    # All rows of a table would have a column that few models fill.
+    extra += ["reasoning"] * ("finish_reason" in outputs and (format is OutputFormat.JSON or bool(job.think)))
     return [*dict.fromkeys([*outputs, *[f"{outputs[0]}s"] * is_plural, *["truncated"] * job.truncate, *extra])]
 
 

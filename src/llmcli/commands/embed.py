@@ -23,8 +23,8 @@ def embed(
 ) -> ExitStatus:  # fmt: skip
     """Compute text embeddings.
 
-    The output is JSON Lines, or CSV with --csv. Vectors are those of sentence-transformers. The default model's have
-    length 1: texts with a similar meaning have a large dot product.
+    The output is JSON Lines, CSV with --csv, or Parquet with --parquet. Vectors are those of sentence-transformers. The
+    default model's have length 1: texts with a similar meaning have a large dot product.
 
     \b
     llmcli embed "The harbor clock was repaired in 1951."

@@ -35,12 +35,11 @@ def rerank(
         raise UsageError("QUERY must not be empty")
     if output.resume or output.retry_errors or model.shard:
         raise UsageError("rerank does not support --resume, --retry-errors or --shard")
-    is_whole = input.format() is InputFormat.WHOLE
-    input = replace(input, files=[*paths, *input.files], lines=input.lines or is_whole)
-    format, spec = input.format(), output.spec(input)
+    input = replace(input, files=[*paths, *input.files], lines=input.lines or input.format() is InputFormat.WHOLE)
+    spec = output.spec(input, format=OutputFormat.JSON if input.parquet else None)  # The rows change their order.
     job = model.job("rerank", {"query": query, "fields": input.roles("text")})
     records = list(input.read())
-    if format in (InputFormat.LINES, InputFormat.NULL):
+    if input.lines or input.null:
         records = [replace(record, fields={"line": record.line, **record.fields}) for record in records]
     results: list[Result] = []
 

@@ -9,7 +9,7 @@ from typer import Option
 from llmcli import console
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.io.formats import InputFormat
-from llmcli.io.output import OutputFormat, is_terminal, to_json
+from llmcli.io.output import HAVE_FIELDS, is_terminal, to_json
 from llmcli.io.units import format_probability
 from llmcli.job import JsonObject, Result
 from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, Texts, expand_options
@@ -53,14 +53,14 @@ def score(
     """
     format, roles = input.format(), input.roles("text")
     spec = output.spec(input, texts)
-    is_text = spec.format not in (OutputFormat.JSON, OutputFormat.CSV)
+    is_text = spec.format not in HAVE_FIELDS
     finisher = ScoreFinisher(
         field=roles["text"], minimum=min_perplexity, maximum=max_perplexity, is_text=is_text,
         shows_excerpt=format is InputFormat.WHOLE, shows_tokens=tokens,
         for_terminal=is_terminal() and not spec.path,
     )  # fmt: skip
     if condition is not None and not format.has_fields:
-        raise UsageError("--condition requires records with fields", hint="use --jsonl or --csv")
+        raise UsageError("--condition requires records with fields", hint="use --jsonl, --csv or --parquet")
     if tokens and is_text and (format is not InputFormat.WHOLE or finisher.is_filter):
         raise UsageError("--tokens requires whole texts", hint=f"--json writes the tokens of records in {TOKENS}")
     parameters = {"fields": roles, "condition": condition, "stride": stride, TOKENS: tokens}

@@ -102,8 +102,9 @@ class PendingRecord:
     size: int = field(init=False)  # in characters
 
     def __post_init__(self) -> None:
-        self.size = CHARACTERS_PER_RECORD
-        for value in self.record.fields.values():
+        fields = self.record.fields
+        self.size = CHARACTERS_PER_RECORD + getattr(fields, "size", 0)
+        for value in fields.values() if isinstance(fields, dict) else ():  # else, reading them would convert them
             self.size += len(value if isinstance(value, str) else str(value))
 
     def resume(self, outputs: list[Any] | None) -> None:
@@ -142,7 +143,7 @@ class PendingRecord:
     def fail(self, exc: RecordError) -> None:
         """Set the failure as the result. Raises UsageError for a column that no row has."""
         if self.record.is_row and exc.kind == "missing_field":
-            raise UsageError(f"{exc.message} in the CSV header", exc.hint)
+            raise UsageError(f"{exc.message} in all records", exc.hint)
         self.result = Result(self.record, failure=failure_from(exc))
 
     def deliver(self) -> None:

@@ -30,6 +30,7 @@ FOREIGN = {  # how files begin that are not UTF-8, what they are, and their enco
     rb"\0[^\0]\0[^\0]": ("UTF-16", "utf-16-be"),
     rb"PK\x03\x04": ("a zip archive", "extract the file with unzip -p, or save the spreadsheet as CSV"),
     rb"\xd0\xcf\x11\xe0": ("an Office document", "save the spreadsheet as CSV"),
+    rb"PAR1\x15|ARROW1\0\0": ("Parquet or Arrow", "read it with --parquet"),
 }
 
 

@@ -32,11 +32,12 @@ class InputFormat(Enum):
     NULL = "null"
     JSONL = "jsonl"
     CSV = "csv"
+    PARQUET = "parquet"  # read by `TableSource`
     OPENAI_BATCH = "openai-batch"  # a request per line
 
     @property
     def has_fields(self) -> bool:
-        return self in (InputFormat.JSONL, InputFormat.CSV)
+        return self in (InputFormat.JSONL, InputFormat.CSV, InputFormat.PARQUET)
 
 
 def _strip_line_end(data: bytes) -> bytes:

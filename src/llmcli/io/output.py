@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from llmcli import config, console
 from llmcli.errors import NO_ANSWER, LlmcliError, OutputClosedError, UsageError, reason
@@ -20,7 +20,11 @@ from llmcli.io.openai_batch import make_response
 from llmcli.job import Result
 from llmcli.text.terminal import Sanitizer, sanitize
 
+if TYPE_CHECKING:
+    from llmcli.io.parquet import TableSource
+
 JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+EXISTS_HINT = "use --resume to continue, or choose another path"
 WRAPPED_COLUMNS = ("TASKS", "LICENSE")  # columns of a table that may wrap on a narrow screen
 
 
@@ -32,7 +36,11 @@ class OutputFormat(Enum):
     NULL = "null"  # terminated by NUL
     JSON = "json"
     CSV = "csv"
+    PARQUET = "parquet"
     OPENAI_BATCH = "openai-batch"  # a response per line
+
+
+HAVE_FIELDS = (OutputFormat.JSON, OutputFormat.CSV, OutputFormat.PARQUET)  # and more of a result than its text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +63,7 @@ class OutputSpec:
     dialect: Dialect = field(default_factory=Dialect)  # of the input
     rename: Mapping[str, str] = field(default_factory=dict)  # new names of result fields
     select: Sequence[str] | None = None  # result fields to write; None: all
+    table: "TableSource | None" = None  # the input, if the output is Parquet: its columns are written too
 
     def name_fields(self, outputs: Sequence[str]) -> dict[str, str | None]:
         """Return the name of each result field in the output, in order, or None if the field is not written.
@@ -90,8 +99,7 @@ class Sink(AbstractContextManager["Sink"]):
         try:
             self.file: BinaryIO = path.open("ab" if append else "xb") if path else sys.stdout.buffer
         except FileExistsError:
-            hint = "use --resume to continue, or choose another path"
-            raise UsageError(f"'{path}' already exists", hint) from None
+            raise UsageError(f"'{path}' already exists", EXISTS_HINT) from None
         except OSError as exc:
             raise UsageError(f"{path}: {reason(exc)}") from exc
         if compress:
@@ -170,6 +178,9 @@ class Output(AbstractContextManager["Output"]):
             console.warning(f"{result.record.where}{NO_ANSWER}")
         if self.format is OutputFormat.JSON:
             return self._sink.write(to_json(self._fields(result)) + "\n")
+        if self.format is OutputFormat.PARQUET:  # `TableWriter` adds the fields of the record.
+            data = to_json(self._added_fields(result)).encode("utf-8", "replace")
+            return self._sink.write_bytes(data + b"\n")
         if self.format is OutputFormat.OPENAI_BATCH:
             return self._sink.write(to_json(make_response(result, self.model)) + "\n")
         if self.format is OutputFormat.CSV:
@@ -196,9 +207,14 @@ class Output(AbstractContextManager["Output"]):
         return text.replace("\r\n", " ").replace("\n", " ") if self.format is OutputFormat.LINES else text
 
     def _fields(self, result: Result) -> dict[str, object]:
-        own, fields = result.record.fields, dict(result.record.fields)
+        own = result.record.fields
+        return dict(own) if result.is_carried_over else {**own, **self._added_fields(result)}
+
+    def _added_fields(self, result: Result) -> dict[str, object]:
+        own, fields = result.record.fields, dict[str, object]()
         if result.is_carried_over:
-            return fields
+            error = own["error"]
+            return {"error": json.loads(error) if isinstance(error, str) else error}
         added = dict(result.output)
         if result.failure:
             added["error"] = result.failure.to_json()

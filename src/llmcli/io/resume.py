@@ -17,14 +17,14 @@ import stat
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 from llmcli import console
 from llmcli.errors import LlmcliError, UsageError
 from llmcli.io.compression import MemberWriter, find_compressor
-from llmcli.io.output import Output, OutputSpec, Sink
+from llmcli.io.output import EXISTS_HINT, Output, OutputSpec, Sink
 from llmcli.io.progress import RunCounts
 from llmcli.io.run_log import CARRIED_OVER, FAILED, OK, Entry, RunLog, sync
 from llmcli.job import Job, JsonObject, Record, Result
@@ -43,7 +43,9 @@ class Journal(AbstractContextManager["Journal"]):
     def __init__(self, spec: OutputSpec, job: Job) -> None:
         assert spec.path
         self.path = path = spec.path
-        self._resumes, self._is_shard = spec.resume, bool(job.shard)
+        # A Parquet file is written at the end, from the results.
+        self._results = results = Path(f"{path}.state.rows") if spec.table else path
+        self._resumes, self._is_shard = spec.resume, bool(job.shard) and not spec.table
         self._state, self._new_state = Path(f"{path}.state"), Path(f"{path}.state.retry")
         self._new_output = path.resolve().parent / f"{path.name}.state.new"
         command = {**_identify(job), "rename": spec.rename, "select": spec.select}
@@ -51,13 +53,15 @@ class Journal(AbstractContextManager["Journal"]):
         self._crcs: deque[tuple[int, int]] = deque()  # numbers of the records that run, and their CRC
         self._pending: list[Entry] = []  # of results that wait for their member of a compressed output
         self._last_sync = time.monotonic()
-        is_begun = spec.resume and path.exists() and path.stat().st_size > 0
-        if is_begun and not self._state.exists():
-            message = f"'{path}' exists but its state file '{self._state}' is missing"
+        is_begun = spec.resume and any(file.exists() and file.stat().st_size > 0 for file in (path, results))
+        if is_begun and (missing := [file for file in (self._state, results) if not file.exists()]):
+            message = f"'{path}' exists but its state file '{missing[0]}' is missing"
             raise UsageError(message, hint="choose another path, or remove the file first")
-        with nullcontext() if spec.resume else Sink(path):  # refuses a file that exists
+        if not spec.resume and path.exists():
+            raise UsageError(f"'{path}' already exists", EXISTS_HINT)
+        with nullcontext() if spec.resume else Sink(results):  # refuses a file that exists
             # There are two logs if the results of one are copied to the other.
-            self._log = self._done = RunLog(self._state, path)
+            self._log = self._done = RunLog(self._state, results)
             if "job" not in self._log.identity and (is_begun or self._state.stat().st_size):
                 self._log.close()
                 message = f"'{self._state}' exists and is not the state of a run, or is damaged"
@@ -85,7 +89,7 @@ class Journal(AbstractContextManager["Journal"]):
 
     @property
     def is_complete(self) -> bool:
-        return self._log.is_complete
+        return self._log.is_complete and self.path.exists()
 
     def _stays(self, entry: Entry) -> bool:
         return entry.state == OK or self._done is self._log
@@ -120,8 +124,10 @@ class Journal(AbstractContextManager["Journal"]):
             self._log.sync()
             self._last_sync = time.monotonic()
 
-    def mark_complete(self) -> None:
+    def mark_complete(self, write_table: Callable[[Path, RunLog], None] | None = None) -> None:
         self._copy_done()
+        if write_table:
+            write_table(self.path, self._log)
         self._log.mark_complete()
 
     def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
@@ -130,7 +136,7 @@ class Journal(AbstractContextManager["Journal"]):
                 self._replace_done()
             elif exc is None:
                 self._log.sync()
-            is_begun = self.path.stat().st_size > 0
+            is_begun = self._results.stat().st_size > 0 and self._identity["input"]  # else the files are temporary
             if is_begun and isinstance(exc, LlmcliError) and not isinstance(exc, UsageError):
                 exc.hint = "; ".join(filter(None, (exc.hint, RESUME_HINT)))
             elif is_begun and exc and not isinstance(exc, UsageError):
@@ -138,8 +144,8 @@ class Journal(AbstractContextManager["Journal"]):
             keeps_state = self._resumes or (self._is_shard and self.is_complete)  # which `llmcli merge` reads
             if not keeps_state and (self.is_complete or not is_begun):
                 self._state.unlink()
-                if exc:
-                    self.path.unlink()
+                if exc or self._results is not self.path:
+                    self._results.unlink()
         finally:
             self._log.close()
             self._done.close()
@@ -155,7 +161,7 @@ class Journal(AbstractContextManager["Journal"]):
         if self._new_state.exists() and not self._new_output.exists():  # Interrupted between the two replacements.
             self._log.close()
             os.replace(self._new_state, self._state)
-            self._log = self._done = RunLog(self._state, self.path)
+            self._log = self._done = RunLog(self._state, self._results)
         for key, name in (("job", "the command"), ("format", "the format"), ("input", "the input")):
             if self._log.identity.get(key) != self._identity[key]:
                 raise _changed(self.path, name)
@@ -164,6 +170,8 @@ class Journal(AbstractContextManager["Journal"]):
             self._log = RunLog(self._new_state, self._new_output)
             self._log.cut()
             if len(self._log):
+                if self._results is not self.path:  # The table may lack the new results.
+                    self.path.unlink(missing_ok=True)
                 self._replace_done()
                 self._log, self._done = self._done, self._log
             self._log.close()
@@ -180,7 +188,7 @@ class Journal(AbstractContextManager["Journal"]):
         self._log.begin(self._identity)
         first = next((entry for entry in self._done if entry.size), None)
         header = first.end - first.size if first else self._done.end
-        with self.path.open("rb") as old, Sink(self._new_output, append=True) as new:
+        with self._results.open("rb") as old, Sink(self._new_output, append=True) as new:
             new.write_bytes(old.read(header))
 
     def _copy_done(self, until: int | None = None) -> None:
@@ -205,14 +213,14 @@ class Journal(AbstractContextManager["Journal"]):
         self._copy_done()
         if self._done.is_complete and not self._log.is_complete:
             self._log.mark_complete()
-        self._new_output.chmod(self.path.stat().st_mode)
+        self._new_output.chmod(self._results.stat().st_mode)
         self._log.sync()
         # In this order: a log without an output beside it is the one of an output that is in its place.
-        for new, old in ((self._new_output, self.path.resolve()), (self._new_state, self._state)):
+        for new, old in ((self._new_output, self._results.resolve()), (self._new_state, self._state)):
             os.replace(new, old)
             with suppress(LlmcliError):  # Not every file system can.
                 sync(old.parent)
-        self._log.path, self._log.output = self._state, self.path
+        self._log.path, self._log.output = self._state, self._results
 
 
 def fingerprint(texts: Sequence[str], files: Sequence[str]) -> str:

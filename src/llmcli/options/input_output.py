@@ -4,16 +4,18 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-from llmcli import console
+from llmcli import config, console
 from llmcli.errors import UsageError
 from llmcli.io.decoding import Dialect, find_encoding
 from llmcli.io.formats import InputFormat
-from llmcli.io.output import OutputFormat, OutputSpec
+from llmcli.io.output import HAVE_FIELDS, OutputFormat, OutputSpec
+from llmcli.io.parquet import TableSource
 from llmcli.io.records import open_inputs, read_prompts, read_records
 from llmcli.io.resume import fingerprint
 from llmcli.job import Record
@@ -29,9 +31,15 @@ Verbose = Annotated[bool, Option("--verbose", "-v", callback=console.set_verbose
     help="Print tracebacks and library warnings.")]  # fmt: skip
 FORMATS = {
     InputFormat.WHOLE: OutputFormat.TEXT, InputFormat.LINES: OutputFormat.LINES, InputFormat.NULL: OutputFormat.NULL,
-    InputFormat.JSONL: OutputFormat.JSON, InputFormat.CSV: OutputFormat.CSV,
+    InputFormat.JSONL: OutputFormat.JSON, InputFormat.CSV: OutputFormat.CSV, InputFormat.PARQUET: OutputFormat.PARQUET,
     InputFormat.OPENAI_BATCH: OutputFormat.OPENAI_BATCH,
 }  # fmt: skip
+NOT_PARQUET = (".arrow", ".feather", ".ipc", ".jsonl", ".json", ".csv", ".tsv", ".txt", ".gz", ".bz2", ".zst", ".xz")
+
+
+def split_names(names: str | None) -> list[str]:
+    """Return names that are separated by commas."""
+    return [name.strip() for name in names.split(",")] if names is not None else []
 
 
 @dataclass
@@ -48,6 +56,9 @@ class InputOptions:
         help="Delimiter of CSV: one character, or tab (default: ,).")] = None  # fmt: skip
     encoding: Annotated[str, Option(metavar="NAME",
         help="Encoding of files and stdin, e.g. cp1252; or auto.")] = "utf-8"  # fmt: skip
+    parquet: Annotated[bool, Option("--parquet", help="Read Parquet or Arrow files, and write Parquet.")] = False
+    columns: Annotated[str | None, Option(metavar="NAMES",
+        help="Read only these columns of --parquet, separated by commas.")] = None  # fmt: skip
     fields: Annotated[list[str], Option("--field", metavar="[ROLE=]NAME",
         help="Input field to use (default: text); repeatable.")] = field(default_factory=list)  # fmt: skip
 
@@ -56,6 +67,8 @@ class InputOptions:
         chosen = [format for format in InputFormat if getattr(self, format.value.replace("-", "_"), False)]
         if len(chosen) > 1:
             raise UsageError(f"--{chosen[0].value} cannot be used with --{chosen[1].value}")
+        if self.columns is not None and not self.parquet:
+            raise UsageError("--columns requires --parquet")
         return chosen[0] if chosen else InputFormat.WHOLE
 
     @cached_property
@@ -68,13 +81,26 @@ class InputOptions:
             raise UsageError(f"--delimiter: expected one character or tab, got {delimiter!r}")
         return Dialect(find_encoding(self.encoding), delimiter)
 
+    def table(self) -> TableSource:
+        """Return the files of --parquet."""
+        if not find_spec("pyarrow"):
+            raise UsageError("--parquet requires the package pyarrow", hint='pip install "llmcli[parquet]"')
+        inputs = open_inputs([], self.files)
+        if piped := [input.name or "stdin" for input in inputs if input.size is None and not config.rank()]:
+            raise UsageError(f"{piped[0]}: --parquet requires a regular file: Parquet is read from its end")
+        return TableSource(inputs, split_names(self.columns))
+
     def read(self, texts: Sequence[str] = ()) -> Iterator[Record]:
         """Yield the records of the texts, then of the files; of stdin if there are neither."""
-        return read_records(open_inputs(texts, self.files), self.format(), self.dialect)
+        if not self.parquet:
+            return read_records(open_inputs(texts, self.files), self.format(), self.dialect)
+        if texts:
+            raise UsageError("TEXT cannot be used with --parquet", hint="pass files with -f PATH")
+        return self.table().records()
 
     def read_prompts(self, texts: Sequence[str]) -> Iterator[Record]:
         """Yield the records of generate and chat: texts and files together are one prompt."""
-        return read_prompts(texts, self.files, self.format(), self.dialect)
+        return self.read(texts) if self.parquet else read_prompts(texts, self.files, self.format(), self.dialect)
 
     def roles(self, *known: str) -> dict[str, str]:
         """Return the field name for each role, e.g. {"text": "review"}.
@@ -125,28 +151,32 @@ class OutputOptions:
             texts: Texts of the input; --resume checks that they, and the files, stay the same.
             format: Output format of a command that writes no other.
         """
-        input_format, files = input.format(), input.files
+        input_format, table = input.format(), input.table() if input.parquet else None
+        given, files = [*texts, repr(input.dialect), *split_names(input.columns)], input.files
         format = format or (OutputFormat.JSON if self.json else FORMATS[input_format])
         format = OutputFormat.OPENAI_BATCH if input_format is InputFormat.OPENAI_BATCH else format
-        if (self.rename or self.select is not None) and format not in (OutputFormat.JSON, OutputFormat.CSV):
+        if (self.rename or self.select is not None) and format not in HAVE_FIELDS:
             option = "--rename" if self.rename else "--select"
-            raise UsageError(f"{option} requires --json, --jsonl or --csv")
+            raise UsageError(f"{option} requires --json, --jsonl, --csv or --parquet")
         rename = {name: new for name, _, new in (item.partition("=") for item in self.rename)}
         if len(rename) < len(self.rename) or not all([*rename, *rename.values()]):
             raise UsageError("--rename requires RESULT=NEW, once for each field")
         path = None if self.output == Path("-") else self.output
         if path and os.path.exists(path) and not os.path.isfile(path):
             raise UsageError(f"'{path}' exists and is not a regular file", hint="choose another path; - is stdout")
+        if path and path.suffix in (NOT_PARQUET if format is OutputFormat.PARQUET else (".parquet",)):
+            hint = "choose a name ending in .parquet, or add --json" if table else "Parquet output requires --parquet"
+            raise UsageError(f"cannot write {format.value} to '{path}'", hint)
         if self.resume and not path:
             raise UsageError("--resume requires --output PATH")
         if self.resume and format is OutputFormat.TEXT:
-            hint = "add --json, --jsonl, --csv, --lines or --null"
+            hint = "add --json, --jsonl, --csv, --parquet, --lines or --null"
             raise UsageError("--resume requires a structured format", hint)
-        given = [*texts, repr(input.dialect)]
         return OutputSpec(
             format=format, path=path, dialect=input.dialect,
             fingerprint=fingerprint(given, files) if path and format is not OutputFormat.TEXT else None,
             resume=self.resume, retry=self.retry_errors, stats=self.stats, stop_on_error=self.on_error == "stop",
             has_files=bool(files), has_records=input_format is not InputFormat.WHOLE, rename=rename,
-            select=None if self.select is None else [name.strip() for name in self.select.split(",")],
+            select=None if self.select is None else split_names(self.select),
+            table=table if format is OutputFormat.PARQUET else None,
         )  # fmt: skip

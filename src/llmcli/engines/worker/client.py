@@ -130,7 +130,7 @@ class ConnectedEngine:
             for record in records:
                 self._sent.put(record)
                 try:
-                    self._connection.send(record=(record.fields, record.failure, record.is_row))
+                    self._connection.send(record=(dict(record.fields), record.failure, record.is_row))
                 except MessageTooLargeError as exc:
                     self._connection.send(record=({}, failure_from(exc), False))
         except ConnectionClosedError:
