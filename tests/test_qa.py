@@ -156,7 +156,8 @@ def test_chinese_stays_as_it_is(qa):
 
 
 @pytest.mark.parametrize(
-    ("model", "hint"), [("marian", "it can summarize, translate"), ("t5", "it can summarize, translate")]
+    ("model", "hint"),
+    [("marian", "it can summarize, translate"), ("t5", "it can embed, search, summarize, translate")],
 )
 def test_a_model_without_such_a_head(qa, model, hint):
     ran = qa("Who?", "-c", CLOCK, model=GOLDEN / model)

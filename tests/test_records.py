@@ -247,7 +247,7 @@ def test_foreign_file_is_named_with_what_reads_it(form, data, kind, advice, tmp_
         (record,) = records(data, form, tmp_path)
         assert record.failure.message.startswith(f"expected UTF-8, got {kind}: ")
         assert advice in record.failure.message
-    elif form is not InputFormat.NULL or b"\0" not in data[:6]:
+    elif form is not InputFormat.NULL or b"\0" not in data[:8]:
         with pytest.raises(UsageError, match=f"input: expected UTF-8, got {kind}") as caught:
             records(data, form, tmp_path)
         assert advice in caught.value.hint

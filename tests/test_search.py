@@ -286,8 +286,8 @@ def test_search_finds_files_in_directories(search, tmp_path, monkeypatch, globs,
     if expected:
         assert sorted(record["file"] for record in ran.records) == sorted(expected)
         assert ran.exit_status == 0
-        reason = "not UTF-8: byte 0xe9 at offset 3"
-        assert ran.stderr in ("", f"warning: skipped latin.md: {reason}: convert it with iconv\n")
+        reason = "cannot decode byte 0xe9 at offset 3"
+        assert ran.stderr in ("", f"warning: skipped latin.md: {reason}: convert it to UTF-8 with iconv\n")
     else:
         assert (ran.exit_status, "error: no file to search\nhint: check --glob" in ran.stderr) == (2, True)
     if not globs:

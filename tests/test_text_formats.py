@@ -111,7 +111,7 @@ REFUSED = {  # files, options, the error and its hint
     "a workbook": (b"PK\x03\x04\x14\0", [], "expected UTF-8, got a zip archive", "save the spreadsheet as CSV"),
     "Unicode": ("id,text\n".encode("utf-16"), [], "expected UTF-8, got UTF-16", "use --encoding utf-16"),
     "another encoding": (b"id,t\xe9xt\n1,a\n", [], "cannot decode byte 0xe9", "use --encoding"),
-    "no such column": (b"id,texte\n1,a\n", [], "missing field 'text' in the CSV header", ""),
+    "no such column": (b"id,texte\n1,a\n", [], "missing field 'text' in all records", ""),
     "a damaged file": (gzip.compress(b"id,text\n1,a\n")[:12], [], "cannot decompress: ", ""),
 }
 
@@ -292,7 +292,8 @@ def test_compressed_output_cut_anywhere_is_completed(generate, suffix, lines, tm
     whole, state = path.read_bytes(), tmp_path / f"out.jsonl{suffix}.state"
     log = state.read_bytes()
     assert DECOMPRESS[suffix](whole) == plain.read_bytes()
-    for cut, cut_log in ((0, 0), (1, 0), (len(whole) // 2, 0), (len(whole), 500), (len(whole) - 1, 25)):
+    entries = [(len(whole), 25 * count) for count in (1, 7, 20, 33)]
+    for cut, cut_log in ((0, 0), (1, 0), (len(whole) // 2, 0), (len(whole) - 1, 25), *entries):
         path.write_bytes(whole[:cut])
         state.write_bytes(log[: len(log) - cut_log])
         ran = generate(*args)

@@ -53,7 +53,8 @@ class Job:
     @classmethod
     def from_json(cls, fields: JsonObject) -> "Job":
         """Return the job from what `dataclasses.asdict` made of it."""
-        return cls(**{**fields, "load_options": LoadOptions(**fields["load_options"])})
+        tuples = {name: tuple(fields[name]) for name in ("endpoint", "shard") if fields.get(name) is not None}
+        return cls(**{**fields, **tuples, "load_options": LoadOptions(**fields["load_options"])})
 
 
 @dataclass(frozen=True, slots=True)

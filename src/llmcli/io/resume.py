@@ -152,8 +152,8 @@ class Journal(AbstractContextManager["Journal"]):
 
     def _log_member(self, size: int) -> None:
         """Log the results of the next member of a compressed output, which is then written."""
-        end = self._log.end + size
-        self._log.append([entry._replace(end=end) for entry in self._pending])
+        end, last = self._log.end + size, len(self._pending) - 1
+        self._log.append([entry._replace(end=end, shares_member=i < last) for i, entry in enumerate(self._pending)])
         self._pending.clear()
         self._log.sync()  # If a crash takes the member, `cut` takes all its entries, which have the same end.
 

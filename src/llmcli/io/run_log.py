@@ -18,6 +18,7 @@ from llmcli.job import JsonObject
 ENTRY = struct.Struct("<QQIB")  # followed by its CRC-32
 ENTRY_BYTES = ENTRY.size + 4
 OK, FAILED, CARRIED_OVER, COMPLETE = range(4)  # states of a record; COMPLETE is the entry after the last record
+SHARES_MEMBER = 0x80  # is added to the state in the file
 
 
 class Entry(NamedTuple):
@@ -27,6 +28,7 @@ class Entry(NamedTuple):
     size: int  # bytes of the result
     input_crc: int  # CRC-32 of all input up to this record
     state: int
+    shares_member: bool = False  # whether the next result is in the same member of a compressed output
 
 
 class RunLog:
@@ -45,7 +47,7 @@ class RunLog:
         return len(self._entries) // ENTRY_BYTES
 
     def __getitem__(self, number: int) -> Entry:
-        return Entry(*ENTRY.unpack_from(self._entries, number * ENTRY_BYTES))
+        return _unpack(self._entries, number * ENTRY_BYTES)
 
     def __iter__(self) -> Iterator[Entry]:
         return map(self.__getitem__, range(len(self)))
@@ -79,6 +81,8 @@ class RunLog:
     def cut(self) -> None:
         """Cut what only the log or only the output holds."""
         count = bisect_right(range(len(self)), self.output.stat().st_size, key=lambda number: self[number].end)
+        while count and self[count - 1].shares_member:  # The log of its member has been cut.
+            count -= 1
         self.is_complete = self.is_complete and count == len(self)
         del self._entries[count * ENTRY_BYTES :]
         os.truncate(self.path, self._identity_bytes + len(self._entries) + ENTRY_BYTES * self.is_complete)
@@ -115,7 +119,7 @@ class RunLog:
 def read_entries(file: BinaryIO) -> Iterator[Entry]:
     """Yield the entries of a log, up to the first damaged one."""
     while (data := file.read(ENTRY_BYTES)) and data[ENTRY.size :] == _checksum(data[: ENTRY.size]):
-        yield Entry(*ENTRY.unpack_from(data))
+        yield _unpack(data)
 
 
 def sync(path: Path) -> None:
@@ -133,6 +137,11 @@ def _checksum(data: bytes) -> bytes:
     return zlib.crc32(data).to_bytes(4, "little")
 
 
+def _unpack(data: bytes | bytearray, start: int = 0) -> Entry:
+    end, size, input_crc, state = ENTRY.unpack_from(data, start)
+    return Entry(end, size, input_crc, state & ~SHARES_MEMBER, bool(state & SHARES_MEMBER))
+
+
 def _pack(entry: Entry) -> bytes:
-    data = ENTRY.pack(*entry)
+    data = ENTRY.pack(*entry[:3], entry.state | SHARES_MEMBER * entry.shares_member)
     return data + _checksum(data)

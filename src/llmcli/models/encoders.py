@@ -27,7 +27,7 @@ class Encoder:
 
     def __init__(self, folder: Path) -> None:
         with loading.translated_errors(folder):
-            settings, listed = read_settings(folder), _read_json(folder / "modules.json")
+            settings, listed = read_settings(folder), _read_json(folder / "modules.json", list)
             if (kind := settings.get("model_type", "SentenceTransformer")) != "SentenceTransformer":
                 raise _unsupported(folder, kind)
             transformer, tokenizer = _read_transformer(folder), _read_json(folder / "tokenizer_config.json")
@@ -60,7 +60,7 @@ def read_prompts(settings: JsonObject) -> dict[str | None, str]:
 
 def _read_transformer(folder: Path) -> JsonObject:
     files = [folder / "sentence_bert_config.json", *sorted(folder.glob("sentence_*_config.json"))]  # older names
-    settings: JsonObject = next(filter(None, map(_read_json, files)), {})
+    settings: JsonObject = next((_read_json(file) for file in files if file.is_file()), {})
     for setting, value in settings.items():
         if value and setting not in SETTINGS and value != ONLY.get(setting):
             raise _unsupported(folder, f"setting {setting}")
@@ -97,5 +97,8 @@ def _unsupported(folder: Path, what: str) -> ModelUnavailableError:
     return ModelUnavailableError(f"{folder}: {what} of sentence-transformers is not supported", hint)
 
 
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def _read_json(file: Path, kind: type = dict) -> Any:
+    value = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else kind()
+    if not isinstance(value, kind):
+        raise ValueError(f"{file.name} is no JSON {'object' if kind is dict else 'array'}")
+    return value

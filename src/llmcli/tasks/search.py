@@ -67,7 +67,7 @@ class Document(NamedTuple):
         with source.open() as stream:
             (record,) = READERS[InputFormat.WHOLE](open_text(stream, "utf-8", self.path), None)
         if failure := record.failure:
-            raise RecordError(failure.type, failure.message)
+            raise RecordError(failure.type, failure.message.replace("use --encoding, or ", ""))
         return str(record.fields["text"])
 
 
