@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from llmcli.io.folders import find_files
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -494,3 +496,25 @@ def test_search_with_vocabulary_file_alone_works(llmcli, tmp_path):
     assert (ran.exit_status, ran.stderr) == (0, "")
     assert "The fox sleeps." in ran.stdout
     assert llmcli("embed", "fox", "-m", folder).exit_status == 0
+
+
+@pytest.mark.parametrize(
+    ("globs", "expected"),
+    [
+        (["**/x.md"], ["docs/x.md", "x.md"]),
+        (["docs/**/x.md"], ["docs/x.md"]),
+        (["[!f]*.md"], ["docs/x.md", "x.md"]),
+        (["!**/docs/"], ["fox.md", "x.md"]),
+        (["!ocs"], ["docs/fox.md", "docs/x.md", "fox.md", "x.md"]),
+    ],
+)
+def test_glob_matches_whole_names(globs, expected, tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    for name in ("docs/x.md", "docs/fox.md", "x.md", "fox.md"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert sorted(find_files("", globs)) == expected
+
+
+def test_search_query_after_rerank_may_be_long(search):
+    assert search("--rerank", "long words " * 40).exit_status == 2

@@ -263,3 +263,10 @@ def test_recipe_of_hub_jobs_copies_output_and_state(shell):
         "llmcli generate --jsonl -f /data/in.jsonl --shard 0/4 --output out.0.jsonl",
         "cp out.0.jsonl out.0.jsonl.state /data/",
     ]
+
+
+def test_shard_with_text_output_is_refused(llmcli, base, tmp_path):
+    (tmp_path / "a.txt").write_text("the fox\nthe dog\n")
+    ran = llmcli("generate", "-m", base, "-f", tmp_path / "a.txt", "--shard", "0/2", "--output", tmp_path / "out")
+    assert (ran.exit_status, "requires a structured format" in ran.stderr) == (2, True)
+    assert not (tmp_path / "out").exists()

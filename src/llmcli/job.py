@@ -99,8 +99,9 @@ class Record:
 
     def drop_error(self) -> "Record":
         """Return the record without the error of an earlier run."""
-        fields = {name: value for name, value in self.fields.items() if name != "error"}
-        return replace(self, fields=fields) if self.has_error else self
+        if not self.has_error:
+            return self
+        return replace(self, fields={name: value for name, value in self.fields.items() if name != "error"})
 
 
 @dataclass(frozen=True, slots=True)

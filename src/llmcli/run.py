@@ -23,6 +23,9 @@ def run(job: Job, records: Iterable[Record], spec: OutputSpec) -> ExitStatus:
         from llmcli.engines.distributed import serve
 
         return serve(engines.engine_for(job), job)
+    if job.shard and spec.path and spec.format is OutputFormat.TEXT:
+        hint = "add --json, --jsonl, --csv, --parquet, --lines or --null"
+        raise UsageError("--shard with --output requires a structured format", hint)
     if spec.table and not spec.path:
         with file_for_stdout(spec) as file_spec:
             return run(job, records, file_spec)

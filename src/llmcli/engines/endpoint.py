@@ -141,9 +141,21 @@ class EndpointRunner:
         """Send the requests that are queued, and return those whose answers have arrived, if any soon do."""
         can_stream = self._can_think and self._options.keys().isdisjoint({"n", "stop"}) and self._job.logprobs is None
         if on_text and len(self._unsent) == 1 and can_stream and not self._unsent[0].settings:
-            request = self._unsent.popleft()
-            with capture_errors(request):
-                request.output = self._stream(request.input, on_text)
+            request, shown = self._unsent.popleft(), list[str]()
+
+            def show(text: str) -> None:
+                shown.append(text)
+                on_text(text)
+
+            try:
+                with capture_errors(request):
+                    request.output = self._stream(request.input, show)
+            except ModelUnavailableError as exc:
+                if shown:
+                    raise
+                self._model.leave_out(self._model.servers[0], exc)
+                self._unsent.appendleft(request)
+                return []
             self.queue.discard(request)
             return [request]
         finished = list[Request]()
@@ -179,6 +191,7 @@ class EndpointRunner:
         else:
             is_temporary = request.failure and request.failure.type in TEMPORARY
             if not is_temporary or len(self._model.servers) == 1 or request in self._failed_at:
+                self._failed_at.pop(request, None)
                 return [request]
             self._failed_at[request], request.failure = server, None
         self._unsent.appendleft(request)

@@ -271,7 +271,7 @@ class JobRun:
     def _dispatch(self, pending: PendingRecord) -> None:
         """Queue the requests of a task's call, run them now if they are another job's, or report the result."""
         while pending.result is None and (call := pending.call) and (call.job or not pending.requests):
-            if call.is_shared:
+            if call.is_shared and pending.requests:
                 self._shared.update(dict.fromkeys(pending.requests, pending))
                 return
             self._run_nested([pending])

@@ -100,6 +100,8 @@ def forward(client: "OpenAI", url: str, body: JsonObject) -> JsonObject:
     try:
         response: Any = client.post(url.removeprefix("/v1"), body={**body, "stream": False}, cast_to=object)
     except openai.NotFoundError as exc:
+        if (models := list_models(client)) and body["model"] not in {model.id for model in models}:
+            raise  # All requests would fail there.
         message = f"server returned HTTP 404: {error_text(exc.body or exc.message)}"
         raise RecordError("request_rejected", message) from exc
     usage = response.get("usage") or {}

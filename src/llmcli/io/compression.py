@@ -75,6 +75,10 @@ class MemberWriter:
     def flush(self) -> None:
         """Do nothing: data is pending until its member is written."""
 
+    def discard(self) -> None:
+        """Forget the records that are pending."""
+        self._pending = None
+
     def close(self) -> None:
         with self._file:
             if self._pending or (self._pending is not None and not self._file.tell()):  # An empty text is a member too.

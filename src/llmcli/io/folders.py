@@ -1,13 +1,15 @@
-"""Find the files in directories, as ripgrep does: without hidden files and symbolic links."""
+"""Find the files in directories, without hidden files and symbolic links. `.gitignore` is not read."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
-from pathlib import PurePath
+from itertools import chain
 
 from llmcli import console
 from llmcli.errors import reason
 
+WILDCARDS = re.compile(r"(\*\*/|\*\*|\*|\?|\[!?[^\]]+\])")
+REGEXES = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 START_BYTES = 1 << 13  # of a file: a NUL among them tells that it is binary
 
 
@@ -50,5 +52,8 @@ def _is_selected(path: str, globs: Sequence[str], is_directory: bool) -> bool:
 
 
 def _matches(path: str, pattern: str) -> bool:
-    is_similar = fnmatchcase(f"/{path}", f"*/{pattern.replace('**/', '*')}")  # In it, * matches / too.
-    return is_similar and ("**" in pattern or PurePath(path).match(pattern))
+    """Return whether the end of a path, from the beginning of a name on, matches a pattern."""
+    parts = WILDCARDS.split(pattern)
+    known = (REGEXES.get(part) or re.sub(r"^\[!", "[^", part) for part in parts[1::2])
+    regex = "".join(chain.from_iterable(zip(map(re.escape, parts[::2]), [*known, ""], strict=True)))
+    return re.fullmatch(f"(?:.*/)?{regex}", path, re.DOTALL) is not None

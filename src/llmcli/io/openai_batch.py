@@ -26,6 +26,8 @@ def read_requests(job: Job, records: Iterable[Record]) -> tuple[Job, Iterator[Re
     """Return the job that runs requests, and these as its records."""
     roles, given = job.parameters.get("fields", {}), {f"--{kind}": True for kind in job.constraint or ()}
     given |= {"--prompt or --preset": "prompt" in job.parameters, "--field": [*roles] != [*roles.values()],
+              "--system": bool(job.endpoint and job.parameters.get("system")),
+              "--logprobs": bool(job.endpoint and job.logprobs is not None),
               "-n": "num_return_sequences" in job.generation, "--num-beams": "num_beams" in job.generation}  # fmt: skip
     if conflict := next(filter(given.get, given), None):
         raise UsageError(f"{conflict} cannot be used with --openai-batch", hint="requests have fields of their own")

@@ -162,6 +162,10 @@ def read_column(batch: Any, name: str) -> list[Any]:
     try:
         values: list[Any] = array.to_pylist()
     except UnicodeDecodeError:  # With lone surrogates, a text is a failed record.
+        if not types.is_string(kind) and not types.is_large_string(kind):
+            raise UsageError(
+                f"column {name!r} has text that is not UTF-8", hint="leave it out with --columns"
+            ) from None
         values = [value and value.decode("utf-8", "surrogateescape") for value in array.cast(pa.binary()).to_pylist()]
     except ValueError as exc:
         raise UsageError(f"cannot convert column {name!r} to JSON: {exc}", hint="leave it out with --columns") from exc
@@ -212,8 +216,9 @@ class TableWriter:
             sync(new)
             os.replace(new, path)
         except OSError as exc:
-            new.unlink(missing_ok=True)
             raise LlmcliError(f"cannot write to {path}: {reason(exc)}") from exc
+        finally:
+            new.unlink(missing_ok=True)
 
     def _read_shard(self) -> Iterator[Any]:
         start, step = self._shard
@@ -232,7 +237,10 @@ class TableWriter:
             values = [result.get(name) for result in results]
             if kind is None:
                 values = [None if value is None else to_json(value) for value in values]
-            columns[name] = pa.array(values, kind or pa.string())
+            try:
+                columns[name] = pa.array(values, kind or pa.string())
+            except pa.ArrowException as exc:
+                raise LlmcliError(f"cannot write column {name!r} as {kind}: {first_line(exc)}") from exc
         return pa.RecordBatch.from_arrays([*columns.values()], schema=self._schema)
 
 

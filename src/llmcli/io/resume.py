@@ -112,12 +112,17 @@ class Journal(AbstractContextManager["Journal"]):
         """Write the result of the next of the `remaining` records: the parts `written`."""
         number, crc = self._crcs.popleft()
         self._copy_done(number)
-        size = sum(map(output.write, written))
         state = FAILED if result.failure else CARRIED_OVER if result.is_carried_over else OK
-        if isinstance(output.file, MemberWriter) and (size or self._pending):
-            output.file.on_member = self._log_member
-            self._pending.append(Entry(0, size, crc, state))
-            return
+        try:
+            size = sum(map(output.write, written))
+            if isinstance(output.file, MemberWriter) and (size or self._pending):
+                output.file.on_member = self._log_member
+                self._pending.append(Entry(0, size, crc, state))
+                return
+        except BaseException:
+            if isinstance(output.file, MemberWriter):
+                output.file.discard()  # It may hold a result without its entry.
+            raise
         end = self._log.end + size if self._log.end else self.output.stat().st_size  # with the header of CSV
         self._log.append([Entry(end, size, crc, state)])
         if time.monotonic() - self._last_sync > SYNC_INTERVAL_S:
@@ -144,7 +149,7 @@ class Journal(AbstractContextManager["Journal"]):
             keeps_state = self._resumes or (self._is_shard and self.is_complete)  # which `llmcli merge` reads
             if not keeps_state and (self.is_complete or not is_begun):
                 self._state.unlink()
-                if exc or self._results is not self.path:
+                if self._results is not self.path or (exc and not self.is_complete):
                     self._results.unlink()
         finally:
             self._log.close()
@@ -241,6 +246,7 @@ def fingerprint(texts: Sequence[str], files: Sequence[str]) -> str:
 def _identify(job: Job) -> JsonObject:
     fields = dataclasses.asdict(job)
     fields["endpoint"] = bool(job.endpoint)  # A server may come back under another URL.
+    fields["load_options"]["device"] = job.load_options.device.partition(":")[0]  # or another GPU of this kind
     for table in (fields, fields["load_options"]):
         for name in RESUME_IGNORED_FIELDS:
             table.pop(name, None)

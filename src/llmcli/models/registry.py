@@ -1,5 +1,6 @@
 """Names -> models: models.toml, overlaid by the user's own, read into frozen specs."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -87,8 +88,9 @@ def resolve_adapter(name: str, home: Path = Path()) -> ModelSpec:
 
 def is_model(word: str) -> bool:
     """Return whether a word, which may be a text or a file, most likely names a model."""
-    is_known = word in models() or Path(word, "config.json").is_file()
-    return is_known or bool(_hub_source(word) and not Path(word).exists())
+    # Those of os.path return False for a name that is too long.
+    is_known = word in models() or os.path.isfile(os.path.join(word, "config.json"))
+    return is_known or bool(_hub_source(word) and not os.path.exists(word))
 
 
 def default_names(task: str, source: str | None = None, target: str | None = None) -> list[str]:

@@ -152,7 +152,10 @@ class OutputOptions:
             format: Output format of a command that writes no other.
         """
         input_format, table = input.format(), input.table() if input.parquet else None
-        given, files = [*texts, repr(input.dialect), *split_names(input.columns)], input.files
+        given, files = (
+            [*texts, input.dialect.encoding, input.dialect.delimiter or "", *split_names(input.columns)],
+            input.files,
+        )
         format = format or (OutputFormat.JSON if self.json else FORMATS[input_format])
         format = OutputFormat.OPENAI_BATCH if input_format is InputFormat.OPENAI_BATCH else format
         if (self.rename or self.select is not None) and format not in HAVE_FIELDS:
@@ -164,8 +167,12 @@ class OutputOptions:
         path = None if self.output == Path("-") else self.output
         if path and os.path.exists(path) and not os.path.isfile(path):
             raise UsageError(f"'{path}' exists and is not a regular file", hint="choose another path; - is stdout")
-        if path and path.suffix in (NOT_PARQUET if format is OutputFormat.PARQUET else (".parquet",)):
-            hint = "choose a name ending in .parquet, or add --json" if table else "Parquet output requires --parquet"
+        if path and path.suffix.lower() in (NOT_PARQUET if format is OutputFormat.PARQUET else (".parquet",)):
+            hint = (
+                "choose a name ending in .parquet, or add --json"
+                if format is OutputFormat.PARQUET
+                else "choose another name; Parquet requires --parquet without --json"
+            )
             raise UsageError(f"cannot write {format.value} to '{path}'", hint)
         if self.resume and not path:
             raise UsageError("--resume requires --output PATH")

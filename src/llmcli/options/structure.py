@@ -37,7 +37,7 @@ class StructureOptions:
         if len(constraint) > 1:
             raise UsageError(f"{options[0]} cannot be used with {options[1]}")
         if any(fields.values()) and not input.format().has_fields:
-            raise UsageError(f"{options[-1]} requires records with fields", hint="use --jsonl or --csv")
+            raise UsageError(f"{options[-1]} requires records with fields", hint="use --jsonl, --csv or --parquet")
         if options and options[0] != "--settings-field" and generation.config().get("stop_strings"):
             raise UsageError(f"--stop cannot be used with {options[0]}")
         if constraint:

@@ -140,7 +140,9 @@ def load_task(name: str) -> Task:
     """Return a task by its name."""
     try:
         task: Task = importlib.import_module(f"{__name__}.{name}").TASK
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as exc:
+        if exc.name != f"{__name__}.{name}":
+            raise  # A library is missing.
         task = plugins.load_plugin("tasks", name, Task)
     return task
 

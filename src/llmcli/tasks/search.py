@@ -234,6 +234,7 @@ class Search:
                 console.warning(f"skipped a passage of {document.file}, which has changed during the search")
 
 
+@lru_cache(maxsize=4)  # qa searches for each record.
 def _make_splitter(folder: Path) -> Callable[[Document, str], Iterator[tuple[int, int, str]]]:
     """Return a function that yields the position, the line and the text of passages that a model reads whole."""
     encoder, tokenizer = encoders.Encoder(folder), loading.tokenizer(folder, LoadOptions())

@@ -44,7 +44,7 @@ def fetch(spec: ModelSpec, source: HubSource, *, allow_pickle: bool) -> Path:
         info = HfApi().model_info(source.repo, revision=source.revision, files_metadata=True, timeout=timeout)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         weights = ADAPTER if spec.is_adapter else _weights(source.repo, set(sizes), allow_pickle=allow_pickle)
-        if weights == ADAPTER not in sizes:
+        if spec.is_adapter and ADAPTER not in sizes:
             raise ModelUnavailableError(f"{source.repo} has no {ADAPTER}", hint="save an adapter with safetensors")
         patterns = _patterns(weights)
         wanted = filter_repo_objects(sizes, **patterns)
