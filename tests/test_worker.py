@@ -280,7 +280,7 @@ def test_worker_of_other_environment_is_replaced(place, process, chatty, monkeyp
     args = ["generate", "dog", "-m", chatty, "--max-new-tokens", 2, "-v"]
     process(*args, "--keep-alive", "5m")
     first = client.status()["pid"]
-    long = start("generate", "dog", "-m", chatty, *LONG)
+    long = start("generate", *map(str, range(10)), "-m", chatty, *LONG)
     wait_until(lambda: jobs() == 1)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     ran = process(*args)
