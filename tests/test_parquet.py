@@ -16,7 +16,9 @@ import pytest
 from conftest import WORDS
 
 from llmcli import tasks
-from llmcli.io.parquet import TableFile, _result_types, read_column
+from llmcli.errors import LlmcliError
+from llmcli.io.parquet import TableFile, TableSource, _result_types, read_column
+from llmcli.io.records import open_inputs
 
 TEXTS = ["the quick brown fox", "a lazy dog", " ", None, "once upon"]
 NOON = datetime.datetime(2026, 1, 2, 12, 30, tzinfo=datetime.UTC)
@@ -378,3 +380,28 @@ def test_worker_runs_tables(place, process, chatty, tmp_path):
         assert ran.returncode == 3, ran.stderr
     alone, warm = (pq.read_table(tmp_path / f"{name}.parquet").drop_columns("ratio") for name in ("0", "1m"))
     assert warm.equals(alone)
+
+
+def test_binary_column_is_no_text(llmcli, tiny, tmp_path):
+    pq.write_table(pa.table({"text": pa.array([b"the fox", None])}), tmp_path / "in.parquet")
+    ran = llmcli("generate", "-m", tiny, "--parquet", "--json", "-f", tmp_path / "in.parquet")
+    assert [record["error"]["type"] for record in ran.records] == ["wrong_type", "wrong_type"]
+
+
+def test_file_replaced_during_run_is_an_error(tmp_path):
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"text": ["a", "b"]}), path)
+    source = TableSource(open_inputs([], [str(path)]), [])
+    assert source.schema().names == ["text"]
+    pq.write_table(pa.table({"text": ["b", "a", "c"]}), path)
+    with pytest.raises(LlmcliError, match="has changed since the run was started"):
+        list(source.open())
+
+
+def test_retried_rows_lose_old_errors_whatever_is_selected(llmcli, tiny, tmp_path):
+    error = {"type": "internal_error", "message": "x"}
+    path, output = tmp_path / "in.parquet", tmp_path / "out.parquet"
+    pq.write_table(pa.table({"text": ["the fox", "a dog"], "error": [error, None]}), path)
+    args = ("generate", "-m", tiny, "--max-new-tokens", 1, "--retry-errors", "--select", "generated_text")
+    assert llmcli(*args, "--parquet", "-f", path, "--output", output).exit_status == 0
+    assert pq.read_table(output).column("error").to_pylist() == [None, None]

@@ -234,3 +234,12 @@ def test_without_resume_a_file_that_exists_is_refused(llmcli, tiny, tmp_path):
     (tmp_path / "out").touch()
     ran = llmcli("generate", "the", "-m", tiny, "--retry-errors", "--output", tmp_path / "out")
     assert (ran.exit_status, "exists" in ran.stderr) == (2, True)
+
+
+def test_retried_csv_keeps_column_of_errors(llmcli, tiny):
+    error = json.dumps({"type": "old", "message": "m"}).replace('"', '""')
+    stdin = f'text,error\nthe fox,"{error}"\na dog,\n'.encode()
+    args = ("generate", "-m", tiny, *GREEDY, "--csv", "--retry-errors", "--select", "generated_text")
+    ran = llmcli(*args, stdin=stdin)
+    rows = list(csv.DictReader(io.StringIO(ran.stdout, newline="")))
+    assert (ran.exit_status, [row["error"] for row in rows]) == (0, ["", ""])

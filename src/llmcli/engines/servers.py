@@ -22,9 +22,10 @@ def make_client(endpoint: str) -> "OpenAI":
     """Return a client of a server. Raises UsageError for an invalid URL, or if the openai package is missing."""
     try:
         url = urlsplit(endpoint)
-    except ValueError:  # brackets without an IPv6 address
-        url = urlsplit("")
-    if url.scheme not in ("http", "https") or not url.netloc:
+        is_valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and endpoint.isprintable()
+    except ValueError:  # an invalid port, or brackets without an IPv6 address
+        is_valid = False
+    if not is_valid:
         raise UsageError(f"invalid --endpoint {endpoint!r}: expected a URL", hint="e.g. http://localhost:8000/v1")
     try:
         import jsonschema  # noqa: F401  # needed for answers to schemas

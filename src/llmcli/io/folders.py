@@ -3,10 +3,11 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import chain
 
 from llmcli import console
-from llmcli.errors import reason
+from llmcli.errors import UsageError, reason
 
 WILDCARDS = re.compile(r"(\*\*/|\*\*|\*|\?|\[!?[^\]]+\])")
 REGEXES = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
@@ -53,7 +54,17 @@ def _is_selected(path: str, globs: Sequence[str], is_directory: bool) -> bool:
 
 def _matches(path: str, pattern: str) -> bool:
     """Return whether the end of a path, from the beginning of a name on, matches a pattern."""
+    return _compile(pattern).fullmatch(path) is not None
+
+
+@cache
+def _compile(pattern: str) -> re.Pattern[str]:
     parts = WILDCARDS.split(pattern)
-    known = (REGEXES.get(part) or re.sub(r"^\[!", "[^", part) for part in parts[1::2])
+    known = (
+        REGEXES.get(part) or re.sub(r"^\[!", "[^", re.sub(r"(?<!^)[\[\\]", r"\\\g<0>", part)) for part in parts[1::2]
+    )
     regex = "".join(chain.from_iterable(zip(map(re.escape, parts[::2]), [*known, ""], strict=True)))
-    return re.fullmatch(f"(?:.*/)?{regex}", path, re.DOTALL) is not None
+    try:
+        return re.compile(f"(?:.*/)?{regex}", re.DOTALL)
+    except re.error as exc:
+        raise UsageError(f"invalid --glob {pattern!r}: {exc}") from exc

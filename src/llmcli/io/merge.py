@@ -9,7 +9,7 @@ from io import BufferedReader, FileIO
 from itertools import chain, count, takewhile
 from pathlib import Path
 
-from llmcli.errors import UsageError, reason
+from llmcli.errors import RecordError, UsageError, reason
 from llmcli.io.compression import CODECS
 from llmcli.io.decoding import open_text
 from llmcli.io.output import OutputFormat
@@ -35,11 +35,14 @@ class Shard:
             self._file = open_text(BufferedReader(FileIO(name), BUFFER_BYTES), "utf-8", name)
             if os.path.exists(f"{name}.state"):
                 self._read_log(BufferedReader(FileIO(f"{name}.state"), BUFFER_BYTES))
+            start = self._file.peek(4)
+        except RecordError as exc:
+            raise UsageError(f"{name}: {exc.message}", exc.hint) from exc
         except OSError as exc:
             raise UsageError(f"{exc.filename or name}: {reason(exc)}") from exc
-        if self._file.peek(4).startswith(b"PAR1"):
+        if start.startswith(b"PAR1"):
             raise UsageError(f"'{name}' is Parquet, which merge does not read", hint="run the shards with --json")
-        self._parts = self._split()
+        self._parts = self._read()
         self.header = next(self._parts, b"") if self.format is OutputFormat.CSV else b""
 
     def _read_log(self, log: BufferedReader) -> None:
@@ -66,6 +69,12 @@ class Shard:
             if self.place:
                 raise UsageError(f"'{self.name}' has changed since its run")
             yield result
+
+    def _read(self) -> Iterator[bytes]:
+        try:
+            yield from self._split()
+        except RecordError as exc:
+            raise UsageError(f"{self.name}: {exc.message}", exc.hint) from exc
 
     def _split(self) -> Iterator[bytes]:
         """Yield lines, NUL-terminated strings, or rows of CSV, which can have line breaks."""

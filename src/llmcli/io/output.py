@@ -76,7 +76,10 @@ class OutputSpec:
             if name not in known:
                 message = f"unknown result field {name!r}{config.did_you_mean(name, known)}"
                 raise UsageError(message, hint=f"result fields: {', '.join(known)}")
-        kept = set(known if self.select is None else self.select)
+        is_input = self.retry and not self.resume  # the errors of an earlier output, which are no longer true
+        if is_input and "error" in self.rename:
+            raise UsageError("--rename error=NEW cannot be used with --retry-errors")
+        kept = {*(known if self.select is None else self.select), *["error"] * is_input}
         # A failed record without an error would look as if it had not run. CSV has the same columns in all rows.
         kept = kept | {"error"} if self.format is OutputFormat.JSON else kept - {"file"} if not self.has_files else kept
         names = {name: self.rename.get(name, name) if name in kept else None for name in known}
@@ -99,7 +102,7 @@ class Sink(AbstractContextManager["Sink"]):
         try:
             self.file: BinaryIO = path.open("ab" if append else "xb") if path else sys.stdout.buffer
         except FileExistsError:
-            raise UsageError(f"'{path}' already exists", EXISTS_HINT) from None
+            raise UsageError(f"'{path}' already exists", hint="choose another path") from None
         except OSError as exc:
             raise UsageError(f"{path}: {reason(exc)}") from exc
         if compress:

@@ -11,7 +11,7 @@ from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
@@ -38,11 +38,16 @@ class TableSource:
 
     inputs: Sequence[Input]
     columns: Sequence[str]
+    states: dict[str | None, tuple[int, ...]] = field(default_factory=dict)  # of the files, when they were first opened
 
     def open(self) -> Iterator["TableFile"]:
         """Yield the files, each of which is open until the next one."""
         for input in self.inputs:
             with input.open() as stream:
+                status = os.fstat(stream.fileno())
+                state = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+                if self.states.setdefault(input.name, state) != state:
+                    raise LlmcliError(f"{input.name or 'stdin'} has changed since the run was started")
                 yield TableFile(input.name and printable(input.name), stream, self.columns)
 
     def schema(self) -> Any:
@@ -148,6 +153,10 @@ class Row(Mapping[str, Any]):
         return str(self._number)
 
 
+class ConvertedText(str):
+    """A value that only JSON has as text. As the text of a record, it has the wrong type."""
+
+
 def read_column(batch: Any, name: str) -> list[Any]:
     """Return the values of a column as JSON has them: times and decimals as strings, binary values as Base64."""
     import pyarrow as pa
@@ -158,7 +167,8 @@ def read_column(batch: Any, name: str) -> list[Any]:
     if types.is_temporal(kind) and not types.is_interval(kind):  # Those of Python have no nanoseconds.
         utc = array.cast(pa.timestamp(kind.unit)) if types.is_timestamp(kind) else array
         end = "Z" if getattr(kind, "tz", None) else ""
-        return [text and text.replace(" ", "T") + end for text in utc.cast(pa.string()).to_pylist()]
+        texts = utc.cast(pa.string()).to_pylist()
+        return [text and ConvertedText(text.replace(" ", "T") + end) for text in texts]
     try:
         values: list[Any] = array.to_pylist()
     except UnicodeDecodeError:  # With lone surrogates, a text is a failed record.
@@ -172,6 +182,7 @@ def read_column(batch: Any, name: str) -> list[Any]:
     if not all(isinstance(value, str | int | None) for value in values):
         text = json.dumps(values, default=lambda item: b64encode(item).decode() if type(item) is bytes else str(item))
         values = json.loads(text, parse_constant=lambda name: None)  # JSON has no NaN.
+        values = [ConvertedText(value) if isinstance(value, str) else value for value in values]
     return values
 
 
@@ -186,6 +197,8 @@ class TableWriter:
         # `Output` keeps the field `file` of a record.
         kept = {new: name for name, new in names.items() if new and not (name == new == "file" in own.names)}
         self._types = {new: known.get(name) for new, name in kept.items()}  # None: JSON
+        if replaced := [new for new, kind in self._types.items() if new in own.names and own.field(new).type != kind]:
+            console.warning(f"results replace these columns: {', '.join(replaced)}; to keep both: --rename")
         fields = {field.name: field for field in own} | {
             new: (new, kind or pa.string()) for new, kind in self._types.items()
         }

@@ -24,7 +24,7 @@ from pathlib import Path
 from llmcli import console
 from llmcli.errors import LlmcliError, UsageError
 from llmcli.io.compression import MemberWriter, find_compressor
-from llmcli.io.output import EXISTS_HINT, Output, OutputSpec, Sink
+from llmcli.io.output import EXISTS_HINT, Output, OutputFormat, OutputSpec, Sink
 from llmcli.io.progress import RunCounts
 from llmcli.io.run_log import CARRIED_OVER, FAILED, OK, Entry, RunLog, sync
 from llmcli.job import Job, JsonObject, Record, Result
@@ -73,7 +73,12 @@ class Journal(AbstractContextManager["Journal"]):
             self._log.begin(self._identity)
         if spec.retry and any(entry.state != OK for entry in self._done):
             if find_compressor(path):
-                hint = f"run them into a new file: -f '{path}' --retry-errors --output NEW"
+                has_errors = spec.format is OutputFormat.JSON and spec.select is None and not spec.rename
+                hint = (
+                    f"run them into a new file: -f '{path}' --retry-errors --output NEW"
+                    if has_errors
+                    else ("decompress the output, and start again with its new name as --output")
+                )
                 raise UsageError(f"--retry-errors cannot replace results in '{path}', which is compressed", hint)
             self._begin_retry()
         self.output = self._log.output

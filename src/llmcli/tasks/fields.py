@@ -22,7 +22,7 @@ def text_field(fields: JsonObject, name: str) -> str:
         available = ", ".join(fields)[:200].encode("utf-8", "backslashreplace").decode() or "none"
         raise RecordError("missing_field", f"missing field {name!r}", hint=f"available fields: {available}")
     value = fields[name]
-    if not isinstance(value, str):
+    if type(value) is not str:
         raise RecordError("wrong_type", f"field {name!r} must be a string")
     try:
         value.encode("utf-8")
