@@ -517,7 +517,10 @@ def test_endpoint_sends_own_key_only(served, server, monkeypatch):
     assert server.keys == ["Bearer none", "Bearer mine"]
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x/y", "http://", "http://[x]/v1", "server", "http://x:nope/v1", "http://x/v1\n"])
+INVALID_URLS = ["localhost:8000", "ftp://x/y", "http://", "http://[x]/v1", "server", "http://x:nope", "http://x/v1\n"]
+
+
+@pytest.mark.parametrize("url", INVALID_URLS)
 def test_endpoint_rejects_invalid_url(llmcli, url):
     ran = llmcli("generate", "the fox", "--endpoint", url)
     assert (ran.exit_status, "invalid --endpoint" in ran.stderr) == (2, True)
