@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -101,7 +101,10 @@ def forward(client: "OpenAI", url: str, body: JsonObject) -> JsonObject:
     try:
         response: Any = client.post(url.removeprefix("/v1"), body={**body, "stream": False}, cast_to=object)
     except openai.NotFoundError as exc:
-        if (models := list_models(client)) and body["model"] not in {model.id for model in models}:
+        names = set[str]()
+        with suppress(ModelUnavailableError):  # It has just answered.
+            names = {model.id for model in list_models(client)}
+        if names and body["model"] not in names:
             raise  # All requests would fail there.
         message = f"server returned HTTP 404: {error_text(exc.body or exc.message)}"
         raise RecordError("request_rejected", message) from exc
