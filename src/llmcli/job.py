@@ -6,6 +6,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from llmcli.errors import RecordError
+
 JsonObject = Mapping[str, Any]  # the fields of a record or a result, by name
 
 
@@ -63,6 +65,11 @@ class Failure:
 
     type: str
     message: str
+
+    @classmethod
+    def from_error(cls, exc: RecordError) -> "Failure":
+        """Return the failure of a record, with the hint in the same sentence."""
+        return cls(exc.kind, f"{exc.message}: {exc.hint}" if exc.hint else exc.message)
 
     def to_json(self) -> dict[str, str]:
         return asdict(self)

@@ -8,7 +8,8 @@ from typer import Argument, Option
 
 from llmcli.errors import ExitStatus, UsageError
 from llmcli.io.formats import InputFormat
-from llmcli.io.output import OutputFormat
+from llmcli.io.output import HAVE_FIELDS, OutputFormat
+from llmcli.io.units import format_passage
 from llmcli.job import Result
 from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, expand_options
 from llmcli.run import run
@@ -51,7 +52,7 @@ def rerank(
         results.sort(key=lambda r: -math.inf if r.output.get("score") is None else r.output["score"], reverse=True)
         ranked = [_add_rank(result, rank) for rank, result in enumerate(results, start=1)]
         kept = [result for i, result in enumerate(ranked) if result.failure or not limit or i < limit]
-        return kept if spec.format in (OutputFormat.JSON, OutputFormat.CSV) else [each for each in kept if each.text]
+        return kept if spec.format in HAVE_FIELDS else [each for each in kept if each.text]
 
     return run(job, records, replace(spec, fingerprint=None, finish=finish))
 
@@ -60,7 +61,6 @@ def _add_rank(result: Result, rank: int) -> Result:
     """Return a result with its rank, and the text for text mode; unchanged if it has no score."""
     if (score := result.output.get("score")) is None:
         return result
-    file, line = result.record.file, result.record.line
-    text = " ".join(str(result.record.fields.get("text")).split())
-    shown = f"{f'{file}:' if file else ''}{line}: {text} ({score:.3f})"
+    file, line, text = result.record.file, result.record.line, str(result.record.fields.get("text"))
+    shown = format_passage(file, line, text, score)
     return replace(result, output={"rank": rank, **result.output}, text=shown)

@@ -13,6 +13,7 @@ from llmcli.io.decoding import printable
 from llmcli.io.folders import find_files
 from llmcli.io.formats import InputFormat
 from llmcli.io.records import open_inputs, read_records
+from llmcli.io.units import format_passage
 from llmcli.job import JsonObject, Record, Result
 from llmcli.models import registry
 from llmcli.options import BatchModelOptions, InputOptions, OutputOptions, expand_options
@@ -85,7 +86,7 @@ def search(
         results = []
         for match in result.output["matches"]:
             file, line, text, score = match["file"], match["line"], match["text"], match["score"]
-            passage = f"{f'{file}:' if file else ''}{line}: {' '.join(text.split())} ({score:.3f})"
+            passage = format_passage(file, line, text, score)
             results.append(Result(Record({"line": line, "text": text}, file), {"score": score}, passage))
         return results
 

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 from llmcli import console, tasks
 from llmcli.engines.read_ahead import ReadAhead
 from llmcli.engines.record_settings import read_settings
-from llmcli.engines.requests import OnText, Request, RequestSettings, Runner, failure_from, strip_stream
+from llmcli.engines.requests import OnText, Request, RequestSettings, Runner, strip_stream
 from llmcli.errors import RecordError, UsageError
-from llmcli.job import Job, Record, Result
+from llmcli.job import Failure, Job, Record, Result
 from llmcli.models import generation
 from llmcli.tasks import ModelCall, Strategy, TaskGenerator, TaskModel, TaskResult
 from llmcli.tasks.fields import reads_error
@@ -144,7 +144,7 @@ class PendingRecord:
         """Set the failure as the result. Raises UsageError for a column that no row has."""
         if self.record.is_row and exc.kind == "missing_field":
             raise UsageError(f"{exc.message} in all records", exc.hint)
-        self.result = Result(self.record, failure=failure_from(exc))
+        self.result = Result(self.record, failure=Failure.from_error(exc))
 
     def deliver(self) -> None:
         """Resume the task with the outputs of its call; the first failure of a request is the record's."""

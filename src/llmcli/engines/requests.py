@@ -105,7 +105,7 @@ def capture_errors(request: Request) -> Iterator[None]:
     try:
         yield
     except RecordError as exc:
-        request.failure = failure_from(exc)
+        request.failure = Failure.from_error(exc)
     except LlmcliError:
         raise
     except Exception as exc:
@@ -116,11 +116,6 @@ def capture_errors(request: Request) -> Iterator[None]:
         else:
             reason = str(exc).strip() or "no reason given"
             request.failure = Failure("internal_error", f"{type(exc).__name__}: {reason}")
-
-
-def failure_from(exc: RecordError) -> Failure:
-    """Return the failure of a record, with the hint in the same sentence."""
-    return Failure(exc.kind, f"{exc.message}: {exc.hint}" if exc.hint else exc.message)
 
 
 def strip_stream(on_text: OnText) -> OnText:

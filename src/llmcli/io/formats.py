@@ -45,8 +45,7 @@ def _strip_line_end(data: bytes) -> bytes:
 
 
 def _failed(fields: JsonObject, name: str | None, number: int | None, exc: RecordError) -> Record:
-    hint = f": {exc.hint}" if exc.hint else ""
-    return Record(fields, name, number, Failure(exc.kind, exc.message + hint))
+    return Record(fields, name, number, Failure.from_error(exc))
 
 
 def _read_whole(stream: Stream, name: str | None) -> Iterator[Record]:

@@ -49,7 +49,7 @@ def _read_requests(job: Job, records: Iterable[Record]) -> Iterator[Record]:
                     console.notice(f"requests name the model {name!r:.200}; {job.model} answers all of them")
                 record = replace(record, fields=fields if job.endpoint else _read_body(fields))
         except RecordError as exc:
-            record = replace(record, failure=Failure(exc.kind, exc.message))
+            record = replace(record, failure=Failure.from_error(exc))
         yield record
 
 

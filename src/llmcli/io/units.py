@@ -40,6 +40,11 @@ def format_megabytes(size: int | None) -> str:
     return f"{size / 1e6:.0f} MB" if size else "-"
 
 
+def format_passage(file: str | None, line: int | None, text: str, score: float) -> str:
+    """Return a passage as grep prints a line, with its score."""
+    return f"{f'{file}:' if file else ''}{line}: {' '.join(text.split())} ({score:.3f})"
+
+
 def format_probability(probability: float | None) -> str:
     """Return a probability in at most six columns, e.g. `0.0123` or `4e-06`; `-` if it is unknown."""
     if probability is None:

@@ -81,8 +81,9 @@ class InputOptions:
             raise UsageError(f"--delimiter: expected one character or tab, got {delimiter!r}")
         return Dialect(find_encoding(self.encoding), delimiter)
 
+    @cached_property
     def table(self) -> TableSource:
-        """Return the files of --parquet."""
+        """The files of --parquet. Raises UsageError if they cannot be tables."""
         if not find_spec("pyarrow"):
             raise UsageError("--parquet requires the package pyarrow", hint='pip install "llmcli[parquet]"')
         inputs = open_inputs([], self.files)
@@ -96,7 +97,7 @@ class InputOptions:
             return read_records(open_inputs(texts, self.files), self.format(), self.dialect)
         if texts:
             raise UsageError("TEXT cannot be used with --parquet", hint="pass files with -f PATH")
-        return self.table().records()
+        return self.table.records()
 
     def read_prompts(self, texts: Sequence[str]) -> Iterator[Record]:
         """Yield the records of generate and chat: texts and files together are one prompt."""
@@ -151,7 +152,7 @@ class OutputOptions:
             texts: Texts of the input; --resume checks that they, and the files, stay the same.
             format: Output format of a command that writes no other.
         """
-        input_format, table = input.format(), input.table() if input.parquet else None
+        input_format, table = input.format(), input.table if input.parquet else None
         given, files = (
             [*texts, input.dialect.encoding, input.dialect.delimiter or "", *split_names(input.columns)],
             input.files,

@@ -44,7 +44,7 @@ class EmbeddingPipeline(TextPipeline):
         self._encoder = encoders.Encoder(Path(self.model.name_or_path))
         self.context_length = self._encoder.context_length
         self._modules = [
-            (kind, config, load_file(folder / "model.safetensors", str(self.device)) if kind == "Dense" else {})
+            (kind, config, _load_weights(folder, str(self.device)) if kind == "Dense" else {})
             for kind, config, folder in self._encoder.modules
         ]
         self._normalizes = any(name == "Normalize" for name, _, _ in self._encoder.modules)
@@ -113,6 +113,10 @@ def make_activation(*names: str | None, default: type[nn.Module]) -> nn.Module:
     return (kind or default)()
 
 
+def _load_weights(folder: Path, device: str) -> Features:
+    return {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors", device).items()}
+
+
 def _run_module(features: Features, kind: str, config: JsonObject, weights: Features) -> None:
     """Change the features of a batch as a module of sentence-transformers does."""
     source = config.get("module_input_name") or "sentence_embedding"
@@ -123,7 +127,6 @@ def _run_module(features: Features, kind: str, config: JsonObject, weights: Feat
         features[target] = normalize(features[source], dim=-1)
     elif kind == "Dense":
         values, activation = features[source], make_activation(config.get("activation_function"), default=nn.Tanh)
-        weights = {name: tensor.float() for name, tensor in weights.items()}
         features[target] = activation(linear(values, weights["linear.weight"], weights.get("linear.bias")))
         if config.get("use_residual"):
             projection = weights.get("residual.weight")

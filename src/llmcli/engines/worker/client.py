@@ -13,7 +13,7 @@ from typing import Any
 
 from llmcli import console
 from llmcli.engines.engine import Engine, OnResult
-from llmcli.engines.requests import OnText, failure_from
+from llmcli.engines.requests import OnText
 from llmcli.engines.worker import protocol
 from llmcli.engines.worker.protocol import Connection, ConnectionClosedError, MessageTooLargeError
 from llmcli.errors import ExitStatus, LlmcliError, ModelUnavailableError, reason
@@ -80,7 +80,7 @@ class ConnectedEngine:
                 with suppress(ConnectionClosedError):  # _receive raises the error
                     self._connection.send(job=_with_absolute_paths(job), streams=on_text is not None)
             except MessageTooLargeError as exc:  # The documents of qa are in the job.
-                yield from (Result(record, failure=failure_from(exc)) for record in records)
+                yield from (Result(record, failure=Failure.from_error(exc)) for record in records)
                 return
             threading.Thread(target=self._send, args=(records,), daemon=True).start()
             for output, text, failure in self._receive(on_text):
@@ -132,7 +132,7 @@ class ConnectedEngine:
                 try:
                     self._connection.send(record=(dict(record.fields), record.failure, record.is_row))
                 except MessageTooLargeError as exc:
-                    self._connection.send(record=({}, failure_from(exc), False))
+                    self._connection.send(record=({}, Failure.from_error(exc), False))
         except ConnectionClosedError:
             return
         except BaseException as exc:  # raised after the results of the records before it

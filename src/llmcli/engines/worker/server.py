@@ -19,7 +19,6 @@ from llmcli import console
 from llmcli.engines.batch_runner import BatchRunner
 from llmcli.engines.local import LocalEngine, Model
 from llmcli.engines.model_cache import ModelCache, ModelLease
-from llmcli.engines.requests import failure_from
 from llmcli.engines.worker import protocol
 from llmcli.engines.worker.device_lock import DeviceLock, FairLock
 from llmcli.engines.worker.protocol import Connection, ConnectionClosedError, MessageTooLargeError
@@ -211,7 +210,7 @@ class ClientHandler(socketserver.BaseRequestHandler):
                             try:
                                 send(result=(result.output, result.text, result.failure))
                             except MessageTooLargeError as exc:
-                                send(result=({}, "", failure_from(exc)))
+                                send(result=({}, "", Failure.from_error(exc)))
             send(done=True)
         except Exception as exc:
             known = exc if isinstance(exc, LlmcliError) else device_error(exc)
